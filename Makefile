@@ -1,0 +1,71 @@
+# Needs Python >= 3.11 and make, nothing else: everything is installed into .venv. `make help` lists the targets.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-for
+PIP_FLAGS ?= -qq
+PIP := $(BIN)/python -m pip $(PIP_FLAGS) --disable-pip-version-check --no-input install -c constraints.txt
+
+# Tried by running them, since a name on the PATH may be a launcher without its interpreter.
+CHECK_PYTHON := -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python $(CHECK_PYTHON) && echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint check-format check-lint check-types format bench wheel clean venv $(VENV)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@echo "  PYTHON=...         the interpreter to set up with (default: the first of python3.13, 3.12, 3.11, python3)"
+
+demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
+	$(BIN)/mechcausal train runs/markov_chain.toml
+
+test: $(STAMP) ## run the whole default test suite
+	$(BIN)/python -m pytest
+
+lint: check-format check-lint check-types ## check format, lint and types
+
+check-format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+check-lint: $(STAMP)
+	$(BIN)/ruff check .
+
+check-types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the code to the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure speed (tests/benchmarks, not part of `make test`)
+	$(BIN)/python -m pytest tests/benchmarks -s
+
+wheel: $(STAMP) ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove .venv, builds and caches; records in runs/ stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mechcausal probes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv $(VENV): $(STAMP)
+
+# The stamp is written last and holds the folder it was made for. A .venv without it is half-made, and one that was
+# copied or moved still points to its old folder: both are remade from nothing.
+MADE_FOR := $(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null)
+ifneq ($(MADE_FOR),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+# hatchling and setuptools come first, and builds use them instead of fetching their own, so that they too are pinned.
+$(STAMP): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) $(CHECK_PYTHON) || { echo "mechcausal needs Python >= 3.11 with its venv module:\
+	 found none$(if $(PYTHON), in PYTHON=$(PYTHON)); install one or name it with make PYTHON=..." >&2; exit 1; }
+	@echo "Setting up $(VENV) from constraints.txt (once; a few minutes) ..."
+	@test "$(MADE_FOR)" = "$(CURDIR)" || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $(STAMP)
+	@$(PIP) pip setuptools hatchling
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@echo "$(CURDIR)" > $(STAMP)

@@ -1,0 +1,310 @@
+"""The graph type, its checks and its networkx form.
+
+Positions are numbered from 0 and every parent comes before its child, so position order is always a
+topological order.
+"""
+
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, pairwise
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from jaxtyping import Float
+    from torch import Tensor
+
+MAX_POSITIONS = 10_000
+"""The largest graph accepted, which bounds what a file or an option can make us allocate."""
+
+QUERY = "query"
+"""The name of the predicted token in networkx graphs and edge-list files."""
+
+
+class GraphError(ValueError):
+    """A causal graph, or a description of one, that cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class CausalGraph:
+    """The parents of every position of a sequence, and of the token to be predicted.
+
+    Attributes:
+        parents: For each of the n positions, its parents, all smaller than the position and sorted
+            on construction; an empty tuple marks a root.
+        query_parents: None for the single-parent task, where an extra query token, drawn uniformly,
+            follows the n positions (T = n + 1). Otherwise the parents of the token to be predicted
+            after the n positions (T = n).
+
+    Raises:
+        GraphError: The graph is empty or too large, has a cycle or an edge that points forward, or
+            names a parent that is not an integer, negative or given twice.
+
+    Source:
+        Nichani, Damian and Lee, "How Transformers Learn Causal Structure with Gradient Descent",
+        ICML 2024, arXiv 2402.14735.
+
+    Example:
+        >>> graph = CausalGraph(((), (0,), (0,), (1, 2)))
+        >>> graph.roots, graph.depths, graph.max_parents
+        ((0,), (0, 1, 1, 2), 2)
+        >>> CausalGraph(((), (2,), (1,)))
+        Traceback (most recent call last):
+        mechcausal.graphs.causal_graph.GraphError: cycle 1 → 2 → 1: every parent must come ...
+    """
+
+    parents: tuple[tuple[int, ...], ...]
+    query_parents: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.parents)
+        if n == 0:
+            raise GraphError("the graph is empty: it needs at least one position")
+        if n > MAX_POSITIONS:
+            raise GraphError(f"the graph has more than {MAX_POSITIONS} positions, the most allowed")
+        # Sorting makes equal graphs compare and hash equal, however they were written down.
+        rows = tuple(_ascending(row, f"position {i}") for i, row in enumerate(self.parents))
+        object.__setattr__(self, "parents", rows)
+        for edge in self.edges:
+            if edge[0] >= edge[1]:
+                raise GraphError(order_fault(edge, self.edges))
+        if self.query_parents is not None:
+            query_parents = _ascending(self.query_parents, "the query")
+            if not query_parents:
+                raise GraphError("the query has no parents: name at least one or pass None")
+            if query_parents[-1] >= n:
+                raise GraphError(_not_before(query_parents[-1], "the query", n))
+            object.__setattr__(self, "query_parents", query_parents)
+
+    @classmethod
+    def from_parents(
+        cls,
+        parents: Iterable[int | Iterable[int]],
+        *,
+        query_parents: Iterable[int] | None = None,
+    ) -> "CausalGraph":
+        """Build a graph from one entry per position: -1 for a root, a parent, or several parents.
+
+        Raises:
+            GraphError: An entry is none of these, or the graph is not valid.
+
+        Example:
+            >>> CausalGraph.from_parents([-1, 0, [1, 0]]).parents
+            ((), (0,), (0, 1))
+        """
+        rows: list[Any] = []
+        for entry in _items(parents, "the graph"):
+            rows.append(entry if not is_integer(entry) else () if entry == -1 else (entry,))
+        query = None if query_parents is None else _items(query_parents, "the query")
+        return cls(tuple(rows), query)
+
+    @classmethod
+    def from_networkx(cls, digraph: "nx.DiGraph") -> "CausalGraph":
+        """Build a graph from a networkx one whose nodes are 0..n-1 and, optionally, "query".
+
+        Raises:
+            GraphError: The argument is not directed, holds another node, or is not a valid graph.
+
+        Example:
+            >>> import networkx as nx
+            >>> CausalGraph.from_networkx(nx.DiGraph([(0, 1), (1, 2)])).parents
+            ((), (0,), (1,))
+        """
+        if not digraph.is_directed():
+            raise GraphError(f"expected a networkx DiGraph, found a {type(digraph).__name__}")
+        n = sum(node != QUERY for node in digraph)
+        for node in digraph:
+            if node != QUERY and not (is_integer(node) and 0 <= node < n):
+                raise GraphError(
+                    f"node {reprlib.repr(node)} is not a position: {n} positions are the"
+                    f" integers 0 to {n - 1}, beside them only {QUERY!r} is allowed"
+                )
+        if QUERY in digraph and digraph.out_degree(QUERY):
+            raise GraphError("the query cannot be a parent, found an edge that starts there")
+        # Edges instead of predecessors: a multigraph's doubled edge must not go unnoticed.
+        parents = [[int(parent) for parent, _ in digraph.in_edges(child)] for child in range(n)]
+        query = [int(p) for p, _ in digraph.in_edges(QUERY)] if QUERY in digraph else None
+        return cls.from_parents(parents, query_parents=query)
+
+    @classmethod
+    def from_edge_list(cls, path: str | Path) -> "CausalGraph":
+        """Read a graph from a text file, as `mechcausal.graphs.edge_list` describes it.
+
+        Raises:
+            GraphError: The file cannot be read or used; the message names the file and the line.
+        """
+        from mechcausal.graphs.edge_list import read_edge_list
+
+        parents, query_parents = read_edge_list(path)
+        return cls.from_parents(parents, query_parents=query_parents)
+
+    def to_edge_list(self, path: str | Path) -> None:
+        """Write the text file that `from_edge_list` reads back to an equal graph.
+
+        Raises:
+            GraphError: The file cannot be written.
+        """
+        from mechcausal.graphs.edge_list import write_edge_list
+
+        write_edge_list(self, path)
+
+    def to_networkx(self) -> "nx.DiGraph":
+        """A networkx graph with the nodes 0..n-1 and, if the query has parents, "query".
+
+        Example:
+            >>> sorted(CausalGraph(((), (0,)), (1,)).to_networkx().edges(), key=str)
+            [(0, 1), (1, 'query')]
+        """
+        import networkx as nx
+
+        digraph = nx.DiGraph()
+        digraph.add_nodes_from(range(self.n_positions))
+        digraph.add_edges_from(self.edges)
+        digraph.add_edges_from((parent, QUERY) for parent in self.query_parents or ())
+        return digraph
+
+    @property
+    def n_positions(self) -> int:
+        """The number n of graph positions, a query token not counted."""
+        return len(self.parents)
+
+    @property
+    def sequence_length(self) -> int:
+        """The number T of tokens the model sees: n + 1 with an extra query token, else n."""
+        return self.n_positions + (self.query_parents is None)
+
+    @property
+    def roots(self) -> tuple[int, ...]:
+        """The positions without a parent, ascending."""
+        return tuple(child for child, row in enumerate(self.parents) if not row)
+
+    @property
+    def non_roots(self) -> tuple[int, ...]:
+        """The positions with a parent, ascending."""
+        return tuple(child for child, row in enumerate(self.parents) if row)
+
+    @cached_property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """All (parent, child) pairs of positions by child, then parent; the query's are left out.
+
+        Example:
+            >>> CausalGraph(((), (0,), (0, 1))).edges
+            ((0, 1), (0, 2), (1, 2))
+        """
+        return tuple((parent, child) for child, row in enumerate(self.parents) for parent in row)
+
+    @property
+    def max_parents(self) -> int:
+        """The largest number of parents that a position or the query has."""
+        return max(len(row) for row in (*self.parents, self.query_parents or ()))
+
+    @property
+    def is_single_parent(self) -> bool:
+        """Whether this is a single-parent task: at most one parent each and a uniform query."""
+        return self.query_parents is None and self.max_parents <= 1
+
+    def parent_array(self) -> tuple[int, ...]:
+        """The parent of each position, -1 for a root.
+
+        Raises:
+            GraphError: A position has several parents.
+
+        Example:
+            >>> CausalGraph(((), (0,), (), (2,))).parent_array()
+            (-1, 0, -1, 2)
+        """
+        for child, row in enumerate(self.parents):
+            if len(row) > 1:
+                raise GraphError(
+                    f"position {child} has {len(row)} parents, at most one is allowed here"
+                )
+        return tuple(row[0] if row else -1 for row in self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """The longest path from a root to each position, in edges: 0 for a root."""
+        depths: list[int] = []
+        for row in self.parents:
+            depths.append(1 + max((depths[parent] for parent in row), default=-1))
+        return tuple(depths)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """The positions grouped by depth: given the levels before it, a level can be drawn at once.
+
+        Example:
+            >>> CausalGraph(((), (0,), (0,), (2,))).levels
+            ((0,), (1, 2), (3,))
+        """
+        levels: list[list[int]] = [[] for _ in range(1 + max(self.depths))]
+        for position, depth in enumerate(self.depths):
+            levels[depth].append(position)
+        return tuple(tuple(level) for level in levels)
+
+    def adjacency(self) -> "Float[Tensor, 'n n']":
+        """The n × n matrix with a one at [child, parent], laid out as attention is; no query.
+
+        Example:
+            >>> CausalGraph(((), (0,), (1,))).adjacency().tolist()
+            [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+        """
+        import torch
+
+        matrix = torch.zeros(self.n_positions, self.n_positions)
+        for child, row in enumerate(self.parents):
+            matrix[child, list(row)] = 1.0
+        return matrix
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether the value is an integer, numpy's included; a truth value is not one here."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def order_fault(edge: tuple[int, int], edges: Sequence[tuple[int, int]]) -> str:
+    """Say what is wrong with an edge of a graph whose parent does not come before its child."""
+    import networkx as nx
+
+    parent, child = edge
+    digraph = nx.DiGraph(edges)
+    if not nx.has_path(digraph, child, parent):
+        return _not_before(parent, f"position {child}", child)
+    names = [str(node) for node in (*nx.shortest_path(digraph, child, parent), child)]
+    if len(names) > 11:
+        names[8:-2] = ["…"]
+    return f"cycle {' → '.join(names)}: every parent must come before its child"
+
+
+def _not_before(parent: int, child: str, place: int) -> str:
+    return f"parent {parent} of {child} does not come before it: every parent must be < {place}"
+
+
+def _items(value: Any, child: str) -> tuple[Any, ...]:
+    try:
+        # One too many is enough to see that an endless iterable is too long.
+        return tuple(islice(value, MAX_POSITIONS + 1))
+    except TypeError as error:
+        found = reprlib.repr(value)
+        raise GraphError(f"the parents of {child} must be integers, got {found}") from error
+
+
+def _ascending(row: object, child: str) -> tuple[int, ...]:
+    """The parents of one child as plain integers, checked but for their order and sorted."""
+    parents = _items(row, child)
+    for parent in parents:
+        if not is_integer(parent):
+            raise GraphError(f"parent {reprlib.repr(parent)} of {child} is not an integer")
+        if parent < 0:
+            raise GraphError(
+                f"parent {parent} of {child} is out of range:"
+                " positions start at 0, a root has no parents"
+            )
+    ascending = sorted(int(parent) for parent in parents)
+    for parent, following in pairwise(ascending):
+        if parent == following:
+            raise GraphError(f"parent {parent} of {child} is given twice")
+    return tuple(ascending)

@@ -1,0 +1,1 @@
+"""Models: each a HookedTransformer with the closed form that computes the same function."""

@@ -1,0 +1,209 @@
+"""The paper's simplified two-layer transformer, as a HookedTransformer and in closed form.
+
+`f(s) = X^T softmax(softmax(causal_mask(A1)) X A2 x_query)`, X the one-hot tokens (T x S): layer 1
+attends by position (A1, T x T) and copies a token to each position; layer 2 compares the query
+with the copied tokens (A2, S x S) and returns the tokens found there. Source: Nichani, Damian,
+Lee, ICML 2024 (arXiv 2402.14735), section 3.
+
+The HookedTransformer owns the parameters. Its residual stream holds four blocks,
+`[token (S) | position (T) | layer-1 copy (S) | layer-2 copy (S)]`; embeddings, keys, values,
+outputs and unembedding are fixed 0/1 wiring, A1 is the position block of layer 0's W_Q and A2 the
+token block of layer 1's. The closed form reads the same memory and skips the zeros: B T^2
+multiplications for a step where the wired model needs B T d_model d_head.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.models.adapter import ModelFileError, build_from_files, build_hooked, save_model
+
+KIND = "simplified"
+
+
+def simplified_config(
+    vocab_size: int, sequence_length: int, *, device: str = "cpu"
+) -> HookedTransformerConfig:
+    """The HookedTransformerConfig of the simplified model: d_model = 3S + T, d_head = max(S, T)."""
+    return HookedTransformerConfig(
+        n_layers=2,
+        n_heads=1,
+        d_model=3 * vocab_size + sequence_length,
+        d_head=max(vocab_size, sequence_length),
+        d_vocab=vocab_size,
+        d_vocab_out=vocab_size,
+        n_ctx=sequence_length,
+        attn_only=True,
+        normalization_type=None,
+        use_attn_scale=False,
+        positional_embedding_type="standard",
+        attention_dir="causal",
+        default_prepend_bos=False,
+        init_weights=False,
+        seed=None,
+        device=device,
+    )
+
+
+class SimplifiedTransformer:
+    """The simplified model: one set of parameters, two ways to compute.
+
+    `model.hooked` is the HookedTransformer for hooks and TransformerLens tools: its "logits" at the
+    last position are the probabilities f. `model(tokens)` is the closed form for training.
+
+    Attributes:
+        hooked: owner of all parameters.
+        vocab_size: S.
+        sequence_length: T.
+
+    Example:
+        >>> model = SimplifiedTransformer(vocab_size=3, sequence_length=6)
+        >>> model.initialise(beta0=1.0)
+        >>> tokens = torch.tensor([[0, 1, 2, 0, 1, 0]])
+        >>> bool(torch.allclose(model(tokens), model.hooked(tokens)[:, -1], atol=1e-6))
+        True
+    """
+
+    def __init__(
+        self, vocab_size: int, sequence_length: int, *, device: str | torch.device = "cpu"
+    ) -> None:
+        """Build the wiring, with A1 = 0 and A2 = 0."""
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        config = simplified_config(vocab_size, sequence_length, device=str(device))
+        self.hooked = build_hooked(config)
+        self._wire()
+        self._index(torch.device(device))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu") -> "SimplifiedTransformer":
+        """Read a model that `save` wrote.
+
+        Raises:
+            ModelFileError: not a readable simplified model.
+        """
+        hooked, extra = build_from_files(folder, device=device)
+        if extra.get("kind") != KIND:
+            found = extra.get("kind", "another HookedTransformer")
+            raise ModelFileError(f"{folder}: not a simplified model but {found}")
+        model = cls(hooked.cfg.d_vocab, hooked.cfg.n_ctx, device=device)
+        model.hooked.load_state_dict(hooked.state_dict())
+        return model
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights and config, readable by `load` and by `load_model`."""
+        save_model(self.hooked, folder, extra={"kind": KIND})
+
+    @property
+    def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that hold A1 and A2; only these blocks of them receive gradients."""
+        blocks = self.hooked.blocks
+        return {"A1": blocks[0].attn.W_Q, "A2": blocks[1].attn.W_Q}
+
+    @property
+    def A1(self) -> Float[Tensor, "pos pos"]:
+        """Layer 1's position-position block, a view of the parameter: rows are queries."""
+        s, t = self.vocab_size, self.sequence_length
+        return self.parameters_by_name["A1"][0, s : s + t, :t]
+
+    @property
+    def A2(self) -> Float[Tensor, "vocab vocab"]:
+        """Layer 2's block, a view of the parameter: [copied token, query token].
+
+        The HookedTransformer multiplies queries from the left, so the view is transposed.
+        """
+        s = self.vocab_size
+        return self.parameters_by_name["A2"][0, :s, :s].T
+
+    @torch.no_grad()
+    def initialise(self, *, beta0: float = 1.0) -> None:
+        """Algorithm 1's start: A1 = 0, A2 = beta0 I."""
+        self.A1.zero_()
+        self.A2.copy_(beta0 * torch.eye(self.vocab_size))
+
+    @torch.no_grad()
+    def set_ideal(self, graph: CausalGraph, *, strength: float = 50.0) -> None:
+        """The hand-built solution: layer 1 one-hot on parents, layer 2 one-hot on matches.
+
+        Rows of roots and of the query attend to themselves.
+
+        Args:
+            graph: single-parent graph of T - 1 positions.
+            strength: the logit of the wanted key against 0 elsewhere.
+
+        Raises:
+            ValueError: the graph's sequence length differs from the model's.
+        """
+        if graph.sequence_length != self.sequence_length:
+            raise ValueError(
+                f"the graph has sequences of {graph.sequence_length} tokens, "
+                f"the model of {self.sequence_length}"
+            )
+        self.initialise(beta0=strength)
+        parents = (*graph.parent_array(), -1)
+        for position, parent in enumerate(parents):
+            self.A1[position, parent if parent >= 0 else position] = strength
+
+    @contextmanager
+    def training_only(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Within the block only the named parameters ("A1", "A2") take gradients."""
+        parameters = self.parameters_by_name
+        before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in names)
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(before[name])
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within the block no parameter takes gradients: probes see the gradient of attention."""
+        return self.training_only(())
+
+    def attention1(self) -> Float[Tensor, "query key"]:
+        """Layer 1's attention pattern, the same for every sequence."""
+        return self.A1.masked_fill(self._future, -torch.inf).softmax(-1)
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
+        """f in closed form, differentiable in A1 and A2.
+
+        `(softmax(A1) X) A2 x_query = softmax(A1) (X A2 x_query)`, so layer 1 is one T x T product
+        with the B x T matches, and no one-hot matrix is needed.
+        """
+        matches = self.A2.flatten()[tokens * self.vocab_size + tokens[:, -1:]]
+        attention2 = (matches @ self.attention1().T).softmax(-1)
+        output = attention2.new_zeros(tokens.shape[0], self.vocab_size)
+        return output.scatter_add(1, tokens, attention2)
+
+    def _index(self, device: torch.device) -> None:
+        t = self.sequence_length
+        self._future = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
+
+    @torch.no_grad()
+    def _wire(self) -> None:
+        s, t = self.vocab_size, self.sequence_length
+        hooked = self.hooked
+        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
+        for parameter in hooked.parameters():
+            parameter.zero_()
+            parameter.requires_grad_(id(parameter) in trained)
+        token, position = slice(0, s), slice(s, s + t)
+        copy1, copy2 = slice(s + t, 2 * s + t), slice(2 * s + t, 3 * s + t)
+        eye_s, eye_t = torch.eye(s), torch.eye(t)
+        hooked.embed.W_E[:, token] = eye_s
+        hooked.pos_embed.W_pos[:, position] = eye_t
+        first, second = (block.attn for block in hooked.blocks)
+        first.W_K[0, position, :t] = eye_t
+        first.W_V[0, token, :s] = eye_s
+        first.W_O[0, :s, copy1] = eye_s
+        second.W_K[0, copy1, :s] = eye_s
+        second.W_V[0, token, :s] = eye_s
+        second.W_O[0, :s, copy2] = eye_s
+        hooked.unembed.W_U[copy2] = eye_s

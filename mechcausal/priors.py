@@ -1,0 +1,209 @@
+"""Priors over transition matrices `pi`, and the stationary distribution `mu` of each matrix."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Dirichlet rows of a tiny concentration underflow to exact zeros, which would make chains
+# reducible. Probabilities are kept above this floor: far below anything that can be sampled, and
+# far enough above the smallest float32 for products of a few of them.
+PROBABILITY_FLOOR = 1e-30
+
+
+class PriorError(ValueError):
+    """A prior or matrix that makes no sense; the message is one line for the user."""
+
+
+def stationary_distribution(
+    transition: Float[Tensor, "batch vocab vocab"],
+) -> Float[Tensor, "batch vocab"]:
+    """The distribution `mu` with `mu pi = mu`, by Grassmann-Taksar-Heyman elimination in float64.
+
+    The elimination subtracts nothing, so it stays accurate to rounding where solving the linear
+    system fails (sparse rows, nearly reducible chains). A reducible chain gets the stationary
+    distribution of the chain with `PROBABILITY_FLOOR` added to every entry.
+
+    Args:
+        transition: rows sum to 1.
+
+    Returns:
+        float64, rows sum to 1.
+
+    Example:
+        >>> pi = torch.tensor([[[0.9, 0.1], [0.3, 0.7]]])
+        >>> [round(p, 6) for p in stationary_distribution(pi)[0].tolist()]
+        [0.75, 0.25]
+    """
+    vocab = transition.shape[-1]
+    # The batch goes last: every operation below then runs over contiguous memory.
+    reduced = transition.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
+    reduced.clamp_(min=PROBABILITY_FLOOR)
+    for state in range(vocab - 1, 0, -1):
+        reduced[:state, state] /= reduced[state, :state].sum(0)
+        reduced[:state, :state].addcmul_(
+            reduced[:state, state].unsqueeze(1), reduced[state, :state].unsqueeze(0)
+        )
+    mu = torch.ones(vocab, transition.shape[0], dtype=torch.float64, device=transition.device)
+    for state in range(1, vocab):
+        mu[state] = (mu[:state] * reduced[:state, state]).sum(0)
+        # A near-absorbing state outweighs the others by up to 1/floor per level: rescale.
+        mu[: state + 1] /= mu[: state + 1].amax(0)
+    return (mu / mu.sum(0)).T.contiguous()
+
+
+def sample_log_gamma(
+    concentration: Float[Tensor, "*shape"], *, generator: torch.Generator
+) -> Float[Tensor, "*shape"]:
+    """Logarithms of independent Gamma(concentration, 1) draws, safe for any concentration > 0.
+
+    Marsaglia and Tsang (2000), vectorised; below 1 through Gamma(a) = Gamma(a + 1) U^(1/a), whose
+    logarithm cannot underflow. (torch's own gamma sampler has no public generator argument, works
+    on one thread, and returns 0 for small concentrations.)
+
+    Args:
+        concentration: one value for each draw wanted, on the generator's device.
+        generator: source of randomness.
+    """
+    boosted = torch.where(concentration < 1, concentration + 1, concentration)
+    log_draw = torch.empty_like(concentration).view(-1)
+    shape = boosted.reshape(-1)
+    todo: Tensor | None = None  # indices still without an accepted proposal; None: all of them
+    while todo is None or todo.numel():
+        scale = (shape if todo is None else shape[todo]) - 1 / 3
+        normal = _random("normal", scale, generator)
+        cube = (normal / (9 * scale).sqrt_()).add_(1).pow_(3)
+        log_cube = cube.log()  # NaN where the proposal is negative: rejected by the comparison
+        log_uniform = _random("uniform", scale, generator).log_()
+        bound = normal.square_().mul_(0.5).add_(scale * (1 - cube + log_cube))
+        accepted = log_uniform < bound
+        log_proposal = log_cube.add_(scale.log())
+        if todo is None:
+            log_draw, todo = log_proposal, (~accepted).nonzero().squeeze(-1)
+        else:
+            log_draw[todo[accepted]] = log_proposal[accepted]
+            todo = todo[~accepted]
+    log_draw = log_draw.view(concentration.shape)
+    if bool((concentration < 1).any()):
+        log_uniform = _random("uniform", concentration, generator).log_()
+        correction = log_uniform.div_(concentration)
+        log_draw = torch.where(concentration < 1, log_draw + correction, log_draw)
+    return log_draw
+
+
+def sample_dirichlet(
+    concentration: Float[Tensor, "*shape vocab"], *, generator: torch.Generator
+) -> Float[Tensor, "*shape vocab"]:
+    """Independent Dirichlet draws along the last axis, no entry below `PROBABILITY_FLOOR`."""
+    log_gamma = sample_log_gamma(concentration.contiguous(), generator=generator)
+    return log_gamma.softmax(-1).clamp_(min=PROBABILITY_FLOOR)
+
+
+def _random(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    draw = torch.randn if kind == "normal" else torch.rand
+    return draw(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
+
+
+@dataclass(frozen=True)
+class DirichletPrior:
+    """Transition matrices whose rows are independent Dirichlet(concentration) draws.
+
+    Attributes:
+        concentration: one positive number for each token: `(alpha,) * S` is the paper's prior.
+
+    Raises:
+        PriorError: fewer than two tokens, or a concentration that is not positive and finite.
+
+    Example:
+        >>> prior = DirichletPrior.symmetric(0.1, vocab_size=3)
+        >>> prior.sample(5, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([5, 3, 3])
+    """
+
+    concentration: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.concentration) < 2:
+            raise PriorError(f"vocab_size is {len(self.concentration)}: at least 2 tokens needed")
+        for alpha in self.concentration:
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise PriorError(f"alpha is {alpha}: every concentration must be finite and > 0")
+
+    @classmethod
+    def symmetric(cls, alpha: float, vocab_size: int) -> "DirichletPrior":
+        """Dirichlet(alpha, ..., alpha) over `vocab_size` tokens."""
+        return cls((float(alpha),) * vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens S."""
+        return len(self.concentration)
+
+    def sample(
+        self, n_samples: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "batch vocab vocab"]:
+        """Draw transition matrices on the generator's device."""
+        alpha = torch.tensor(self.concentration, dtype=dtype, device=generator.device)
+        concentration = alpha.expand(n_samples, self.vocab_size, -1)
+        return sample_dirichlet(concentration, generator=generator)
+
+    def posterior_concentration(
+        self, counts: Float[Tensor, "batch vocab vocab"]
+    ) -> Float[Tensor, "batch vocab vocab"]:
+        """Dirichlet parameters of every row after the transitions `counts` were seen."""
+        return counts + torch.tensor(self.concentration, dtype=counts.dtype, device=counts.device)
+
+
+@dataclass(frozen=True)
+class FixedTransition:
+    """One transition matrix in place of a prior: for evaluation away from the training prior.
+
+    Attributes:
+        rows: the matrix, every row summing to 1.
+
+    Raises:
+        PriorError: not square, smaller than 2 x 2, negative, or rows that do not sum to 1.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        size = len(self.rows)
+        if size < 2 or any(len(row) != size for row in self.rows):
+            lengths = sorted({len(row) for row in self.rows})
+            raise PriorError(
+                f"a transition matrix is square, at least 2 x 2: found {size} rows of {lengths}"
+            )
+        for number, row in enumerate(self.rows):
+            total = math.fsum(row)
+            if not all(p >= 0 for p in row) or not abs(total - 1) <= 1e-6:
+                raise PriorError(
+                    f"row {number} of the transition matrix is not a distribution: "
+                    f"sum {total:g}, smallest entry {min(row):g}"
+                )
+
+    @classmethod
+    def from_matrix(
+        cls, matrix: Float[Tensor, "vocab vocab"] | Sequence[Sequence[float]]
+    ) -> "FixedTransition":
+        """From a tensor or nested sequence."""
+        rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
+        return cls(tuple(tuple(float(p) for p in row) for row in rows))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens S."""
+        return len(self.rows)
+
+    def sample(
+        self, n_samples: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "batch vocab vocab"]:
+        """The same matrix `n_samples` times, on the generator's device."""
+        matrix = torch.tensor(self.rows, dtype=dtype, device=generator.device)
+        return matrix.expand(n_samples, -1, -1)
+
+
+Prior = DirichletPrior | FixedTransition

@@ -1,0 +1,264 @@
+"""What a person looks at: heatmaps for W&B and the figures of a run.
+
+Drawing needs matplotlib alone and no display. Colours are safe for colour-blind readers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.recipes import Recipe
+from mechcausal.theory import PairwiseTheory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ATTENTION_COLOURS = "viridis"
+GRADIENT_COLOURS = "PuOr_r"
+EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
+_PIXELS = 320  # width and height of a W&B heatmap, at least
+
+History = Sequence[Mapping[str, float | int | None]]
+Matrices = Mapping[int, Mapping[str, Float[Tensor, "query key"]]]
+
+
+def heatmaps(
+    matrices: Mapping[str, Float[Tensor, "query key"]], theory: PairwiseTheory
+) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
+    """Pictures of one probe step, each beside what it should look like.
+
+    Returns:
+        `attention/layer0` (left) beside the true graph, `gradient/scores` and `gradient/pattern`
+        beside the predicted gradient; gradients are scaled to their largest entry, with each row
+        of the pattern's gradient divided by its number of keys, as theory has it.
+    """
+    length = theory.graph.sequence_length
+    truth = np.zeros((length, length))
+    for parent, child in theory.graph.edges:
+        truth[child, parent] = 1.0
+    predicted = theory.predicted_gradient.numpy()
+    pictures = {}
+    for name, matrix in matrices.items():
+        values = matrix.double().numpy()
+        if name.startswith("attention"):
+            sides = (values, truth)
+            pictures[name] = _side_by_side(sides, ATTENTION_COLOURS, signed=False)
+        else:
+            if name == "gradient/pattern":
+                values = values / np.arange(1, length + 1)[:, None]
+            pictures[name] = _side_by_side((values, predicted), GRADIENT_COLOURS, signed=True)
+    return pictures
+
+
+def draw_figures(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    theory: PairwiseTheory,
+    history: History,
+    matrices: Matrices,
+    stage_starts: Sequence[int],
+) -> dict[str, Path]:
+    """Draw a run's figures as PNG files.
+
+    Args:
+        folder: made if absent.
+        recipe: for the titles.
+        theory: what the gradient is compared with.
+        history: rows of figures, by probe step.
+        matrices: attention and gradients by step.
+        stage_starts: first steps of the training stages.
+
+    Returns:
+        The files, by the names under which W&B shows them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "attention": lambda: draw_attention(matrices, theory.graph),
+        "gradient": lambda: draw_gradient(matrices, theory),
+        "curves": lambda: draw_curves(history, stage_starts),
+    }
+    files = {}
+    for name, draw in drawings.items():
+        figure = draw()
+        figure.suptitle(f"{recipe.name}, seed {recipe.seed}: {_CAPTIONS[name]}", fontsize=12)
+        files[f"figures/{name}"] = folder / f"{name}.png"
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    return files
+
+
+_CAPTIONS = {
+    "attention": "layer-1 attention becomes the causal graph",
+    "gradient": "the first gradient against information theory",
+    "curves": "training",
+}
+
+
+def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
+    """Layer-1 attention at the first, middle and last step kept, true parents circled."""
+    steps = sorted(matrices)
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    figure, axes = _figure(len(chosen) + 1)
+    for axis, step in zip(axes, chosen, strict=False):
+        image = axis.imshow(
+            matrices[step]["attention/layer0"], cmap=ATTENTION_COLOURS, vmin=0, vmax=1
+        )
+        _circle_parents(axis, graph)
+        axis.set_title(f"attention, step {step:,}")
+    figure.colorbar(image, ax=axes[: len(chosen)], shrink=0.75, label="attention")
+    length = graph.sequence_length
+    truth = np.zeros((length, length))
+    for parent, child in graph.edges:
+        truth[child, parent] = 1
+    axes[-1].imshow(truth, cmap="Greys", vmin=0, vmax=1.4)
+    axes[-1].set_title("true graph: parent of each position")
+    for axis in axes:
+        axis.set(xlabel="key position", ylabel="query position")
+    return figure
+
+
+def draw_gradient(matrices: Matrices, theory: PairwiseTheory) -> "Figure":
+    """The first step's gradient, the predicted one, and one against the other."""
+    first = matrices[min(matrices)]
+    n = theory.graph.n_positions
+    measured = first["gradient/scores"][:n, :n].double().numpy()
+    predicted = theory.predicted_gradient[:n, :n].numpy()
+    figure, axes = _figure(4)
+    limit = max(np.abs(measured).max(), np.abs(predicted).max()) or 1.0
+    for axis, values, title in (
+        (axes[0], measured, "measured: −∂L/∂scores"),
+        (axes[1], predicted, "predicted from information"),
+    ):
+        image = axis.imshow(values, cmap=GRADIENT_COLOURS, vmin=-limit, vmax=limit)
+        _circle_parents(axis, theory.graph)
+        axis.set(xlabel="key position", ylabel="query position", title=title)
+    figure.colorbar(image, ax=axes[:2], shrink=0.75, label="descent direction")
+    is_edge = np.zeros((n, n), dtype=bool)
+    for parent, child in theory.graph.edges:
+        is_edge[child, parent] = True
+    visible = np.tril(np.ones((n, n), dtype=bool))
+    _scatter(axes[2], predicted, measured, is_edge, visible)
+    low, high = axes[2].get_xlim()
+    axes[2].plot([low, high], [low, high], color=REFERENCE_COLOUR, lw=1, label="equal")
+    axes[2].set(xlabel="predicted gradient", ylabel="measured gradient", title="all keys j ≤ i")
+    scaled = measured * np.arange(1, n + 1)[:, None]
+    _scatter(axes[3], theory.chi2.numpy(), scaled, is_edge, np.tril(visible, -1))
+    axes[3].set(
+        xlabel="χ²-information", ylabel="measured × number of keys", title="keys before the query"
+    )
+    axes[2].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
+    """Loss, graph, gradient, induction and strategies over training steps."""
+    panels: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        (
+            "loss (nats)",
+            {"loss/eval": "evaluation", "loss/bayes": "Bayes", "loss/train": "training"},
+            {},
+        ),
+        (
+            "graph",
+            {
+                "graph/recovered": "edges recovered",
+                "graph/parent_attention": "attention on parent",
+                "graph/f1": "F1 of the gradient's edges",
+            },
+            {"ylim": (-0.03, 1.05)},
+        ),
+        (
+            "gradient against theory",
+            {
+                "gradient/pattern_theory_correlation": "with g (pattern)",
+                "gradient/theory_correlation": "with g (scores)",
+                "gradient/chi2_correlation": "with χ²-information",
+                "gradient/edge_hits": "edges hit",
+            },
+            {"ylim": (-0.6, 1.05)},
+        ),
+        (
+            "induction head (layer 2)",
+            {
+                "induction/score": "attention where parent = query",
+                "induction/prefix_matching": "prefix matching",
+            },
+            {"ylim": (-0.03, 1.05)},
+        ),
+        (
+            "KL of the model to a strategy (nats)",
+            {
+                "strategy/kl_uniform": "uniform",
+                "strategy/kl_unigram": "unigram",
+                "strategy/kl_bigram": "bigram along edges",
+            },
+            {"yscale": "log"},
+        ),
+    ]
+    figure, axes = _figure(len(panels))
+    for axis, (title, curves, settings) in zip(axes, panels, strict=True):
+        for (key, label), colour in zip(curves.items(), _CYCLE, strict=False):
+            points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
+            if points:
+                style = "--" if key == "loss/bayes" else "-"
+                axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
+        for start in stage_starts[1:]:
+            axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
+        axis.set(title=title, xlabel="training step", **settings)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.25)
+    return figure
+
+
+_CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def _figure(n_panels: int) -> "tuple[Figure, Sequence[Axes]]":
+    # Without pyplot there is no global state and no need for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.1 * n_panels, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+
+
+def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:
+    for chosen, colour, label in (
+        (where & ~is_edge, OTHER_COLOUR, "other pairs"),
+        (where & is_edge, EDGE_COLOUR, "edges of the graph"),
+    ):
+        axis.scatter(x[chosen], y[chosen], s=14, color=colour, alpha=0.8, lw=0, label=label)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _circle_parents(axis: "Axes", graph: CausalGraph) -> None:
+    if graph.n_positions > 60 or not graph.edges:
+        return  # circles would hide the cells
+    parents, children = zip(*graph.edges, strict=True)
+    size = 900 / graph.sequence_length
+    axis.scatter(parents, children, s=size, facecolors="none", edgecolors=EDGE_COLOUR, lw=1)
+
+
+def _side_by_side(
+    sides: tuple[np.ndarray, np.ndarray], colours: str, *, signed: bool
+) -> np.ndarray:
+    from matplotlib import colormaps
+
+    colour = colormaps[colours]
+    scale = max(1, -(-_PIXELS // sides[0].shape[0]))
+    parts = []
+    for values in sides:
+        limit = np.abs(values).max() or 1.0
+        unit = (values / limit + 1) / 2 if signed else values
+        pixels = (colour(unit)[..., :3] * 255).astype(np.uint8)
+        parts.append(pixels.repeat(scale, 0).repeat(scale, 1))
+    gap = np.full((parts[0].shape[0], 8, 3), 255, dtype=np.uint8)
+    return np.concatenate([parts[0], gap, parts[1]], axis=1)

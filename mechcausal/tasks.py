@@ -1,0 +1,156 @@
+"""Sequences that a causal graph generates.
+
+A task joins a `CausalGraph` with a prior over transition matrices. Every sequence draws a fresh
+matrix `pi`, so nothing about `pi` can be memorised: it has to be read off the sequence along the
+edges of the graph. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 2.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph, GraphError
+from mechcausal.priors import Prior, stationary_distribution
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with what generated them.
+
+    Attributes:
+        tokens: the sequences; the last position is the query.
+        target: soft label, the row `pi(. | query)`.
+        transition: the matrix `pi` of every sequence.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    target: Float[Tensor, "batch vocab"]
+    transition: Float[Tensor, "batch vocab vocab"]
+
+    @property
+    def query(self) -> Int[Tensor, "batch"]:
+        """The last token of every sequence."""
+        return self.tokens[:, -1]
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class SingleParentTask:
+    """The paper's task for graphs in which no position has more than one parent.
+
+    Roots are drawn from the stationary distribution `mu`, position i from `pi(. | s_parent(i))`,
+    the query uniformly; the label is the row `pi(. | query)`.
+
+    Attributes:
+        graph: positions 0 ... T-2; the query is position T-1.
+        prior: what `pi` is drawn from, for every sequence anew.
+
+    Raises:
+        GraphError: a position with several parents, or a query with parents.
+
+    Example:
+        >>> from mechcausal.graphs import chain
+        >>> from mechcausal.priors import DirichletPrior
+        >>> task = SingleParentTask(chain(19), DirichletPrior.symmetric(0.1, vocab_size=10))
+        >>> task.sample(4, generator=torch.Generator().manual_seed(0)).tokens.shape
+        torch.Size([4, 20])
+    """
+
+    graph: CausalGraph
+    prior: Prior
+
+    def __post_init__(self) -> None:
+        if not self.graph.is_single_parent or self.graph.query_parents is not None:
+            raise GraphError(
+                "the single-parent task needs at most one parent for every position and a query "
+                f"without parents: found up to {self.graph.max_parents} parents, "
+                f"query parents {self.graph.query_parents}"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens S."""
+        return self.prior.vocab_size
+
+    @property
+    def sequence_length(self) -> int:
+        """Number of positions T, the query included."""
+        return self.graph.sequence_length
+
+    def sample(self, n_sequences: int, *, generator: torch.Generator) -> Batch:
+        """Draw sequences on the generator's device.
+
+        Work is vectorised over the batch and over all positions of equal depth in the graph.
+        """
+        transition = self.prior.sample(n_sequences, generator=generator)
+        return self.sample_given(transition, generator=generator)
+
+    def sample_given(
+        self, transition: Float[Tensor, "batch vocab vocab"], *, generator: torch.Generator
+    ) -> Batch:
+        """Draw one sequence from each of the given transition matrices."""
+        batch, vocab, _ = transition.shape
+        device = generator.device
+        offsets = torch.arange(batch, device=device) * vocab
+        thresholds = _cumulative(transition).view(batch * vocab, vocab)
+        root_thresholds = _cumulative(stationary_distribution(transition).to(transition.dtype))
+        shape = (self.sequence_length, batch, 1)
+        uniform = torch.rand(shape, generator=generator, device=device, dtype=transition.dtype)
+        # Position first: a level's positions are then contiguous rows.
+        tokens = torch.empty(self.sequence_length, batch, dtype=torch.int64, device=device)
+        for number, (positions, parents) in enumerate(self._levels(device)):
+            if number == 0:
+                rows = root_thresholds.unsqueeze(0)
+            else:
+                rows = thresholds[tokens[parents] + offsets]
+            tokens[positions] = (uniform[positions] >= rows[..., :-1]).sum(-1)
+        query = torch.randint(vocab, (batch,), generator=generator, device=device)
+        tokens[-1] = query
+        target = transition[torch.arange(batch, device=device), query]
+        return Batch(tokens.T.contiguous(), target, transition)
+
+    def _levels(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Positions of equal depth, roots first, each with its parents; kept for each device."""
+        if device not in self._level_cache:
+            parents = self.graph.parent_array()
+            self._level_cache[device] = [
+                (
+                    torch.tensor(level, device=device),
+                    torch.tensor([parents[i] for i in level], device=device),
+                )
+                for level in self.graph.levels
+            ]
+        return self._level_cache[device]
+
+    @cached_property
+    def _level_cache(self) -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
+        return {}
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    # The last entry is exactly 1, so that rounding never lets a draw fall behind the end.
+    cumulative = probabilities.cumsum(-1)
+    return cumulative / cumulative[..., -1:]
+
+
+def soft_cross_entropy(
+    prediction: Float[Tensor, "batch vocab"],
+    target: Float[Tensor, "batch vocab"],
+    *,
+    epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Mean cross entropy in nats of smoothed predictions against soft labels.
+
+    `-mean_b sum_s target_bs log((prediction_bs + epsilon) / (1 + S epsilon))`. The division makes
+    the smoothed prediction a distribution again, so that losses stay comparable with the Bayes
+    loss; it adds the constant `log(1 + S epsilon)` to the paper's loss and changes no gradient.
+    """
+    normaliser = math.log1p(prediction.shape[-1] * epsilon)
+    return normaliser - (target * (prediction + epsilon).log()).sum(-1).mean()

@@ -1,0 +1,312 @@
+"""What information theory predicts: pairwise information, and the attention gradient it implies.
+
+Given `pi`, every pair of positions with nearest common ancestor a at distances m and n has
+`P(s_i, s_j) = sum_a mu(a) pi^m(s_i | a) pi^n(s_j | a)`; pairs without a common ancestor are
+independent. Everything below is therefore exact given `pi`, and only the average over the prior
+needs Monte Carlo.
+
+With `D = diag(mu)`, `M = D^(1/2) pi D^(-1/2)`, `u = sqrt(mu)` and the deflated powers
+`C_0 = I - u u^T`, `C_m = (M - u u^T)^m`, the joint of a pair is
+`D^(-1/2) P D^(-1/2) - u u^T = C_m^T C_n`, from which (nothing is subtracted after the deflation)
+
+- chi-squared information: `|C_m^T C_n|^2 = <C_m C_m^T, C_n C_n^T>`,
+- the paper's `g_ij = E sum_ss' pi(s'|s) / mu(s') P(s_j = s, s_i = s') - 1 = <C_{m+1}, C_n>` for
+  a key j at distance m and a query i at distance n from their common ancestor.
+
+All pairs of distances are two Gram matrices, so the work depends on the number of distinct
+distances and not on T^2 S^3. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 4.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.priors import FixedTransition, Prior, stationary_distribution
+
+# Chunks of the average over the prior are chosen so that no intermediate has more entries.
+_MAX_ELEMENTS = 8_000_000
+
+
+@dataclass(frozen=True)
+class PairDistances:
+    """Distances of every pair of positions to their nearest common ancestor.
+
+    Attributes:
+        pairs: the distinct distances (m, n), m <= n.
+        index: for every pair of positions its row in `pairs`, -1 where no ancestor is common.
+        up: distance from position i to the common ancestor with j, at [i, j]; -1 where none.
+    """
+
+    pairs: Int[np.ndarray, "kinds 2"]
+    index: Int[np.ndarray, "pos pos"]
+    up: Int[np.ndarray, "pos pos"]
+
+
+def pair_distances(graph: CausalGraph) -> PairDistances:
+    """Distances to the nearest common ancestor, for forests of any depth, in O(n^2).
+
+    Raises:
+        GraphError: a position with several parents.
+    """
+    parents = graph.parent_array()
+    n = len(parents)
+    up = np.full((n, n), -1, dtype=np.int64)
+    for i, parent in enumerate(parents):
+        up[i, i] = 0
+        if parent >= 0:
+            # No earlier j descends from i, so i and its parent share their ancestor with j.
+            related = np.flatnonzero(up[parent, :i] >= 0)
+            up[i, related] = up[parent, related] + 1
+            up[related, i] = up[related, parent]
+    related = up >= 0
+    low, high = np.minimum(up, up.T), np.maximum(up, up.T)
+    keys, inverse = np.unique((low * n + high)[related], return_inverse=True)
+    index = np.full((n, n), -1, dtype=np.int64)
+    index[related] = inverse
+    return PairDistances(np.stack([keys // n, keys % n], axis=1), index, up)
+
+
+@dataclass(frozen=True)
+class PairwiseTheory:
+    """Information between positions and the attention gradient that follows from it.
+
+    Positions 0 ... n-1 are those of the graph, T = n + 1 includes the query. Averages over the
+    prior come with their standard error (0 for a fixed matrix).
+
+    Attributes:
+        graph: the causal graph.
+        n_priors: transition matrices averaged over.
+        chi2: chi-squared information `E sum P(x,y)^2 / (P(x)P(y)) - 1`, symmetric; the diagonal
+            is S - 1.
+        chi2_stderr: its standard error.
+        shannon: Shannon information in nats, symmetric; the diagonal is the entropy of `mu`.
+        shannon_stderr: its standard error.
+        g: the paper's g_ij at [query i, key j], 0 for j > i.
+        g_stderr: its standard error.
+        bound: `E sqrt(I_ij I_i,parent(i))`, which g_ij cannot exceed (Cauchy-Schwarz); itself at
+            most `E I_i,parent(i)` for j < i (data processing). 0 for j > i and in rows of roots.
+        predicted_gradient: `-dL/dA1` at A1 = 0, A2 = beta0 I, to leading order in 1/T, rows and
+            columns 0 ... T-1; 0 for j > i.
+    """
+
+    graph: CausalGraph
+    n_priors: int
+    chi2: Float[Tensor, "pos pos"]
+    chi2_stderr: Float[Tensor, "pos pos"]
+    shannon: Float[Tensor, "pos pos"]
+    shannon_stderr: Float[Tensor, "pos pos"]
+    g: Float[Tensor, "pos pos"]
+    g_stderr: Float[Tensor, "pos pos"]
+    bound: Float[Tensor, "pos pos"]
+    predicted_gradient: Float[Tensor, "query key"]
+
+    def predicted_edges(self, *, z_threshold: float = 4.0) -> tuple[tuple[int, int], ...]:
+        """The edges (parent, child) that theory says the gradient picks.
+
+        In each row the key with the largest g, where that lies before the query and above 0 by
+        `z_threshold` standard errors (rounding alone for a fixed matrix). Rows of roots have
+        g_ij = 0 exactly for every j < i, so they name no edge.
+        """
+        threshold = z_threshold * self.g_stderr + 1e-12
+        edges = []
+        for row in range(1, self.g.shape[0]):
+            key = int(self.g[row, : row + 1].argmax())
+            if key < row and self.g[row, key] > threshold[row, key]:
+                edges.append((key, row))
+        return tuple(edges)
+
+
+def pairwise_theory(
+    graph: CausalGraph,
+    prior: Prior,
+    *,
+    n_priors: int = 1000,
+    generator: torch.Generator | None = None,
+    beta0: float = 1.0,
+) -> PairwiseTheory:
+    """Average the exact information of every pair over the prior.
+
+    Args:
+        graph: at most one parent for every position.
+        prior: Dirichlet prior, or a fixed matrix (then one evaluation is exact).
+        n_priors: transition matrices to average over.
+        generator: source of the matrices; not needed for a fixed matrix.
+        beta0: initial scale of A2, a factor of the predicted gradient.
+
+    Raises:
+        GraphError: a position with several parents.
+        ValueError: `n_priors` < 2 for a Dirichlet prior.
+
+    Example:
+        >>> from mechcausal.graphs import chain
+        >>> sticky = FixedTransition(((0.9, 0.1), (0.1, 0.9)))
+        >>> theory = pairwise_theory(chain(3), sticky)
+        >>> [round(x, 4) for x in theory.chi2[2].tolist()]  # 0.8^4, 0.8^2, S - 1
+        [0.4096, 0.64, 1.0]
+        >>> theory.predicted_edges()
+        ((0, 1), (1, 2))
+    """
+    distances = pair_distances(graph)
+    if isinstance(prior, FixedTransition):
+        n_priors = 1
+    elif n_priors < 2:
+        raise ValueError(f"n_priors is {n_priors}: at least 2 are needed for a standard error")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    n_powers = int(distances.pairs.max()) + 2
+    chunk = max(1, _MAX_ELEMENTS // (n_powers * max(n_powers, prior.vocab_size**2)))
+    totals: dict[str, Tensor] = {}
+    for start in range(0, n_priors, chunk):
+        size = min(chunk, n_priors - start)
+        transition = prior.sample(size, generator=generator, dtype=torch.float64)
+        for name, values in _by_distance(transition, distances.pairs).items():
+            moments = torch.stack([values.sum(0), values.square().sum(0)])
+            totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
+    spread = {name: _mean_and_stderr(total, n_priors) for name, total in totals.items()}
+    index = torch.from_numpy(distances.index)
+    up = torch.from_numpy(distances.up)
+
+    def on_pairs(values: Tensor) -> Tensor:
+        return torch.where(index >= 0, values.cpu()[index.clamp(min=0)], 0.0)
+
+    # g and its bound depend on which of the two positions is the query: two tables, (m, n) with
+    # the key at the smaller distance m, and the other way round.
+    key_nearer = up.T <= up
+
+    def on_query_key(name: str, part: int) -> Tensor:
+        nearer, farther = spread[f"{name}_key_nearer"][part], spread[f"{name}_key_farther"][part]
+        return torch.where(key_nearer, on_pairs(nearer), on_pairs(farther)).tril()
+
+    g = on_query_key("g", 0)
+    has_parent = torch.tensor([bool(p) for p in graph.parents])
+    return PairwiseTheory(
+        graph=graph,
+        n_priors=n_priors,
+        chi2=on_pairs(spread["chi2"][0]),
+        chi2_stderr=on_pairs(spread["chi2"][1]),
+        shannon=on_pairs(spread["shannon"][0]),
+        shannon_stderr=on_pairs(spread["shannon"][1]),
+        g=g,
+        g_stderr=on_query_key("g", 1),
+        bound=torch.where(has_parent.unsqueeze(1), on_pairs(spread["bound"][0]).tril(), 0.0),
+        predicted_gradient=predicted_gradient(g, prior.vocab_size, beta0=beta0),
+    )
+
+
+def predicted_gradient(
+    g: Float[Tensor, "pos pos"], vocab_size: int, *, beta0: float = 1.0
+) -> Float[Tensor, "query key"]:
+    """Leading-order `-dL/dA1` at A1 = 0 and A2 = beta0 I.
+
+    Row i (counted from 1) is `beta0 / (S T i) (g_ij - mean_{k<=i} g_ik)` for keys j <= i, else 0.
+    The query's own token is uniform and independent of the sequence; its row is 0 to this order
+    except at the query's own key.
+    """
+    n = g.shape[0]
+    length = n + 1
+    gradient = g.new_zeros(length, length)
+    size = torch.arange(1, n + 1, dtype=g.dtype, device=g.device).unsqueeze(1)
+    centred = (g - g.sum(1, keepdim=True) / size).tril()
+    gradient[:n, :n] = beta0 / (vocab_size * length * size) * centred
+    return gradient
+
+
+def named_edges(
+    gradient: Float[Tensor, "pos pos"],
+    stderr: Float[Tensor, "pos pos"],
+    *,
+    significance: float = 0.01,
+    min_effect: float = 0.5,
+) -> tuple[tuple[int, int], ...]:
+    """The edges (parent, child) that a measured gradient names, roots told from non-roots.
+
+    A row names its largest key if that lies before the query and passes two tests:
+
+    1. it exceeds the row's mean by chance with probability below `significance` (one-sided z test,
+       Bonferroni over the row's keys);
+    2. its contrast to the row's other keys is at least `min_effect` times that of a typical edge,
+       the upper quartile over the rows that pass the first test. Rows of roots carry a bias of
+       order 1/T, because the prediction f contains the very tokens compared; with enough
+       sequences that is significant too, but small against an edge.
+
+    Args:
+        gradient: descent direction by [query, key] over the graph's positions, centred by row over
+            keys j <= i, in a unit common to all rows: the gradient with respect to the pattern, or
+            with respect to A1 at A1 = 0 with row i multiplied by its i keys.
+        stderr: standard error of every entry.
+        significance: probability that a row without any signal passes the first test.
+        min_effect: share of a typical edge's contrast.
+    """
+    n = gradient.shape[0]
+    hidden = torch.ones(n, n, dtype=torch.bool, device=gradient.device).triu(1)
+    top, key = gradient.masked_fill(hidden, -torch.inf).max(1)
+    score = (top / stderr.gather(1, key.unsqueeze(1)).squeeze(1)).tolist()
+    # Among i + 1 keys the centred value of one is i / (i + 1) of its contrast to the others.
+    contrast = [value * (i + 1) / max(i, 1) for i, value in enumerate(top.tolist())]
+    passing = [
+        i for i in range(1, n) if score[i] > stats.norm.isf(significance / (i + 1))
+    ]  # row 0 has no key but itself
+    if not passing:
+        return ()
+    typical = float(np.quantile([contrast[i] for i in passing], 0.75))
+    keys = key.tolist()
+    return tuple(
+        (keys[i], i) for i in passing if keys[i] < i and contrast[i] >= min_effect * typical
+    )
+
+
+def _mean_and_stderr(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean = moments[0] / count
+    if count == 1:
+        return mean, torch.zeros_like(mean)
+    variance = (moments[1] / count - mean.square()).clamp(min=0) * count / (count - 1)
+    return mean, (variance / count).sqrt()
+
+
+def _by_distance(
+    transition: Float[Tensor, "prior vocab vocab"], pairs: Int[np.ndarray, "kinds 2"]
+) -> dict[str, Float[Tensor, "prior kinds"]]:
+    """Every quantity at every distinct pair of distances (m, n), m <= n, for each matrix."""
+    near, far = (torch.from_numpy(column).to(transition.device) for column in pairs.T)
+    mu = stationary_distribution(transition)
+    root = mu.sqrt()
+    eye = torch.eye(mu.shape[1], dtype=mu.dtype, device=mu.device)
+    top = root.unsqueeze(2) * root.unsqueeze(1)
+    deflated = root.unsqueeze(2) * transition / root.unsqueeze(1) - top
+    powers = [eye - top]
+    for _ in range(int(pairs.max()) + 1):
+        powers.append(powers[-1] @ deflated)
+    c = torch.stack(powers, dim=1)  # prior power vocab vocab
+    flat = c.flatten(2)
+    gram = (c @ c.mT).flatten(2)
+    chi2 = (gram @ gram.mT)[:, near, far]
+    overlap = flat @ flat.mT
+    direct = overlap[:, 1, 1].unsqueeze(1)  # information between a position and its parent
+    bound = (chi2 * direct).clamp(min=0).sqrt()
+    return {
+        "chi2": chi2,
+        "g_key_nearer": overlap[:, near + 1, far],
+        "g_key_farther": overlap[:, far + 1, near],
+        "bound": bound,
+        "shannon": _shannon(mu, c[:, :-1], near, far),
+    }
+
+
+def _shannon(mu: Tensor, c: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """`sum P log(P / (P_x P_y))` with `P / sqrt(P_x P_y) = u u^T + C_m^T C_n`."""
+    root = mu.sqrt().unsqueeze(1)
+    chunk = max(1, _MAX_ELEMENTS // (mu.shape[0] * mu.shape[1] ** 2))
+    parts = []
+    for start in range(0, len(near), chunk):
+        deviation = c[:, near[start : start + chunk]].mT @ c[:, far[start : start + chunk]]
+        independent = root.unsqueeze(3) * root.unsqueeze(2)
+        # ratio = P / (P_x P_y); deviation / independent is 0/0 only where P itself is 0.
+        excess = deviation / independent.clamp(min=1e-300)
+        joint = independent * independent * (1 + excess).clamp(min=0)
+        parts.append((joint * excess.clamp(min=-1).log1p()).nan_to_num(0.0).sum((2, 3)))
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,354 @@
+"""The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechcausal import report
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.observer import Observer
+from mechcausal.recipes import ProbingSection, Recipe, RecipeError, StageSection, load_recipe
+from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from mechcausal.theory import PairwiseTheory, pairwise_theory
+from mechcausal.tracking import (
+    RunRecord,
+    State,
+    Value,
+    new_run_folder,
+    resolve_mode,
+    stop_on_signals,
+)
+
+FORMATION_THRESHOLD = 0.5
+MATRICES_FILE = "matrices.safetensors"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message says at which step."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress display may show: sent before every step.
+
+    Attributes:
+        step: steps done.
+        n_steps: steps of the whole run.
+        stage: what is being trained.
+        figures: of the last probe step.
+    """
+
+    step: int
+    n_steps: int
+    stage: str
+    figures: dict[str, Value]
+
+
+@dataclass
+class RunResult:
+    """A run that ended.
+
+    Attributes:
+        folder: where its record lies.
+        state: finished, or interrupted by a signal.
+        signal: number of that signal.
+        summary: last figures, the first probe step's under "first", and the run's own facts.
+        history: a dict of figures for every probe step.
+        model: as trained.
+        task: what it was trained on.
+        theory: what information theory predicted.
+        warnings: what went wrong with recording.
+        wandb_folder: W&B's folder; None when disabled.
+        url: the W&B page, when online.
+    """
+
+    folder: Path
+    state: State
+    signal: int | None
+    summary: dict[str, Any]
+    history: list[dict[str, Value]]
+    model: SimplifiedTransformer
+    task: SingleParentTask
+    theory: PairwiseTheory
+    warnings: list[str] = field(default_factory=list)
+    wandb_folder: Path | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of gradient descent: which parameters, how, from which step on."""
+
+    name: str
+    parameters: tuple[str, ...]
+    section: StageSection
+    start: int
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Train a recipe's model and record everything that was seen on the way.
+
+    Args:
+        recipe: a recipe, the path of one, or the name of one that comes along.
+        out: the run's folder; `runs/<recipe>/<run-id>` when absent.
+        on_progress: called before every step.
+
+    Returns:
+        The run; its folder holds recipe.toml, metrics.jsonl, summary.json, figures/, the final
+        weights (model/) and the W&B run.
+
+    Raises:
+        RecipeError, GraphError, PriorError, TrackingError, RunFolderError: bad input, before
+            anything was trained.
+        NonFiniteLossError: the loss became NaN or infinite; all rows logged so far are kept.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    device = _device(recipe.device)
+    mode = resolve_mode(recipe.wandb.mode)
+    task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
+    training_data, evaluation, theory_data = _generators(recipe.seed, device)
+    folder = new_run_folder(recipe, out)
+
+    with stop_on_signals() as stop:
+        record = RunRecord(folder, recipe, mode)
+        theory = pairwise_theory(
+            task.graph,
+            task.prior,
+            n_priors=recipe.evaluation.theory_priors,
+            generator=theory_data,
+            beta0=recipe.training.beta0,
+        )
+        model = SimplifiedTransformer(task.vocab_size, task.sequence_length, device=device)
+        model.initialise(beta0=recipe.training.beta0)
+        observer = Observer(
+            model,
+            task,
+            theory,
+            n_sequences=recipe.evaluation.n_sequences,
+            epsilon=recipe.training.epsilon,
+            bayes_draws=recipe.evaluation.bayes_draws,
+            generator=evaluation,
+        )
+        album = _Album(record, observer, recipe)
+        state: State = "failed"
+        step = 0
+        try:
+            for stage, optimizer, last in _schedule(recipe, model):
+                if stop.received is not None:
+                    break
+                batch = task.sample(recipe.training.batch_size, generator=training_data)
+                loss = soft_cross_entropy(
+                    model(batch.tokens), batch.target, epsilon=recipe.training.epsilon
+                )
+                train_loss = loss.item()
+                if not math.isfinite(train_loss):
+                    raise NonFiniteLossError(_diagnosis(step, stage, train_loss))
+                if step in album.steps:
+                    album.add(step, train_loss)
+                if on_progress is not None:
+                    on_progress(Progress(step, album.last_step, stage.name, album.latest))
+                if last:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+            state = "finished" if step == album.last_step else "interrupted"
+            model.save(folder / "model")
+        finally:
+            album.save(folder)
+            summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
+            record.finish(summary, state)
+    return RunResult(
+        folder=folder,
+        state=state,
+        signal=None if state == "finished" or stop.received is None else int(stop.received),
+        summary=summary,
+        history=album.history,
+        model=model,
+        task=task,
+        theory=theory,
+        warnings=record.warnings,
+        wandb_folder=record.wandb_folder,
+        url=record.url,
+    )
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe's algorithm, in order; empty ones are left out."""
+    training = recipe.training
+    if training.algorithm == "joint":
+        plan = [("joint", ("A1", "A2"), training.joint)]
+    else:
+        plan = [("stage1", ("A1",), training.stage1), ("stage2", ("A2",), training.stage2)]
+    result: list[Stage] = []
+    start = 0
+    for name, parameters, section in plan:
+        if section.steps:
+            result.append(Stage(name, parameters, section, start))
+            start += section.steps
+    return result
+
+
+def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
+    """The steps at which the model is looked at: the first and last, and by the schedule.
+
+    Each stage starts with `dense` probe steps in a row; then follow every `every`-th step, or with
+    the geometric schedule those at 1, 2, 4, 8, ... from the stage's start.
+    """
+    end = plan[-1].start + plan[-1].section.steps if plan else 0
+    steps = {0, end}
+    for stage in plan if probing.enabled else ():
+        offsets = set(range(min(probing.dense, stage.section.steps)))
+        if probing.schedule == "every":
+            offsets |= set(range(0, stage.section.steps, probing.every))
+        else:
+            offsets |= {2**k for k in range(stage.section.steps.bit_length())}
+        steps |= {stage.start + offset for offset in offsets if offset < stage.section.steps}
+    return sorted(steps)
+
+
+class _Album:
+    """Takes the looks at the model, and keeps what was seen."""
+
+    def __init__(self, record: RunRecord, observer: Observer, recipe: Recipe) -> None:
+        self.history: list[dict[str, Value]] = []
+        self.latest: dict[str, Value] = {}
+        self._record = record
+        self._observer = observer
+        self._recipe = recipe
+        ordered = probe_steps(recipe.probing, stages(recipe))
+        self.steps = frozenset(ordered)
+        self.last_step = ordered[-1]
+        count = min(max(recipe.probing.images, 2), len(ordered))
+        picked = np.linspace(0, len(ordered) - 1, count).round().astype(int)
+        self._image_steps = {ordered[i] for i in picked}
+        self._matrices: dict[int, dict[str, Tensor]] = {}
+        self._formation_step: int | None = None
+
+    def add(self, step: int, train_loss: float) -> None:
+        """Look at the model, and write the row."""
+        figures: dict[str, Value] = {"loss/train": train_loss}
+        images: dict[str, np.ndarray | Path] = {}
+        if self._recipe.probing.enabled:
+            observation = self._observer.observe()
+            figures |= observation.figures
+            if self._formation_step is None and (
+                observation.figures["induction/score"] >= FORMATION_THRESHOLD
+            ):
+                self._formation_step = step
+            figures["induction/formation_step"] = self._formation_step
+            if step in self._image_steps:
+                self._matrices[step] = observation.matrices
+                images |= report.heatmaps(observation.matrices, self._observer.theory)
+        else:
+            figures |= self._observer.losses()
+        self.latest = figures
+        self.history.append({"train/step": step} | figures)
+        if step == self.last_step and self._recipe.probing.enabled:
+            images |= report.draw_figures(
+                self._record.folder / "figures",
+                recipe=self._recipe,
+                theory=self._observer.theory,
+                history=self.history,
+                matrices=self._matrices,
+                stage_starts=[stage.start for stage in stages(self._recipe)],
+            )
+        self._record.log(step, figures, images)
+
+    def save(self, folder: Path) -> None:
+        """Write the matrices that were kept: `<step>/<name>`, and theory's."""
+        theory = self._observer.theory
+        tensors = {
+            f"{step:08d}/{name}": matrix.contiguous()
+            for step, matrices in self._matrices.items()
+            for name, matrix in matrices.items()
+        }
+        tensors |= {
+            "theory/chi2": theory.chi2,
+            "theory/shannon": theory.shannon,
+            "theory/g": theory.g,
+            "theory/gradient": theory.predicted_gradient,
+        }
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / MATRICES_FILE)
+
+    def summary(self) -> dict[str, Any]:
+        """The last row's figures, and the first's under "first"."""
+        if not self.history:
+            return {}
+        first, last = ({k: v for k, v in row.items()} for row in (self.history[0], self.history[-1]))
+        return {**last, "first": first}
+
+
+def _schedule(
+    recipe: Recipe, model: SimplifiedTransformer
+) -> Iterator[tuple[Stage, torch.optim.Optimizer, bool]]:
+    """Stage and optimizer of every step; after the last one once more, to look at the result."""
+    plan = stages(recipe)
+    if not plan:
+        raise RecipeError("training: no steps in any stage: nothing to train")
+    for stage in plan:
+        parameters = [model.parameters_by_name[name] for name in stage.parameters]
+        optimizer = _optimizer(stage.section, parameters)
+        with model.training_only(stage.parameters):
+            for _ in range(stage.section.steps):
+                yield stage, optimizer, False
+            if stage is plan[-1]:
+                yield stage, optimizer, True
+
+
+def _optimizer(
+    section: StageSection, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    if section.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=section.lr)
+    return torch.optim.SGD(parameters, lr=section.lr)
+
+
+def _diagnosis(step: int, stage: Stage, loss: float) -> str:
+    return (
+        f"the loss became {loss} at step {step} ({stage.name}, {stage.section.optimizer} with "
+        f"lr {stage.section.lr:g}): try a smaller learning rate or a larger epsilon; "
+        "every row before it is kept"
+    )
+
+
+def _device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            raise RecipeError(f"device: {name} is not there; available: {there}")
+    return device
+
+
+def _generators(
+    seed: int, device: torch.device
+) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
+    """Independent generators for training data, evaluation and theory (on the CPU)."""
+    seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
+    places = (device, device, torch.device("cpu"))
+    first, second, third = (
+        torch.Generator(device=place).manual_seed(number)
+        for place, number in zip(places, seeds, strict=True)
+    )
+    return first, second, third

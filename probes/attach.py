@@ -1,0 +1,176 @@
+"""Attach probes to a model for the length of a `with` block.
+
+Hooks are registered with torch itself on the model's hook points, not through
+`HookPoint.add_hook`: `model.reset_hooks()` and `model.hooks()` inside the block then cannot
+remove ours, and leaving the block removes ours alone. The backward side is a hook on the
+activation's own gradient rather than a module backward hook, which would make every activation
+a view that other people's hooks may no longer change in place.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias, TypeVarTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from probes.errors import ProbeError
+from probes.hook_names import TOKENS, hook_points
+from probes.labelled import LabelledTensor
+
+BackwardHook: TypeAlias = Callable[[Tensor], None]
+"""Receives the detached gradient of the loss with respect to one activation; must not change it."""
+
+ForwardHook: TypeAlias = Callable[[Tensor], BackwardHook | None]
+"""Receives a detached activation; may return what to call with that same activation's gradient."""
+
+
+class Probe(ABC):
+    """An instrument: hooks that read, and a reading of what they saw.
+
+    A probe accumulates over every pass made while it is attached, in one `with` block or in
+    several, until `reset()`. Hooks get detached tensors which share memory with the model:
+    they read them and never write.
+    """
+
+    _attached = False
+
+    @abstractmethod
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        """What to call at which hook point of `model` (`hook_names.TOKENS`: with the tokens).
+
+        Raises:
+            ProbeError: the model lacks what this probe reads.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget every pass seen so far."""
+
+    @abstractmethod
+    def reading(self) -> LabelledTensor:
+        """What was seen since the last reset.
+
+        Raises:
+            ProbeError: nothing was seen yet.
+        """
+
+
+Probes = TypeVarTuple("Probes")
+
+
+@contextmanager
+def attach(model: nn.Module, *probes: *Probes) -> Iterator[tuple[*Probes]]:
+    """Let probes read every forward and backward pass made inside the block.
+
+    All of them share the passes that the caller makes. On leaving the block, by whatever
+    exception too, exactly the hooks added here are gone; hooks of others are not touched, and
+    blocks may be nested. A gradient probe also works on a model whose parameters are frozen.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        *probes: the probes to attach; they keep what they saw after the block.
+
+    Yields:
+        The probes.
+
+    Raises:
+        ProbeError: the model lacks what a probe reads, or a probe is already attached.
+
+    >>> import warnings
+    >>> from transformer_lens import HookedTransformer
+    >>> from probes import AttentionGradient, AttentionPattern
+    >>> sizes = {"n_layers": 2, "n_heads": 1, "d_model": 4, "d_head": 4, "n_ctx": 5, "d_vocab": 3}
+    >>> with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    ...     model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
+    >>> tokens = torch.tensor([[0, 1, 2, 0, 1], [2, 2, 1, 0, 0]])
+    >>> with attach(model, AttentionPattern(), AttentionGradient()) as (pattern, gradient):
+    ...     model(tokens, return_type="loss").backward()
+    >>> pattern.reading()
+    LabelledTensor(attention_pattern: layer=2 (0, 1), batch=2, head=1, query=5, key=5; float32)
+    >>> gradient.reading().sel(layer=0, head=0, query=0).values.tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    session = _Session()
+    with ExitStack() as stack:
+        stack.callback(session.end)
+        points = hook_points(model)
+        for probe in cast(tuple[Probe, ...], probes):
+            if probe._attached:
+                raise ProbeError(
+                    f"this {type(probe).__name__} is already attached: use a second one"
+                )
+            probe._attached = True
+            stack.callback(setattr, probe, "_attached", False)
+            for name, hook in probe.hooks(model).items():
+                stack.callback(_register(model, points, name, hook, session).remove)
+        yield probes
+
+
+class _Session:
+    """Whether the block is still open: a graph made inside it may be used after it."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def end(self) -> None:
+        self.open = False
+
+
+def _register(
+    model: nn.Module,
+    points: Mapping[str, nn.Module],
+    name: str,
+    hook: ForwardHook,
+    session: _Session,
+) -> RemovableHandle:
+    if name == TOKENS:
+        embed = getattr(model, TOKENS, None)
+        if not isinstance(embed, nn.Module):
+            raise ProbeError(f"{type(model).__name__} has no token embedding ({TOKENS!r})")
+        return embed.register_forward_pre_hook(_reads_tokens(hook), with_kwargs=True)
+    if name not in points:
+        raise ProbeError(f"{type(model).__name__} has no hook point {name!r}")
+    return points[name].register_forward_hook(_reads_activation(hook, session))
+
+
+def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        hook(tokens.detach())
+
+    return read
+
+
+def _reads_activation(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
+    def read(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            backward = hook(_converted(point, activation.detach()))
+        if backward is None or not torch.is_grad_enabled():
+            return None
+
+        def on_gradient(gradient: Tensor) -> None:
+            if session.open:
+                with torch.no_grad():
+                    backward(_converted(point, gradient.detach()))
+
+        if activation.requires_grad:
+            activation.register_hook(on_gradient)
+            return None
+        # Nothing before this point is trainable: the same numbers as a new leaf of the graph.
+        leaf = activation.detach().requires_grad_()
+        leaf.register_hook(on_gradient)
+        return leaf
+
+    return read
+
+
+def _converted(point: nn.Module, values: Tensor) -> Tensor:
+    """Bridges may keep an activation in another layout than the one TransformerLens names."""
+    conversion: Any = getattr(point, "hook_conversion", None)
+    if conversion is None:
+        return values
+    converted: Tensor = conversion.convert(values)
+    return converted

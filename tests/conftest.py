@@ -1,0 +1,53 @@
+"""What holds for every test: shapes are checked, seeds are fixed, nothing reaches the network."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Checks every annotation, tensor shapes included, at each call; has to precede the first import of
+# either package.
+install_import_hook(["mechcausal", "probes"], "beartype.beartype")
+
+settings.register_profile("mechcausal", deadline=None, derandomize=True)
+settings.load_profile("mechcausal")
+
+# A developer's own W&B settings must not steer a test, nor a test send anything to an account.
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]
+os.environ |= {
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Let a socket connect within this machine only; W&B talks to its own service that way."""
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        local = self.family not in (socket.AF_INET, socket.AF_INET6) or (
+            isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1", "localhost")
+        )
+        if not local:
+            raise OSError(f"tests have no network: {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's folder."""
+    return Path(__file__).parents[1]

@@ -1,0 +1,272 @@
+"""Patterns and gradients against numbers worked out by hand, and against autograd."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from probes import AttentionGradient, AttentionPattern, ProbeError, attach
+
+close = torch.testing.assert_close
+TOKENS = torch.tensor([[0, 1, 0], [1, 1, 0]])
+
+
+def first_logit(model: HookedTransformer, tokens: Tensor = TOKENS) -> Tensor:
+    """The sum over sequences of token 0's logit at the last position."""
+    loss: Tensor = model(tokens)[:, -1, 0].sum()
+    return loss
+
+
+def test_pattern_of_the_hand_made_model(by_hand: HookedTransformer):
+    with attach(by_hand, AttentionPattern()) as (pattern,):
+        by_hand(TOKENS)
+    reading = pattern.reading()
+    assert reading.shape == {"layer": 1, "batch": 2, "head": 1, "query": 3, "key": 3}
+    expected = torch.tensor([[1, 0, 0], [0.25, 0.75, 0], [0.25, 0.5, 0.25]])
+    close(reading.sel(layer=0, batch=1, head=0).values, expected)
+
+
+def test_gradients_of_the_hand_made_model(by_hand: HookedTransformer):
+    # Last row: the logit is Σ_j p_j [t_j = 0], so ∂/∂p_j = [t_j = 0] =: g_j and, with
+    # p = (1/4, 1/2, 1/4), ∂/∂score_j = p_j (g_j - Σ p g): p·g = 1/2, then 1/4.
+    scores, pattern = AttentionGradient(), AttentionGradient("pattern")
+    with attach(by_hand, scores, pattern):
+        first_logit(by_hand).backward()
+    sequences = torch.tensor([[0.125, -0.25, 0.125], [-0.0625, -0.125, 0.1875]])
+    last = {"layer": 0, "head": 0, "query": 2}
+    close(scores.reading().sel(**last).values, sequences.sum(0))
+    # Of two numbers a, b: sqrt(2 s²) = |a - b|.
+    close(scores.stderr().sel(**last).values, (sequences[0] - sequences[1]).abs())
+    close(pattern.reading().sel(**last).values, torch.tensor([1.0, 0.0, 2.0]))
+    close(pattern.stderr().sel(**last).values, torch.tensor([1.0, 0.0, 0.0]))
+    assert not scores.reading().values[..., :2, :].any()
+    assert pattern.reading().name == "attention_gradient_pattern"
+
+
+def test_gradient_with_respect_to_scores_equals_finite_differences(by_hand: HookedTransformer):
+    with attach(by_hand, AttentionGradient()) as (gradient,):
+        first_logit(by_hand).backward()
+    weights = by_hand.blocks[0].attn.W_Q.data[0, 2:]  # scores[i, j] of every sequence
+    step = 1e-2
+    for key in range(3):
+        values = []
+        for sign in (1, -1):
+            weights[2, key] += sign * step
+            values.append(first_logit(by_hand).item())
+            weights[2, key] -= sign * step
+        slope = (values[0] - values[1]) / (2 * step)
+        measured = gradient.reading().values[0, 0, 2, key].item()
+        assert measured == pytest.approx(slope, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrt", ["scores", "pattern"])
+def test_gradient_equals_autograd_and_stderr_the_loop_over_sequences(
+    model: HookedTransformer, tokens: Tensor, wrt: Any
+):
+    def sequence_gradients() -> Tensor:
+        kept: dict[str, Tensor] = {}
+        names = [f"blocks.{layer}.attn.hook_{'attn_' * (wrt == 'scores')}{wrt}" for layer in (0, 1)]
+        keep: list[Any] = [(name, lambda x, hook: kept.update({hook.name: x})) for name in names]
+        loss = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=keep)
+        gradients = torch.autograd.grad(loss, [kept[name] for name in names])
+        return torch.stack(gradients).double().tril()
+
+    with attach(model, AttentionGradient(wrt)) as (gradient,):
+        model(tokens, return_type="loss").backward()
+    expected = sequence_gradients()
+    close(gradient.reading().values, expected.sum(1).float())
+    n = len(tokens)
+    mean = sum(expected[:, b] for b in range(n)) / n
+    variance = sum((expected[:, b] - mean) ** 2 for b in range(n)) / (n - 1)
+    close(gradient.stderr().values, torch.as_tensor(n * variance).sqrt().float())
+
+
+@pytest.mark.parametrize("wrt", ["scores", "pattern"])
+def test_masked_entries_of_a_gradient_are_exact_zeros(
+    model: HookedTransformer, tokens: Tensor, wrt: Any
+):
+    with attach(model, AttentionGradient(wrt)) as (gradient,):
+        model(tokens, return_type="loss").backward()
+    masked = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    for values in (gradient.reading().values, gradient.stderr().values):
+        assert not values[..., masked].any()
+        assert values[..., ~masked].any()
+
+
+def test_rows_masked_from_end_to_end_by_padding_give_zeros(
+    model: HookedTransformer, tokens: Tensor
+):
+    padding = torch.ones_like(tokens)
+    padding[0, :2] = 0
+    probes = AttentionGradient(), AttentionGradient("pattern")
+    with attach(model, *probes):
+        model(tokens, attention_mask=padding, padding_side="left")[:, -1].square().sum().backward()
+    for probe in probes:
+        assert probe.reading().values.isfinite().all()
+        assert probe.stderr().values.isfinite().all()
+
+
+def test_batches_accumulate(model: HookedTransformer, tokens: Tensor):
+    def loss(batch: Tensor) -> Tensor:
+        total: Tensor = model(batch).square().sum()
+        return total
+
+    whole = AttentionPattern(), AttentionPattern(reduce="mean"), AttentionGradient()
+    parts = AttentionPattern(), AttentionPattern(reduce="mean"), AttentionGradient()
+    with attach(model, *whole):
+        loss(tokens).backward()
+    for batch in (tokens[:1], tokens[1:]):
+        with attach(model, *parts):
+            loss(batch).backward()
+    for i in range(3):
+        assert whole[i].reading().axes == parts[i].reading().axes
+        close(whole[i].reading().values, parts[i].reading().values)
+    close(whole[2].stderr().values, parts[2].stderr().values, atol=1e-4, rtol=1e-4)
+    assert (whole[2].batches, parts[2].batches) == (1, 2)
+    close(whole[1].reading().values, whole[0].reading().mean("batch").values)
+    parts[2].reset()
+    with pytest.raises(ProbeError, match="no backward pass seen"):
+        parts[2].reading()
+
+
+def test_chosen_layers_keep_their_number(model: HookedTransformer, tokens: Tensor):
+    everywhere, second = AttentionPattern(), AttentionPattern(1)
+    with attach(model, everywhere, second):
+        model(tokens)
+    assert second.reading().coords == {"layer": (1,)}
+    close(second.reading().sel(layer=1).values, everywhere.reading().sel(layer=1).values)
+
+
+def test_a_frozen_model_can_be_probed_and_stays_as_it_is(model: HookedTransformer, tokens: Tensor):
+    trained, frozen = AttentionGradient(), AttentionGradient()
+    with attach(model, trained):
+        model(tokens, return_type="loss").backward()
+    model.zero_grad()
+    model.requires_grad_(False)
+    with attach(model, frozen):
+        model(tokens, return_type="loss").backward()
+    close(frozen.reading().values, trained.reading().values)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_readings_keep_no_graph_and_are_at_least_float32(build: Any, tokens: Tensor):
+    model = build(dtype=torch.bfloat16)
+    probes = AttentionPattern(reduce="mean"), AttentionGradient()
+    with attach(model, *probes):
+        model(tokens, return_type="loss").backward()
+    for probe in probes:
+        assert not probe.reading().values.requires_grad
+        assert probe.reading().values.dtype == torch.float32
+
+
+def test_float64_gradients_are_not_changed_in_place(build: Any, tokens: Tensor):
+    model = build(dtype=torch.float64)
+    model(tokens, return_type="loss").backward()
+    weight = model.blocks[0].attn.W_Q
+    alone = torch.autograd.grad(model(tokens, return_type="loss"), weight)[0]
+    with attach(model, AttentionGradient(), AttentionGradient("pattern"), AttentionPattern()):
+        probed = torch.autograd.grad(model(tokens, return_type="loss"), weight)[0]
+    assert torch.equal(alone, probed)
+
+
+def test_two_forward_passes_before_one_backward(model: HookedTransformer, tokens: Tensor):
+    separate, together = AttentionGradient("pattern"), AttentionGradient("pattern")
+    padding = torch.ones_like(tokens)
+    padding[:, :2] = 0
+
+    def plain() -> Tensor:
+        loss: Tensor = model(tokens)[:, -1].square().sum()
+        return loss
+
+    def padded() -> Tensor:
+        logits = model(tokens, attention_mask=padding, padding_side="left")
+        loss: Tensor = logits[:, -1].square().sum()
+        return loss
+
+    with attach(model, separate):
+        plain().backward()
+        padded().backward()
+    with attach(model, together):
+        (plain() + padded()).backward()
+    close(together.reading().values, separate.reading().values)
+
+
+class TestErrorsAreOneClearLine:
+    def test_reading_before_a_pass(self, model: HookedTransformer, tokens: Tensor):
+        gradient = AttentionGradient()
+        with pytest.raises(ProbeError, match="no backward pass seen yet"):
+            gradient.reading()
+        with attach(model, gradient), torch.no_grad():
+            model(tokens)
+        with pytest.raises(ProbeError, match="no backward pass seen yet"):
+            gradient.reading()
+        with pytest.raises(ProbeError, match="no forward pass seen yet"):
+            AttentionPattern().reading()
+
+    @pytest.mark.parametrize("layer", [2, -1])
+    def test_a_layer_that_does_not_exist(self, model: HookedTransformer, layer: int):
+        with (
+            pytest.raises(
+                ProbeError, match=f"layer {layer} does not exist: the model has 2 layers"
+            ),
+            attach(model, AttentionPattern(layer)),
+        ):
+            pass
+
+    def test_a_model_without_attention(self, model: HookedTransformer):
+        for without in (torch.nn.Linear(2, 2), model.unembed):
+            with pytest.raises(ProbeError, match="has no hook points"), attach(without):
+                pass
+        del model.hook_dict["blocks.1.attn.hook_pattern"]
+        with (
+            pytest.raises(ProbeError, match=r"layer 1 has no attention; layers that have: \[0\]"),
+            attach(model, AttentionPattern([0, 1])),
+        ):
+            pass
+        del model.hook_dict["blocks.0.attn.hook_pattern"]
+        with pytest.raises(ProbeError, match="no attention"), attach(model, AttentionPattern()):
+            pass
+
+    def test_a_pass_that_did_not_reach_every_layer(self, model: HookedTransformer, tokens: Tensor):
+        pattern = AttentionPattern()
+        with attach(model, pattern):
+            model(tokens, stop_at_layer=1)
+        with pytest.raises(ProbeError, match=r"did not reach every layer .*\{0: 1, 1: 0\}"):
+            pattern.reading()
+
+    def test_batches_of_different_length(self, model: HookedTransformer, tokens: Tensor):
+        with attach(model, AttentionPattern()):
+            model(tokens)
+            with pytest.raises(ProbeError, match="call reset"):
+                model(tokens[:, :4])
+
+    def test_standard_error_of_one_sequence(self, model: HookedTransformer, tokens: Tensor):
+        with attach(model, AttentionGradient()) as (gradient,):
+            model(tokens[:1], return_type="loss").backward()
+        with pytest.raises(ProbeError, match="at least two sequences"):
+            gradient.stderr()
+
+    def test_another_model_with_other_layers(
+        self, model: HookedTransformer, build: Any, tokens: Tensor
+    ):
+        pattern = AttentionPattern()
+        with attach(model, pattern):
+            model(tokens)
+        with pytest.raises(ProbeError, match="call reset"), attach(build(n_layers=1), pattern):
+            pass
+        pattern.reset()
+        with attach(build(n_layers=1), pattern):
+            pass
+
+
+def test_a_saturated_head_keeps_its_pattern_gradient(by_hand: HookedTransformer):
+    by_hand.blocks[0].attn.W_Q.data[0, 4, 1] = 500.0
+    scores, pattern = AttentionGradient(), AttentionGradient("pattern")
+    with attach(by_hand, scores, pattern):
+        first_logit(by_hand).backward()
+    assert not scores.reading().values.any()
+    assert pattern.reading().values[0, 0, 2].tolist() == [1.0, 0.0, 2.0]
+    assert math.isclose(by_hand(TOKENS)[0, 2, 1].item(), 1.0)
