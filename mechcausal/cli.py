@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import tyro
 
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{command}: unknown command; allowed: {', '.join(commands)}")
     try:
         return commands[command](rest)
-    except _Refused as refusal:
+    except _RefusedError as refusal:
         return _complain(str(refusal))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Input that a command refuses; one line."""
 
 
@@ -83,13 +83,13 @@ def _parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T 
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                kind, prog=f"mechcausal {command}", args=list(arguments), default=default
-            )
+            prog = f"mechcausal {command}"
+            parsed = tyro.cli(kind, prog=prog, args=list(arguments), default=default)
+            return cast(T, parsed)
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        raise _Refused(_first_lines(errors.getvalue())) from None
+        raise _RefusedError(_first_lines(errors.getvalue())) from None
 
 
 def _first_lines(box: str) -> str:
@@ -125,7 +125,7 @@ def _train(arguments: list[str]) -> int:
     # Values on the command line override those of the recipe: read which recipe it is first.
     target = _parse(Train, arguments, command="train").recipe
     if not target:
-        raise _Refused(f"train needs a recipe: a file, or {', '.join(packaged_recipes())}")
+        raise _RefusedError(f"train needs a recipe: a file, or {', '.join(packaged_recipes())}")
     try:
         start = Train(values=load_recipe(target))
         options = _parse(Train, arguments, command="train", default=start)
@@ -134,11 +134,11 @@ def _train(arguments: list[str]) -> int:
             values["wandb"]["mode"] = options.wandb_mode
         recipe = parse_recipe(values, source="command line")
     except RecipeError as error:
-        raise _Refused(str(error)) from None
-    return _run_training(recipe, options.out, quiet=options.quiet)
+        raise _RefusedError(str(error)) from None
+    return _run_training(recipe, target, options.out, quiet=options.quiet)
 
 
-def _run_training(recipe: Recipe, out: Path | None, *, quiet: bool) -> int:
+def _run_training(recipe: Recipe, source: str, out: Path | None, *, quiet: bool) -> int:
     print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
     from mechcausal.graphs import GraphError
     from mechcausal.priors import PriorError
@@ -148,8 +148,10 @@ def _run_training(recipe: Recipe, out: Path | None, *, quiet: bool) -> int:
     bar = _ProgressBar(quiet=quiet)
     try:
         result = train(recipe, out=out, on_progress=bar.show)
-    except (RecipeError, GraphError, PriorError, RunFolderError, TrackingError) as error:
-        raise _Refused(str(error)) from None
+    except (GraphError, PriorError) as error:
+        raise _RefusedError(f"{source}: {error}") from None
+    except (RecipeError, RunFolderError, TrackingError) as error:
+        raise _RefusedError(str(error)) from None
     except NonFiniteLossError as error:
         bar.close()
         print(f"mechcausal: {error}", file=sys.stderr)
@@ -200,16 +202,16 @@ class _ProgressBar:
 
 # Rows of the closing table: figure, whether the first probe step is what counts, what it means.
 _TABLE = (
-    ("gradient/edge_hits", True, "rows whose largest first gradient is the parent"),
-    ("graph/f1", True, "edges named by the first gradient, F1"),
-    ("gradient/theory_correlation", True, "first gradient against the predicted one"),
-    ("gradient/chi2_correlation", True, "first gradient against χ²-information"),
-    ("graph/recovered", False, "edges whose parent gets the largest attention"),
-    ("graph/parent_attention", False, "mean attention on the true parent"),
-    ("induction/score", False, "layer-2 attention where the parent holds the query"),
+    ("gradient/edge_hits", True, "first gradient: rows that name the parent"),
+    ("graph/f1", True, "first gradient: F1 of the edges it names"),
+    ("gradient/theory_correlation", True, "first gradient with the predicted one"),
+    ("gradient/chi2_correlation", True, "first gradient with χ²-information"),
+    ("graph/recovered", False, "edges that get the row's attention"),
+    ("graph/parent_attention", False, "mean attention on the parent"),
+    ("induction/score", False, "layer 2 where parent = query"),
     ("induction/formation_step", False, "step at which that passed 0.5"),
     ("loss/eval", False, "nats"),
-    ("loss/bayes", False, "nats, the best that can be had"),
+    ("loss/bayes", False, "nats, the best possible"),
     ("loss/gap", False, "nats above Bayes"),
 )
 
@@ -265,10 +267,10 @@ def _theory(arguments: list[str]) -> int:
     options = _parse(Theory, _joined(arguments, "--parents"), command="theory")
     try:
         if (options.recipe is None) == (options.parents is None):
-            raise _Refused("theory needs either a recipe or --parents")
+            raise _RefusedError("theory needs either a recipe or --parents")
         if options.recipe is not None:
             if options.vocab_size is not None or options.alpha is not None:
-                raise _Refused("--vocab-size and --alpha go with --parents, not with a recipe")
+                raise _RefusedError("--vocab-size and --alpha go with --parents, not with a recipe")
             recipe = load_recipe(options.recipe)
             if options.seed is not None:
                 recipe = recipe.with_overrides(seed=options.seed)
@@ -281,13 +283,14 @@ def _theory(arguments: list[str]) -> int:
             }
             recipe = parse_recipe(data, source="command line")
         if options.priors < 2:
-            raise _Refused(f"--priors is {options.priors}: at least 2 are needed")
-        return _print_theory(recipe, options.priors, as_json=options.json)
+            raise _RefusedError(f"--priors is {options.priors}: at least 2 are needed")
+        source = options.recipe or "--parents"
+        return _print_theory(recipe, source, options.priors, as_json=options.json)
     except RecipeError as error:
-        raise _Refused(str(error)) from None
+        raise _RefusedError(str(error)) from None
 
 
-def _print_theory(recipe: Recipe, n_priors: int, *, as_json: bool) -> int:
+def _print_theory(recipe: Recipe, source: str, n_priors: int, *, as_json: bool) -> int:
     import torch
 
     from mechcausal.graphs import GraphError
@@ -303,7 +306,7 @@ def _print_theory(recipe: Recipe, n_priors: int, *, as_json: bool) -> int:
             beta0=recipe.training.beta0,
         )
     except (GraphError, PriorError) as error:
-        raise _Refused(str(error)) from None
+        raise _RefusedError(f"{source}: {error}") from None
     edges = theory.predicted_edges()
     if as_json:
         content = {
@@ -353,7 +356,7 @@ def _integers(text: str | None) -> list[int]:
     try:
         return [int(word) for word in words]
     except ValueError:
-        raise _Refused(
+        raise _RefusedError(
             f'--parents is {text!r}: give one integer for each position, as in "-1,0,0,1,2"'
         ) from None
 

@@ -7,7 +7,7 @@ descent direction `-dL/dA` with information theory; figures of strategies compar
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -45,9 +45,9 @@ def edge_hits(gradient: Matrix, graph: CausalGraph) -> float:
     return (visible[children].argmax(1) == parents).double().mean().item()
 
 
-def gradient_figures(gradient: Matrix, theory: PairwiseTheory, *, prefix: str = "gradient/") -> (
-    dict[str, float]
-):
+def gradient_figures(
+    gradient: Matrix, theory: PairwiseTheory, *, prefix: str = "gradient/"
+) -> dict[str, float]:
     """The descent direction on layer-1 attention against what theory predicts.
 
     Rows are those of the graph; the query's row is left out, since theory speaks of the graph. The
@@ -108,7 +108,7 @@ def strategy_figures(
 
 def induction_mask(
     tokens: Int[Tensor, "batch pos"], graph: CausalGraph
-) -> Float[Tensor, "batch query key"]:
+) -> Bool[Tensor, "batch query key"]:
     """Where layer 2's induction head should look on the task, as a mask for `AttentionTo`.
 
     In the row of the final query: the positions whose parent holds the query's token.

@@ -80,9 +80,7 @@ class Observer:
         self.epsilon = epsilon
         self.batch = task.sample(n_sequences, generator=generator)
         tokens = self.batch.tokens
-        bayes = predictors.bayes_prediction(
-            task, tokens, generator=generator, n_draws=bayes_draws
-        )
+        bayes = predictors.bayes_prediction(task, tokens, generator=generator, n_draws=bayes_draws)
         self.bayes_loss = soft_cross_entropy(bayes, self.batch.target).item()
         self._strategies = {
             "uniform": predictors.uniform_prediction(task, tokens),
@@ -141,9 +139,7 @@ class Observer:
         figures |= metrics.strategy_figures(prediction, self._strategies, epsilon=self.epsilon)
         return Observation(figures, matrices, prediction)
 
-    def _graph_and_gradient(
-        self, matrices: dict[str, Tensor], spread: Tensor
-    ) -> dict[str, float]:
+    def _graph_and_gradient(self, matrices: dict[str, Tensor], spread: Tensor) -> dict[str, float]:
         graph, n = self.task.graph, self.task.graph.n_positions
         figures = metrics.graph_figures(matrices["attention/layer0"], graph)
         figures |= metrics.gradient_figures(matrices["gradient/scores"], self.theory)

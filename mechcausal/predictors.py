@@ -18,7 +18,7 @@ def transition_counts(
 ) -> Float[Tensor, "batch vocab vocab"]:
     """How often each transition was seen along the edges of the graph; roots count nowhere."""
     vocab = task.vocab_size
-    edges = torch.tensor(task.graph.edges, device=tokens.device).view(-1, 2)
+    edges = torch.tensor(task.graph.edges, dtype=torch.int64, device=tokens.device).view(-1, 2)
     cells = tokens[:, edges[:, 0]] * vocab + tokens[:, edges[:, 1]]
     counts = torch.zeros(tokens.shape[0], vocab * vocab, device=tokens.device)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=counts.dtype))
@@ -93,8 +93,9 @@ def bayes_prediction(
     parts = []
     for start in range(0, tokens.shape[0], chunk):
         rows = slice(start, start + chunk)
-        concentration = posterior[rows].unsqueeze(1).expand(-1, n_draws, -1, -1)
-        draws = sample_dirichlet(concentration, generator=generator)
+        concentration = posterior[rows].unsqueeze(1)
+        shape = (concentration.shape[0], n_draws, task.vocab_size, task.vocab_size)
+        draws = sample_dirichlet(concentration, shape, generator=generator)
         parts.append(_reweighted(mean[rows], draws, tokens[rows], roots))
     return torch.cat(parts)
 
@@ -110,9 +111,7 @@ def _reweighted(mean: Tensor, draws: Tensor, tokens: Tensor, roots: Tensor) -> T
 
 
 def _fixed_rows(task: SingleParentTask, tokens: Tensor) -> Tensor:
-    return task.prior.sample(
-        tokens.shape[0], generator=torch.Generator(device=tokens.device)
-    )
+    return task.prior.sample(tokens.shape[0], generator=torch.Generator(device=tokens.device))
 
 
 def _normalised(weights: Tensor) -> Tensor:

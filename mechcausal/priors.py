@@ -56,7 +56,7 @@ def stationary_distribution(
 
 
 def sample_log_gamma(
-    concentration: Float[Tensor, "*shape"], *, generator: torch.Generator
+    concentration: Float[Tensor, "*any"], shape: Sequence[int], *, generator: torch.Generator
 ) -> Float[Tensor, "*shape"]:
     """Logarithms of independent Gamma(concentration, 1) draws, safe for any concentration > 0.
 
@@ -65,46 +65,56 @@ def sample_log_gamma(
     on one thread, and returns 0 for small concentrations.)
 
     Args:
-        concentration: one value for each draw wanted, on the generator's device.
+        concentration: broadcast to `shape`, on the generator's device.
+        shape: of the draws.
         generator: source of randomness.
     """
-    boosted = torch.where(concentration < 1, concentration + 1, concentration)
-    log_draw = torch.empty_like(concentration).view(-1)
-    shape = boosted.reshape(-1)
-    todo: Tensor | None = None  # indices still without an accepted proposal; None: all of them
-    while todo is None or todo.numel():
-        scale = (shape if todo is None else shape[todo]) - 1 / 3
-        normal = _random("normal", scale, generator)
-        cube = (normal / (9 * scale).sqrt_()).add_(1).pow_(3)
-        log_cube = cube.log()  # NaN where the proposal is negative: rejected by the comparison
-        log_uniform = _random("uniform", scale, generator).log_()
-        bound = normal.square_().mul_(0.5).add_(scale * (1 - cube + log_cube))
-        accepted = log_uniform < bound
-        log_proposal = log_cube.add_(scale.log())
-        if todo is None:
-            log_draw, todo = log_proposal, (~accepted).nonzero().squeeze(-1)
-        else:
-            log_draw[todo[accepted]] = log_proposal[accepted]
-            todo = todo[~accepted]
-    log_draw = log_draw.view(concentration.shape)
+    scale = torch.where(concentration < 1, concentration + 1, concentration) - 1 / 3
+    log_draw, accepted = _propose(scale, shape, generator)
+    rejected = (~accepted).nonzero(as_tuple=True)
+    everywhere = scale.expand(shape)
+    while len(rejected[0]):  # one proposal in twenty at first
+        proposal, accepted = _propose(everywhere[rejected], rejected[0].shape, generator)
+        log_draw[rejected] = proposal
+        rejected = tuple(index[~accepted] for index in rejected)
     if bool((concentration < 1).any()):
-        log_uniform = _random("uniform", concentration, generator).log_()
-        correction = log_uniform.div_(concentration)
-        log_draw = torch.where(concentration < 1, log_draw + correction, log_draw)
+        log_uniform = _uniform(concentration, shape, generator).log_()
+        inverse = torch.where(concentration < 1, 1 / concentration, 0.0)
+        log_draw += log_uniform.mul_(inverse)
     return log_draw
 
 
+def _propose(
+    scale: Tensor, shape: Sequence[int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Candidates for log Gamma(scale + 1/3), and which of them are accepted."""
+    normal = torch.randn(shape, generator=generator, dtype=scale.dtype, device=generator.device)
+    root = (normal / (9 * scale).sqrt()).add_(1)
+    log_cube = root.log().mul_(3)  # NaN where the root is negative: no comparison accepts that
+    bound = root.pow_(3).neg_().add_(log_cube).add_(1).mul_(scale)
+    bound += normal.square_().mul_(0.5)
+    accepted = _uniform(scale, shape, generator).log_() < bound
+    return log_cube.add_(scale.log()), accepted
+
+
+def _uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Uniform on (0, 1]: its logarithm is finite."""
+    draw = torch.rand(shape, generator=generator, dtype=like.dtype, device=generator.device)
+    return draw.neg_().add_(1)
+
+
 def sample_dirichlet(
-    concentration: Float[Tensor, "*shape vocab"], *, generator: torch.Generator
+    concentration: Float[Tensor, "*any vocab"], shape: Sequence[int], *, generator: torch.Generator
 ) -> Float[Tensor, "*shape vocab"]:
-    """Independent Dirichlet draws along the last axis, no entry below `PROBABILITY_FLOOR`."""
-    log_gamma = sample_log_gamma(concentration.contiguous(), generator=generator)
+    """Independent Dirichlet draws along the last axis, no entry below `PROBABILITY_FLOOR`.
+
+    Args:
+        concentration: broadcast to `shape`, on the generator's device.
+        shape: of the draws, the last axis the tokens.
+        generator: source of randomness.
+    """
+    log_gamma = sample_log_gamma(concentration, shape, generator=generator)
     return log_gamma.softmax(-1).clamp_(min=PROBABILITY_FLOOR)
-
-
-def _random(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    draw = torch.randn if kind == "normal" else torch.rand
-    return draw(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,8 @@ class DirichletPrior:
     ) -> Float[Tensor, "batch vocab vocab"]:
         """Draw transition matrices on the generator's device."""
         alpha = torch.tensor(self.concentration, dtype=dtype, device=generator.device)
-        concentration = alpha.expand(n_samples, self.vocab_size, -1)
-        return sample_dirichlet(concentration, generator=generator)
+        shape = (n_samples, self.vocab_size, self.vocab_size)
+        return sample_dirichlet(alpha, shape, generator=generator)
 
     def posterior_concentration(
         self, counts: Float[Tensor, "batch vocab vocab"]

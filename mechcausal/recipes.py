@@ -8,7 +8,6 @@ import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -114,7 +113,7 @@ class StageSection:
     """Number of steps, each on a fresh batch."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Gradient descent, or Adam with torch's defaults."""
-    lr: PositiveFloat = 1.0
+    lr: Annotated[float, Field(gt=0, le=1e37)] = 1.0
     """Learning rate."""
 
 
@@ -132,7 +131,7 @@ class TrainingSection:
     """Added to predicted probabilities inside the logarithm of the loss."""
     beta0: PositiveFloat = 1.0
     """Initial scale of A2 = beta0 I."""
-    stage1: StageSection = StageSection(steps=300, lr=2000.0)
+    stage1: StageSection = StageSection(steps=300, lr=200.0)
     """First stage of two_stage: A1 alone."""
     stage2: StageSection = StageSection(steps=300, lr=10.0)
     """Second stage of two_stage: A2 alone."""
@@ -186,7 +185,7 @@ class WandbSection:
     """W&B user or team."""
     group: str | None = None
     """W&B group; the recipe's name when absent."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """W&B tags, beside the graph preset and the model kind."""
 
 
@@ -284,7 +283,7 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
     """
     try:
         # JSON mode: strict on types, but an array may fill a tuple and a table a dataclass.
-        recipe = _adapter().validate_json(json.dumps(data, default=str), strict=True)
+        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_first_error(error.errors())}") from None
     _check_graph(recipe.graph, source)
@@ -310,6 +309,10 @@ def load_recipe(target: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not a text file") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    except ValueError:  # what int() says of a number of thousands of digits
+        raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
     data.setdefault("name", path.stem)
     edge_list = data.get("graph", {}).get("edge_list") if isinstance(data.get("graph"), dict) else 0
     if isinstance(edge_list, str):  # relative to the recipe, like every path a file names
@@ -324,8 +327,11 @@ def find_recipe(target: str | Path) -> Path:
         RecipeError: neither a file nor a packaged recipe.
     """
     path = Path(target)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # too long a name, a folder that may not be entered
+        raise RecipeError(f"{path}: {error.strerror or error}") from None
     packaged = packaged_recipes()
     if str(target) in packaged:
         return packaged[str(target)]
@@ -356,8 +362,10 @@ def recipe_to_toml(recipe: Recipe) -> str:
             lines.extend(["", f"[{'.'.join(path)}]"])
         for key, value in table.items():
             if not isinstance(value, dict):
-                # Strings, numbers, booleans and nested arrays are written alike in JSON and TOML.
-                lines.append(f"{key} = {json.dumps(value)}")
+                # Strings, numbers, booleans and nested arrays are written alike in JSON and TOML,
+                # but for surrogate pairs and the delete character.
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{key} = {text}")
         for key, value in table.items():
             if isinstance(value, dict):
                 write(value, (*path, key))
@@ -372,14 +380,15 @@ _PATTERN_RULES = {
 }
 
 
-@cache
-def _adapter() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
 def _first_error(errors: list[ErrorDetails]) -> str:
-    # A union reports one error for each member: the key matters, not which member came close.
-    first = errors[0]
+    # A union reports one error for each member: of those about the first key, the deepest is about
+    # the member that came close.
+    top = _dotted(errors[0]["loc"])
+    related = [error for error in errors if f"{_dotted(error['loc'])}.".startswith(f"{top}.")]
+    first = max(related, key=lambda error: _dotted(error["loc"]).count("."))
     path = _dotted(first["loc"])
     found = json.dumps(first["input"], default=str)
     found = found if len(found) <= 60 else found[:57] + "..."
@@ -390,7 +399,8 @@ def _first_error(errors: list[ErrorDetails]) -> str:
     else:
         rule = _PATTERN_RULES.get(path) if first["type"] == "string_pattern_mismatch" else None
         message = f"{path}: {rule or first['msg'].lower()}, found {found}"
-    others = {_dotted(error["loc"]) for error in errors} - {path}
+    message = " ".join(message.replace("an object", "a table").split())
+    others = {_dotted(error["loc"]) for error in errors if error not in related}
     return message + (f" (and {len(others)} more)" if others else "")
 
 
@@ -404,20 +414,15 @@ def _dotted(location: tuple[int | str, ...]) -> str:
             continue
         if is_dataclass(section):
             known.append(part)
-            section = _hints(section).get(part)
+            section = get_type_hints(section).get(part)
     return ".".join(known) or "recipe"
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
     section: Any = Recipe
     for part in location:
-        section = _hints(section)[str(part)]
+        section = get_type_hints(section)[str(part)]
     return [item.name for item in fields(section)]
-
-
-@cache
-def _hints(section: Any) -> dict[str, Any]:
-    return get_type_hints(section)
 
 
 def _suggestion(word: str, allowed: Iterable[str]) -> str:
@@ -456,5 +461,3 @@ def _check_task(task: TaskSection, source: str) -> None:
             f"{source}: task.transition: {len(task.transition)} rows "
             f"for a vocabulary of {task.vocab_size}"
         )
-
-

@@ -39,9 +39,7 @@ def heatmaps(
         of the pattern's gradient divided by its number of keys, as theory has it.
     """
     length = theory.graph.sequence_length
-    truth = np.zeros((length, length))
-    for parent, child in theory.graph.edges:
-        truth[child, parent] = 1.0
+    truth = _truth(theory.graph)
     predicted = theory.predicted_gradient.numpy()
     pictures = {}
     for name, matrix in matrices.items():
@@ -101,26 +99,34 @@ _CAPTIONS = {
 
 
 def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
-    """Layer-1 attention at the first, middle and last step kept, true parents circled."""
+    """Layer-1 attention at the start, while the graph forms, and at the end; parents circled."""
     steps = sorted(matrices)
-    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
-    figure, axes = _figure(len(chosen) + 1)
+    chosen = sorted({steps[0], _forming_step(matrices, graph), steps[-1]})
+    figure, axes = _figure(1, len(chosen) + 1)
     for axis, step in zip(axes, chosen, strict=False):
         image = axis.imshow(
-            matrices[step]["attention/layer0"], cmap=ATTENTION_COLOURS, vmin=0, vmax=1
+            matrices[step]["attention/layer0"].numpy(), cmap=ATTENTION_COLOURS, vmin=0, vmax=1
         )
-        _circle_parents(axis, graph)
+        _circle_parents(axis, graph, EDGE_COLOUR)
         axis.set_title(f"attention, step {step:,}")
     figure.colorbar(image, ax=axes[: len(chosen)], shrink=0.75, label="attention")
-    length = graph.sequence_length
-    truth = np.zeros((length, length))
-    for parent, child in graph.edges:
-        truth[child, parent] = 1
-    axes[-1].imshow(truth, cmap="Greys", vmin=0, vmax=1.4)
+    axes[-1].imshow(_truth(graph), cmap="Greys", vmin=0, vmax=1.4)
     axes[-1].set_title("true graph: parent of each position")
     for axis in axes:
-        axis.set(xlabel="key position", ylabel="query position")
+        _label_positions(axis)
     return figure
+
+
+def _forming_step(matrices: Matrices, graph: CausalGraph) -> int:
+    """The step kept at which the mean attention on parents is closest to one half."""
+    truth = _truth(graph).astype(bool)
+    if not truth.any():
+        return sorted(matrices)[len(matrices) // 2]
+
+    def distance(step: int) -> float:
+        return abs(float(matrices[step]["attention/layer0"].numpy()[truth].mean()) - 0.5)
+
+    return min(sorted(matrices), key=distance)
 
 
 def draw_gradient(matrices: Matrices, theory: PairwiseTheory) -> "Figure":
@@ -129,19 +135,18 @@ def draw_gradient(matrices: Matrices, theory: PairwiseTheory) -> "Figure":
     n = theory.graph.n_positions
     measured = first["gradient/scores"][:n, :n].double().numpy()
     predicted = theory.predicted_gradient[:n, :n].numpy()
-    figure, axes = _figure(4)
+    figure, axes = _figure(1, 4)
     limit = max(np.abs(measured).max(), np.abs(predicted).max()) or 1.0
     for axis, values, title in (
         (axes[0], measured, "measured: −∂L/∂scores"),
         (axes[1], predicted, "predicted from information"),
     ):
         image = axis.imshow(values, cmap=GRADIENT_COLOURS, vmin=-limit, vmax=limit)
-        _circle_parents(axis, theory.graph)
-        axis.set(xlabel="key position", ylabel="query position", title=title)
+        _circle_parents(axis, theory.graph, "black")
+        _label_positions(axis)
+        axis.set_title(title)
     figure.colorbar(image, ax=axes[:2], shrink=0.75, label="descent direction")
-    is_edge = np.zeros((n, n), dtype=bool)
-    for parent, child in theory.graph.edges:
-        is_edge[child, parent] = True
+    is_edge = _truth(theory.graph)[:n, :n].astype(bool)
     visible = np.tril(np.ones((n, n), dtype=bool))
     _scatter(axes[2], predicted, measured, is_edge, visible)
     low, high = axes[2].get_xlim()
@@ -176,10 +181,20 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
         (
             "gradient against theory",
             {
-                "gradient/pattern_theory_correlation": "with g (pattern)",
-                "gradient/theory_correlation": "with g (scores)",
-                "gradient/chi2_correlation": "with χ²-information",
-                "gradient/edge_hits": "edges hit",
+                "gradient/theory_correlation": "∂L/∂scores with the prediction",
+                "gradient/pattern_theory_correlation": "∂L/∂pattern with the prediction",
+                "gradient/edge_hits": "∂L/∂scores: rows that name the parent",
+                "gradient/pattern_edge_hits": "∂L/∂pattern: rows that name the parent",
+            },
+            {"ylim": (-0.6, 1.05)},
+        ),
+        (
+            "gradient against pairwise information",
+            {
+                "gradient/chi2_correlation": "∂L/∂scores with χ²",
+                "gradient/shannon_correlation": "∂L/∂scores with Shannon",
+                "gradient/pattern_chi2_correlation": "∂L/∂pattern with χ²",
+                "gradient/pattern_shannon_correlation": "∂L/∂pattern with Shannon",
             },
             {"ylim": (-0.6, 1.05)},
         ),
@@ -201,7 +216,7 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
             {"yscale": "log"},
         ),
     ]
-    figure, axes = _figure(len(panels))
+    figure, axes = _figure(2, 3)
     for axis, (title, curves, settings) in zip(axes, panels, strict=True):
         for (key, label), colour in zip(curves.items(), _CYCLE, strict=False):
             points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
@@ -219,14 +234,31 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
-def _figure(n_panels: int) -> "tuple[Figure, Sequence[Axes]]":
+def _figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":
     # Without pyplot there is no global state and no need for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.1 * n_panels, 4.2), layout="constrained")
+    size = (4.1 * n_columns, 3.6 * n_rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+    return figure, list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+
+
+def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
+    """1 where the key is a parent of the query, the query token's row and column included."""
+    truth = np.zeros((graph.sequence_length, graph.sequence_length))
+    for parent, child in graph.edges:
+        truth[child, parent] = 1.0
+    return truth
+
+
+def _label_positions(axis: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set(xlabel="key position", ylabel="query position")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
 
 
 def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:
@@ -239,12 +271,12 @@ def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _circle_parents(axis: "Axes", graph: CausalGraph) -> None:
+def _circle_parents(axis: "Axes", graph: CausalGraph, colour: str) -> None:
     if graph.n_positions > 60 or not graph.edges:
         return  # circles would hide the cells
     parents, children = zip(*graph.edges, strict=True)
     size = 900 / graph.sequence_length
-    axis.scatter(parents, children, s=size, facecolors="none", edgecolors=EDGE_COLOUR, lw=1)
+    axis.scatter(parents, children, s=size, facecolors="none", edgecolors=colour, lw=1)
 
 
 def _side_by_side(

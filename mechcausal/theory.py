@@ -63,11 +63,11 @@ def pair_distances(graph: CausalGraph) -> PairDistances:
             related = np.flatnonzero(up[parent, :i] >= 0)
             up[i, related] = up[parent, related] + 1
             up[related, i] = up[related, parent]
-    related = up >= 0
+    connected = up >= 0
     low, high = np.minimum(up, up.T), np.maximum(up, up.T)
-    keys, inverse = np.unique((low * n + high)[related], return_inverse=True)
+    keys, inverse = np.unique((low * n + high)[connected], return_inverse=True)
     index = np.full((n, n), -1, dtype=np.int64)
-    index[related] = inverse
+    index[connected] = inverse
     return PairDistances(np.stack([keys // n, keys % n], axis=1), index, up)
 
 

@@ -204,7 +204,7 @@ class RunRecord:
                     config=recipe_to_dict(recipe),
                     settings=settings,
                 )
-            except (wandb.errors.Error, OSError) as error:
+            except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: its settings
                 reason = str(error).strip().splitlines()
                 self.warnings.append(f"W&B could not start {mode}: {reason[0] if reason else ''}")
                 continue

@@ -116,6 +116,8 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    if not stages(recipe):
+        raise RecipeError("training: no steps in any stage: nothing to train")
     device = _device(recipe.device)
     mode = resolve_mode(recipe.wandb.mode)
     task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
@@ -147,7 +149,7 @@ def train(
         step = 0
         try:
             for stage, optimizer, last in _schedule(recipe, model):
-                if stop.received is not None:
+                if stop.received is not None and not last:
                     break
                 batch = task.sample(recipe.training.batch_size, generator=training_data)
                 loss = soft_cross_entropy(
@@ -190,6 +192,7 @@ def train(
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe's algorithm, in order; empty ones are left out."""
     training = recipe.training
+    plan: list[tuple[str, tuple[str, ...], StageSection]]
     if training.algorithm == "joint":
         plan = [("joint", ("A1", "A2"), training.joint)]
     else:
@@ -236,6 +239,8 @@ class _Album:
         count = min(max(recipe.probing.images, 2), len(ordered))
         picked = np.linspace(0, len(ordered) - 1, count).round().astype(int)
         self._image_steps = {ordered[i] for i in picked}
+        # The graph forms in the first steps: they are kept whatever the number of images.
+        self._kept_steps = self._image_steps | set(ordered[: recipe.probing.dense])
         self._matrices: dict[int, dict[str, Tensor]] = {}
         self._formation_step: int | None = None
 
@@ -251,8 +256,9 @@ class _Album:
             ):
                 self._formation_step = step
             figures["induction/formation_step"] = self._formation_step
-            if step in self._image_steps:
+            if step in self._kept_steps:
                 self._matrices[step] = observation.matrices
+            if step in self._image_steps:
                 images |= report.heatmaps(observation.matrices, self._observer.theory)
         else:
             figures |= self._observer.losses()
@@ -283,13 +289,17 @@ class _Album:
             "theory/g": theory.g,
             "theory/gradient": theory.predicted_gradient,
         }
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / MATRICES_FILE)
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, folder / MATRICES_FILE
+        )
 
     def summary(self) -> dict[str, Any]:
         """The last row's figures, and the first's under "first"."""
         if not self.history:
             return {}
-        first, last = ({k: v for k, v in row.items()} for row in (self.history[0], self.history[-1]))
+        first, last = (
+            {k: v for k, v in row.items()} for row in (self.history[0], self.history[-1])
+        )
         return {**last, "first": first}
 
 
@@ -298,8 +308,6 @@ def _schedule(
 ) -> Iterator[tuple[Stage, torch.optim.Optimizer, bool]]:
     """Stage and optimizer of every step; after the last one once more, to look at the result."""
     plan = stages(recipe)
-    if not plan:
-        raise RecipeError("training: no steps in any stage: nothing to train")
     for stage in plan:
         parameters = [model.parameters_by_name[name] for name in stage.parameters]
         optimizer = _optimizer(stage.section, parameters)

@@ -18,15 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechcausal.graphs import (
-    MAX_FILE_BYTES,
-    MAX_POSITIONS,
     PRESETS,
     CausalGraph,
     GraphError,
     binary_tree,
     build_preset,
     chain,
-    icl_pairs,
     interleaved_chains,
     k_gram,
     lag_chain,
@@ -37,6 +34,8 @@ from mechcausal.graphs import (
     star,
     two_parents,
 )
+from mechcausal.graphs.causal_graph import MAX_POSITIONS
+from mechcausal.graphs.edge_list import MAX_FILE_BYTES
 
 PRESET_OPTIONS: dict[str, dict[str, object]] = {
     "lag_chain": {"lag": 2},
@@ -112,16 +111,12 @@ def test_several_parents_take_the_longest_path_and_the_query_from_the_graph() ->
 
 
 def test_a_query_with_parents_is_not_the_single_parent_task() -> None:
-    graph = manual([-1, 0], query_parents=[1])
-    assert graph.parent_array() == (-1, 0)
-    assert not graph.is_single_parent
+    assert not manual([-1, 0], query_parents=[1]).is_single_parent
 
 
 def test_order_of_writing_does_not_matter_for_equality_and_hash() -> None:
     first = CausalGraph(((), (), (0, 1)), query_parents=(0, 2))
-    second = CausalGraph(((), (), (1, 0)), query_parents=(2, 0))
-    assert first == second
-    assert hash(first) == hash(second)
+    assert {first} == {CausalGraph(((), (), (1, 0)), query_parents=(2, 0))}
 
 
 def test_integers_of_numpy_become_plain_ones() -> None:
@@ -178,7 +173,6 @@ def test_round_trip_through_an_edge_list(
 def test_round_trip_through_a_parent_array(rows: list[list[int]]) -> None:
     graph = CausalGraph.from_parents(rows)
     assert CausalGraph.from_parents(graph.parent_array()) == graph
-    assert manual(graph.parent_array()) == graph
 
 
 # --- Refused graphs ----------------------------------------------------------------------------
@@ -368,12 +362,8 @@ def test_every_preset_is_valid_at_every_size(name: str) -> None:
 
 
 def test_presets_follow_their_formulas() -> None:
-    assert chain(4).parent_array() == (-1, 0, 1, 2)
-    assert lag_chain(6, 3).parent_array() == (-1, -1, -1, 0, 1, 2)
+    # Small cases of each stand in the docstrings, which run as tests too.
     assert lag_chain(2, 5).parent_array() == (-1, -1)
-    assert icl_pairs(6).parent_array() == (-1, 0, -1, 2, -1, 4)
-    assert star(4).parent_array() == (-1, 0, 0, 0)
-    assert binary_tree(7).parent_array() == (-1, 0, 0, 1, 1, 2, 2)
     assert two_parents(1) == CausalGraph(((),), (0,))
     assert two_parents(6).parents == ((), (0,), (0, 1), (1, 2), (1, 3), (2, 4))
     assert two_parents(6).query_parents == (2, 5)

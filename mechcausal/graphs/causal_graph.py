@@ -96,10 +96,12 @@ class CausalGraph:
             >>> CausalGraph.from_parents([-1, 0, [1, 0]]).parents
             ((), (0,), (0, 1))
         """
-        rows: list[Any] = []
-        for entry in _items(parents, "the graph"):
-            rows.append(entry if not is_integer(entry) else () if entry == -1 else (entry,))
-        query = None if query_parents is None else _items(query_parents, "the query")
+        rows = []
+        for child, entry in enumerate(_items(parents, "the graph")):
+            if is_integer(entry):
+                entry = () if entry == -1 else (entry,)
+            rows.append(_ascending(entry, f"position {child}"))
+        query = None if query_parents is None else _ascending(query_parents, "the query")
         return cls(tuple(rows), query)
 
     @classmethod

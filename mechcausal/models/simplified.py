@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.models.adapter import ModelFileError, build_from_files, build_hooked, save_model

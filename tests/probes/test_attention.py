@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from probes import AttentionGradient, AttentionPattern, ProbeError, attach
+from probes.records import Moments
 
 close = torch.testing.assert_close
 TOKENS = torch.tensor([[0, 1, 0], [1, 1, 0]])
@@ -44,6 +45,18 @@ def test_gradients_of_the_hand_made_model(by_hand: HookedTransformer):
     close(pattern.stderr().sel(**last).values, torch.tensor([1.0, 0.0, 0.0]))
     assert not scores.reading().values[..., :2, :].any()
     assert pattern.reading().name == "attention_gradient_pattern"
+
+
+def test_centred_gradient_has_rows_without_mean(by_hand: HookedTransformer):
+    # Last rows (1, 0, 1) and (0, 0, 1), each less its mean over three visible keys.
+    with attach(by_hand, AttentionGradient("pattern", centred=True)) as (gradient,):
+        first_logit(by_hand).backward()
+    values = gradient.reading().sel(layer=0, head=0).values
+    close(values[2], torch.tensor([0.0, -1.0, 1.0]))
+    assert not values[:2].any()
+    # Of the contributions (1, -2, 1)/3 and (-1, -1, 2)/3: |a - b|.
+    expected = torch.tensor([2.0, 1.0, 1.0]) / 3
+    close(gradient.stderr().sel(layer=0, head=0, query=2).values, expected)
 
 
 def test_gradient_with_respect_to_scores_equals_finite_differences(by_hand: HookedTransformer):
@@ -170,6 +183,12 @@ def test_float64_gradients_are_not_changed_in_place(build: Any, tokens: Tensor):
     with attach(model, AttentionGradient(), AttentionGradient("pattern"), AttentionPattern()):
         probed = torch.autograd.grad(model(tokens, return_type="loss"), weight)[0]
     assert torch.equal(alone, probed)
+
+
+def test_a_record_leaves_what_it_is_given_alone():
+    values = torch.full((2, 3), 2.0, dtype=torch.float64)
+    Moments().add(values)
+    assert (values == 2).all()
 
 
 def test_two_forward_passes_before_one_backward(model: HookedTransformer, tokens: Tensor):

@@ -1,0 +1,34 @@
+"""Every recipe over seeds 0-4: what `mechcausal train` finds. `make bench-recovery` prints it.
+
+The figures are those of the whole command, read back from the run folders; the W&B rows are
+counted in the transaction log.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from mechcausal.recipes import packaged_recipes
+from mechcausal.tracking import count_wandb_rows, read_metrics, read_summary
+
+pytestmark = pytest.mark.benchmark
+
+
+@pytest.mark.parametrize("recipe", packaged_recipes())
+def test_recovery_over_seeds(recipe, tmp_path):
+    print(f"\n{recipe:14} seed  recovered  parent attention  first edge hits  first f1  rows (W&B)")
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        command = [sys.executable, "-m", "mechcausal.cli", "train", recipe, "--quiet"]
+        options = ["--seed", str(seed), "--out", str(folder), "--wandb-mode", "offline"]
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+        summary = read_summary(folder)
+        first = summary["first"]
+        wandb_folder = next((folder / "wandb").glob("offline-run-*"))
+        rows = f"{len(read_metrics(folder))} ({count_wandb_rows(wandb_folder)})"
+        print(
+            f"{'':14} {seed:4}  {summary['graph/recovered']:9.3f}  "
+            f"{summary['graph/parent_attention']:16.4f}  {first['gradient/edge_hits']:15.3f}  "
+            f"{first['graph/f1']:8.3f}  {rows:>10}"
+        )

@@ -1,0 +1,166 @@
+"""Predictors against counting by hand, exact posteriors by quadrature, and published figures."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph, chain, icl_pairs, random_forest
+from mechcausal.predictors import (
+    bayes_prediction,
+    bigram_prediction,
+    transition_counts,
+    uniform_prediction,
+    unigram_prediction,
+)
+from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
+from mechcausal.tasks import SingleParentTask
+from tests.oracles import forest, seeded
+
+
+def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SingleParentTask:
+    return SingleParentTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
+
+
+def cross_entropies(prediction: Tensor, target: Tensor) -> Tensor:
+    return -(target * prediction.log()).sum(1).double()
+
+
+def z_score(values: Tensor, expected: float) -> float:
+    stderr = values.std().item() / len(values) ** 0.5
+    return (values.mean().item() - expected) / stderr
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_transitions_are_counted_along_edges(seed: int) -> None:
+    graph = random_forest(12, edge_probability=0.6, generator=seeded(seed))
+    task = symmetric_task(graph, 1.0, 4)
+    tokens = task.sample(20, generator=seeded(seed)).tokens
+    by_hand = torch.zeros(20, 4, 4)
+    for b in range(20):
+        for child, row in enumerate(graph.parents):
+            for parent in row:
+                by_hand[b, tokens[b, parent], tokens[b, child]] += 1
+    assert torch.equal(transition_counts(task, tokens), by_hand)
+
+
+def test_roots_are_counted_nowhere() -> None:
+    """The index -1 of a root must not wrap around to the query."""
+    task = symmetric_task(forest(-1, -1, 1), 1.0, 3)
+    counts = transition_counts(task, torch.tensor([[0, 1, 2, 2]]))
+    assert counts.sum() == 1
+    assert counts[0, 1, 2] == 1
+
+
+def test_a_graph_without_edges_counts_nothing() -> None:
+    task = symmetric_task(forest(-1, -1, -1), 1.0, 3)
+    tokens = task.sample(5, generator=seeded()).tokens
+    assert torch.equal(transition_counts(task, tokens), torch.zeros(5, 3, 3))
+    assert torch.equal(bigram_prediction(task, tokens), uniform_prediction(task, tokens))
+    assert bayes_prediction(task, tokens, generator=seeded(), n_draws=8).isfinite().all()
+
+
+def test_bigram_and_unigram_of_a_hand_computed_sequence() -> None:
+    task = SingleParentTask(chain(4), DirichletPrior((0.5, 1.5)))
+    tokens = torch.tensor([[0, 0, 1, 0, 0], [1, 1, 1, 1, 0]])
+    # From 0 once to 0, once to 1; the second sequence never leaves 0.
+    bigram = torch.tensor([[1.5 / 4, 2.5 / 4], [0.5 / 2, 1.5 / 2]])
+    torch.testing.assert_close(bigram_prediction(task, tokens), bigram)
+    unigram = torch.tensor([[3.5 / 6, 2.5 / 6], [0.5 / 6, 5.5 / 6]])
+    torch.testing.assert_close(unigram_prediction(task, tokens), unigram)
+    assert torch.equal(uniform_prediction(task, tokens), torch.full((2, 2), 0.5))
+
+
+def exact_posterior_mean(
+    graph: CausalGraph, concentration: tuple[float, float], tokens: tuple[int, ...]
+) -> float:
+    """`E[pi(0 | query) | sequence]` by integrating over p = pi(0|0) and q = pi(0|1)."""
+    node, weight = np.polynomial.legendre.leggauss(300)
+    node, weight = (node + 1) / 2, weight / 2
+    p, q = np.meshgrid(node, node, indexing="ij")
+    rows = ((p, 1 - p), (q, 1 - q))
+    mu = (q / (1 - p + q), (1 - p) / (1 - p + q))
+    likelihood = np.multiply.outer(weight, weight)
+    for row in rows:
+        for probability, alpha in zip(row, concentration, strict=True):
+            likelihood = likelihood * probability ** (alpha - 1)
+    for child, parent in enumerate(graph.parent_array()):
+        likelihood = likelihood * (
+            mu[tokens[child]] if parent < 0 else rows[tokens[parent]][tokens[child]]
+        )
+    return float((likelihood * rows[tokens[-1]][0]).sum() / likelihood.sum())
+
+
+@pytest.mark.parametrize("concentration", [(1.0, 1.0), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    "graph",
+    [forest(-1), chain(4), forest(-1, -1, 0, 1), forest(-1, -1, -1, -1), forest(-1, 0, 0, -1)],
+)
+def test_bayes_is_the_exact_posterior_mean_of_every_sequence(
+    graph: CausalGraph, concentration: tuple[float, float]
+) -> None:
+    task, repeats = SingleParentTask(graph, DirichletPrior(concentration)), 12
+    sequences = list(itertools.product(range(2), repeat=task.sequence_length))
+    exact = torch.tensor([exact_posterior_mean(graph, concentration, s) for s in sequences])
+    generator = seeded(21)
+    runs = torch.stack(
+        [
+            bayes_prediction(task, torch.tensor(sequences), generator=generator, n_draws=6000)
+            for _ in range(repeats)
+        ]
+    ).double()
+    torch.testing.assert_close(runs.sum(2), torch.ones(runs.shape[:2], dtype=torch.float64))
+    found = runs[:, :, 0]
+    stderr = (found.std(0) / repeats**0.5).clamp(min=1e-6)
+    assert stderr.max() < 1e-3
+    z = (found.mean(0) - exact) / stderr
+    # Student's t with 11 degrees of freedom, of up to 32 sequences.
+    assert z.abs().max() < 5.5
+    assert z.square().mean() < 2.5
+
+
+def test_roots_matter_to_bayes() -> None:
+    """Else the comparison with the exact posterior would not see what it is meant to see."""
+    graph = forest(-1, -1, -1, -1)
+    assert abs(exact_posterior_mean(graph, (1.0, 1.0), (0, 0, 0, 0, 0)) - 0.5) > 0.1
+
+
+def test_bayes_takes_the_sequences_in_parts() -> None:
+    task = symmetric_task(icl_pairs(7), 0.5, 3)
+    tokens = task.sample(10, generator=seeded(1)).tokens
+    whole, parts = (
+        bayes_prediction(task, tokens, generator=seeded(2), n_draws=20_000, max_elements=elements)
+        for elements in (10**7, 3 * 20_000 * 9)
+    )
+    assert (whole - parts).abs().max() < 0.02
+
+
+def test_bayes_needs_few_draws_where_roots_say_nothing() -> None:
+    """Under an almost certain prior the weights are equal and the control variate is exact."""
+    task = symmetric_task(icl_pairs(9), 1e6, 3)
+    tokens = task.sample(200, generator=seeded(3)).tokens
+    bayes = bayes_prediction(task, tokens, generator=seeded(4), n_draws=2)
+    # Without the control variate the error would be near sqrt(2/9 / 3e6 / 2) = 2e-4.
+    assert (bayes - bigram_prediction(task, tokens)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("graph", [icl_pairs(19), forest(*[-1] * 10)])
+def test_bayes_beats_bigram_where_there_are_many_roots(graph: CausalGraph) -> None:
+    task = symmetric_task(graph, 0.1, 5)
+    batch = task.sample(2000, generator=seeded(5))
+    bayes = bayes_prediction(task, batch.tokens, generator=seeded(6), n_draws=128)
+    bigram = bigram_prediction(task, batch.tokens)
+    gain = cross_entropies(bigram, batch.target) - cross_entropies(bayes, batch.target)
+    assert z_score(gain, 0.0) > 4
+
+
+def test_a_fixed_matrix_is_predicted_exactly() -> None:
+    matrix = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    task = SingleParentTask(chain(3), FixedTransition.from_matrix(matrix))
+    tokens = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]])
+    assert torch.equal(bigram_prediction(task, tokens), matrix)
+    assert torch.equal(bayes_prediction(task, tokens, generator=seeded()), matrix)
+    mu = stationary_distribution(matrix.unsqueeze(0)).float().expand(2, -1)
+    torch.testing.assert_close(unigram_prediction(task, tokens), mu)

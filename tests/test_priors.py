@@ -1,0 +1,207 @@
+"""Priors against exact arithmetic and against the moments of the distributions they claim."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from mechcausal.priors import (
+    PROBABILITY_FLOOR,
+    DirichletPrior,
+    FixedTransition,
+    PriorError,
+    sample_dirichlet,
+    sample_log_gamma,
+    stationary_distribution,
+)
+from tests.oracles import exact_stationary, seeded
+
+ALPHAS = (0.01, 0.1, 0.5, 1.0, 1.5, 7.0)
+N = 200_000
+
+
+def largest_relative_error(matrices: torch.Tensor) -> float:
+    """Of the stationary distributions, entry by entry, against rational arithmetic."""
+    found = stationary_distribution(matrices)
+    worst = 0.0
+    for matrix, mu in zip(matrices, found, strict=True):
+        exact = exact_stationary(matrix, floor=PROBABILITY_FLOOR)
+        for value, true in zip(mu.tolist(), exact, strict=True):
+            worst = max(worst, abs(value / float(true) - 1))
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("alpha", "vocab_size"), [(0.1, 3), (0.01, 3), (0.01, 5), (1.0, 4)])
+def test_stationary_distribution_is_accurate_in_every_entry(
+    alpha: float, vocab_size: int, dtype: torch.dtype
+) -> None:
+    prior = DirichletPrior.symmetric(alpha, vocab_size)
+    matrices = prior.sample(60, generator=seeded(), dtype=dtype)
+    assert largest_relative_error(matrices) < 1e-13
+
+
+def test_stationary_distribution_of_a_cyclic_permutation_is_uniform() -> None:
+    matrix = torch.eye(5).roll(1, dims=1).unsqueeze(0)
+    torch.testing.assert_close(
+        stationary_distribution(matrix), torch.full((1, 5), 0.2, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1 - 1e-12, 1e-12], [3e-12, 1 - 3e-12]],  # nearly two separate chains
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],  # reducible
+        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]],  # absorbing first state
+        [[0.5, 0.3, 0.2], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]],  # absorbing last state
+        [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1e-15, 0.0, 1 - 1e-15]],  # transient, slowly left
+    ],
+)
+def test_stationary_distribution_of_nearly_reducible_chains(rows: list[list[float]]) -> None:
+    matrix = torch.tensor([rows], dtype=torch.float64)
+    assert largest_relative_error(matrix) < 1e-13
+
+
+def test_stationary_distribution_leaves_its_argument_alone() -> None:
+    matrix = torch.eye(3, dtype=torch.float64).unsqueeze(0)
+    stationary_distribution(matrix)
+    assert torch.equal(matrix[0], torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_log_gamma_draws_have_the_moments_of_the_logarithm(alpha: float) -> None:
+    draws = sample_log_gamma(torch.tensor(alpha), (N,), generator=seeded(1)).double()
+    variance, fourth = special.polygamma(1, alpha), special.polygamma(3, alpha)
+    mean_error = (draws.mean().item() - special.digamma(alpha)) / math.sqrt(variance / N)
+    spread = math.sqrt((fourth + 2 * variance**2) / N)
+    variance_error = (draws.var().item() - variance) / spread
+    assert abs(mean_error) < 4
+    assert abs(variance_error) < 4
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_log_gamma_draws_have_the_moments_of_gamma(alpha: float) -> None:
+    draws = sample_log_gamma(torch.tensor(alpha), (N,), generator=seeded(2)).double().exp()
+    mean_error = (draws.mean().item() - alpha) / math.sqrt(alpha / N)
+    # Cumulants of Gamma(alpha, 1) are alpha (k-1)!.
+    variance_error = (draws.var().item() - alpha) / math.sqrt((6 * alpha + 2 * alpha**2) / N)
+    assert abs(mean_error) < 4
+    assert abs(variance_error) < 4
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_log_gamma_draws_follow_the_distribution(alpha: float) -> None:
+    concentration = torch.tensor(alpha, dtype=torch.float64)
+    draws = sample_log_gamma(concentration, (20_000,), generator=seeded(3)).numpy()
+
+    def cumulative(log_x: np.ndarray) -> np.ndarray:
+        # x^a / Gamma(a + 1) near 0, where x itself underflows.
+        small = np.exp(alpha * log_x - special.gammaln(alpha + 1))
+        return np.where(log_x < -40, small, special.gammainc(alpha, np.exp(log_x)))
+
+    assert stats.kstest(draws, cumulative).pvalue > 1e-3
+
+
+def test_log_gamma_draws_broadcast_their_concentrations() -> None:
+    concentration = torch.tensor([0.05, 1.0, 30.0])
+    draws = sample_log_gamma(concentration, (N, 3), generator=seeded(4)).double()
+    alpha = concentration.double().numpy()
+    error = (draws.mean(0).numpy() - special.digamma(alpha)) / np.sqrt(
+        special.polygamma(1, alpha) / N
+    )
+    assert np.abs(error).max() < 4
+    assert np.abs(np.corrcoef(draws.numpy().T) - np.eye(3)).max() < 4 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("concentration", [(0.1, 0.1, 0.1), (0.2, 1.0, 3.0), (5.0, 0.02)])
+def test_dirichlet_draws_have_its_mean_and_covariance(concentration: tuple[float, ...]) -> None:
+    alpha = torch.tensor(concentration, dtype=torch.float64)
+    draws = sample_dirichlet(alpha.float(), (N, len(alpha)), generator=seeded(5)).double()
+    mean = alpha / alpha.sum()
+    covariance = (torch.diag(mean) - torch.outer(mean, mean)) / (alpha.sum() + 1)
+    centred = draws - mean
+    products = centred.unsqueeze(2) * centred.unsqueeze(1)
+    mean_error = centred.mean(0) / (draws.std(0) / N**0.5)
+    covariance_error = (products.mean(0) - covariance) / (products.std(0) / N**0.5)
+    assert mean_error.abs().max() < 4
+    assert covariance_error.abs().max() < 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiny_concentrations_give_distributions_without_zeros(dtype: torch.dtype) -> None:
+    prior = DirichletPrior.symmetric(1e-4, vocab_size=3)
+    matrices = prior.sample(20_000, generator=seeded(6), dtype=dtype)
+    assert matrices.isfinite().all()
+    assert matrices.min() >= PROBABILITY_FLOOR * 0.999
+    torch.testing.assert_close(matrices.sum(-1), torch.ones(20_000, 3, dtype=dtype))
+    share = (matrices.argmax(-1) == 0).double().mean().item()
+    assert abs(share - 1 / 3) < 4 * math.sqrt(2 / 9 / 60_000)
+    assert stationary_distribution(matrices).isfinite().all()
+
+
+def test_a_prior_draws_rows_from_its_own_concentration() -> None:
+    concentration = (0.5, 2.0)
+    matrices = DirichletPrior(concentration).sample(50_000, generator=seeded(7)).double()
+    error = (matrices.mean(0) - torch.tensor([0.2, 0.8])) / (matrices.std(0) / 50_000**0.5)
+    assert error.abs().max() < 4
+    rows = matrices[:, :, 0].numpy().T
+    assert abs(np.corrcoef(rows)[0, 1]) < 4 / math.sqrt(50_000)
+
+
+def test_draws_depend_on_the_generator_alone() -> None:
+    prior = DirichletPrior.symmetric(0.3, vocab_size=4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = prior.sample(10, generator=seeded(8))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(prior.sample(10, generator=seeded(8)), first)
+    assert not torch.equal(prior.sample(10, generator=seeded(9)), first)
+
+
+def test_posterior_adds_counts_to_the_concentration() -> None:
+    counts = torch.tensor([[[2.0, 0.0], [1.0, 5.0]]])
+    posterior = DirichletPrior((0.5, 1.5)).posterior_concentration(counts)
+    assert posterior.tolist() == [[[2.5, 1.5], [1.5, 6.5]]]
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
+def test_a_concentration_that_is_not_positive_and_finite_is_refused(alpha: float) -> None:
+    with pytest.raises(PriorError, match=r"^alpha is .*: every concentration must be") as caught:
+        DirichletPrior((1.0, alpha))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("concentration", [(), (1.0,)])
+def test_fewer_than_two_tokens_are_refused(concentration: tuple[float, ...]) -> None:
+    with pytest.raises(PriorError, match="at least 2 tokens"):
+        DirichletPrior(concentration)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (((1.0,),), "square"),
+        (((0.5, 0.5), (1.0,)), "square"),
+        (((0.5, 0.5), (0.5, 0.4)), "row 1 .* sum 0.9"),
+        (((1.5, -0.5), (0.5, 0.5)), "row 0 .* smallest entry -0.5"),
+        (((0.5, 0.5), (math.nan, 0.5)), "row 1"),
+    ],
+)
+def test_a_matrix_that_is_not_stochastic_is_refused(
+    rows: tuple[tuple[float, ...], ...], message: str
+) -> None:
+    with pytest.raises(PriorError, match=message) as caught:
+        FixedTransition(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fixed_matrix_is_drawn_as_it_is() -> None:
+    matrix = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    prior = FixedTransition.from_matrix(matrix)
+    assert prior == FixedTransition.from_matrix([[0.25, 0.75], [1.0, 0.0]])
+    assert prior.vocab_size == 2
+    assert torch.equal(prior.sample(3, generator=seeded()), matrix.expand(3, -1, -1))

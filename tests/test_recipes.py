@@ -1,0 +1,419 @@
+"""Recipes: what is accepted comes back equal from a file, what is not is refused in one line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mechcausal.graphs import GraphError
+from mechcausal.priors import DirichletPrior, FixedTransition, PriorError
+from mechcausal.recipes import (
+    Recipe,
+    RecipeError,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    recipe_to_dict,
+    recipe_to_toml,
+)
+
+RUNS = Path(__file__).parents[1] / "runs"
+CHAIN = {"preset": "chain", "sequence_length": 8}
+
+
+def nested(**values: Any) -> dict[str, Any]:
+    """A chain recipe's plain data with values set at dotted paths, `__` for the dot."""
+    data: dict[str, Any] = {"graph": dict(CHAIN)}
+    for key, value in values.items():
+        *path, last = key.split("__")
+        section = data
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return data
+
+
+def refusal(**values: Any) -> str:
+    """The one line with which a recipe file of these values is refused."""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(nested(**values), source="some.toml")
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.startswith("some.toml: ")
+    return message
+
+
+def file_refusal(path: Path, text: str | bytes | None = None) -> str:
+    """The one line with which `load_recipe` refuses a file, which names the file."""
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(path) in message
+    return message
+
+
+# --- Recipes that come along ---
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.toml")), ids=lambda path: path.stem)
+def test_packaged_recipe_loads_and_builds_its_graph_and_prior(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    graph, prior = recipe.build_graph(), recipe.build_prior()
+    assert graph.is_single_parent
+    assert graph.edges
+    assert prior.vocab_size == recipe.task.vocab_size
+    if recipe.graph.sequence_length is not None:
+        assert graph.sequence_length == recipe.graph.sequence_length
+
+
+def test_the_recipes_of_the_issue_come_along() -> None:
+    wanted = {"markov_chain", "random_tree", "random_forest", "icl_pairs", "manual", "lag_two"}
+    assert wanted <= set(packaged_recipes())
+    markov_chain = load_recipe("markov_chain")
+    assert (markov_chain.task.vocab_size, markov_chain.graph.sequence_length) == (10, 20)
+    assert markov_chain.task.alpha == 0.1
+
+
+def test_a_recipe_is_found_by_name_and_by_path() -> None:
+    assert find_recipe("markov_chain") == RUNS / "markov_chain.toml"
+    assert load_recipe("markov_chain") == load_recipe(str(RUNS / "markov_chain.toml"))
+
+
+def test_the_name_is_the_file_name_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[graph]\npreset = "chain"\nsequence_length = 5\n')
+    assert load_recipe(path).name == "mine"
+    path.write_text('name = "ours"\n[graph]\npreset = "chain"\nsequence_length = 5\n')
+    assert load_recipe(path).name == "ours"
+
+
+# --- Round trips ---
+
+
+def test_defaults_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
+    recipe = parse_recipe(nested(), source="test")
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+non_negative = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+rates = st.floats(0, 1e37, exclude_min=True)
+words = st.text(st.characters(codec="utf-8"), max_size=12)
+seeds = st.integers(0, 2**32 - 1)
+lengths = st.integers(2, 10_000)
+graphs = st.one_of(
+    st.fixed_dictionaries(
+        {"preset": st.sampled_from(["chain", "icl_pairs", "star"]), "sequence_length": lengths}
+    ),
+    st.fixed_dictionaries(
+        {"preset": st.just("random_tree"), "sequence_length": lengths}, optional={"seed": seeds}
+    ),
+    st.fixed_dictionaries(
+        {
+            "preset": st.just("random_forest"),
+            "sequence_length": lengths,
+            "edge_probability": st.floats(0, 1),
+        },
+        optional={"seed": seeds},
+    ),
+    st.fixed_dictionaries(
+        {
+            "preset": st.just("manual"),
+            "parents": st.lists(st.integers(-1, 50), min_size=1, max_size=6),
+        }
+    ),
+)
+tasks = st.integers(2, 5).flatmap(
+    lambda s: st.fixed_dictionaries(
+        {
+            "vocab_size": st.just(s),
+            "alpha": positive | st.lists(positive, min_size=s, max_size=s),
+        },
+        optional={
+            "transition": st.lists(
+                st.lists(non_negative, min_size=s, max_size=s), min_size=s, max_size=s
+            )
+        },
+    )
+)
+valid_recipes = st.fixed_dictionaries(
+    {"graph": graphs, "task": tasks},
+    optional={
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True),
+        "seed": seeds,
+        "device": st.sampled_from(["cpu", "cuda", "cuda:3"]),
+        "training": st.fixed_dictionaries(
+            {"epsilon": non_negative, "beta0": positive},
+            optional={
+                "algorithm": st.sampled_from(["two_stage", "joint"]),
+                "joint": st.fixed_dictionaries({"lr": rates, "steps": st.integers(0, 9)}),
+            },
+        ),
+        "probing": st.fixed_dictionaries({"enabled": st.booleans()}),
+        "wandb": st.fixed_dictionaries(
+            {"project": words, "tags": st.lists(words.filter(bool), max_size=3)},
+            optional={"entity": words, "mode": st.sampled_from(["online", "offline"])},
+        ),
+    },
+)
+
+
+@given(data=valid_recipes)
+def test_every_valid_recipe_survives_the_round_trip_through_toml(
+    data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = parse_recipe(data, source="test")
+    path = tmp_path_factory.getbasetemp() / "round_trip.toml"
+    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert parse_recipe(recipe_to_dict(recipe), source="test") == recipe
+
+
+def test_the_plain_dict_is_json_and_leaves_out_what_is_absent() -> None:
+    data = recipe_to_dict(parse_recipe(nested(), source="test"))
+    assert json.loads(json.dumps(data)) == data
+    assert "lag" not in data["graph"]
+    assert "mode" not in data["wandb"]
+
+
+# --- Refusals: each names file, dotted path and what is allowed ---
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"traning": {}}, ["traning: unknown key", "did you mean training?"]),
+        ({"training__stage1__stepz": 3}, ["training.stage1.stepz", "did you mean steps?", "lr"]),
+        ({"graph__zzz": 1}, ["graph.zzz: unknown key; allowed: preset, "]),
+        ({"a\nb": 1}, ["unknown key"]),
+        ({"seed": "20"}, ["seed: input should be a valid integer", '"20"']),
+        ({"seed": True}, ["seed: input should be a valid integer", "true"]),
+        ({"seed": 1.5}, ["seed: input should be a valid integer", "1.5"]),
+        ({"graph__sequence_length": 20.0}, ["graph.sequence_length", "integer", "20.0"]),
+        ({"seed": -1}, ["seed", "greater than or equal to 0"]),
+        ({"seed": 2**32}, ["seed", "4294967295", "4294967296"]),
+        ({"seed": 10**400}, ["seed", "4294967295"]),
+        ({"training": 3}, ["training", "table", "found 3"]),
+        ({"training__stage1": []}, ["training.stage1", "table"]),
+        ({"probing__enabled": "no"}, ["probing.enabled", "boolean", '"no"']),
+        ({"graph__sequence_length": 10**12}, ["graph.sequence_length", "10000", str(10**12)]),
+        ({"graph__sequence_length": 1}, ["graph.sequence_length", "2", "found 1"]),
+        ({"task__vocab_size": 1}, ["task.vocab_size", "greater than or equal to 2", "found 1"]),
+        ({"task__alpha": 0}, ["task.alpha", "greater than 0", "found 0"]),
+        ({"task__alpha": -0.5}, ["task.alpha", "greater than 0", "found -0.5"]),
+        ({"task__alpha": "0.1"}, ["task.alpha", "number", '"0.1"']),
+        ({"task__alpha": [0.1, 0.2]}, ["task.alpha", "2 values", "10"]),
+        ({"task__alpha": [0.1] * 9 + [-1]}, ["task.alpha.9", "greater than 0", "found -1"]),
+        ({"task__alpha": [0.1] * 9 + ["x"]}, ["task.alpha.9", "number", '"x"']),
+        ({"task__alpha": math.nan}, ["task.alpha", "finite"]),
+        ({"task__alpha": math.inf}, ["task.alpha", "finite"]),
+        ({"task__transition": [[0.5, 0.5], [1, 0]]}, ["task.transition", "2 rows", "10"]),
+        ({"training__epsilon": -1e-9}, ["training.epsilon", "greater than or equal to 0"]),
+        ({"training__epsilon": math.nan}, ["training.epsilon", "finite"]),
+        ({"training__beta0": math.inf}, ["training.beta0", "finite"]),
+        ({"training__stage1__lr": 0}, ["training.stage1.lr", "greater than 0"]),
+        ({"training__stage1__lr": math.inf}, ["training.stage1.lr", "less than"]),
+        ({"training__stage1__lr": math.nan}, ["training.stage1.lr"]),
+        ({"training__stage1__lr": 1e60}, ["training.stage1.lr", "1e37"]),
+        ({"training__stage2__optimizer": "lion"}, ["training.stage2.optimizer", "'sgd' or 'adam'"]),
+        ({"training__batch_size": 0}, ["training.batch_size", "greater than or equal to 1"]),
+        ({"graph__preset": "chian"}, ["graph.preset", "'chain'", '"chian"']),
+        ({"graph__lag": 2}, ["graph.lag", "not an option of preset chain", "lag_chain"]),
+        ({"graph__seed": 2}, ["graph.seed", "not an option of preset chain", "random_tree"]),
+        ({"graph__preset": "lag_chain"}, ["graph.lag: needed by preset lag_chain"]),
+        ({"graph__sequence_length": None}, ["graph.sequence_length: needed by preset chain"]),
+        (
+            {"graph__preset": "manual", "graph__parents": [-1, 0]},
+            ["graph.sequence_length: follows from the graph with preset manual"],
+        ),
+        (
+            {"graph__preset": "random_forest", "graph__edge_probability": math.nan},
+            ["graph.edge_probability"],
+        ),
+        (
+            {"graph__preset": "random_forest", "graph__edge_probability": 1.5},
+            ["graph.edge_probability", "less than or equal to 1"],
+        ),
+        ({"device": "gpu"}, ["device", "cpu, cuda or cuda:N", '"gpu"']),
+        ({"device": "cuda:x"}, ["device", "cpu, cuda or cuda:N"]),
+        ({"device": "cuda:-1"}, ["device", "cpu, cuda or cuda:N"]),
+        ({"device": ""}, ["device", "cpu, cuda or cuda:N"]),
+        ({"name": "../x"}, ["name", "letters, digits", '"../x"']),
+        ({"name": "a/b"}, ["name", "letters, digits"]),
+        ({"name": "a\\b"}, ["name", "letters, digits"]),
+        ({"name": ".."}, ["name", "letters, digits"]),
+        ({"name": ""}, ["name", "letters, digits"]),
+        ({"name": "a\n"}, ["name", "letters, digits"]),
+        ({"name": "x" * 101}, ["name", "at most 100"]),
+        ({"wandb__mode": "onlin"}, ["wandb.mode", "'online', 'offline' or 'disabled'"]),
+        ({"wandb__tags": "one"}, ["wandb.tags", "array"]),
+        ({"wandb__tags": ["a", ""]}, ["wandb.tags.1", "at least 1 character"]),
+        ({"wandb__tags": ["x" * 65]}, ["wandb.tags.0", "at most 64 characters"]),
+    ],
+    ids=lambda value: "-".join(value)[:60] if isinstance(value, dict) else "",
+)
+def test_bad_value_is_refused_with_its_dotted_path(values: dict[str, Any], parts: list[str]) -> None:
+    message = refusal(**values)
+    for part in parts:
+        assert part in message
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert "(and 1 more)" in refusal(training__stage1__lr="x", training__stage2__lr="y")
+
+
+@pytest.mark.parametrize("parents", [[-1, 2, 0], [-1, 1], [1, 0], [0]])
+def test_forward_edges_and_cycles_in_parents_are_refused(parents: list[int]) -> None:
+    recipe = parse_recipe({"graph": {"preset": "manual", "parents": parents}}, source="test")
+    with pytest.raises(GraphError) as caught:
+        recipe.build_graph()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def edge_list_recipe(folder: Path, edges: str) -> Path:
+    (folder / "graph.txt").write_text(edges)
+    path = folder / "mine.toml"
+    path.write_text('[graph]\npreset = "edge_list"\nedge_list = "graph.txt"\n')
+    return path
+
+
+def test_an_edge_list_is_read_relative_to_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = edge_list_recipe(tmp_path, "0 1\n0 2\n1 3\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(path).build_graph().parent_array() == (-1, 0, 0, 1)
+    assert load_recipe(Path("..", "mine.toml")).build_graph().edges == ((0, 1), (0, 2), (1, 3))
+
+
+@pytest.mark.parametrize("edges", ["1 0\n", "0 1\n1 0\n", "0 1\n1 1\n", "0 one\n"])
+def test_an_edge_list_that_is_no_graph_is_refused_by_file_name(tmp_path: Path, edges: str) -> None:
+    recipe = load_recipe(edge_list_recipe(tmp_path, edges))
+    with pytest.raises(GraphError, match=r"graph\.txt") as caught:
+        recipe.build_graph()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_edge_list_is_refused_by_file_name(tmp_path: Path) -> None:
+    path = edge_list_recipe(tmp_path, "0 1\n")
+    (tmp_path / "graph.txt").unlink()
+    with pytest.raises(GraphError, match=r"graph\.txt"):
+        load_recipe(path).build_graph()
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "no such file" in file_refusal(tmp_path / "absent.toml")
+
+
+def test_folder_is_refused(tmp_path: Path) -> None:
+    assert "is a folder" in file_refusal(tmp_path)
+
+
+def test_overlong_path_is_refused() -> None:
+    file_refusal(Path("x" * 5000 + ".toml"))
+
+
+def test_unknown_name_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean markov_chain\?.*random_tree"):
+        load_recipe("markov_chian")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"\xff\xfe\x00\x01", "not a text file"),
+        (b"\x00\x01\x02", "not valid TOML"),
+        ("seed = \n", "not valid TOML"),
+        ("seed = 1\nseed = 2\n", "not valid TOML"),
+        ("seed = 1" + "0" * 5000, "not valid TOML"),
+        ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ('graph = "chain"\n', "graph"),
+        ("[graph]\nedge_list = 3\n", "graph.edge_list"),
+        ("[graph]\npreset = 1979-05-27\n", "graph.preset"),
+        ("[graph]\nsequence_length = nan\n", "graph.sequence_length"),
+        ("", "graph.sequence_length"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str | bytes, part: str) -> None:
+    assert part in file_refusal(tmp_path / "bad.toml", content)
+
+
+# --- Overrides and seeds ---
+
+
+def test_overrides_return_a_checked_copy() -> None:
+    recipe = parse_recipe(nested(), source="test")
+    changed = recipe.with_overrides(seed=3, training__stage1__steps=7, task__alpha=(0.5,) * 10)
+    assert (changed.seed, changed.training.stage1.steps) == (3, 7)
+    assert changed.task.alpha == (0.5,) * 10
+    assert recipe.seed == 0
+    assert changed.with_overrides(wandb__mode="offline", wandb__tags=["a"]).wandb.tags == ("a",)
+
+
+def test_overrides_are_as_strict_as_files() -> None:
+    recipe = parse_recipe(nested(), source="test")
+    for change in ({"training__stage1__stepz": 3}, {"seed": "3"}, {"task__alpha": 0.0}):
+        with pytest.raises(RecipeError) as caught:
+            recipe.with_overrides(**change)
+        assert next(iter(change)).replace("__", ".") in str(caught.value)
+
+
+def test_an_override_of_none_takes_an_option_away() -> None:
+    recipe = load_recipe("lag_two")
+    assert recipe.with_overrides(graph__preset="chain", graph__lag=None).build_graph().edges
+
+
+def test_a_random_graph_follows_the_runs_seed_unless_it_has_its_own() -> None:
+    tree = load_recipe("random_tree")
+    edges = [tree.with_overrides(seed=seed).build_graph().edges for seed in (1, 1, 2)]
+    assert edges[0] == edges[1] != edges[2]
+    kept = tree.with_overrides(graph__seed=1)
+    for seed in (1, 2):
+        assert kept.with_overrides(seed=seed).build_graph().edges == edges[0]
+
+
+def test_priors_are_symmetric_by_token_or_fixed() -> None:
+    recipe = parse_recipe(nested(task__vocab_size=2), source="test")
+    assert recipe.build_prior() == DirichletPrior((0.1, 0.1))
+    by_token = recipe.with_overrides(task__alpha=[0.5, 2.0])
+    assert by_token.build_prior() == DirichletPrior((0.5, 2.0))
+    fixed = recipe.with_overrides(task__transition=[[0.9, 0.1], [0.3, 0.7]])
+    assert fixed.build_prior() == FixedTransition(((0.9, 0.1), (0.3, 0.7)))
+
+
+@pytest.mark.parametrize("rows", [[[0.5, 0.4], [0.5, 0.5]], [[1.0], [0.5, 0.5]]])
+def test_a_matrix_that_is_no_transition_matrix_is_refused(rows: list[list[float]]) -> None:
+    recipe = parse_recipe(nested(task__vocab_size=2, task__transition=rows), source="test")
+    with pytest.raises(PriorError) as caught:
+        recipe.build_prior()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["mechcausal.recipes", "mechcausal.cli"])
+def test_importing_is_cheap(module: str) -> None:
+    """The command line prints its help from these modules before anything heavy is loaded."""
+    heavy = "{'torch', 'transformer_lens', 'wandb', 'matplotlib', 'scipy'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_recipe_is_immutable() -> None:
+    with pytest.raises(AttributeError):
+        Recipe().seed = 3  # type: ignore[misc]

@@ -1,0 +1,136 @@
+"""Sampled sequences against exact enumeration, and the loss against hand computation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mechcausal.graphs import CausalGraph, GraphError, chain, k_gram, random_forest, two_parents
+from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
+from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from tests.oracles import forest, joint_distribution, seeded
+
+TWO = ((0.9, 0.1), (0.35, 0.65))
+THREE = ((0.1, 0.6, 0.3), (0.0, 0.2, 0.8), (0.5, 0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("graph", "rows"),
+    [
+        (chain(4), TWO),
+        (forest(-1, 0, 0, 1, 1), TWO),
+        (forest(-1, -1, 0, 1, -1), TWO),
+        (forest(-1, -1, -1), THREE),
+        (forest(-1, 0, -1, 0), THREE),
+    ],
+)
+def test_sequences_have_the_probabilities_of_the_graph(
+    graph: CausalGraph, rows: tuple[tuple[float, ...], ...]
+) -> None:
+    task, n = SingleParentTask(graph, FixedTransition(rows)), 60_000
+    tokens = task.sample(n, generator=seeded(11)).tokens.numpy()
+    pi = np.array(rows)
+    mu = stationary_distribution(torch.from_numpy(pi).unsqueeze(0))[0].numpy()
+    # The query is uniform and independent of everything before it.
+    exact = np.multiply.outer(joint_distribution(graph, pi, mu), np.full(len(mu), 1 / len(mu)))
+    observed = np.zeros_like(exact)
+    np.add.at(observed, tuple(tokens.T), 1)
+    possible = exact > 0
+    assert observed[~possible].sum() == 0
+    expected = n * exact[possible]
+    statistic = ((observed[possible] - expected) ** 2 / expected).sum()
+    assert stats.chi2.sf(statistic, possible.sum() - 1) > 1e-3
+
+
+def test_sequences_follow_their_own_matrix() -> None:
+    """Every sequence of a batch has another deterministic matrix, which fixes all of it."""
+    matrices = torch.stack(
+        [torch.eye(3)[list(order)] for order in itertools.product(range(3), repeat=3)]
+    )
+    graph = forest(-1, 0, 1, 0, -1, 4)
+    task = SingleParentTask(graph, DirichletPrior.symmetric(1.0, vocab_size=3))
+    batch = task.sample_given(matrices, generator=seeded(12))
+    for matrix, tokens in zip(matrices, batch.tokens, strict=True):
+        for parent, child in graph.edges:
+            assert tokens[child] == matrix[tokens[parent]].argmax()
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    # From 0 never to 0, from 1 never to 2; state 3 is never entered, so no root is 3 either.
+    rows = ((0.0, 0.7, 0.3, 0.0), (0.6, 0.4, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.4, 0.3, 0.2, 0.1))
+    prior = FixedTransition(rows)
+    task = SingleParentTask(forest(-1, 0, 1, -1, 3, -1), prior)
+    tokens = task.sample(50_000, generator=seeded(13)).tokens
+    pi = torch.tensor(rows)
+    for parent, child in task.graph.edges:
+        assert (pi[tokens[:, parent], tokens[:, child]] > 0).all()
+    assert (tokens[:, :-1] != 3).all()
+    assert (tokens[:, -1] == 3).any()
+
+
+def test_the_target_is_the_row_of_the_query() -> None:
+    task = SingleParentTask(chain(5), DirichletPrior.symmetric(0.5, vocab_size=4))
+    batch = task.sample(50, generator=seeded(14))
+    assert len(batch) == 50
+    assert batch.tokens.shape == (50, 6)
+    for b in range(50):
+        assert torch.equal(batch.target[b], batch.transition[b, batch.tokens[b, -1]])
+        assert batch.query[b] == batch.tokens[b, 5]
+
+
+def test_batches_depend_on_the_generator_alone() -> None:
+    graph = random_forest(30, edge_probability=0.6, generator=seeded(1))
+    task = SingleParentTask(graph, DirichletPrior.symmetric(0.1, vocab_size=5))
+    state = torch.get_rng_state()
+    first, again, other = (task.sample(20, generator=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.transition, again.transition)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_consecutive_batches_differ() -> None:
+    task = SingleParentTask(chain(30), DirichletPrior.symmetric(0.1, vocab_size=5))
+    generator = seeded(3)
+    assert not torch.equal(
+        task.sample(20, generator=generator).tokens, task.sample(20, generator=generator).tokens
+    )
+
+
+@pytest.mark.parametrize("graph", [two_parents(6), k_gram(6, 3), k_gram(6, 1)])
+def test_graphs_with_several_parents_or_a_query_with_parents_are_refused(
+    graph: CausalGraph,
+) -> None:
+    with pytest.raises(GraphError, match="at most one parent") as caught:
+        SingleParentTask(graph, DirichletPrior.symmetric(1.0, vocab_size=2))
+    assert "\n" not in str(caught.value)
+
+
+def test_soft_cross_entropy_of_a_hand_computed_case() -> None:
+    prediction = torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    target = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    by_hand = (math.log(2) + 0.5 * math.log(4) + 0.5 * math.log(4 / 3)) / 2
+    assert soft_cross_entropy(prediction, target).item() == pytest.approx(by_hand, rel=1e-12)
+    smoothed = -(math.log(0.6 / 1.2) + 0.5 * math.log(0.35 / 1.2) + 0.5 * math.log(0.85 / 1.2)) / 2
+    found = soft_cross_entropy(prediction, target, epsilon=0.1).item()
+    assert found == pytest.approx(smoothed, rel=1e-12)
+
+
+def test_soft_cross_entropy_has_the_gradient_of_the_papers_loss() -> None:
+    prediction = torch.rand(5, 4, generator=seeded(1), dtype=torch.float64).softmax(1)
+    target = torch.rand(5, 4, generator=seeded(2), dtype=torch.float64).softmax(1)
+    ours, papers = prediction.clone().requires_grad_(), prediction.clone().requires_grad_()
+    soft_cross_entropy(ours, target, epsilon=1e-2).backward()
+    (-(target * (papers + 1e-2).log()).sum(1).mean()).backward()
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, papers.grad)
+
+
+def test_soft_cross_entropy_is_least_where_the_prediction_is_the_target() -> None:
+    target = torch.tensor([[0.2, 0.3, 0.5]])
+    entropy = -(target * target.log()).sum().item()
+    assert soft_cross_entropy(target, target).item() == pytest.approx(entropy)
+    assert soft_cross_entropy(torch.full((1, 3), 1 / 3), target).item() > entropy

@@ -1,0 +1,415 @@
+"""The record of a run: W&B beside plain files, rows counted on both sides, nothing lost unsaid."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
+from mechcausal.tracking import (
+    RunFolderError,
+    RunRecord,
+    TrackingError,
+    count_wandb_rows,
+    new_run_folder,
+    read_metrics,
+    read_summary,
+    resolve_mode,
+    stop_on_signals,
+)
+
+
+def recipe(**overrides: Any) -> Recipe:
+    data = {"name": "tiny", "graph": {"preset": "chain", "sequence_length": 5}}
+    return parse_recipe(data, source="test").with_overrides(**overrides)
+
+
+def inspect(folder: Path) -> list[dict[str, Any]]:
+    """Every record of a W&B run's log, read by wandb's own tool."""
+    (log,) = folder.glob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# --- Which mode ---
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without any W&B setting."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_mode_is_offline_when_nothing_is_configured(bare: Path) -> None:
+    assert resolve_mode(None) == "offline"
+
+
+def test_a_key_in_the_environment_means_online(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode(None) == "online"
+
+
+def write_netrc(path: Path, host: str) -> None:
+    path.write_text(f"machine {host}\n  login user\n  password {'0' * 40}\n")
+    path.chmod(0o600)
+
+
+def test_a_key_in_netrc_means_online(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_netrc(bare / ".netrc", "example.org")
+    assert resolve_mode(None) == "offline"
+    write_netrc(bare / ".netrc", "api.wandb.ai")
+    assert resolve_mode(None) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode(None) == "offline"
+    write_netrc(bare / "other", "wandb.example.org")
+    monkeypatch.setenv("NETRC", str(bare / "other"))
+    assert resolve_mode(None) == "online"
+
+
+def test_an_unreadable_netrc_is_no_key(bare: Path) -> None:
+    (bare / ".netrc").write_text("not a netrc \x00 {")
+    assert resolve_mode(None) == "offline"
+
+
+def test_the_environment_beats_the_key_and_the_request_beats_both(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", "Disabled")
+    assert resolve_mode(None) == "disabled"
+    assert resolve_mode("offline") == "offline"
+
+
+def test_an_unknown_mode_in_the_environment_is_refused(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(TrackingError, match=r"^WANDB_MODE is 'bogus': allowed are online, offline"):
+        resolve_mode(None)
+    assert resolve_mode("offline") == "offline"
+
+
+# --- The run folder ---
+
+
+def test_default_folder_names_recipe_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [new_run_folder(recipe(seed=7), None) for _ in range(3)]
+    assert len(set(folders)) == 3
+    for folder in folders:
+        assert folder.parent == Path("runs/tiny")
+        assert "-seed7-" in folder.name
+        assert load_recipe(folder / "recipe.toml") == recipe(seed=7)
+
+
+def test_an_existing_folder_is_used_unless_it_holds_a_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert new_run_folder(recipe(), tmp_path) == tmp_path
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(RunFolderError, match=f"already holds a run \\({name}\\)"):
+            new_run_folder(recipe(), tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/mechcausal", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="not writable") as caught:
+        new_run_folder(recipe(), tmp_path / place)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(tmp_path / place) in str(caught.value)
+
+
+# --- What W&B keeps ---
+
+
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with three rows, of which the second has no number for loss/eval."""
+    folder = new_run_folder(recipe(), tmp_path_factory.mktemp("runs") / "run")
+    record = RunRecord(folder, recipe(wandb__tags=("mine",)), "offline")
+    picture = np.zeros((4, 4, 3), dtype=np.uint8)
+    record.log(0, {"loss/train": 1.0, "loss/eval": 2.0}, {"attention/layer0": picture})
+    record.log(5, {"loss/train": 0.5, "loss/eval": float("nan")})
+    record.log(20, {"loss/train": float("inf"), "induction/formation_step": None})
+    record.finish({"loss/train": 0.5, "first": {"loss/train": 1.0}}, "finished")
+    assert record.warnings == []
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(offline_run: Path) -> list[dict[str, Any]]:
+    (folder,) = (offline_run / "wandb").glob("offline-run-*")
+    return inspect(folder)
+
+
+def test_wandb_keeps_as_many_rows_as_the_file(offline_run: Path) -> None:
+    (folder,) = (offline_run / "wandb").glob("offline-run-*")
+    assert count_wandb_rows(folder) == len(read_metrics(offline_run)) == 3
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file(offline_run: Path) -> None:
+    assert read_metrics(offline_run) == [
+        {"train/step": 0, "loss/train": 1.0, "loss/eval": 2.0},
+        {"train/step": 5, "loss/train": 0.5, "loss/eval": None},
+        {"train/step": 20, "loss/train": None, "induction/formation_step": None},
+    ]
+
+
+def test_summary_file_tells_state_rows_and_warnings(offline_run: Path) -> None:
+    summary = read_summary(offline_run)
+    assert summary == {
+        "loss/train": 0.5,
+        "first": {"loss/train": 1.0},
+        "state": "finished",
+        "rows": 3,
+        "warnings": [],
+    }
+
+
+def kind(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [record[name] for record in records if record["type"] == name]
+
+
+def test_wandb_run_has_config_group_and_tags(records: list[dict[str, Any]]) -> None:
+    (run,) = kind(records, "run")
+    assert (run["project"], run["run_group"], run["display_name"]) == ("mechcausal", "tiny", "run")
+    assert set(run["tags"]) == {"mine", "chain", "simplified"}
+    config = run["config"]["update"]
+    expected = recipe_to_dict(recipe(wandb__tags=("mine",)))
+    assert {key: value for key, value in config.items() if key != "_wandb"} == expected
+
+
+def test_wandb_history_follows_the_training_step(records: list[dict[str, Any]]) -> None:
+    metrics = kind(records, "metric")
+    assert {"name": "train/step", "options": {"defined": True}} in metrics
+    assert any(m.get("glob_name") == "*" and m["step_metric"] == "train/step" for m in metrics)
+    rows = [row["item"] for row in kind(records, "history")]
+    assert [row["train/step"] for row in rows] == [0, 5, 20]
+    assert [row["_step"] for row in rows] == [0, 5, 20]
+    assert [row.get("loss/eval") for row in rows] == [2.0, None, None]
+    assert rows[0]["attention/layer0._type"] == "image-file"
+
+
+def test_wandb_summary_is_that_of_the_file(records: list[dict[str, Any]]) -> None:
+    updates = kind(records, "summary")
+    summary = {key: value for record in updates for key, value in record["update"].items()}
+    assert (summary["loss/train"], summary["first/loss/train"]) == (0.5, 1.0)
+    assert summary["state"] == "finished"
+    assert [record["exit_code"] for record in kind(records, "exit")] == [0]
+
+
+def test_disabled_makes_no_wandb_folder(tmp_path: Path) -> None:
+    folder = new_run_folder(recipe(), tmp_path / "run")
+    record = RunRecord(folder, recipe(), "disabled")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    assert record.wandb_folder is None
+    assert {path.name for path in folder.iterdir()} == {
+        *("recipe.toml", "metrics.jsonl", "summary.json")
+    }
+
+
+def test_group_of_the_recipe_beats_its_name(tmp_path: Path) -> None:
+    values = recipe(wandb__group="paper")
+    record = RunRecord(new_run_folder(values, tmp_path / "run"), values, "offline")
+    assert record.wandb_folder is not None
+    record.finish({}, "failed")
+    log = inspect(record.wandb_folder)
+    assert kind(log, "run")[0]["run_group"] == "paper"
+    assert [record["exit_code"] for record in kind(log, "exit")] == [1]
+
+
+# --- What goes wrong is said ---
+
+
+def test_lost_rows_are_counted_and_said(tmp_path: Path) -> None:
+    folder = new_run_folder(recipe(), tmp_path / "run")
+    record = RunRecord(folder, recipe(), "offline")
+    assert record._run is not None
+    keep = record._run.log
+    record._run.log = lambda data, **options: None  # type: ignore[method-assign,misc]
+    record.log(0, {"loss/train": 1.0})
+    record._run.log = keep  # type: ignore[method-assign]
+    record.log(1, {"loss/train": 0.5})
+    record.finish({}, "finished")
+    (warning,) = read_summary(folder)["warnings"]
+    assert "W&B kept 1 of 2 rows" in warning
+    assert str(folder / "metrics.jsonl") in warning
+    assert len(read_metrics(folder)) == 2
+
+
+def test_a_log_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    assert count_wandb_rows(tmp_path) is None
+    folder = new_run_folder(recipe(), tmp_path / "run")
+    record = RunRecord(folder, recipe(), "offline")
+    record.log(0, {"loss/train": 1.0})
+    assert record.wandb_folder is not None
+    (log,) = record.wandb_folder.glob("*.wandb")
+    log.rename(log.with_suffix(".moved"))
+    record.finish({}, "finished")
+    assert "could not be counted" in record.warnings[0]
+
+
+def test_a_wandb_folder_elsewhere_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    init = wandb.init
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(wandb, "init", lambda **o: init(**{**o, "dir": str(elsewhere)}))
+    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "offline")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    (warning,) = record.warnings
+    assert warning.startswith(f"W&B writes to {elsewhere.resolve()}")
+    assert "not into the run folder" in warning
+
+
+@pytest.mark.parametrize("kind", ["CommError", "ValueError", "PermissionError"])
+def test_a_run_goes_on_where_wandb_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import wandb
+
+    types: dict[str, type[Exception]] = {
+        "CommError": wandb.errors.CommError,
+        "ValueError": ValueError,
+        "PermissionError": PermissionError,
+    }
+    error = types[kind]("no service\nand more")
+
+    def fail(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(wandb, "init", fail)
+    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "online")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    assert record.mode == "disabled"
+    assert record.warnings == [
+        "W&B could not start online: no service",
+        "W&B could not start offline: no service",
+        "the run is recorded in metrics.jsonl alone",
+    ]
+    assert read_summary(tmp_path / "run")["warnings"] == record.warnings
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_online_falls_back_to_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    init = wandb.init
+
+    def offline_alone(**options: Any) -> Any:
+        if options["mode"] == "online":
+            raise wandb.errors.AuthenticationError("no such key")
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", offline_alone)
+    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "online")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    assert (record.mode, record.url) == ("offline", None)
+    assert record.warnings == ["W&B could not start online: no such key"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"wandb__project": "a/b"},
+        {"wandb__project": ""},
+        {"wandb__tags": ["chain", "chain"]},
+        {"wandb__group": "g" * 300},
+        {"wandb__entity": "no/such"},
+    ],
+    ids=str,
+)
+def test_odd_wandb_values_never_stop_a_run(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    values = recipe(**overrides)
+    record = RunRecord(new_run_folder(values, tmp_path / "run"), values, "offline")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    assert len(read_metrics(tmp_path / "run")) == 1
+    assert (record.mode == "disabled") == bool(record.warnings)
+
+
+# --- Signals ---
+
+
+def test_signals_become_a_request_to_stop_and_a_second_interrupt_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.fixture
+def long_run(tmp_path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
+    """`mechcausal train` on a recipe that takes hours, in a folder `run`."""
+    path = tmp_path / "long.toml"
+    path.write_text(
+        '[graph]\npreset = "chain"\nsequence_length = 5\n[task]\nvocab_size = 3\n'
+        "[training]\nbatch_size = 16\n[training.stage1]\nsteps = 100000000\nlr = 0.1\n"
+        "[evaluation]\nn_sequences = 16\nbayes_draws = 4\ntheory_priors = 10\n"
+        "[probing]\nevery = 50\nimages = 2\n"
+    )
+    command = [sys.executable, "-m", "mechcausal.cli", "train", str(path)]
+    process = subprocess.Popen(
+        [*command, "--quiet", "--out", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 8):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run wrote no rows"
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_command_without_losing_a_row(
+    long_run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    start = time.monotonic()
+    long_run.send_signal(number)
+    output, errors = long_run.communicate(timeout=30)
+    assert time.monotonic() - start < 15
+    assert long_run.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert "interrupted after" in output
+    summary = read_summary(tmp_path / "run")
+    assert summary["state"] == "interrupted"
+    assert summary["warnings"] == []
+    rows = read_metrics(tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert count_wandb_rows(folder) == len(rows) == summary["rows"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

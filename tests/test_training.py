@@ -1,0 +1,436 @@
+"""The training loop: it learns, it repeats bit for bit, and watching it does not change it."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mechcausal.models.adapter import load_model
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.recipes import (
+    ProbingSection,
+    Recipe,
+    RecipeError,
+    StageSection,
+    load_recipe,
+    parse_recipe,
+)
+from mechcausal.tracking import RunFolderError, read_metrics, read_summary
+from mechcausal.training import (
+    MATRICES_FILE,
+    NonFiniteLossError,
+    Progress,
+    RunResult,
+    Stage,
+    probe_steps,
+    stages,
+    train,
+)
+
+# What a run on a graph with edges reports, by the names of design.md.
+FIGURES = {
+    *("loss/train", "loss/eval", "loss/bayes", "loss/gap"),
+    *("graph/recovered", "graph/parent_attention", "graph/f1"),
+    *("gradient/edge_hits", "gradient/theory_correlation"),
+    *("gradient/chi2_correlation", "gradient/shannon_correlation"),
+    *("induction/score", "induction/prefix_matching", "induction/copying"),
+    "induction/formation_step",
+    *("strategy/kl_uniform", "strategy/kl_unigram", "strategy/kl_bigram"),
+}
+
+
+def tiny(**overrides: Any) -> Recipe:
+    """S = 3, T = 8, a Markov chain; a dozen steps, W&B off."""
+    data = {
+        "name": "tiny",
+        "graph": {"preset": "chain", "sequence_length": 8},
+        "task": {"vocab_size": 3, "alpha": 0.3},
+        "training": {
+            "batch_size": 64,
+            "stage1": {"steps": 8, "lr": 100.0},
+            "stage2": {"steps": 4, "lr": 10.0},
+            "joint": {"steps": 8, "optimizer": "adam", "lr": 0.05},
+        },
+        "evaluation": {"n_sequences": 64, "bayes_draws": 8, "theory_priors": 50},
+        "probing": {"every": 4, "dense": 2, "images": 2},
+        "wandb": {"mode": "disabled"},
+    }
+    return parse_recipe(data, source="test").with_overrides(**overrides)
+
+
+def weights(run: RunResult) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """One tiny run that several tests read."""
+    return train(tiny(), out=tmp_path_factory.mktemp("runs") / "run")
+
+
+# --- It learns ---
+
+
+@pytest.mark.slow
+def test_markov_chain_recipe_recovers_the_chain_at_once(tmp_path: Path) -> None:
+    recipe = load_recipe("markov_chain").with_overrides(wandb__mode="disabled", probing__every=150)
+    summary = train(recipe, out=tmp_path / "run").summary
+    assert summary["first"]["gradient/edge_hits"] == 1.0
+    assert summary["graph/recovered"] == 1.0
+    assert summary["graph/parent_attention"] >= 0.99
+    assert summary["induction/score"] > 0.5
+    assert 0 < summary["loss/gap"] < summary["first"]["loss/gap"]
+
+
+@pytest.mark.parametrize("preset", ["chain", "icl_pairs", "star"])
+def test_small_graph_is_recovered(tmp_path: Path, preset: str) -> None:
+    recipe = tiny(
+        graph__preset=preset,
+        task__alpha=0.1,
+        training__batch_size=1024,
+        training__stage1__steps=60,
+        training__stage1__lr=2000.0,
+        training__stage2__steps=30,
+        evaluation__n_sequences=1024,
+        probing__every=50,
+    )
+    summary = train(recipe, out=tmp_path / "run").summary
+    assert summary["first"]["gradient/edge_hits"] == 1.0
+    assert summary["graph/recovered"] == 1.0
+    assert summary["graph/parent_attention"] >= 0.99
+    assert summary["loss/eval"] < summary["first"]["loss/eval"]
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.05), ("sgd", 20.0)])
+def test_joint_training_lowers_the_loss_and_moves_both_layers(
+    tmp_path: Path, optimizer: str, lr: float
+) -> None:
+    recipe = tiny(
+        training__algorithm="joint",
+        training__batch_size=256,
+        training__joint__optimizer=optimizer,
+        training__joint__lr=lr,
+        training__joint__steps=40,
+    )
+    result = train(recipe, out=tmp_path / "run")
+    assert result.summary["loss/eval"] < result.summary["first"]["loss/eval"]
+    assert result.model.A1.abs().max() > 0
+    assert not torch.equal(result.model.A2, torch.eye(3))
+
+
+def test_two_stages_train_one_layer_each(tmp_path: Path) -> None:
+    first = train(tiny(training__stage2__steps=0), out=tmp_path / "first").model
+    assert first.A1.abs().max() > 0
+    assert torch.equal(first.A2, torch.eye(3))
+    second = train(tiny(training__stage1__steps=0), out=tmp_path / "second").model
+    assert torch.equal(second.A1, torch.zeros(8, 8))
+    assert not torch.equal(second.A2, torch.eye(3))
+
+
+def test_a_fixed_transition_matrix_in_place_of_the_prior(tmp_path: Path) -> None:
+    matrix = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]
+    result = train(tiny(task__transition=matrix), out=tmp_path / "run")
+    assert result.state == "finished"
+    entropy = -sum(p * math.log(p) for p in matrix[0])  # what knowing the matrix leaves
+    assert result.summary["loss/bayes"] == pytest.approx(entropy, abs=1e-4)
+
+
+def test_graph_without_edges_trains_and_leaves_out_the_figures_of_edges(tmp_path: Path) -> None:
+    graph = {"preset": "manual", "parents": [-1] * 5}
+    result = train(tiny(graph=graph), out=tmp_path / "run")
+    assert result.state == "finished"
+    assert "graph/recovered" not in result.summary
+    assert "gradient/edge_hits" not in result.summary
+    assert (result.folder / "figures" / "curves.png").is_file()
+
+
+def test_shortest_sequence_trains(tmp_path: Path) -> None:
+    result = train(tiny(graph__sequence_length=2), out=tmp_path / "run")
+    assert result.state == "finished"
+    assert math.isfinite(result.summary["loss/eval"])
+
+
+# --- It repeats ---
+
+
+def test_same_seed_gives_the_same_numbers_and_weights(run: RunResult, tmp_path: Path) -> None:
+    torch.manual_seed(12345)  # the global generator plays no part
+    again = train(tiny(), out=tmp_path / "again")
+    for name in ("metrics.jsonl", "model/model.safetensors", MATRICES_FILE):
+        assert (again.folder / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+def test_other_seed_gives_other_data(run: RunResult, tmp_path: Path) -> None:
+    other = train(tiny(seed=1), out=tmp_path / "other")
+    assert [row["loss/train"] for row in other.history] != [
+        row["loss/train"] for row in run.history
+    ]
+    assert other.summary["loss/bayes"] != run.summary["loss/bayes"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"probing__enabled": False},
+        {"probing__every": 1},
+        {"evaluation__n_sequences": 7},
+        {"evaluation__bayes_draws": 3},
+        {"evaluation__theory_priors": 10},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_watching_does_not_change_what_is_learned(
+    run: RunResult, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    other = train(tiny(**overrides), out=tmp_path / "other")
+    losses = {row["train/step"]: row["loss/train"] for row in run.history}
+    common = [row for row in other.history if row["train/step"] in losses]
+    assert {0, 12} <= {row["train/step"] for row in common}
+    for row in common:
+        assert row["loss/train"] == losses[row["train/step"]]
+    assert (other.folder / "model/model.safetensors").read_bytes() == (
+        run.folder / "model/model.safetensors"
+    ).read_bytes()
+
+
+def test_evaluation_is_split_without_changing_the_figures(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.observer._MAX_ENTRIES", 1000)  # 15 of 64 sequences at a time
+    other = train(tiny(), out=tmp_path / "other")
+    for key in ("loss/eval", "graph/f1", "gradient/theory_correlation", "induction/score"):
+        for ours, theirs in zip(run.history, other.history, strict=True):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3, nan_ok=True)
+
+
+# --- When it is looked at ---
+
+
+def plan(*lengths: int) -> list[Stage]:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [
+        Stage(f"stage{i}", ("A1",), StageSection(steps=steps), start)
+        for i, (steps, start) in enumerate(zip(lengths, starts, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("probing", "expected"),
+    [
+        (ProbingSection(every=4, dense=0), [0, 4, 8, 10, 14, 16]),
+        (ProbingSection(every=100, dense=3), [0, 1, 2, 10, 11, 12, 16]),
+        (ProbingSection(every=100, dense=50), list(range(17))),
+        (ProbingSection(every=1, dense=0), list(range(17))),
+        (ProbingSection(schedule="geometric", dense=0), [0, 1, 2, 4, 8, 11, 12, 14, 16]),
+        (ProbingSection(schedule="geometric", dense=1), [0, 1, 2, 4, 8, 10, 11, 12, 14, 16]),
+        (ProbingSection(enabled=False), [0, 16]),
+    ],
+)
+def test_probe_steps_follow_the_schedule(probing: ProbingSection, expected: list[int]) -> None:
+    assert probe_steps(probing, plan(10, 6)) == expected
+
+
+def test_probe_steps_of_a_single_step() -> None:
+    assert probe_steps(ProbingSection(), plan(1)) == [0, 1]
+
+
+def test_stages_without_steps_are_left_out() -> None:
+    assert [s.name for s in stages(tiny())] == ["stage1", "stage2"]
+    (only,) = stages(tiny(training__stage1__steps=0))
+    assert (only.name, only.parameters, only.start) == ("stage2", ("A2",), 0)
+    (joint,) = stages(tiny(training__algorithm="joint"))
+    assert joint.parameters == ("A1", "A2")
+
+
+def test_history_has_a_row_for_every_probe_step(run: RunResult) -> None:
+    expected = probe_steps(tiny().probing, stages(tiny()))
+    assert [row["train/step"] for row in run.history] == expected
+    assert [row["train/step"] for row in read_metrics(run.folder)] == expected
+
+
+def test_progress_is_told_at_every_step(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    train(tiny(), out=tmp_path / "run", on_progress=seen.append)
+    assert [progress.step for progress in seen] == list(range(13))
+    assert {progress.n_steps for progress in seen} == {12}
+    assert [progress.stage for progress in seen] == ["stage1"] * 8 + ["stage2"] * 5
+    assert all("loss/gap" in progress.figures for progress in seen)
+
+
+# --- What is left behind ---
+
+
+def test_summary_holds_every_name_of_the_design(run: RunResult) -> None:
+    summary = read_summary(run.folder)
+    assert set(summary) >= FIGURES | {"first", "state", "train/steps", "train/step", "recipe"}
+    assert set(summary["first"]) >= FIGURES
+    assert summary["first"]["train/step"] == 0
+    assert (summary["state"], summary["train/steps"], summary["recipe"]) == ("finished", 12, "tiny")
+    assert summary["rows"] == len(run.history)
+    last = read_metrics(run.folder)[-1]
+    assert {key: summary[key] for key in last} == last
+
+
+def test_run_folder_holds_the_recipe_that_repeats_the_run(run: RunResult) -> None:
+    assert load_recipe(run.folder / "recipe.toml") == tiny()
+    assert {path.name for path in run.folder.iterdir()} == {
+        *("recipe.toml", "metrics.jsonl", "summary.json"),
+        *("figures", "model", MATRICES_FILE),
+    }
+
+
+def test_saved_model_computes_the_same(run: RunResult) -> None:
+    tokens = run.task.sample(20, generator=torch.Generator().manual_seed(0)).tokens
+    loaded = SimplifiedTransformer.load(run.folder / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), run.model(tokens))
+        hooked = load_model(run.folder / "model")(tokens)[:, -1]
+    assert torch.allclose(hooked, run.model(tokens), atol=1e-6)
+
+
+def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
+    saved = load_file(run.folder / MATRICES_FILE)
+    assert torch.equal(saved["theory/chi2"], run.theory.chi2)
+    assert torch.equal(saved["theory/gradient"], run.theory.predicted_gradient)
+    steps = {int(key.split("/")[0]) for key in saved if not key.startswith("theory")}
+    assert {0, 12} <= steps <= {row["train/step"] for row in run.history}
+    for name in ("attention/layer0", "gradient/scores", "gradient/pattern"):
+        assert saved[f"00000000/{name}"].shape == (8, 8)
+    uniform = torch.ones(8, 8).tril() / torch.arange(1, 9).unsqueeze(1)
+    assert torch.allclose(saved["00000000/attention/layer0"], uniform)
+    last = saved["00000012/attention/layer0"]
+    assert torch.allclose(last, run.model.attention1().detach(), atol=1e-6)
+
+
+def test_formation_step_is_the_first_with_a_strong_induction_head(run: RunResult) -> None:
+    # Large steps form the head at once; then the step stays, whatever follows.
+    formed = [row for row in run.history if (row["induction/score"] or 0) >= 0.5]
+    expected = formed[0]["train/step"] if formed else None
+    for row in run.history:
+        before = expected is None or row["train/step"] < expected
+        assert row["induction/formation_step"] == (None if before else expected)
+
+
+def test_formation_step_is_none_without_an_induction_head(tmp_path: Path) -> None:
+    recipe = tiny(
+        training__beta0=0.01, training__stage1__steps=3, training__stage2__steps=0, task__alpha=5.0
+    )
+    result = train(recipe, out=tmp_path / "run")
+    assert result.summary["induction/formation_step"] is None
+    assert read_summary(result.folder)["induction/formation_step"] is None
+
+
+def test_run_without_probes_keeps_the_losses_alone(tmp_path: Path) -> None:
+    result = train(tiny(probing__enabled=False), out=tmp_path / "run")
+    assert [row["train/step"] for row in result.history] == [0, 12]
+    assert {"loss/train", "loss/eval", "loss/bayes", "loss/gap"} <= set(result.summary)
+    assert "graph/recovered" not in result.summary
+    assert not (result.folder / "figures").exists()
+
+
+# --- What goes wrong ---
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {
+            # Without smoothing the first sequence that lacks one of the tokens costs infinity.
+            "task__vocab_size": 2,
+            "task__alpha": 5.0,
+            "training__batch_size": 1,
+            "training__epsilon": 0.0,
+            "training__stage1__steps": 2000,
+            "training__stage1__lr": 0.01,
+        },
+        {"training__beta0": 1e39},
+    ],
+    ids=["after some steps", "at the first step"],
+)
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_its_rows(
+    tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    recipe = tiny(**overrides)
+    with pytest.raises(NonFiniteLossError, match=r"at step \d+ \(stage1, sgd") as caught:
+        train(recipe, out=tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    summary = read_summary(tmp_path / "run")
+    assert summary["state"] == "failed"
+    rows = read_metrics(tmp_path / "run")
+    assert summary["rows"] == len(rows)
+    assert bool(rows) == (summary["train/steps"] > 0)
+    assert f"at step {summary['train/steps']} " in str(caught.value)
+    # Strict JSON: no bare NaN, which other readers refuse.
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"training__stage1__steps": 0, "training__stage2__steps": 0}, "nothing to train"),
+        ({"device": "cuda:99"}, "device: cuda:99 is not there; available: cpu"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_no_folder(
+    tmp_path: Path, overrides: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(RecipeError, match=part):
+        train(tiny(**overrides), out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_never_overwritten(run: RunResult) -> None:
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        train(tiny(), out=run.folder)
+    assert (run.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_exception_of_the_caller_leaves_a_failed_run(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(tiny(), out=tmp_path / "run", on_progress=stop)
+    assert read_summary(tmp_path / "run")["state"] == "failed"
+    assert [row["train/step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+
+
+def test_a_signal_ends_the_run_cleanly_at_its_next_step(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    result = train(tiny(), out=tmp_path / "run", on_progress=stop)
+    assert (result.state, result.signal) == ("interrupted", signal.SIGTERM)
+    assert result.summary["train/steps"] == 4
+    assert read_summary(tmp_path / "run")["state"] == "interrupted"
+    assert torch.equal(SimplifiedTransformer.load(tmp_path / "run" / "model").A1, result.model.A1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_the_last_step_still_gets_the_last_look(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(tiny(), out=tmp_path / "run", on_progress=stop)
+    assert (result.state, result.signal) == ("finished", None)
+    assert result.history[-1]["train/step"] == 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_runs_on_cuda(tmp_path: Path) -> None:
+    result = train(tiny(device="cuda", training__batch_size=256), out=tmp_path / "run")
+    assert result.model.A1.device.type == "cuda"
+    assert result.summary["first"]["gradient/edge_hits"] >= 0.8
+    assert SimplifiedTransformer.load(tmp_path / "run" / "model").A1.device.type == "cpu"
