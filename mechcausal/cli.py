@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 (run failed), 2 (bad input) or 128 + signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "→" or "χ" shows "?"
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "theory": _theory}
     if command in ("-h", "--help", "help"):
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command not in commands:
         return _complain(f"{command}: unknown command; allowed: {', '.join(commands)}")
+    # Threads that wait for each other should sleep: spinning, torch's default, is many times slower
+    # than one thread as soon as anything else wants the cores. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return commands[command](rest)
     except _RefusedError as refusal:
@@ -96,12 +102,18 @@ def _first_lines(box: str) -> str:
     """The message of a tyro error box: what stands before its first rule, and the suggestions."""
     lines = [line.strip("│ ") for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith("╰")]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}]
-    head = lines[: rules[0]] if rules else lines
+    is_rule = [set(line) <= {"─", "-"} for line in lines]
+    if is_rule[1:2] == [True]:  # where the terminal has no box characters the title has a rule
+        lines, is_rule = lines[2:], is_rule[2:]
+    head = lines[: is_rule.index(True)] if True in is_rule else lines
     message = " ".join(line for line in head if not line.startswith("╭"))
     start = next((i for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), None)
     if start is not None:
-        close = [line.split()[0] for line in lines[start + 1 :] if line.startswith("--")]
+        close = [
+            line.split()[0].rstrip(",")
+            for line in lines[start + 1 :]
+            if line.startswith("--") and line.strip("-")
+        ]
         message += f"; did you mean {' or '.join(close[:3])}?"
     return message
 

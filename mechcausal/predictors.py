@@ -9,7 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.priors import DirichletPrior, sample_dirichlet, stationary_distribution
+from mechcausal.priors import (
+    PROBABILITY_FLOOR,
+    DirichletPrior,
+    sample_log_gamma,
+    stationary_distribution,
+    stationary_with_first_row,
+)
 from mechcausal.tasks import SingleParentTask
 
 
@@ -73,15 +79,22 @@ def bayes_prediction(
     """The Bayes predictor `E[pi(. | query) | sequence]`, with what the roots say about `pi`.
 
     Given the transitions seen, the rows of `pi` are independent Dirichlet; the factor `mu(s_r)` of
-    every root r ties them together and has no closed form. It is integrated by self-normalised
-    importance sampling from the Dirichlet posterior, with the posterior mean as control variate,
-    so that the error vanishes where the roots say nothing. Exact for a fixed matrix.
+    every root r ties them together and has no closed form. With the weight
+    `W(c) = E_{pi ~ Dirichlet(c)} prod_r mu(s_r)` of posterior concentrations c, exactly
+
+        E[pi(s' | query) | sequence] = mean(s') W(c + one at (query, s')) / W(c),
+
+    where mean is `bigram_prediction`. W is averaged over draws from the posterior; a draw for
+    c + one is a draw for c with an exponential variable added to one gamma variable, so that
+    numerator and denominator share their noise. The result is positive, and equals the mean where
+    the roots say nothing. Exact for a fixed matrix.
 
     Args:
         task: graph and prior.
         tokens: sequences, on the generator's device.
         generator: source of the draws.
-        n_draws: draws for each sequence; the cost is `batch * n_draws * S^2` gamma draws.
+        n_draws: draws for each sequence; the cost is `batch * n_draws * S^2` gamma draws and about
+            four eliminations for each draw.
         max_elements: most gamma draws held in memory at a time.
     """
     mean = bigram_prediction(task, tokens)
@@ -93,21 +106,36 @@ def bayes_prediction(
     parts = []
     for start in range(0, tokens.shape[0], chunk):
         rows = slice(start, start + chunk)
-        concentration = posterior[rows].unsqueeze(1)
-        shape = (concentration.shape[0], n_draws, task.vocab_size, task.vocab_size)
-        draws = sample_dirichlet(concentration, shape, generator=generator)
-        parts.append(_reweighted(mean[rows], draws, tokens[rows], roots))
+        log_weights = _root_log_weights(posterior[rows], tokens[rows], roots, n_draws, generator)
+        parts.append((mean[rows].log() + log_weights).softmax(-1).to(mean.dtype))
     return torch.cat(parts)
 
 
-def _reweighted(mean: Tensor, draws: Tensor, tokens: Tensor, roots: Tensor) -> Tensor:
-    batch, n_draws, vocab, _ = draws.shape
-    mu = stationary_distribution(draws.reshape(-1, vocab, vocab)).view(batch, n_draws, vocab)
-    at_roots = tokens[:, roots].unsqueeze(1).expand(-1, n_draws, -1)
-    weights = mu.gather(2, at_roots).log().sum(-1).softmax(-1)  # float64
-    rows = draws[torch.arange(batch, device=draws.device), :, tokens[:, -1]]
-    shift = torch.einsum("bk,bks->bs", weights - 1 / n_draws, rows.to(weights.dtype))
-    return _normalised((mean + shift).clamp(min=mean * 1e-3)).to(mean.dtype)
+def _root_log_weights(
+    posterior: Tensor, tokens: Tensor, roots: Tensor, n_draws: int, generator: torch.Generator
+) -> Tensor:
+    """`log W(c + one at (query, s'))` for every s', up to a constant: `[batch vocab]`."""
+    batch, vocab, _ = posterior.shape
+    # Exchange the query's token with token 0, so that its row is the one replaced.
+    exchange = torch.arange(vocab, device=tokens.device).repeat(batch, 1)
+    exchange.scatter_(1, tokens[:, -1:], 0)
+    exchange[:, 0] = tokens[:, -1]
+    first = torch.arange(batch, device=tokens.device).view(-1, 1, 1)
+    posterior = posterior[first, exchange.unsqueeze(2), exchange.unsqueeze(1)].unsqueeze(1)
+    shape = (batch, n_draws, vocab, vocab)
+    log_gamma = sample_log_gamma(posterior, shape, generator=generator)
+    extra = sample_log_gamma(posterior.new_ones(()), shape[:-1], generator=generator)
+    query_rows = log_gamma[:, :, :1].repeat(1, 1, vocab, 1)
+    diagonal = query_rows.diagonal(dim1=2, dim2=3)
+    diagonal.copy_(torch.logaddexp(diagonal, extra))
+    draws, query_rows = (
+        values.softmax(-1).clamp_(min=PROBABILITY_FLOOR).flatten(0, 1)
+        for values in (log_gamma, query_rows)
+    )
+    mu = stationary_with_first_row(draws, query_rows).view(shape)
+    at_roots = exchange.gather(1, tokens[:, roots]).view(batch, 1, 1, -1)
+    log_weights = mu.log().gather(3, at_roots.expand(-1, n_draws, vocab, -1)).sum(-1)
+    return log_weights.logsumexp(1).gather(1, exchange)
 
 
 def _fixed_rows(task: SingleParentTask, tokens: Tensor) -> Tensor:

@@ -55,6 +55,32 @@ def stationary_distribution(
     return (mu / mu.sum(0)).T.contiguous()
 
 
+def stationary_with_first_row(
+    transition: Float[Tensor, "batch vocab vocab"], first_rows: Float[Tensor, "batch variant vocab"]
+) -> Float[Tensor, "batch variant vocab"]:
+    """Stationary distributions of each matrix with its row 0 replaced by each of several rows.
+
+    As `stationary_distribution`, whose elimination leaves state 0 to the end: all variants share
+    the work on the other states.
+    """
+    vocab = transition.shape[-1]
+    reduced = transition.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
+    variants = first_rows.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
+    reduced.clamp_(min=PROBABILITY_FLOOR)
+    variants.clamp_(min=PROBABILITY_FLOOR)
+    for state in range(vocab - 1, 0, -1):
+        leaving = reduced[state, :state]
+        for rows in (reduced[1:state], variants):
+            rows[:, state] /= leaving.sum(0)
+            rows[:, :state].addcmul_(rows[:, state].unsqueeze(1), leaving.unsqueeze(0))
+    mu = torch.ones_like(variants)
+    for state in range(1, vocab):
+        inflow = mu[:, 0] * variants[:, state]
+        mu[:, state] = inflow + (mu[:, 1:state] * reduced[1:state, state]).sum(1)
+        mu[:, : state + 1] /= mu[:, : state + 1].amax(1, keepdim=True)
+    return (mu / mu.sum(1, keepdim=True)).permute(2, 0, 1).contiguous()
+
+
 def sample_log_gamma(
     concentration: Float[Tensor, "*any"], shape: Sequence[int], *, generator: torch.Generator
 ) -> Float[Tensor, "*shape"]:

@@ -5,6 +5,7 @@ Importing this module is cheap (no torch): the command line prints its help from
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -113,7 +114,7 @@ class StageSection:
     """Number of steps, each on a fresh batch."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Gradient descent, or Adam with torch's defaults."""
-    lr: Annotated[float, Field(gt=0, le=1e37)] = 1.0
+    lr: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Learning rate."""
 
 
@@ -125,7 +126,7 @@ class TrainingSection:
 
     algorithm: Literal["two_stage", "joint"] = "two_stage"
     """two_stage: stage1 trains A1, then stage2 trains A2. joint: `joint` trains both."""
-    batch_size: PositiveInt = 1024
+    batch_size: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     """Fresh sequences for every step."""
     epsilon: NonNegativeFloat = 1e-3
     """Added to predicted probabilities inside the logarithm of the loss."""
@@ -313,7 +314,7 @@ def load_recipe(target: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
-    data.setdefault("name", path.stem)
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "run")
     edge_list = data.get("graph", {}).get("edge_list") if isinstance(data.get("graph"), dict) else 0
     if isinstance(edge_list, str):  # relative to the recipe, like every path a file names
         data["graph"]["edge_list"] = str(path.parent / edge_list)

@@ -226,7 +226,8 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
         for start in stage_starts[1:]:
             axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
         axis.set(title=title, xlabel="training step", **settings)
-        axis.legend(frameon=False, fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.25)
     return figure
 

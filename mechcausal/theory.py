@@ -108,15 +108,16 @@ class PairwiseTheory:
     def predicted_edges(self, *, z_threshold: float = 4.0) -> tuple[tuple[int, int], ...]:
         """The edges (parent, child) that theory says the gradient picks.
 
-        In each row the key with the largest g, where that lies before the query and above 0 by
-        `z_threshold` standard errors (rounding alone for a fixed matrix). Rows of roots have
-        g_ij = 0 exactly for every j < i, so they name no edge.
+        In each row the key j < i with the largest g, where that is above 0 by `z_threshold`
+        standard errors (by more than rounding for a fixed matrix). Rows of roots have g_ij = 0
+        exactly for every j < i, so they name no edge. The row's own key is left out: its g is
+        `trace(pi) - 1`, 0 on average over a Dirichlet prior but not for a fixed matrix.
         """
         threshold = z_threshold * self.g_stderr + 1e-12
         edges = []
         for row in range(1, self.g.shape[0]):
-            key = int(self.g[row, : row + 1].argmax())
-            if key < row and self.g[row, key] > threshold[row, key]:
+            key = int(self.g[row, :row].argmax())
+            if self.g[row, key] > threshold[row, key]:
                 edges.append((key, row))
         return tuple(edges)
 
@@ -164,6 +165,8 @@ def pairwise_theory(
     for start in range(0, n_priors, chunk):
         size = min(chunk, n_priors - start)
         transition = prior.sample(size, generator=generator, dtype=torch.float64)
+        if isinstance(prior, FixedTransition):
+            transition = _visited(transition)
         for name, values in _by_distance(transition, distances.pairs).items():
             moments = torch.stack([values.sum(0), values.square().sum(0)])
             totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
@@ -204,8 +207,8 @@ def predicted_gradient(
     """Leading-order `-dL/dA1` at A1 = 0 and A2 = beta0 I.
 
     Row i (counted from 1) is `beta0 / (S T i) (g_ij - mean_{k<=i} g_ik)` for keys j <= i, else 0.
-    The query's own token is uniform and independent of the sequence; its row is 0 to this order
-    except at the query's own key.
+    The row of the query, which is no position of the graph, is left 0: the one entry of it that
+    does not vanish to this order is the query's own key.
     """
     n = g.shape[0]
     length = n + 1
@@ -225,7 +228,9 @@ def named_edges(
 ) -> tuple[tuple[int, int], ...]:
     """The edges (parent, child) that a measured gradient names, roots told from non-roots.
 
-    A row names its largest key if that lies before the query and passes two tests:
+    The row's own key is biased, by the same amount in every row, because the prediction f contains
+    the token itself; the bias is estimated from all rows and removed. A row then names its largest
+    key if that lies before the query and passes two tests:
 
     1. it exceeds the row's mean by chance with probability below `significance` (one-sided z test,
        Bonferroni over the row's keys);
@@ -243,6 +248,7 @@ def named_edges(
         min_effect: share of a typical edge's contrast.
     """
     n = gradient.shape[0]
+    gradient = _without_own_key_bias(gradient)
     hidden = torch.ones(n, n, dtype=torch.bool, device=gradient.device).triu(1)
     top, key = gradient.masked_fill(hidden, -torch.inf).max(1)
     score = (top / stderr.gather(1, key.unsqueeze(1)).squeeze(1)).tolist()
@@ -260,12 +266,32 @@ def named_edges(
     )
 
 
+def _without_own_key_bias(gradient: Float[Tensor, "pos pos"]) -> Float[Tensor, "pos pos"]:
+    """The row-centred gradient, its diagonal raised by what own keys lack in most rows."""
+    n = gradient.shape[0]
+    rows = gradient.tolist()
+    # Against the other keys but the largest, which may be an edge: that needs two of them.
+    lacks = [np.mean(sorted(rows[i][:i])[:-1]) - rows[i][i] for i in range(2, n)]
+    if not lacks:
+        return gradient
+    bias = max(0.0, float(np.quantile(lacks, 0.25)))
+    raised = gradient + bias * torch.eye(n, device=gradient.device)
+    n_keys = torch.arange(1, n + 1, device=gradient.device).unsqueeze(1)
+    return (raised - raised.sum(1, keepdim=True) / n_keys).tril()
+
+
 def _mean_and_stderr(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     mean = moments[0] / count
     if count == 1:
         return mean, torch.zeros_like(mean)
     variance = (moments[1] / count - mean.square()).clamp(min=0) * count / (count - 1)
     return mean, (variance / count).sqrt()
+
+
+def _visited(transition: Float[Tensor, "1 all all"]) -> Float[Tensor, "1 vocab vocab"]:
+    """A fixed matrix without the states that no sequence visits: the information has 0/0 there."""
+    visited = stationary_distribution(transition)[0] > 1e-20  # PROBABILITY_FLOOR and less: never
+    return transition[:, visited][:, :, visited]
 
 
 def _by_distance(

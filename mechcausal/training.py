@@ -125,7 +125,6 @@ def train(
     folder = new_run_folder(recipe, out)
 
     with stop_on_signals() as stop:
-        record = RunRecord(folder, recipe, mode)
         theory = pairwise_theory(
             task.graph,
             task.prior,
@@ -144,6 +143,7 @@ def train(
             bayes_draws=recipe.evaluation.bayes_draws,
             generator=evaluation,
         )
+        record = RunRecord(folder, recipe, mode)
         album = _Album(record, observer, recipe)
         state: State = "failed"
         step = 0
@@ -264,19 +264,29 @@ class _Album:
             figures |= self._observer.losses()
         self.latest = figures
         self.history.append({"train/step": step} | figures)
-        if step == self.last_step and self._recipe.probing.enabled:
-            images |= report.draw_figures(
-                self._record.folder / "figures",
-                recipe=self._recipe,
-                theory=self._observer.theory,
-                history=self.history,
-                matrices=self._matrices,
-                stage_starts=[stage.start for stage in stages(self._recipe)],
-            )
+        if step == self.last_step:
+            images |= self._draw()
         self._record.log(step, figures, images)
 
+    def _draw(self) -> dict[str, Path]:
+        if not self._matrices:
+            return {}
+        return report.draw_figures(
+            self._record.folder / "figures",
+            recipe=self._recipe,
+            theory=self._observer.theory,
+            history=self.history,
+            matrices=self._matrices,
+            stage_starts=[stage.start for stage in stages(self._recipe)],
+        )
+
     def save(self, folder: Path) -> None:
-        """Write the matrices that were kept: `<step>/<name>`, and theory's."""
+        """Write the matrices that were kept: `<step>/<name>`, and theory's.
+
+        A run that ended early gets its figures here.
+        """
+        if self.history and self.history[-1]["train/step"] != self.last_step:
+            self._draw()
         theory = self._observer.theory
         tensors = {
             f"{step:08d}/{name}": matrix.contiguous()
@@ -297,10 +307,7 @@ class _Album:
         """The last row's figures, and the first's under "first"."""
         if not self.history:
             return {}
-        first, last = (
-            {k: v for k, v in row.items()} for row in (self.history[0], self.history[-1])
-        )
-        return {**last, "first": first}
+        return {**self.history[-1], "first": dict(self.history[0])}
 
 
 def _schedule(

@@ -26,6 +26,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    # As in the command: waiting threads sleep, so that a busy machine slows tests only a little.
+    "OMP_WAIT_POLICY": "passive",
 }
 
 

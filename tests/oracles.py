@@ -22,9 +22,10 @@ def forest(*parents: int) -> CausalGraph:
 
 
 @st.composite
-def forests(draw: st.DrawFn, most: int) -> CausalGraph:
+def parent_lists(draw: st.DrawFn, most: int) -> list[int]:
+    # Graphs are built by the test: beartype uses the global random state, which strategies may not.
     n = draw(st.integers(1, most))
-    return CausalGraph.from_parents([draw(st.integers(-1, child - 1)) for child in range(n)])
+    return [draw(st.integers(-1, child - 1)) for child in range(n)]
 
 
 @st.composite
@@ -47,7 +48,8 @@ def exact_stationary(matrix: Tensor, floor: float = 0.0) -> list[Fraction]:
     size = matrix.shape[0]
     rates = [[Fraction(max(p, floor)) for p in row] for row in matrix.double().tolist()]
     for state in range(size):
-        rates[state][state] = -sum(rates[state][s] for s in range(size) if s != state)
+        others = (rates[state][s] for s in range(size) if s != state)
+        rates[state][state] = -sum(others, Fraction(0))
     # Unknowns mu; one balance equation is redundant and gives way to the normalisation.
     system = [[rates[s][state] for s in range(size)] + [Fraction(0)] for state in range(size - 1)]
     system.append([Fraction(1)] * (size + 1))
@@ -79,9 +81,10 @@ def joint_distribution(graph: CausalGraph, pi: np.ndarray, mu: np.ndarray) -> np
 def pair_distribution(joint: np.ndarray, i: int, j: int) -> np.ndarray:
     """`P(s_i, s_j)`, the diagonal of the marginal for i = j."""
     if i == j:
-        return np.diag(joint.sum(tuple(axis for axis in range(joint.ndim) if axis != i)))
+        others = tuple(axis for axis in range(joint.ndim) if axis != i)
+        return np.asarray(np.diag(joint.sum(others)))
     pair = joint.sum(tuple(axis for axis in range(joint.ndim) if axis not in (i, j)))
-    return pair if i < j else pair.T
+    return np.asarray(pair if i < j else pair.T)
 
 
 def pattern_gradient(

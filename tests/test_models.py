@@ -1,5 +1,6 @@
 """The closed form, the wired HookedTransformer and the formula itself are one function."""
 
+import contextlib
 import json
 import pickle
 import warnings
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.graphs import chain, icl_pairs, random_tree
+from mechcausal.graphs import CausalGraph, chain, icl_pairs, random_tree
 from mechcausal.models import adapter
 from mechcausal.models.adapter import (
     CONFIG_FILE,
@@ -22,7 +23,7 @@ from mechcausal.models.adapter import (
     save_model,
 )
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior
+from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import Batch, SingleParentTask, soft_cross_entropy
 from tests.oracles import forest, seeded
 
@@ -60,7 +61,7 @@ def formula(A1: Tensor, A2: Tensor, tokens: Tensor) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("vocab_size", "length"), SIZES)
@@ -124,9 +125,7 @@ def test_training_the_closed_form_changes_the_blocks_and_nothing_else() -> None:
     model, batch = random_model(3, 6), random_batch(3, 6)
     s, t = 3, 6
     before = {name: p.detach().clone() for name, p in model.hooked.named_parameters()}
-    optimizer = torch.optim.SGD(
-        [p for p in model.hooked.parameters() if p.requires_grad], lr=1.0
-    )
+    optimizer = torch.optim.SGD([p for p in model.hooked.parameters() if p.requires_grad], lr=1.0)
     assert len(optimizer.param_groups[0]["params"]) == 2
     for _ in range(3):
         optimizer.zero_grad()
@@ -152,9 +151,9 @@ def test_training_only_and_frozen_choose_what_takes_gradients() -> None:
     with model.training_only(("A1",)):
         assert parameters["A1"].requires_grad
         assert not parameters["A2"].requires_grad
-        with pytest.raises(RuntimeError, match="stop"), model.frozen():
+        with contextlib.suppress(KeyError), model.frozen():
             assert not any(p.requires_grad for p in model.hooked.parameters())
-            raise RuntimeError("stop")
+            raise KeyError
         assert parameters["A1"].requires_grad
         assert not parameters["A2"].requires_grad
     assert all(p.requires_grad for p in parameters.values())
@@ -170,26 +169,33 @@ def test_initialisation_is_that_of_algorithm_1() -> None:
 
 
 @pytest.mark.parametrize("graph", [chain(19), icl_pairs(19), random_tree(19, generator=seeded(1))])
-def test_the_ideal_solution_attends_to_parents_and_predicts_well(graph: Any) -> None:
-    task = SingleParentTask(graph, DirichletPrior.symmetric(0.1, 10))
-    batch = task.sample(2000, generator=seeded(2))
+def test_the_ideal_solution_attends_to_parents(graph: CausalGraph) -> None:
     model = SimplifiedTransformer(10, 20)
-    model.initialise(beta0=1.0)
-    start = soft_cross_entropy(model(batch.tokens), batch.target, epsilon=1e-3).item()
     model.set_ideal(graph)
     attention = model.attention1()
     for parent, child in graph.edges:
         assert attention[child, parent] > 1 - 1e-6
-    # Deterministic successors make the solution exact, as long as the query was seen before.
-    assert soft_cross_entropy(model(batch.tokens), batch.target, epsilon=1e-3).item() < start - 0.1
 
 
-def test_the_ideal_solution_finds_the_successor_of_the_query() -> None:
-    model = SimplifiedTransformer(4, 6)
-    model.set_ideal(forest(-1, 0, 1, -1, 3))
-    # Only position 2 has a parent that holds 1; the query's own position matches itself.
-    f = model(torch.tensor([[0, 1, 2, 3, 0, 1]]))
-    torch.testing.assert_close(f, torch.tensor([[0.0, 0.5, 0.5, 0.0]]))
+def test_the_ideal_solution_predicts_what_follows_from_the_sequence() -> None:
+    """Every token has one successor: nearly all that is to be known is read off the context."""
+    rows = tuple(tuple(float(p) for p in row) for row in torch.eye(5).roll(1, dims=1).tolist())
+    task = SingleParentTask(chain(19), FixedTransition(rows))
+    batch = task.sample(500, generator=seeded(2))
+    model = SimplifiedTransformer(5, 20)
+    model.initialise(beta0=1.0)
+    start = soft_cross_entropy(model(batch.tokens), batch.target, epsilon=1e-3).item()
+    model.set_ideal(task.graph)
+    assert start > 1.0
+    assert soft_cross_entropy(model(batch.tokens), batch.target, epsilon=1e-3).item() < 0.1
+
+
+def test_the_ideal_solution_finds_the_successors_of_the_query() -> None:
+    model = SimplifiedTransformer(4, 7)
+    model.set_ideal(forest(-1, 0, 1, -1, 1, 0))
+    # Positions 2 and 4 have a parent that holds 1, and 1 and 5 one that holds 0.
+    f = model(torch.tensor([[0, 1, 2, 3, 0, 3, 1]]))
+    torch.testing.assert_close(f, torch.tensor([[0.5, 0.0, 0.5, 0.0]]))
 
 
 def test_the_ideal_solution_refuses_a_graph_of_another_length() -> None:
@@ -374,7 +380,7 @@ def test_another_model_is_no_simplified_model(tmp_path: Path) -> None:
 
 
 def test_building_silences_the_deprecation_notice_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = adapter.HookedTransformer
+    build = HookedTransformer
 
     def noisy(*args: Any, **kwargs: Any) -> HookedTransformer:
         warnings.warn("something else is deprecated", DeprecationWarning, stacklevel=1)

@@ -100,7 +100,7 @@ def test_log_gamma_draws_follow_the_distribution(alpha: float) -> None:
     def cumulative(log_x: np.ndarray) -> np.ndarray:
         # x^a / Gamma(a + 1) near 0, where x itself underflows.
         small = np.exp(alpha * log_x - special.gammaln(alpha + 1))
-        return np.where(log_x < -40, small, special.gammainc(alpha, np.exp(log_x)))
+        return np.asarray(np.where(log_x < -40, small, special.gammainc(alpha, np.exp(log_x))))
 
     assert stats.kstest(draws, cumulative).pvalue > 1e-3
 

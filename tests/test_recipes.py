@@ -110,7 +110,7 @@ def test_defaults_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
 
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 non_negative = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
-rates = st.floats(0, 1e37, exclude_min=True)
+rates = st.floats(0, 1e9, exclude_min=True)
 words = st.text(st.characters(codec="utf-8"), max_size=12)
 seeds = st.integers(0, 2**32 - 1)
 lengths = st.integers(2, 10_000)
@@ -227,7 +227,7 @@ def test_the_plain_dict_is_json_and_leaves_out_what_is_absent() -> None:
         ({"training__stage1__lr": 0}, ["training.stage1.lr", "greater than 0"]),
         ({"training__stage1__lr": math.inf}, ["training.stage1.lr", "less than"]),
         ({"training__stage1__lr": math.nan}, ["training.stage1.lr"]),
-        ({"training__stage1__lr": 1e60}, ["training.stage1.lr", "1e37"]),
+        ({"training__stage1__lr": 1e60}, ["training.stage1.lr", "1000000000"]),
         ({"training__stage2__optimizer": "lion"}, ["training.stage2.optimizer", "'sgd' or 'adam'"]),
         ({"training__batch_size": 0}, ["training.batch_size", "greater than or equal to 1"]),
         ({"graph__preset": "chian"}, ["graph.preset", "'chain'", '"chian"']),
@@ -265,7 +265,9 @@ def test_the_plain_dict_is_json_and_leaves_out_what_is_absent() -> None:
     ],
     ids=lambda value: "-".join(value)[:60] if isinstance(value, dict) else "",
 )
-def test_bad_value_is_refused_with_its_dotted_path(values: dict[str, Any], parts: list[str]) -> None:
+def test_bad_value_is_refused_with_its_dotted_path(
+    values: dict[str, Any], parts: list[str]
+) -> None:
     message = refusal(**values)
     for part in parts:
         assert part in message

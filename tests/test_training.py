@@ -309,12 +309,12 @@ def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
 
 
 def test_formation_step_is_the_first_with_a_strong_induction_head(run: RunResult) -> None:
-    # Large steps form the head at once; then the step stays, whatever follows.
-    formed = [row for row in run.history if (row["induction/score"] or 0) >= 0.5]
-    expected = formed[0]["train/step"] if formed else None
-    for row in run.history:
-        before = expected is None or row["train/step"] < expected
-        assert row["induction/formation_step"] == (None if before else expected)
+    formed = [(row["induction/score"] or 0) >= 0.5 for row in run.history]
+    assert True in formed
+    first = formed.index(True)
+    step = run.history[first]["train/step"]
+    seen = [row["induction/formation_step"] for row in run.history]
+    assert seen == [None] * first + [step] * (len(seen) - first)
 
 
 def test_formation_step_is_none_without_an_induction_head(tmp_path: Path) -> None:

@@ -75,12 +75,15 @@ def build_from_files(
     config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     try:
         content = json.loads(config_path.read_text(encoding="utf-8"))
-        weights = load_file(weights_path)
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{error.filename or weights_path}: no such file") from None
+    except FileNotFoundError:
+        raise ModelFileError(f"{config_path}: no such file") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{config_path}: not readable as JSON: {error}") from None
-    except SafetensorError as error:
+    try:
+        weights = load_file(weights_path)
+    except FileNotFoundError:
+        raise ModelFileError(f"{weights_path}: no such file") from None
+    except (OSError, SafetensorError) as error:
         raise ModelFileError(f"{weights_path}: not a safetensors file: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelFileError(f"{config_path}: not a config that save_model wrote ({FORMAT})")
@@ -88,6 +91,9 @@ def build_from_files(
         values = dict(content["config"])
         values["dtype"] = getattr(torch, values["dtype"])
         values["device"] = device
+        # Building would fetch the tokenizer, and run its code where the config trusts it.
+        values["tokenizer_name"] = None
+        extra = dict(content.get("extra", {}))
         model = build_hooked(HookedTransformerConfig(**values))
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
@@ -98,7 +104,7 @@ def build_from_files(
     if absent or unexpected:
         detail = f"missing {absent[:3]}" if absent else f"unexpected {sorted(unexpected)[:3]}"
         raise ModelFileError(f"{weights_path}: weights do not fit {config_path}: {detail}")
-    return model, dict(content.get("extra", {}))
+    return model, extra
 
 
 def _weights(model: HookedTransformer) -> dict[str, torch.Tensor]:

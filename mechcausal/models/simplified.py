@@ -93,7 +93,10 @@ class SimplifiedTransformer:
             found = extra.get("kind", "another HookedTransformer")
             raise ModelFileError(f"{folder}: not a simplified model but {found}")
         model = cls(hooked.cfg.d_vocab, hooked.cfg.n_ctx, device=device)
-        model.hooked.load_state_dict(hooked.state_dict())
+        try:
+            model.hooked.load_state_dict(hooked.state_dict())
+        except RuntimeError:
+            raise ModelFileError(f"{folder}: the weights are not a simplified model's") from None
         return model
 
     def save(self, folder: str | Path) -> None:
@@ -128,14 +131,19 @@ class SimplifiedTransformer:
         self.A2.copy_(beta0 * torch.eye(self.vocab_size))
 
     @torch.no_grad()
-    def set_ideal(self, graph: CausalGraph, *, strength: float = 50.0) -> None:
+    def set_ideal(
+        self, graph: CausalGraph, *, strength: float = 50.0, beta: float | None = None
+    ) -> None:
         """The hand-built solution: layer 1 one-hot on parents, layer 2 one-hot on matches.
 
-        Rows of roots and of the query attend to themselves.
+        Rows of roots and of the query attend uniformly: attending to themselves they would copy
+        the query's token, match it, and draw layer 2 to positions that are no successor of it.
 
         Args:
             graph: single-parent graph of T - 1 positions.
-            strength: the logit of the wanted key against 0 elsewhere.
+            strength: layer 1's logit of the parent against 0 elsewhere.
+            beta: A2 = beta I; `strength` when absent. Against log loss a small one does better:
+                the sharper layer 2 counts, the less is left for successors not seen.
 
         Raises:
             ValueError: the graph's sequence length differs from the model's.
@@ -145,10 +153,9 @@ class SimplifiedTransformer:
                 f"the graph has sequences of {graph.sequence_length} tokens, "
                 f"the model of {self.sequence_length}"
             )
-        self.initialise(beta0=strength)
-        parents = (*graph.parent_array(), -1)
-        for position, parent in enumerate(parents):
-            self.A1[position, parent if parent >= 0 else position] = strength
+        self.initialise(beta0=strength if beta is None else beta)
+        for parent, position in graph.edges:
+            self.A1[position, parent] = strength
 
     @contextmanager
     def training_only(self, names: tuple[str, ...]) -> Iterator[None]:

@@ -1,0 +1,166 @@
+"""Figures against loops over the same entries and against cases computed by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph, chain, random_forest
+from mechcausal.metrics import (
+    correlations,
+    edge_f1,
+    edge_hits,
+    gradient_figures,
+    graph_figures,
+    induction_mask,
+    strategy_figures,
+)
+from mechcausal.priors import DirichletPrior
+from mechcausal.theory import PairwiseTheory, pairwise_theory
+from tests.oracles import forest, seeded
+
+GRAPHS = [chain(9), *(random_forest(9, edge_probability=0.6, generator=seeded(s)) for s in (1, 2))]
+
+
+def theory_of(graph: CausalGraph) -> PairwiseTheory:
+    prior = DirichletPrior.symmetric(0.5, vocab_size=3)
+    return pairwise_theory(graph, prior, n_priors=50, generator=seeded())
+
+
+def random_pattern(size: int, seed: int) -> Tensor:
+    scores = 2 * torch.randn(size, size, generator=seeded(seed))
+    hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(1)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graph_figures_equal_loops(graph: CausalGraph) -> None:
+    pattern = random_pattern(10, 3)
+    hits, attention = [], []
+    for parent, child in graph.edges:
+        hits.append(all(pattern[child, parent] >= pattern[child, k] for k in range(child + 1)))
+        attention.append(pattern[child, parent].item())
+    figures = graph_figures(pattern, graph)
+    assert set(figures) == {"graph/recovered", "graph/parent_attention"}
+    assert figures["graph/recovered"] == pytest.approx(np.mean(hits))
+    assert figures["graph/parent_attention"] == pytest.approx(np.mean(attention), rel=1e-6)
+
+
+def test_graph_figures_of_a_perfect_pattern_are_1() -> None:
+    graph = forest(-1, 0, 0, 2)
+    pattern = torch.eye(5)
+    for parent, child in graph.edges:
+        pattern[child] = torch.eye(5)[parent]
+    assert set(graph_figures(pattern, graph).values()) == {1.0}
+
+
+def test_a_graph_without_edges_has_no_graph_figures() -> None:
+    graph = forest(-1, -1)
+    assert graph_figures(torch.eye(3), graph) == {}
+    assert "gradient/edge_hits" not in gradient_figures(torch.eye(3), theory_of(graph))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_edge_hits_equal_loops_and_ignore_what_is_masked(graph: CausalGraph) -> None:
+    gradient = torch.randn(10, 10, generator=seeded(4))
+    gradient += 100 * torch.ones(10, 10).triu(1)
+    hits = [
+        max(range(child + 1), key=lambda k: gradient[child, k].item()) == parent
+        for parent, child in graph.edges
+    ]
+    assert edge_hits(gradient, graph) == pytest.approx(np.mean(hits))
+
+
+def test_edge_f1_by_hand() -> None:
+    graph = forest(-1, 0, 1, -1)  # edges (0, 1), (1, 2)
+    assert edge_f1(((0, 1), (1, 2)), graph) == 1.0
+    assert edge_f1(((0, 1),), graph) == pytest.approx(2 / 3)  # precision 1, recall 1/2
+    assert edge_f1(((0, 1), (0, 2)), graph) == pytest.approx(0.5)
+    assert edge_f1(((0, 1), (1, 2), (0, 3)), graph) == pytest.approx(0.8)  # an edge at a root
+    assert edge_f1((), graph) == 0.0
+    assert edge_f1((), forest(-1, -1)) == 1.0
+    assert edge_f1(((0, 1),), forest(-1, -1)) == 0.0
+
+
+def test_correlations_are_those_of_numpy_and_of_ranks() -> None:
+    x, y = torch.randn(2, 50, generator=seeded(5), dtype=torch.float64)
+    y = y + x
+    pearson, spearman = correlations(x, y.exp())
+    assert pearson == pytest.approx(np.corrcoef(x, y.exp())[0, 1])
+    ranks = [stats.rankdata(side) for side in (x, y)]
+    assert spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0], [2.0]), ([], [])]
+)
+def test_correlations_without_variation_are_not_a_number(
+    left: list[float], right: list[float]
+) -> None:
+    for pair in ((left, right), (right, left)):
+        values = correlations(*(torch.tensor(side, dtype=torch.float64) for side in pair))
+        assert all(math.isnan(value) for value in values)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_gradient_figures_equal_loops(graph: CausalGraph) -> None:
+    theory, n = theory_of(graph), graph.n_positions
+    gradient = torch.randn(n + 1, n + 1, generator=seeded(6)).tril()
+    figures = gradient_figures(gradient, theory)
+    below = [(i, j) for i in range(n) for j in range(i + 1)]
+    pearson = np.corrcoef(
+        [gradient[i, j].item() for i, j in below],
+        [theory.predicted_gradient[i, j].item() for i, j in below],
+    )[0, 1]
+    assert figures["gradient/theory_correlation"] == pytest.approx(pearson)
+    for name, information in (("chi2", theory.chi2), ("shannon", theory.shannon)):
+        left, right = [], []
+        for i in range(1, n):
+            scaled = (gradient[i, :i] * (i + 1)).double()
+            left += (scaled - scaled.mean()).tolist()
+            right += (information[i, :i] - information[i, :i].mean()).tolist()
+        found = figures[f"gradient/{name}_correlation"]
+        assert found == pytest.approx(np.corrcoef(left, right)[0, 1])
+        found = figures[f"gradient/{name}_spearman"]
+        assert found == pytest.approx(stats.spearmanr(left, right)[0], abs=0.02)
+    assert figures["gradient/edge_hits"] == edge_hits(gradient, graph)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_predicted_gradient_itself_scores_1(graph: CausalGraph) -> None:
+    theory = theory_of(graph)
+    figures = gradient_figures(theory.predicted_gradient, theory, prefix="x/")
+    assert figures["x/theory_correlation"] == pytest.approx(1.0)
+    assert figures["x/theory_spearman"] == pytest.approx(1.0)
+    assert figures["x/edge_hits"] == 1.0
+
+
+def test_strategy_figures_equal_loops() -> None:
+    prediction = torch.rand(4, 3, generator=seeded(7)).softmax(1)
+    prediction[0] = torch.tensor([1.0, 0.0, 0.0])
+    strategy = torch.rand(4, 3, generator=seeded(8)).softmax(1)
+    epsilon, total = 0.01, 0.0
+    for b in range(4):
+        for s in range(3):
+            p = (prediction[b, s].item() + epsilon) / (1 + 3 * epsilon)
+            total += p * math.log(p / strategy[b, s].item()) / 4
+    figures = strategy_figures(prediction, {"mine": strategy}, epsilon=epsilon)
+    assert figures == {"strategy/kl_mine": pytest.approx(total, rel=1e-5)}
+    unsmoothed = strategy_figures(prediction, {"mine": prediction}, epsilon=0.0)
+    assert unsmoothed["strategy/kl_mine"] == pytest.approx(0.0, abs=1e-7) or math.isnan(
+        unsmoothed["strategy/kl_mine"]
+    )
+
+
+@pytest.mark.parametrize("graph", [*GRAPHS, forest(*[-1] * 9)])
+def test_induction_mask_equals_loops(graph: CausalGraph) -> None:
+    tokens = torch.randint(3, (6, 10), generator=seeded(9))
+    mask = induction_mask(tokens, graph)
+    expected = torch.zeros(6, 10, 10, dtype=torch.bool)
+    for b in range(6):
+        for parent, child in graph.edges:
+            expected[b, 9, child] = tokens[b, parent] == tokens[b, 9]
+    assert torch.equal(mask.bool(), expected)

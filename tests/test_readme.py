@@ -1,0 +1,135 @@
+"""The README: its marked examples run, and the commands it names exist with their options.
+
+A block of Python is run when the line before it is `<!-- test -->`; every other one has to be
+valid Python at least.
+"""
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechcausal.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+MARK = "<!-- test -->"
+SHELL = ("sh", "bash", "shell", "console")
+
+
+def blocks(text: str, *languages: str) -> list[tuple[int, str, bool]]:
+    """Line number, content and mark of every fenced block in one of the languages."""
+    found = []
+    for match in FENCE.finditer(text):
+        if match[2] in languages:
+            before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1].strip()
+            line = text.count("\n", 0, match.start()) + 1
+            found.append((line, match[3], before == MARK))
+    return found
+
+
+def commands(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The arguments of every `mechcausal ...` in the README's shell blocks, by line number."""
+    for line, content, _ in blocks(text, *SHELL):
+        # Of a loop, what is checked is its first turn.
+        first = {
+            name: words.split()[0] for name, words in re.findall(r"for (\w+) in ([^;\n]+)", content)
+        }
+        joined = content.replace("\\\n", " ")
+        for name, value in first.items():
+            joined = re.sub(rf"\$\{{{name}\}}|\${name}\b", value, joined)
+        for row in joined.splitlines():
+            words = shlex.split(row.removeprefix("$ "), comments=True)
+            for start, word in enumerate(words):
+                if word.rsplit("/", 1)[-1] == "mechcausal" and "install" not in words[:start]:
+                    rest = words[start + 1 :]
+                    ends = [
+                        i for i, w in enumerate(rest) if w in ("|", ">", "&&", "&", ";", "done")
+                    ]
+                    yield line, [w.rstrip(";") for w in rest[: min(ends, default=len(rest))]]
+
+
+def readme() -> str:
+    return README.read_text(encoding="utf-8") if README.is_file() else ""
+
+
+EXAMPLES = [block for block in blocks(readme(), "python") if block[2]]
+COMMANDS = list(commands(readme()))
+
+
+class ReachedError(Exception):
+    """A command that parsed and would now start to work."""
+
+
+def test_readme_has_examples_and_commands() -> None:
+    assert EXAMPLES
+    named = {arguments[0] for _, arguments in COMMANDS if arguments}
+    assert {"train", "theory"} <= named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "content"), [block[:2] for block in EXAMPLES])
+def test_example_runs(
+    line: int, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / f"readme_line_{line}.py"
+    script.write_text(content, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize(("line", "content"), [block[:2] for block in blocks(readme(), "python")])
+def test_every_python_block_is_valid(line: int, content: str) -> None:
+    compile(content, f"README.md:{line}", "exec")
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"), COMMANDS, ids=lambda v: " ".join(v) if isinstance(v, list) else None
+)
+def test_command_exists_with_its_options(
+    line: int,
+    arguments: list[str],
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def reach(*args: Any, **options: Any) -> None:
+        raise ReachedError
+
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr("mechcausal.training.train", reach)
+    monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
+    try:
+        code = main(arguments)
+    except ReachedError:
+        return
+    except SystemExit as exit_:  # --help
+        code = int(exit_.code or 0)
+    assert code == 0, f"README.md:{line}: {capsys.readouterr().err}"
+
+
+def test_recipe_files_that_the_readme_names_exist(repository: Path) -> None:
+    named = set(re.findall(r"\bruns/[\w-]+\.toml", readme()))
+    assert named
+    assert not {name for name in named if not (repository / name).is_file()}
+
+
+def test_commands_are_found_in_shell_blocks() -> None:
+    """What the test itself relies on."""
+    text = (
+        "```sh\npip install mechcausal\n"
+        "$ WANDB_MODE=offline mechcausal train a \\\n  --seed 1 # x\n"
+        "for r in a b; do\n  for s in 0 1; do mechcausal train runs/$r.toml --seed $s; done\ndone\n"
+        ".venv/bin/mechcausal theory --parents '-1,0' | head\n```\n"
+    )
+    assert [arguments for _, arguments in commands(text)] == [
+        ["train", "a", "--seed", "1"],
+        ["train", "runs/a.toml", "--seed", "0"],
+        ["theory", "--parents", "-1,0"],
+    ]
+    marked = f"{MARK}\n```python\n1\n```\n\n```python\n2\n```\n"
+    assert blocks(marked, "python") == [(2, "1\n", True), (6, "2\n", False)]
