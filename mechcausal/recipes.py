@@ -214,7 +214,8 @@ class Recipe:
         """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
 
         Example:
-            >>> Recipe().with_overrides(seed=3, training__stage1__steps=10).training.stage1.steps
+            >>> recipe = load_recipe("markov_chain")
+            >>> recipe.with_overrides(seed=3, training__stage1__steps=10).training.stage1.steps
             10
         """
         data = recipe_to_dict(self)
