@@ -4,13 +4,11 @@ The hooked model runs on a fixed evaluation batch, so that consecutive figures d
 model learned and not by what it was shown.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal import metrics, predictors
+from mechcausal.experiments.base import Observation
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.tasks import Batch, SingleParentTask, soft_cross_entropy
 from mechcausal.theory import PairwiseTheory, named_edges
@@ -26,22 +24,6 @@ from probes import (
 
 # Attention entries of a pass through the hooked model; larger evaluation batches are split.
 _MAX_ENTRIES = 4_000_000
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Figures and matrices of one probe step.
-
-    Attributes:
-        figures: by the names of the W&B charts; NaN where a figure is not defined.
-        matrices: `attention/layer0`, and the descent directions `gradient/scores` and
-            `gradient/pattern` (centred by row), each [query, key].
-        prediction: f for every evaluation sequence.
-    """
-
-    figures: dict[str, float]
-    matrices: dict[str, Float[Tensor, "query key"]]
-    prediction: Float[Tensor, "batch vocab"]
 
 
 class Observer:
@@ -98,7 +80,11 @@ class Observer:
         return self._losses(prediction)
 
     def observe(self) -> Observation:
-        """Run the hooked model on the evaluation batch with every probe attached."""
+        """Run the hooked model on the evaluation batch with every probe attached.
+
+        The matrices are `attention/layer0` and the descent directions `gradient/scores` and
+        `gradient/pattern` (centred by row), each [query, key].
+        """
         graph = self.task.graph
         hooked = self.model.hooked
         pattern = AttentionPattern(0, reduce="mean")

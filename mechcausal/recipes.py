@@ -86,12 +86,16 @@ class TaskSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
+    kind: Literal["causal_graph", "repeated_tokens"] = "causal_graph"
+    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random."""
     vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
-    """Number of tokens, S."""
+    """Number of tokens, S; token 0 is the BOS of repeated_tokens."""
     alpha: PositiveFloat | tuple[PositiveFloat, ...] = 0.1
     """Dirichlet concentration of every row of the transition matrix, or one for each token."""
     transition: tuple[tuple[NonNegativeFloat, ...], ...] | None = None
     """A fixed transition matrix in place of the prior."""
+    repeat_lengths: tuple[PositiveInt, PositiveInt] | None = None
+    """Shortest and longest block that is repeated, drawn for every batch (repeated_tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,17 @@ class ModelSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["simplified"] = "simplified"
-    """The paper's simplified two-layer transformer (A1 and A2)."""
+    kind: Literal["simplified", "attention_only"] = "simplified"
+    """simplified: the paper's two-layer transformer (A1 and A2), for causal_graph.
+    attention_only: learned embeddings and attention layers with LayerNorm, for repeated_tokens."""
+    n_layers: Annotated[int, Field(ge=1, le=100)] = 2
+    """Layers (attention_only)."""
+    n_heads: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Heads of every layer (attention_only)."""
+    d_model: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Width of the residual stream, a multiple of n_heads (attention_only)."""
+    positions: Literal["shortformer", "standard"] = "shortformer"
+    """Learned positions: added to queries and keys alone, or to the residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +177,12 @@ class ProbingSection:
     """False trains without a look inside: only the losses at the first and last step."""
     schedule: Literal["every", "geometric"] = "every"
     """every: each `every` steps. geometric: steps 1, 2, 4, 8, ... of each stage."""
-    every: PositiveInt = 100
+    every: PositiveInt = 200
     """Steps between probe steps (schedule every)."""
     dense: NonNegativeInt = 5
     """Probe steps at the start of each stage, one a step."""
+    checkpoints: bool = False
+    """True saves the weights at every probe step, under checkpoints/."""
     images: NonNegativeInt = 12
     """Probe steps, spread over the run, whose heatmaps go to W&B."""
 
@@ -288,8 +303,13 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
         recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_first_error(error.errors())}") from None
-    _check_graph(recipe.graph, source)
-    _check_task(recipe.task, source)
+    if recipe.task.kind == "repeated_tokens":
+        _check_repeated_tokens(recipe, source)
+    else:
+        _check_graph(recipe.graph, source)
+        _check_task(recipe.task, source)
+        if recipe.model.kind != "simplified":
+            raise RecipeError(f"{source}: model.kind: causal_graph is learned by simplified")
     return recipe
 
 
@@ -458,8 +478,32 @@ def _check_task(task: TaskSection, source: str) -> None:
         raise RecipeError(
             f"{source}: task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
         )
+    if task.repeat_lengths is not None:
+        raise RecipeError(f"{source}: task.repeat_lengths: belongs to kind repeated_tokens")
     if task.transition is not None and len(task.transition) != task.vocab_size:
         raise RecipeError(
             f"{source}: task.transition: {len(task.transition)} rows "
             f"for a vocabulary of {task.vocab_size}"
+        )
+
+
+def _check_repeated_tokens(recipe: Recipe, source: str) -> None:
+    task, model = recipe.task, recipe.model
+    if model.kind != "attention_only":
+        raise RecipeError(f"{source}: model.kind: repeated_tokens is learned by attention_only")
+    if recipe.training.algorithm != "joint":
+        raise RecipeError(f"{source}: training.algorithm: attention_only is trained by joint")
+    if recipe.graph != GraphSection():
+        raise RecipeError(f"{source}: graph: repeated_tokens has no graph")
+    if task.repeat_lengths is None:
+        raise RecipeError(f"{source}: task.repeat_lengths: needed by repeated_tokens")
+    low, high = task.repeat_lengths
+    if not 2 <= low <= high <= 5_000:
+        raise RecipeError(
+            f"{source}: task.repeat_lengths: shortest and longest, from 2 to 5000, "
+            f"found [{low}, {high}]"
+        )
+    if model.d_model % model.n_heads:
+        raise RecipeError(
+            f"{source}: model.d_model: {model.d_model} is no multiple of {model.n_heads} heads"
         )

@@ -54,6 +54,11 @@ def heatmaps(
     return pictures
 
 
+def heatmap(values: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "height width rgb"]:
+    """A picture of values in [0, 1], one square a cell."""
+    return _coloured(values, ATTENTION_COLOURS)
+
+
 def draw_figures(
     folder: Path,
     *,
@@ -161,6 +166,73 @@ def draw_gradient(matrices: Matrices, theory: PairwiseTheory) -> "Figure":
     return figure
 
 
+def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict[str, Path]:
+    """heads.png: the loss by copy, and every head's scores, over training steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = _figure(1, 4)
+    losses = {
+        "loss/first_copy": "first copy",
+        "loss/second_copy": "second copy",
+        "loss/chance": "chance",
+    }
+    _plot(axes[0], history, losses, title="loss (nats)")
+    for axis, kind in zip(
+        axes[1:], ("induction", "previous_token", "duplicate_token"), strict=True
+    ):
+        keys = [key for key in history[-1] if key.startswith("heads/") and key.endswith(f"/{kind}")]
+        labels = {key: key.split("/")[1] for key in keys}
+        _plot(axis, history, labels, title=kind.replace("_", " "), ylim=(-0.03, 1.05))
+    figure.suptitle(f"{recipe.name}, seed {recipe.seed}: heads over training", fontsize=12)
+    path = folder / "heads.png"
+    figure.savefig(path, dpi=110)
+    return {"figures/heads": path}
+
+
+def head_heatmap(
+    path: Path,
+    panels: Mapping[str, Float[np.ndarray, "layer head"]],
+    *,
+    layers: Sequence[int],
+    title: str,
+) -> None:
+    """Scores by layer (rows) and head (columns), one panel a score, as a PNG file."""
+    figure, axes = _figure(1, len(panels))
+    for axis, (name, values) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=1, aspect="auto")
+        axis.set(title=name, xlabel="head", ylabel="layer")
+        axis.set_xticks(range(values.shape[1]))
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        if values.size <= 200:
+            for (row, column), value in np.ndenumerate(values):
+                colour = "black" if value > 0.6 else "white"
+                axis.text(
+                    column, row, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=7
+                )
+    figure.colorbar(image, ax=axes, shrink=0.75, label="attention")
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def _plot(
+    axis: "Axes", history: History, curves: Mapping[str, str], *, title: str, **settings: Any
+) -> None:
+    from matplotlib import colormaps
+
+    # Four colours that everybody can tell apart; a model of many heads needs a scale instead.
+    many = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
+    colours = _CYCLE if len(curves) <= len(_CYCLE) else many
+    for (key, label), colour in zip(curves.items(), colours, strict=False):
+        points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
+        if points:
+            reference = key in ("loss/bayes", "loss/chance")
+            style = "--" if reference else "-"
+            axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
+    axis.set(title=title, xlabel="training step", **settings)
+    if 0 < len(axis.get_legend_handles_labels()[0]) <= 12:
+        axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.25)
+
+
 def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     """Loss, graph, gradient, induction and strategies over training steps."""
     panels: list[tuple[str, dict[str, str], dict[str, Any]]] = [
@@ -218,17 +290,9 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     ]
     figure, axes = _figure(2, 3)
     for axis, (title, curves, settings) in zip(axes, panels, strict=True):
-        for (key, label), colour in zip(curves.items(), _CYCLE, strict=False):
-            points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
-            if points:
-                style = "--" if key == "loss/bayes" else "-"
-                axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
+        _plot(axis, history, curves, title=title, **settings)
         for start in stage_starts[1:]:
             axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
-        axis.set(title=title, xlabel="training step", **settings)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.25)
     return figure
 
 
@@ -241,9 +305,20 @@ def _figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     size = (4.1 * n_columns, 3.6 * n_rows + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    # Fixed margins: matplotlib's layout engines draw everything twice or more to find them.
+    width, height = size
+    figure.subplots_adjust(
+        left=0.7 / width,
+        right=1 - 0.2 / width,
+        bottom=0.55 / height,
+        top=1 - 0.75 / height,
+        wspace=0.36,
+        hspace=0.36,
+    )
+    return figure, axes
 
 
 def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
@@ -283,15 +358,17 @@ def _circle_parents(axis: "Axes", graph: CausalGraph, colour: str) -> None:
 def _side_by_side(
     sides: tuple[np.ndarray, np.ndarray], colours: str, *, signed: bool
 ) -> np.ndarray:
-    from matplotlib import colormaps
-
-    colour = colormaps[colours]
-    scale = max(1, -(-_PIXELS // sides[0].shape[0]))
     parts = []
     for values in sides:
         limit = np.abs(values).max() or 1.0
-        unit = (values / limit + 1) / 2 if signed else values
-        pixels = (colour(unit)[..., :3] * 255).astype(np.uint8)
-        parts.append(pixels.repeat(scale, 0).repeat(scale, 1))
+        parts.append(_coloured((values / limit + 1) / 2 if signed else values, colours))
     gap = np.full((parts[0].shape[0], 8, 3), 255, dtype=np.uint8)
     return np.concatenate([parts[0], gap, parts[1]], axis=1)
+
+
+def _coloured(unit: np.ndarray, colours: str) -> np.ndarray:
+    from matplotlib import colormaps
+
+    scale = max(1, -(-_PIXELS // unit.shape[0]))
+    pixels: np.ndarray = (colormaps[colours](unit)[..., :3] * 255).astype(np.uint8)
+    return pixels.repeat(scale, 0).repeat(scale, 1)

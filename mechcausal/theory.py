@@ -254,9 +254,8 @@ def named_edges(
     score = (top / stderr.gather(1, key.unsqueeze(1)).squeeze(1)).tolist()
     # Among i + 1 keys the centred value of one is i / (i + 1) of its contrast to the others.
     contrast = [value * (i + 1) / max(i, 1) for i, value in enumerate(top.tolist())]
-    passing = [
-        i for i in range(1, n) if score[i] > stats.norm.isf(significance / (i + 1))
-    ]  # row 0 has no key but itself
+    critical = stats.norm.isf(significance / np.arange(1, n + 1))
+    passing = [i for i in range(1, n) if score[i] > critical[i]]  # row 0 has no key but itself
     if not passing:
         return ()
     typical = float(np.quantile([contrast[i] for i in passing], 0.75))

@@ -26,6 +26,7 @@ import numpy as np
 from mechcausal.recipes import Recipe, WandbMode, recipe_to_dict, recipe_to_toml
 
 if TYPE_CHECKING:
+    from wandb import Settings
     from wandb.sdk.wandb_run import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,7 +103,7 @@ def new_run_folder(recipe: Recipe, out: str | Path | None) -> Path:
 
 
 class RunRecord:
-    """One run's W&B run and files; use it as a context manager.
+    """One run's W&B run and files: opened, fed row by row, finished.
 
     Attributes:
         folder: the run folder.
@@ -184,12 +185,7 @@ class RunRecord:
     def _open_wandb(self, recipe: Recipe) -> "Run | None":
         import wandb
 
-        settings = wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=30,
-            x_transaction_log_flush_interval=1,
-        )
+        settings = wandb_settings()
         for mode in ("online", "offline") if self.mode == "online" else ("offline",):
             try:
                 run = wandb.init(
@@ -228,6 +224,15 @@ class RunRecord:
                 f"W&B kept {found} of {self.rows} rows in {folder}; "
                 f"all of them are in {self.folder / METRICS_FILE}"
             )
+
+
+def wandb_settings() -> "Settings":
+    """Nothing on the terminal, rows on disk within a second, no wait for a silent network."""
+    import wandb
+
+    return wandb.Settings(
+        console="off", silent=True, init_timeout=30, x_transaction_log_flush_interval=1
+    )
 
 
 def count_wandb_rows(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechcausal import report
-from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.observer import Observer
+from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
 from mechcausal.recipes import ProbingSection, Recipe, RecipeError, StageSection, load_recipe
-from mechcausal.tasks import SingleParentTask, soft_cross_entropy
-from mechcausal.theory import PairwiseTheory, pairwise_theory
 from mechcausal.tracking import (
     RunRecord,
     State,
@@ -28,6 +25,8 @@ from mechcausal.tracking import (
 
 FORMATION_THRESHOLD = 0.5
 MATRICES_FILE = "matrices.safetensors"
+MODEL_FOLDER = "model"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -61,9 +60,7 @@ class RunResult:
         signal: number of that signal.
         summary: last figures, the first probe step's under "first", and the run's own facts.
         history: a dict of figures for every probe step.
-        model: as trained.
-        task: what it was trained on.
-        theory: what information theory predicted.
+        experiment: the trained model with its data, probes and theory.
         warnings: what went wrong with recording.
         wandb_folder: W&B's folder; None when disabled.
         url: the W&B page, when online.
@@ -74,9 +71,7 @@ class RunResult:
     signal: int | None
     summary: dict[str, Any]
     history: list[dict[str, Value]]
-    model: SimplifiedTransformer
-    task: SingleParentTask
-    theory: PairwiseTheory
+    experiment: Experiment
     warnings: list[str] = field(default_factory=list)
     wandb_folder: Path | None = None
     url: str | None = None
@@ -118,43 +113,28 @@ def train(
         recipe = load_recipe(recipe)
     if not stages(recipe):
         raise RecipeError("training: no steps in any stage: nothing to train")
-    device = _device(recipe.device)
+    generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
     mode = resolve_mode(recipe.wandb.mode)
-    task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
-    training_data, evaluation, theory_data = _generators(recipe.seed, device)
+    check_experiment(recipe)
     folder = new_run_folder(recipe, out)
 
-    with stop_on_signals() as stop:
-        theory = pairwise_theory(
-            task.graph,
-            task.prior,
-            n_priors=recipe.evaluation.theory_priors,
-            generator=theory_data,
-            beta0=recipe.training.beta0,
-        )
-        model = SimplifiedTransformer(task.vocab_size, task.sequence_length, device=device)
-        model.initialise(beta0=recipe.training.beta0)
-        observer = Observer(
-            model,
-            task,
-            theory,
-            n_sequences=recipe.evaluation.n_sequences,
-            epsilon=recipe.training.epsilon,
-            bayes_draws=recipe.evaluation.bayes_draws,
-            generator=evaluation,
-        )
-        record = RunRecord(folder, recipe, mode)
-        album = _Album(record, observer, recipe)
+    with stop_on_signals() as stop, ThreadPoolExecutor(1) as pool:
+        # W&B takes a second to start, mostly waiting: the experiment is built meanwhile.
+        opening = pool.submit(RunRecord, folder, recipe, mode)
+        try:
+            experiment = build_experiment(recipe, generators)
+        except BaseException:
+            opening.result().finish({}, "failed")
+            raise
+        record = opening.result()
+        album = _Album(record, experiment)
         state: State = "failed"
         step = 0
         try:
-            for stage, optimizer, last in _schedule(recipe, model):
+            for stage, optimizer, last in _schedule(recipe, experiment):
                 if stop.received is not None and not last:
                     break
-                batch = task.sample(recipe.training.batch_size, generator=training_data)
-                loss = soft_cross_entropy(
-                    model(batch.tokens), batch.target, epsilon=recipe.training.epsilon
-                )
+                loss = experiment.training_loss()
                 train_loss = loss.item()
                 if not math.isfinite(train_loss):
                     raise NonFiniteLossError(_diagnosis(step, stage, train_loss))
@@ -169,9 +149,9 @@ def train(
                 optimizer.step()
                 step += 1
             state = "finished" if step == album.last_step else "interrupted"
-            model.save(folder / "model")
+            experiment.save_model(folder / MODEL_FOLDER)
         finally:
-            album.save(folder)
+            album.save()
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
     return RunResult(
@@ -180,9 +160,7 @@ def train(
         signal=None if state == "finished" or stop.received is None else int(stop.received),
         summary=summary,
         history=album.history,
-        model=model,
-        task=task,
-        theory=theory,
+        experiment=experiment,
         warnings=record.warnings,
         wandb_folder=record.wandb_folder,
         url=record.url,
@@ -194,7 +172,8 @@ def stages(recipe: Recipe) -> list[Stage]:
     training = recipe.training
     plan: list[tuple[str, tuple[str, ...], StageSection]]
     if training.algorithm == "joint":
-        plan = [("joint", ("A1", "A2"), training.joint)]
+        everything = ("A1", "A2") if recipe.model.kind == "simplified" else ("all",)
+        plan = [("joint", everything, training.joint)]
     else:
         plan = [("stage1", ("A1",), training.stage1), ("stage2", ("A2",), training.stage2)]
     result: list[Stage] = []
@@ -227,12 +206,14 @@ def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
 class _Album:
     """Takes the looks at the model, and keeps what was seen."""
 
-    def __init__(self, record: RunRecord, observer: Observer, recipe: Recipe) -> None:
+    def __init__(self, record: RunRecord, experiment: Experiment) -> None:
+        recipe = experiment.recipe
         self.history: list[dict[str, Value]] = []
         self.latest: dict[str, Value] = {}
         self._record = record
-        self._observer = observer
-        self._recipe = recipe
+        self._experiment = experiment
+        self._probing = recipe.probing
+        self._stage_starts = [stage.start for stage in stages(recipe)]
         ordered = probe_steps(recipe.probing, stages(recipe))
         self.steps = frozenset(ordered)
         self.last_step = ordered[-1]
@@ -248,8 +229,8 @@ class _Album:
         """Look at the model, and write the row."""
         figures: dict[str, Value] = {"loss/train": train_loss}
         images: dict[str, np.ndarray | Path] = {}
-        if self._recipe.probing.enabled:
-            observation = self._observer.observe()
+        if self._probing.enabled:
+            observation = self._experiment.observe()
             figures |= observation.figures
             if self._formation_step is None and (
                 observation.figures["induction/score"] >= FORMATION_THRESHOLD
@@ -259,9 +240,12 @@ class _Album:
             if step in self._kept_steps:
                 self._matrices[step] = observation.matrices
             if step in self._image_steps:
-                images |= report.heatmaps(observation.matrices, self._observer.theory)
+                images |= self._experiment.heatmaps(observation.matrices)
         else:
-            figures |= self._observer.losses()
+            figures |= self._experiment.losses()
+        if self._probing.checkpoints:
+            folder = self._record.folder / CHECKPOINTS_FOLDER / f"{step:08d}"
+            self._experiment.save_model(folder)
         self.latest = figures
         self.history.append({"train/step": step} | figures)
         if step == self.last_step:
@@ -271,37 +255,27 @@ class _Album:
     def _draw(self) -> dict[str, Path]:
         if not self._matrices:
             return {}
-        return report.draw_figures(
+        return self._experiment.draw_figures(
             self._record.folder / "figures",
-            recipe=self._recipe,
-            theory=self._observer.theory,
             history=self.history,
             matrices=self._matrices,
-            stage_starts=[stage.start for stage in stages(self._recipe)],
+            stage_starts=self._stage_starts,
         )
 
-    def save(self, folder: Path) -> None:
-        """Write the matrices that were kept: `<step>/<name>`, and theory's.
+    def save(self) -> None:
+        """Write the matrices that were kept: `<step>/<name>`, and what they are compared with.
 
         A run that ended early gets its figures here.
         """
         if self.history and self.history[-1]["train/step"] != self.last_step:
             self._draw()
-        theory = self._observer.theory
-        tensors = {
-            f"{step:08d}/{name}": matrix.contiguous()
+        tensors = self._experiment.reference_matrices() | {
+            f"{step:08d}/{name}": matrix
             for step, matrices in self._matrices.items()
             for name, matrix in matrices.items()
         }
-        tensors |= {
-            "theory/chi2": theory.chi2,
-            "theory/shannon": theory.shannon,
-            "theory/g": theory.g,
-            "theory/gradient": theory.predicted_gradient,
-        }
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, folder / MATRICES_FILE
-        )
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, self._record.folder / MATRICES_FILE)
 
     def summary(self) -> dict[str, Any]:
         """The last row's figures, and the first's under "first"."""
@@ -311,14 +285,13 @@ class _Album:
 
 
 def _schedule(
-    recipe: Recipe, model: SimplifiedTransformer
+    recipe: Recipe, experiment: Experiment
 ) -> Iterator[tuple[Stage, torch.optim.Optimizer, bool]]:
     """Stage and optimizer of every step; after the last one once more, to look at the result."""
     plan = stages(recipe)
     for stage in plan:
-        parameters = [model.parameters_by_name[name] for name in stage.parameters]
-        optimizer = _optimizer(stage.section, parameters)
-        with model.training_only(stage.parameters):
+        optimizer = _optimizer(stage.section, experiment.parameters(stage.parameters))
+        with experiment.training_only(stage.parameters):
             for _ in range(stage.section.steps):
                 yield stage, optimizer, False
             if stage is plan[-1]:
@@ -341,29 +314,19 @@ def _diagnosis(step: int, stage: Stage, loss: float) -> str:
     )
 
 
-def _device(name: str) -> torch.device:
-    """The device a recipe names.
+def device_named(name: str) -> torch.device:
+    """The device of that name.
 
     Raises:
-        RecipeError: it is not there.
+        RecipeError: no such name, or the device is not there.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device: {name} is no device; allowed: cpu, cuda, cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
             raise RecipeError(f"device: {name} is not there; available: {there}")
     return device
-
-
-def _generators(
-    seed: int, device: torch.device
-) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
-    """Independent generators for training data, evaluation and theory (on the CPU)."""
-    seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
-    places = (device, device, torch.device("cpu"))
-    first, second, third = (
-        torch.Generator(device=place).manual_seed(number)
-        for place, number in zip(places, seeds, strict=True)
-    )
-    return first, second, third

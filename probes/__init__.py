@@ -4,6 +4,9 @@
         model(tokens, return_type="loss").backward()
     gradient.reading().sel(layer=0, head=0)
 
+    scores = score_heads(model)  # which heads are induction heads, and what makes them so
+    ablation_effects(model, scores.heads("induction"))
+
 Cost: a probe keeps only what its reading needs. `AttentionPattern` without `reduce` is the one
 whose memory grows with the number of sequences squared in length.
 """
@@ -11,8 +14,14 @@ whose memory grows with the number of sequences squared in length.
 from probes.attach import Probe, attach
 from probes.attention import AttentionGradient, AttentionPattern
 from probes.circuits import copying_score
+from probes.composition import KComposition, k_composition
 from probes.errors import ProbeError
+from probes.formation import Formation, track_formation
+from probes.head_scores import score_heads
+from probes.head_table import HeadScores
+from probes.in_context import PositionLoss, loss_by_position
 from probes.induction import AttentionTo, InductionScores
+from probes.interventions import AblationEffect, ablation_effects, mean_ablate
 from probes.labelled import LabelledTensor
 from probes.repeated import repeated_tokens
 from probes.scores import (
@@ -24,19 +33,30 @@ from probes.scores import (
 )
 
 __all__ = [
+    "AblationEffect",
     "AttentionGradient",
     "AttentionPattern",
     "AttentionTo",
+    "Formation",
+    "HeadScores",
     "InductionScores",
+    "KComposition",
     "LabelledTensor",
+    "PositionLoss",
     "Probe",
     "ProbeError",
+    "ablation_effects",
     "attach",
     "attention_to",
     "copying_score",
     "duplicate_token_score",
+    "k_composition",
+    "loss_by_position",
+    "mean_ablate",
     "prefix_matching_score",
     "previous_token_score",
     "repeated_tokens",
+    "score_heads",
+    "track_formation",
     "uniform_baseline",
 ]

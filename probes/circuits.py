@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
-from probes.hook_names import attention_layers
+from probes.hook_names import Layers, attention_layers
 
 
 def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
@@ -45,24 +45,58 @@ def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
     >>> copying_score(model, 0)
     tensor([1.])
     """
-    attention_layers(model, layer)
+    return copying_scores(model, (layer,))[0]
+
+
+def copying_scores(
+    model: nn.Module, layers: Layers = None, *, max_tokens: int | None = None
+) -> Float[Tensor, "layer head"]:
+    """`copying_score` of several layers, which share the vocabulary's d_model × d_model product.
+
+    That product costs 2 · vocab · d_model² operations, for a large vocabulary as much as a
+    forward pass over some hundred tokens.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        layers: one layer, several, or None for every layer that has attention.
+        max_tokens: a larger vocabulary is represented by every n-th of its tokens, at most this
+            many; None for all of them.
+
+    Returns:
+        One score per head in [-1, 1].
+
+    Raises:
+        ValueError: `max_tokens` is not positive.
+        ProbeError: as `copying_score`.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     weights: Any = model
-    attention: Any = weights.blocks[layer].attn
     with torch.no_grad():
-        embed, unembed = _wide(weights.W_E), _wide(weights.W_U)
+        chosen = attention_layers(model, layers)
+        embed, unembed = weights.W_E, weights.W_U
         if embed.shape[0] != unembed.shape[1]:
             raise ProbeError(
                 f"copying needs one vocabulary: {embed.shape[0]} tokens go in, "
                 f"{unembed.shape[1]} come out"
             )
-        write = _wide(attention.W_O)
-        read = _wide(attention.W_V)
-        # Grouped-query attention: several heads share one W_V.
-        read = read.repeat_interleave(write.shape[0] // read.shape[0], dim=0)
-        circuit = einsum(
-            write, unembed @ embed, read, "head i model, model back, head back j -> head i j"
-        )
-        return _positive_share(circuit)
+        stride = 1 if max_tokens is None else -(-embed.shape[0] // max_tokens)
+        tokens = _wide(unembed[:, ::stride]) @ _wide(embed[::stride])
+        return torch.stack([_copying(weights.blocks[layer].attn, tokens) for layer in chosen])
+
+
+def _copying(attention: Any, tokens: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "head"]:
+    write = _wide(attention.W_O)
+    read = _wide(attention.W_V)
+    # Grouped-query attention: several heads share one W_V.
+    read = read.repeat_interleave(write.shape[0] // read.shape[0], dim=0)
+    circuit = einsum(
+        write,
+        tokens.to(write.device),
+        read,
+        "head i model, model back, head back j -> head i j",
+    )
+    return _positive_share(circuit).to(tokens.device)
 
 
 def _positive_share(circuit: Float[Tensor, "head d_head d_head"]) -> Float[Tensor, "head"]:

@@ -103,6 +103,7 @@ def test_command_exists_with_its_options(
     monkeypatch.chdir(repository)
     monkeypatch.setattr("mechcausal.training.train", reach)
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
+    monkeypatch.setattr("mechcausal.targets.load_target", reach)
     try:
         code = main(arguments)
     except ReachedError:

@@ -120,15 +120,15 @@ def test_joint_training_lowers_the_loss_and_moves_both_layers(
     )
     result = train(recipe, out=tmp_path / "run")
     assert result.summary["loss/eval"] < result.summary["first"]["loss/eval"]
-    assert result.model.A1.abs().max() > 0
-    assert not torch.equal(result.model.A2, torch.eye(3))
+    assert result.experiment.model.A1.abs().max() > 0
+    assert not torch.equal(result.experiment.model.A2, torch.eye(3))
 
 
 def test_two_stages_train_one_layer_each(tmp_path: Path) -> None:
-    first = train(tiny(training__stage2__steps=0), out=tmp_path / "first").model
+    first = train(tiny(training__stage2__steps=0), out=tmp_path / "first").experiment.model
     assert first.A1.abs().max() > 0
     assert torch.equal(first.A2, torch.eye(3))
-    second = train(tiny(training__stage1__steps=0), out=tmp_path / "second").model
+    second = train(tiny(training__stage1__steps=0), out=tmp_path / "second").experiment.model
     assert torch.equal(second.A1, torch.zeros(8, 8))
     assert not torch.equal(second.A2, torch.eye(3))
 
@@ -286,18 +286,18 @@ def test_run_folder_holds_the_recipe_that_repeats_the_run(run: RunResult) -> Non
 
 
 def test_saved_model_computes_the_same(run: RunResult) -> None:
-    tokens = run.task.sample(20, generator=torch.Generator().manual_seed(0)).tokens
+    tokens = run.experiment.task.sample(20, generator=torch.Generator().manual_seed(0)).tokens
     loaded = SimplifiedTransformer.load(run.folder / "model")
     with torch.no_grad():
-        assert torch.equal(loaded(tokens), run.model(tokens))
+        assert torch.equal(loaded(tokens), run.experiment.model(tokens))
         hooked = load_model(run.folder / "model")(tokens)[:, -1]
-    assert torch.allclose(hooked, run.model(tokens), atol=1e-6)
+    assert torch.allclose(hooked, run.experiment.model(tokens), atol=1e-6)
 
 
 def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
     saved = load_file(run.folder / MATRICES_FILE)
-    assert torch.equal(saved["theory/chi2"], run.theory.chi2)
-    assert torch.equal(saved["theory/gradient"], run.theory.predicted_gradient)
+    assert torch.equal(saved["theory/chi2"], run.experiment.theory.chi2)
+    assert torch.equal(saved["theory/gradient"], run.experiment.theory.predicted_gradient)
     steps = {int(key.split("/")[0]) for key in saved if not key.startswith("theory")}
     assert {0, 12} <= steps <= {row["train/step"] for row in run.history}
     for name in ("attention/layer0", "gradient/scores", "gradient/pattern"):
@@ -305,7 +305,7 @@ def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
     uniform = torch.ones(8, 8).tril() / torch.arange(1, 9).unsqueeze(1)
     assert torch.allclose(saved["00000000/attention/layer0"], uniform)
     last = saved["00000012/attention/layer0"]
-    assert torch.allclose(last, run.model.attention1().detach(), atol=1e-6)
+    assert torch.allclose(last, run.experiment.model.attention1().detach(), atol=1e-6)
 
 
 def test_formation_step_is_the_first_with_a_strong_induction_head(run: RunResult) -> None:
@@ -414,7 +414,9 @@ def test_a_signal_ends_the_run_cleanly_at_its_next_step(tmp_path: Path) -> None:
     assert (result.state, result.signal) == ("interrupted", signal.SIGTERM)
     assert result.summary["train/steps"] == 4
     assert read_summary(tmp_path / "run")["state"] == "interrupted"
-    assert torch.equal(SimplifiedTransformer.load(tmp_path / "run" / "model").A1, result.model.A1)
+    assert torch.equal(
+        SimplifiedTransformer.load(tmp_path / "run" / "model").A1, result.experiment.model.A1
+    )
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -431,6 +433,6 @@ def test_a_signal_in_the_last_step_still_gets_the_last_look(tmp_path: Path) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_runs_on_cuda(tmp_path: Path) -> None:
     result = train(tiny(device="cuda", training__batch_size=256), out=tmp_path / "run")
-    assert result.model.A1.device.type == "cuda"
+    assert result.experiment.model.A1.device.type == "cuda"
     assert result.summary["first"]["gradient/edge_hits"] >= 0.8
     assert SimplifiedTransformer.load(tmp_path / "run" / "model").A1.device.type == "cpu"

@@ -107,7 +107,8 @@ def _train_seconds(folder: Path, *options: str) -> float:
             (
                 "--training.stage1.steps=2500",
                 "--training.stage2.steps=2500",
-                "--probing.every=100",
+                "--probing.every=200",
+                "--probing.dense=5",
             ),
         ),
     ],

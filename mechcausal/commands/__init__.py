@@ -1,0 +1,1 @@
+"""The commands of `mechcausal`: one module each, arguments in, exit code out."""

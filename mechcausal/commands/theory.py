@@ -1,0 +1,128 @@
+"""`mechcausal theory`."""
+
+import json
+from dataclasses import dataclass
+
+import tyro
+
+from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
+
+
+@dataclass
+class Theory:
+    """Pairwise information of a causal graph, and the attention gradient that it predicts."""
+
+    recipe: tyro.conf.Positional[str | None] = None
+    """Path of a recipe, or the name of one that comes along; else give --parents."""
+    parents: str | None = None
+    """Parent of every position, -1 for a root, as in "-1,0,0,1,2"."""
+    vocab_size: int | None = None
+    """Number of tokens S (with --parents; default 10)."""
+    alpha: float | None = None
+    """Dirichlet concentration (with --parents; default 0.1)."""
+    priors: int = 1000
+    """Transition matrices to average over."""
+    seed: int | None = None
+    """Seed of the matrices, and of a recipe's random graph; the recipe's, else 0, when absent."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, or 2 by way of `RefusedError`."""
+    options = parse(Theory, _joined(arguments, "--parents"), command="theory")
+    try:
+        if (options.recipe is None) == (options.parents is None):
+            raise RefusedError("theory needs either a recipe or --parents")
+        if options.recipe is not None:
+            if options.vocab_size is not None or options.alpha is not None:
+                raise RefusedError("--vocab-size and --alpha go with --parents, not with a recipe")
+            recipe = load_recipe(options.recipe)
+            if options.seed is not None:
+                recipe = recipe.with_overrides(seed=options.seed)
+        else:
+            given = {"vocab_size": options.vocab_size, "alpha": options.alpha}
+            data = {
+                "graph": {"preset": "manual", "parents": _integers(options.parents)},
+                "task": {key: value for key, value in given.items() if value is not None},
+                "seed": options.seed or 0,
+            }
+            recipe = parse_recipe(data, source="command line")
+        if options.priors < 2:
+            raise RefusedError(f"--priors is {options.priors}: at least 2 are needed")
+        source = options.recipe or "--parents"
+        return _print_theory(recipe, source, options.priors, as_json=options.json)
+    except RecipeError as error:
+        raise RefusedError(str(error)) from None
+
+
+def _print_theory(recipe: Recipe, source: str, n_priors: int, *, as_json: bool) -> int:
+    import torch
+
+    from mechcausal.graphs import GraphError
+    from mechcausal.priors import PriorError
+    from mechcausal.theory import pairwise_theory
+
+    try:
+        theory = pairwise_theory(
+            recipe.build_graph(),
+            recipe.build_prior(),
+            n_priors=n_priors,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            beta0=recipe.training.beta0,
+        )
+    except (GraphError, PriorError) as error:
+        raise RefusedError(f"{source}: {error}") from None
+    edges = theory.predicted_edges()
+    if as_json:
+        content = {
+            "parents": list(theory.graph.parent_array()),
+            "chi2": theory.chi2.tolist(),
+            "chi2_stderr": theory.chi2_stderr.tolist(),
+            "shannon": theory.shannon.tolist(),
+            "g": theory.g.tolist(),
+            "predicted_gradient": theory.predicted_gradient.tolist(),
+            "edges": [list(edge) for edge in edges],
+        }
+        print(json.dumps(content))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(edges)} edges picked; averages over {theory.n_priors} matrices")
+    for heading in ("parent → child", "g", "χ² (± stderr)", "Shannon (nats)", "true edge"):
+        table.add_column(heading, justify="right")
+    true = set(theory.graph.edges)
+    for parent, child in sorted(set(edges) | true, key=lambda edge: edge[1]):
+        mark = "yes" if (parent, child) in true else "no"
+        table.add_row(
+            f"{parent} → {child}",
+            f"{theory.g[child, parent]:.4f}",
+            f"{theory.chi2[child, parent]:.4f} ± {theory.chi2_stderr[child, parent]:.4f}",
+            f"{theory.shannon[child, parent]:.4f}",
+            mark if (parent, child) in edges else f"{mark}, not picked",
+        )
+    Console().print(table)
+    return 0
+
+
+def _joined(arguments: list[str], flag: str) -> list[str]:
+    """`--flag -1,0` as `--flag=-1,0`: a value that starts with a minus is no option."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] == flag:
+            joined[-1] = f"{flag}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _integers(text: str | None) -> list[int]:
+    words = (text or "").split(",")
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise RefusedError(
+            f'--parents is {text!r}: give one integer for each position, as in "-1,0,0,1,2"'
+        ) from None

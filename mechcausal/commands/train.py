@@ -1,0 +1,161 @@
+"""`mechcausal train`."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.recipes import (
+    Recipe,
+    RecipeError,
+    WandbMode,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    recipe_to_dict,
+)
+
+if TYPE_CHECKING:
+    from mechcausal.training import Progress, RunResult
+
+
+@dataclass
+class Train:
+    """Train a recipe's model, watched by hooks, recorded to W&B and files."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """Path of a recipe (TOML), or the name of one that comes along."""
+    out: Path | None = None
+    """Folder of this run; runs/<recipe>/<run-id> when absent."""
+    wandb_mode: WandbMode | None = None
+    """Short for --wandb.mode."""
+    quiet: bool = False
+    """No progress bar."""
+    values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, 1 when the run failed, or 128 + signal."""
+    # Values on the command line override those of the recipe: read which recipe it is first.
+    target = parse(Train, arguments, command="train").recipe
+    if not target:
+        raise RefusedError(f"train needs a recipe: a file, or {', '.join(packaged_recipes())}")
+    try:
+        start = Train(values=load_recipe(target))
+        options = parse(Train, arguments, command="train", default=start)
+        values = recipe_to_dict(options.values)
+        if options.wandb_mode is not None:
+            values["wandb"]["mode"] = options.wandb_mode
+        recipe = parse_recipe(values, source="command line")
+    except RecipeError as error:
+        raise RefusedError(str(error)) from None
+    return _run_training(recipe, target, options.out, quiet=options.quiet)
+
+
+def _run_training(recipe: Recipe, source: str, out: Path | None, *, quiet: bool) -> int:
+    print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
+    from mechcausal.graphs import GraphError
+    from mechcausal.priors import PriorError
+    from mechcausal.tracking import RunFolderError, TrackingError
+    from mechcausal.training import NonFiniteLossError, train
+
+    bar = _ProgressBar(quiet=quiet)
+    try:
+        result = train(recipe, out=out, on_progress=bar.show)
+    except (GraphError, PriorError) as error:
+        raise RefusedError(f"{source}: {error}") from None
+    except (RecipeError, RunFolderError, TrackingError) as error:
+        raise RefusedError(str(error)) from None
+    except NonFiniteLossError as error:
+        bar.close()
+        print(f"mechcausal: {error}", file=sys.stderr)
+        return 1
+    finally:
+        bar.close()
+    _print_result(result)
+    return 128 + result.signal if result.signal is not None else 0
+
+
+class _ProgressBar:
+    """Loss, gap and recovered edges beside the steps; nothing where stderr is no terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def show(self, progress: "Progress") -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=progress.n_steps,
+                disable=True if self._quiet else None,
+                unit="step",
+                dynamic_ncols=True,
+            )
+        bar = self._bar
+        if bar.disable:
+            return
+        figures = progress.figures
+        shown = {
+            "loss": figures.get("loss/eval"),
+            "gap": figures.get("loss/gap"),
+            "edges": figures.get("graph/recovered"),
+        }
+        formats = {"loss": "{:.3f}", "gap": "{:.3f}", "edges": "{:.0%}"}
+        texts = {key: formats[key].format(v) for key, v in shown.items() if v is not None}
+        bar.set_description(progress.stage, refresh=False)
+        bar.set_postfix(texts, refresh=False)
+        bar.update(progress.step - bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+# Rows of the closing table: figure, whether the first probe step is what counts, what it means.
+_TABLE = (
+    ("gradient/edge_hits", True, "first gradient: rows that name the parent"),
+    ("graph/f1", True, "first gradient: F1 of the edges it names"),
+    ("gradient/theory_correlation", True, "first gradient with the predicted one"),
+    ("gradient/chi2_correlation", True, "first gradient with χ²-information"),
+    ("graph/recovered", False, "edges that get the row's attention"),
+    ("graph/parent_attention", False, "mean attention on the parent"),
+    ("induction/score", False, "attention of the induction head"),
+    ("induction/formation_step", False, "step at which that passed 0.5"),
+    ("loss/eval", False, "nats"),
+    ("loss/second_copy", False, "nats, in the repeated half"),
+    ("loss/bayes", False, "nats, the best possible"),
+    ("loss/gap", False, "nats above Bayes"),
+)
+
+
+def _print_result(result: "RunResult") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.state} after {result.summary['train/steps']:,} steps")
+    for heading, justify in (("figure", "left"), ("value", "right"), ("meaning", "left")):
+        table.add_column(heading, justify="right" if justify == "right" else "left")
+    for name, first, meaning in _TABLE:
+        source = result.summary.get("first", {}) if first else result.summary
+        value = source.get(name)
+        if value is not None:
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            table.add_row(name, text, meaning)
+    console = Console()
+    console.print(table)
+    figures = result.folder / "figures"
+    for label, place in (
+        ("run", result.folder),
+        ("figures", figures if figures.is_dir() else None),
+        ("W&B", result.url or result.wandb_folder),
+    ):
+        if place is not None:
+            console.print(f"{label + ':':9}{place}", soft_wrap=True, highlight=False)
+    for warning in result.warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)

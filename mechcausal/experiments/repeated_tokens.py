@@ -1,0 +1,161 @@
+"""Real induction heads: a standard attention-only transformer on repeated random tokens."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from mechcausal import report
+from mechcausal.experiments.base import Experiment, Generators, History, Observation
+from mechcausal.models.adapter import build_hooked, save_model
+from mechcausal.recipes import Recipe
+from probes import HeadScores, repeated_tokens, score_heads
+
+BOS = 0
+_PROBED = ("induction", "previous_token", "duplicate_token")
+
+
+class RepeatedTokens(Experiment):
+    """Next-token prediction on `[BOS r r]`, r random tokens, its length drawn for every batch.
+
+    The second copy of r can be predicted, the first cannot: its loss stays at log(S - 1). A varied
+    length keeps heads from looking a fixed number of positions back.
+
+    Attributes:
+        hooked: the model.
+    """
+
+    def __init__(self, recipe: Recipe, generators: Generators) -> None:
+        """Build and initialise the model, and draw the evaluation sequences."""
+        assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
+        self.recipe = recipe
+        self._shortest, self._longest = recipe.task.repeat_lengths
+        self._data = generators.data
+        self._probe_seed = generators.init
+        device = generators.data.device
+        config = attention_only_config(recipe, device=str(device))
+        # TransformerLens draws initial weights from torch's global generator: leave that untouched.
+        with torch.random.fork_rng(enabled=True):
+            torch.manual_seed(generators.init)
+            self._hooked = build_hooked(config)
+        n_sequences = recipe.evaluation.n_sequences
+        self._evaluation = self._sample(n_sequences, self._longest, generators.evaluation)
+
+    @property
+    def hooked(self) -> HookedTransformer:
+        """The model, trained as it is."""
+        return self._hooked
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """All of them."""
+        return list(self._hooked.parameters())
+
+    @contextmanager
+    def training_only(self, names: tuple[str, ...]) -> Iterator[None]:
+        """All parameters take gradients."""
+        yield
+
+    def training_loss(self) -> Tensor:
+        """Next-token loss on a fresh batch, over all positions."""
+        span = (self._shortest, self._longest + 1)
+        length = int(torch.randint(*span, (1,), generator=self._data, device=self._data.device))
+        batch = self.recipe.training.batch_size
+        return self._token_losses(self._sample(batch, length, self._data)).mean()
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Mean loss of both copies, and apart: what the context teaches is the difference."""
+        by_position = self._token_losses(self._evaluation).mean(0)
+        first, second = by_position[: self._longest], by_position[self._longest :]
+        return {
+            "loss/eval": by_position.mean().item(),
+            "loss/first_copy": first.mean().item(),
+            "loss/second_copy": second.mean().item(),
+            "loss/in_context_gain": (first.mean() - second.mean()).item(),
+            "loss/chance": math.log(self.recipe.task.vocab_size - 1),
+        }
+
+    def observe(self) -> Observation:
+        """Score every head; `induction/score` is the best head's."""
+        scores = self._scores()
+        figures = self.losses()
+        best = divmod(int(scores.induction.argmax()), scores.induction.shape[1])
+        figures["induction/score"] = scores.induction[best].item()
+        figures["induction/prefix_matching"] = scores.induction[best].item()
+        figures["induction/positional_control"] = scores.positional_control[best].item()
+        figures["induction/copying"] = scores.copying[best].item()
+        matrices = {}
+        for kind in _PROBED:
+            values = getattr(scores, kind).float().cpu()
+            matrices[f"heads/{kind}"] = values
+            for layer, row in enumerate(values.tolist()):
+                for head, value in enumerate(row):
+                    figures[f"heads/L{layer}H{head}/{kind}"] = value
+        return Observation(figures, matrices)
+
+    def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Scores by layer (rows) and head (columns)."""
+        return {name: report.heatmap(matrix.numpy()) for name, matrix in matrices.items()}
+
+    def draw_figures(
+        self,
+        folder: Path,
+        *,
+        history: History,
+        matrices: Mapping[int, Mapping[str, Tensor]],
+        stage_starts: Sequence[int],
+    ) -> dict[str, Path]:
+        """heads.png: loss, and the scores of every head, over training."""
+        return report.draw_head_figures(folder, recipe=self.recipe, history=history)
+
+    def save_model(self, folder: Path) -> None:
+        """Readable by `load_model`."""
+        save_model(self._hooked, folder, extra={"kind": self.recipe.model.kind, "bos": BOS})
+
+    def _scores(self) -> HeadScores:
+        # The same sequences at every look: figures then differ by what was learned.
+        generator = torch.Generator(device=self._data.device).manual_seed(self._probe_seed)
+        lengths = np.linspace(max(3, self._shortest), max(3, self._longest), 4).astype(int)
+        return score_heads(
+            self._hooked,
+            n_sequences=16,
+            repeat_lengths=sorted(set(lengths.tolist())),
+            generator=generator,
+            bos=BOS,
+        )
+
+    def _sample(
+        self, batch: int, length: int, generator: torch.Generator
+    ) -> Int[Tensor, "batch pos"]:
+        drawn = repeated_tokens(batch, length, self.recipe.task.vocab_size - 1, generator=generator)
+        return torch.nn.functional.pad(drawn + 1, (1, 0), value=BOS)
+
+    def _token_losses(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos-1"]:
+        logits: Tensor = self._hooked(tokens)[:, :-1]
+        return -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def attention_only_config(recipe: Recipe, *, device: str = "cpu") -> HookedTransformerConfig:
+    """Learned embeddings, attention layers with LayerNorm and softmax scale, no MLP."""
+    model, task = recipe.model, recipe.task
+    assert task.repeat_lengths is not None
+    return HookedTransformerConfig(
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        d_model=model.d_model,
+        d_head=model.d_model // model.n_heads,
+        d_vocab=task.vocab_size,
+        n_ctx=2 * task.repeat_lengths[1] + 1,
+        attn_only=True,
+        normalization_type="LN",
+        positional_embedding_type=model.positions,
+        default_prepend_bos=False,
+        seed=None,
+        device=device,
+    )

@@ -1,0 +1,139 @@
+"""Run a model over many sequences in batches of bounded memory and leave it as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from probes.errors import ProbeError
+
+MAX_BATCH_BYTES = 64 * 2**20
+"""Default limit on the estimated activations of one batch."""
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's mode as before after it.
+
+    >>> model = nn.Dropout()
+    >>> with undisturbed(model):
+    ...     model.training, torch.is_grad_enabled()
+    (False, False)
+    >>> model.training
+    True
+    """
+    # A bridge keeps the wrapped model outside its own tree of modules.
+    original = getattr(model, "original_model", None)
+    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
+    modes = [module.training for module in modules]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its tokens: the device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]:
+    """The tokens on the model's device, if it can take them.
+
+    Raises:
+        ValueError: not a non-empty integer tensor `[batch, pos]`.
+        ProbeError: a token outside the vocabulary, or a sequence longer than the context.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or not tokens.numel():
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; "
+            "expected integers [batch, pos], at least one"
+        )
+    config: Any = model.cfg
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.d_vocab:
+        raise ProbeError(
+            f"tokens run from {low} to {high}, the model's vocabulary from 0 to "
+            f"{config.d_vocab - 1}"
+        )
+    if tokens.shape[1] > config.n_ctx:
+        raise ProbeError(
+            f"sequences of {tokens.shape[1]} tokens do not fit the context of {config.n_ctx}"
+        )
+    return tokens.long().to(device_of(model))
+
+
+def batch_rows(model: nn.Module, pos: int, max_bytes: int, *, logits: bool = False) -> int:
+    """How many sequences of `pos` tokens one pass may take; at least 1.
+
+    The estimate of one sequence's peak: four score-sized tensors (scores, mask, pattern, copy),
+    four of the MLP's width, eight of the residual stream's, and three of the vocabulary's where
+    logits are made (a bridge always makes them).
+
+    Raises:
+        ValueError: the limit is not positive.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_batch_bytes is {max_bytes}; it must be at least 1")
+    config: Any = model.cfg
+    width = 4 * config.n_heads * pos + 8 * config.d_model
+    if not getattr(config, "attn_only", False):
+        width += 4 * (getattr(config, "d_mlp", None) or 4 * config.d_model)
+    if logits or hasattr(model, "original_model"):
+        width += 3 * config.d_vocab
+    itemsize = next((parameter.element_size() for parameter in model.parameters()), 4)
+    return int(max(1, max_bytes // (width * pos * itemsize)))
+
+
+def run(model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> None:
+    """One forward pass for its hooks' sake; a HookedTransformer then skips the unembedding."""
+    model(tokens, return_type=None)
+
+
+def token_losses(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+) -> Float[Tensor, "batch pos-1"]:
+    """Loss of every token after the first, `-log p(t[i+1] | t[0..i])` at index i.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; left as it was.
+        tokens: sequences of at least two tokens.
+        max_batch_bytes: bound on the estimated activations of one pass, in bytes.
+
+    Returns:
+        Losses in nats, `[batch, pos - 1]`.
+
+    Raises:
+        ValueError: the tokens are no `[batch, pos]` with pos >= 2.
+        ProbeError: tokens outside the vocabulary or context, or a model that does not predict
+            the tokens it reads.
+    """
+    tokens = checked_tokens(model, tokens)
+    if tokens.shape[1] < 2:
+        raise ValueError("sequences of one token have no next token: a loss needs at least two")
+    losses = []
+    config: Any = model.cfg
+    rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
+    with undisturbed(model):
+        for batch in tokens.split(rows):
+            logits: Tensor = model(batch, return_type="logits")
+            if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
+                raise ProbeError(
+                    f"a loss needs logits for every token of the vocabulary, "
+                    f"{type(model).__name__} gives shape {tuple(logits.shape)}"
+                )
+            wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+            targets = batch[:, 1:].to(wide.device)
+            losses.append(
+                torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
+            )
+    return torch.cat(losses)

@@ -1,0 +1,125 @@
+"""Heads that carry the circuit, heads that do not, and a model that is whole again afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from probes import ProbeError, ablation_effects, mean_ablate, repeated_tokens
+from probes.passes import token_losses
+from tests.probes.wired import VOCAB, planted
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_circuit_is_needed_and_everything_else_is_not(seed: int):
+    wiring = planted(seed)
+    effects = {
+        (effect.layer, effect.head): effect
+        for effect in ablation_effects(wiring.model, list(wiring.verdicts), n_sequences=16)
+    }
+    for needed in (wiring.partner, wiring.induction):
+        assert effects[needed].rise > 1
+        assert effects[needed].rise > 10 * effects[needed].stderr
+        assert not effects[needed].removable
+    for spare in (wiring.useless, wiring.previous, wiring.duplicate, wiring.positional):
+        assert abs(effects[spare].rise) < 0.5
+        assert effects[spare].removable or effects[spare].rise > 0.05
+    assert effects[wiring.useless].removable
+
+
+def test_rise_is_the_difference_of_the_losses(model: HookedTransformer):
+    tokens = repeated_tokens(6, 5, 7, generator=torch.Generator().manual_seed(0), bos=2)
+    whole = token_losses(model, tokens)[:, 6:].mean(1)
+    with mean_ablate(model, [(1, 0)], tokens=tokens):
+        without = token_losses(model, tokens)[:, 6:].mean(1)
+    (effect,) = ablation_effects(model, [(1, 0)], tokens=tokens)
+    rise = without - whole
+    assert effect.rise == pytest.approx(rise.mean().item(), abs=1e-4)
+    assert effect.stderr == pytest.approx(rise.std().item() / 6**0.5, abs=1e-4)
+    assert effect.loss == pytest.approx(whole.mean().item(), abs=1e-4)
+
+
+def test_the_mean_is_over_sequences_and_positions(model: HookedTransformer, tokens: Tensor):
+    _, cache = model.run_with_cache(tokens)
+    seen = {}
+    with mean_ablate(model, [(0, 1), (1, 0), (1, 1)], tokens=tokens):
+        for layer in (0, 1):
+            model.blocks[layer].attn.hook_z.register_forward_hook(
+                lambda _, __, z, layer=layer: seen.update({layer: z})
+            )
+        model(tokens)
+    close(seen[0][:, :, 1], cache["z", 0][:, :, 1].mean((0, 1)).expand(3, 6, -1))
+    close(seen[0][:, :, 0], cache["z", 0][:, :, 0])
+    close(seen[1], cache["z", 1].mean((0, 1)).expand(3, 6, -1, -1))
+
+
+def test_the_model_is_whole_again_also_after_an_exception(model: HookedTransformer, tokens: Tensor):
+    model.train()
+    before = model(tokens)
+
+    def fail() -> None:
+        with mean_ablate(model, [(0, 0)]):
+            assert not torch.equal(model(tokens), before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    ablation_effects(model, [(0, 0), (1, 1)], n_sequences=2)
+    assert torch.equal(model(tokens), before)
+    assert model.training
+    for module in model.modules():
+        assert not module._forward_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_flow_through_an_ablated_model(model: HookedTransformer, tokens: Tensor):
+    with mean_ablate(model, [(0, 0)], tokens=tokens):
+        model(tokens, return_type="loss").backward()
+    assert model.W_U.grad.any()
+
+
+def test_no_heads_is_no_change(model: HookedTransformer, tokens: Tensor):
+    before = model(tokens)
+    with mean_ablate(model, []):
+        assert torch.equal(model(tokens), before)
+    assert ablation_effects(model, []) == ()
+
+
+def test_bad_input_is_one_line(model: HookedTransformer):
+    with pytest.raises(ProbeError, match=r"head 1\.2 does not exist: layers have 2 heads"):
+        ablation_effects(model, [(1, 2)])
+    with (
+        pytest.raises(ProbeError, match="layer 5 does not exist"),
+        mean_ablate(model, [(5, 0)]),
+    ):
+        pass
+    with pytest.raises(ProbeError, match="no pair of tokens recurs"):
+        ablation_effects(model, [(0, 0)], tokens=torch.arange(7)[None])
+    with pytest.raises(ValueError, match="n_sequences is 0"):
+        ablation_effects(model, [(0, 0)], n_sequences=0)
+
+
+def test_through_a_bridge(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=VOCAB, bos_token_id=3)).save_pretrained(tmp_path)
+    bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    tokens = torch.randint(VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
+    _, cache = bridge.run_with_cache(tokens)
+    with mean_ablate(bridge, [(1, 0)], tokens=tokens):
+        _, ablated = bridge.run_with_cache(tokens)
+    z, flat = (c["blocks.1.attn.hook_z"].reshape(3, 8, 2, 4) for c in (cache, ablated))
+    close(flat[:, :, 0], z[:, :, 0].mean((0, 1)).expand(3, 8, -1))
+    close(flat[:, :, 1], z[:, :, 1])
+    effects = ablation_effects(bridge, [(0, 0), (1, 1)], n_sequences=4)
+    assert [(e.layer, e.head) for e in effects] == [(0, 0), (1, 1)]
+    assert any(effect.rise != 0 for effect in effects)
+    _, again = bridge.run_with_cache(tokens)
+    close(again["blocks.1.attn.hook_z"], cache["blocks.1.attn.hook_z"])
