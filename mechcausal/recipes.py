@@ -498,11 +498,13 @@ def _check_repeated_tokens(recipe: Recipe, source: str) -> None:
     if task.repeat_lengths is None:
         raise RecipeError(f"{source}: task.repeat_lengths: needed by repeated_tokens")
     low, high = task.repeat_lengths
-    if not 2 <= low <= high <= 5_000:
+    if not (2 <= low <= high and 3 <= high <= 5_000):  # the probes need a block of three
         raise RecipeError(
-            f"{source}: task.repeat_lengths: shortest and longest, from 2 to 5000, "
+            f"{source}: task.repeat_lengths: shortest (at least 2) and longest (3 to 5000), "
             f"found [{low}, {high}]"
         )
+    if task.transition is not None:
+        raise RecipeError(f"{source}: task.transition: belongs to kind causal_graph")
     if model.d_model % model.n_heads:
         raise RecipeError(
             f"{source}: model.d_model: {model.d_model} is no multiple of {model.n_heads} heads"

@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from mechcausal.models.adapter import CONFIG_FILE, FORMAT, ModelFileError, build_from_files
+from mechcausal.models.adapter import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    ModelFileError,
+    build_from_files,
+)
 from mechcausal.models.simplified import KIND as SIMPLIFIED
 from mechcausal.tracking import RECIPE_FILE
 from mechcausal.training import CHECKPOINTS_FOLDER, MODEL_FOLDER
@@ -59,9 +65,12 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
         TargetError: not there, not readable, or not fetched; the message names it.
     """
     path = Path(target)
-    if path.is_file():
-        raise TargetError(f"{target}: a file; give the folder of a model or a run")
-    is_run = (path / RECIPE_FILE).is_file()
+    try:
+        if path.is_file():
+            raise TargetError(f"{target}: a file; give the folder of a model or a run")
+        is_run = (path / RECIPE_FILE).is_file()
+    except OSError as error:  # too long a name, a folder that may not be entered
+        raise TargetError(f"{target}: {error.strerror or error}") from None
     if not path.exists() and (target.count("/") > 1 or target.startswith((".", "/", "~"))):
         raise TargetError(f"{target}: no such folder")
     if step is not None and not is_run:
@@ -120,27 +129,52 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
         return _saved(path, name, device)
     if not isinstance(config, dict) or "model_type" not in config:
         raise TargetError(f"{config_path}: neither written by save_model nor by Hugging Face")
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        reason = f"{pickles[0]} is a pickle, which is never opened" if pickles else "none there"
-        raise TargetError(f"{path}: weights are read from *.safetensors alone: {reason}")
+    _check_weights(path, config)
     has_tokenizer = any((path / file).is_file() for file in _TOKENIZER_FILES)
     return _hugging_face(str(path), name, device, has_tokenizer=has_tokenizer)
 
 
+def _check_weights(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder in which transformers would reach for anything but safetensors."""
+    index = path / f"{WEIGHTS_FILE}.index.json"
+    shards: list[Any] = []
+    if "transformers_weights" in config:  # names a file of its own, whatever its kind
+        shards = [config["transformers_weights"]]
+    elif not (path / WEIGHTS_FILE).is_file() and index.is_file():
+        try:
+            shards = [*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise TargetError(f"{index}: not an index of weights") from None
+    elif not (path / WEIGHTS_FILE).is_file():
+        shards = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if not shards:
+            raise TargetError(f"{path}: weights are read from {WEIGHTS_FILE} alone: none there")
+    other = next((shard for shard in shards if not str(shard).endswith(".safetensors")), None)
+    if other is not None:
+        raise TargetError(
+            f"{path}: weights are read from safetensors alone: "
+            f"{other} is a pickle, which is never opened"
+        )
+
+
 def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -> Target:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging as transformers_logging
 
     is_folder = Path(source).is_dir()
     options: dict[str, Any] = {}
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    shows_progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not has_tokenizer:
                 options["tokenizer"] = _placeholder_tokenizer(Path(source))
-            model = TransformerBridge.boot_transformers(source, device=device, **options)
+            model = TransformerBridge.boot_transformers(
+                source, device=device, model_class=_WholeModel, **options
+            )
     except Exception as error:  # whatever the libraries raise: the user gets one line
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -149,7 +183,37 @@ def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -
         raise TargetError(
             f"{name}: no folder of that name, and not fetched from Hugging Face: {reason}"
         ) from None
+    finally:
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
     return Target(name, model, "auto" if has_tokenizer else None)
+
+
+class _WholeModel:
+    """Loads the class that a bridge would take, from safetensors, and only if no weight is missing.
+
+    transformers alone would open a pickle where there is nothing else, and fill in random weights.
+    """
+
+    @staticmethod
+    def from_pretrained(source: str, *, config: Any, **options: Any) -> Any:
+        """The model.
+
+        Raises:
+            ValueError: weights are missing.
+        """
+        from transformer_lens.model_bridge.sources import transformers as bridge
+
+        architecture = bridge.determine_architecture_from_hf_config(config)
+        model_class: Any = bridge.get_hf_model_class_for_architecture(architecture)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, found = model_class.from_pretrained(source, config=config, **options)
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the model's weights are missing: {missing[0]}, ..."
+            )
+        return model
 
 
 def _placeholder_tokenizer(folder: Path) -> Any:
@@ -160,6 +224,7 @@ def _placeholder_tokenizer(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     words = WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0")
-    special = {f"{kind}_token": "0" for kind in ("bos", "eos", "pad", "unk")}
+    # Without a BOS: a bridge would load a tokenizer that has one anew, from a file.
+    special = {f"{kind}_token": "0" for kind in ("eos", "pad", "unk")}
     make: Any = PreTrainedTokenizerFast
     return make(tokenizer_object=Tokenizer(words), **special)

@@ -320,10 +320,13 @@ def device_named(name: str) -> torch.device:
     Raises:
         RecipeError: no such name, or the device is not there.
     """
+    unknown = f"device: {name} is no device; allowed: cpu, cuda, cuda:N"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"device: {name} is no device; allowed: cpu, cuda, cuda:N") from None
+        raise RecipeError(unknown) from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(unknown)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

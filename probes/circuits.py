@@ -81,7 +81,11 @@ def copying_scores(
                 f"{unembed.shape[1]} come out"
             )
         stride = 1 if max_tokens is None else -(-embed.shape[0] // max_tokens)
-        tokens = _wide(unembed[:, ::stride]) @ _wide(embed[::stride])
+        # Some thousand tokens at a time: a wide copy of a whole embedding may not fit.
+        outs, ins = unembed[:, ::stride].split(2048, dim=1), embed[::stride].split(2048)
+        tokens = _wide(outs[0]) @ _wide(ins[0])
+        for out, into in zip(outs[1:], ins[1:], strict=True):
+            tokens += _wide(out) @ _wide(into)
         return torch.stack([_copying(weights.blocks[layer].attn, tokens) for layer in chosen])
 
 

@@ -2,19 +2,20 @@
 
 Cost: one forward pass over the repeated sequences and one over their controls, no unembedding.
 Patterns are read as they pass by; what stays is a few numbers per head and sequence, and per
-head one mean pattern of the controls.
+head one sum for every distance that attention can bridge.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.attach import attach
-from probes.attention import AttentionPattern
+from probes import hook_names
+from probes.attach import ForwardHook, attach
 from probes.circuits import copying_scores
 from probes.errors import ProbeError
 from probes.head_table import HeadScores
@@ -22,10 +23,11 @@ from probes.hook_names import attention_layers
 from probes.induction import AttentionTo, InductionScores
 from probes.labelled import LabelledTensor
 from probes.passes import MAX_BATCH_BYTES, batch_rows, run, undisturbed
+from probes.records import LayerProbe, Sum
 from probes.scores import duplicate_token_mask, prefix_matching_mask, uniform_baseline
 from probes.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
 
-COPYING_TOKENS = 8192
+COPYING_TOKENS = 4096
 """A larger vocabulary is represented in `copying` by this many of its tokens, evenly spaced."""
 
 
@@ -51,7 +53,7 @@ def score_heads(
     - positional: `max over d >= 2 of mean_q A[q, q-d]` on the controls, keys at position 0 left
       out. Only offsets that more than `1 / threshold` and a quarter of all query positions have:
       a head that rests on one fixed position cannot reach the threshold;
-    - copying: `copying_score`, a vocabulary above 8,192 tokens being represented by as many.
+    - copying: `copying_score`, a vocabulary above 4,096 tokens being represented by as many.
 
     With `tokens`, their own recurrences are scored, by the masks of `probes.scores`, and the same
     entries on random tokens of that shape are the controls; `n_sequences`, `repeat_lengths` and
@@ -97,13 +99,13 @@ def score_heads(
         )
     else:
         stimuli = given_stimuli(model, tokens, generator=generator)
-    baseline = torch.cat([_uniform(model, s.tokens) for s in stimuli]).nanmean()
-    if baseline.isnan():
-        raise ProbeError("no token recurs in the sequences given: there is nothing to score")
     scan = _Scan()
     with undisturbed(model):
         for stimulus in stimuli:
             scan.take(model, stimulus, max_batch_bytes)
+    baseline = torch.cat(scan.uniform).nanmean()
+    if baseline.isnan():
+        raise ProbeError("no token recurs in the sequences given: there is nothing to score")
     results: dict[str, Tensor] = {}
     for name, readings in scan.readings.items():
         values = torch.cat([reading.values for reading in readings], dim=1)
@@ -128,11 +130,12 @@ class _Scan:
 
     def __init__(self) -> None:
         self.readings: dict[str, list[LabelledTensor]] = {}
+        self.uniform: list[Tensor] = []
         self.offsets: list[tuple[Tensor, int]] = []
 
     def take(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
         """Run the model over a stimulus and its control."""
-        mean = AttentionPattern(reduce="mean")
+        offsets = _OffsetSums(None, Sum)
         rows = batch_rows(model, stimulus.tokens.shape[1], max_batch_bytes)
         batches = zip(stimulus.tokens.split(rows), stimulus.control.split(rows), strict=True)
         for tokens, control in batches:
@@ -142,27 +145,47 @@ class _Scan:
             self._add("induction", reading.sel(score="prefix_matching"))
             self._add("previous_token", reading.sel(score="previous_token"))
             self._add("duplicate_token", reading.sel(score="duplicate_token"))
+            self.uniform.append(_uniform(model, tokens))
             induction, duplicate = (
                 AttentionTo(None, mask(tokens) & ~mask(control))
                 for mask in (prefix_matching_mask, duplicate_token_mask)
             )
-            with attach(model, induction, duplicate, mean):
+            with attach(model, induction, duplicate, offsets):
                 run(model, control)
             self._add("positional_control", induction.reading())
             self._add("duplicate_control", duplicate.reading())
-        self.offsets.append((_by_offset(mean.reading().values), len(stimulus.control)))
+        self.offsets.append((offsets.reading().values, len(stimulus.control)))
 
     def _add(self, name: str, reading: LabelledTensor) -> None:
         self.readings.setdefault(name, []).append(reading)
 
 
-def _by_offset(
-    pattern: Float[Tensor, "layer head query key"],
-) -> Float[Tensor, "layer head offset"]:
-    """`Σ_q A[q, q-d]` for every offset d, without the keys at position 0."""
-    kept = pattern[..., 1:, 1:]
-    sums = [kept.diagonal(-offset, -2, -1).sum(-1) for offset in range(kept.shape[-1])]
-    return torch.stack(sums, dim=-1) if sums else pattern.new_zeros(*pattern.shape[:2], 0)
+class _OffsetSums(LayerProbe[Sum]):
+    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the keys at position 0."""
+
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        return {
+            hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
+        }
+
+    def _read(self, layer: int, pattern: Tensor) -> None:
+        self._records[layer].add(_by_offset(pattern.sum(0)[:, 1:, 1:]).unsqueeze(0))
+
+    def _seen(self) -> str:
+        return "forward pass"
+
+    def reading(self) -> LabelledTensor:
+        records = self._complete_records()
+        sums = self._stack({layer: record.sum() for layer, record in records.items()})
+        return LabelledTensor("attention_by_offset", sums, ("layer", "head", "offset"))
+
+
+def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head offset"]:
+    """`Σ_q A[q, q-d]` for every offset d from 0."""
+    n_heads, n, _ = pattern.shape
+    # Read in rows of n + 1 instead of n, entry (q, k) comes to stand in column (k - q) mod (n + 1).
+    flat = torch.nn.functional.pad(pattern.tril().flatten(1), (0, n))
+    return flat.view(n_heads, n, n + 1).sum(1).roll(-1, 1).flip(1)[:, :n]
 
 
 def _positional(
@@ -174,7 +197,7 @@ def _positional(
     count = total.new_zeros(longest)
     for sums, sequences in offsets:
         size = sums.shape[-1]
-        total[..., :size] += sequences * sums
+        total[..., :size] += sums
         count[:size] += sequences * torch.arange(size, 0, -1, device=count.device)
     needed = max(math.floor(1 / threshold) + 1, math.ceil(longest / 4))
     usable = longest + 1 - needed

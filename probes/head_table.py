@@ -66,7 +66,7 @@ class HeadScores:
         duplicate_token: attention to the token's earlier occurrence.
         duplicate_control: attention to the same positions in sequences that do not repeat.
         positional: the largest mean attention at one fixed offset of two or more, in sequences
-            that do not repeat; NaN where the sequences are too short to tell.
+            that do not repeat; NaN where the sequences are too short to tell. No standard error.
         positional_offset: that offset, in positions back (0 where `positional` is NaN).
         copying: of the head's OV circuit, in [-1, 1]; a property of the weights.
         uniform_baseline: what uniform attention would score as `induction`.

@@ -70,7 +70,7 @@ def mean_ablate(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        heads: the heads as (layer, head); none of them is allowed.
+        heads: the heads as (layer, head); with an empty list nothing changes.
         tokens: the reference batch; None for 16 sequences of random tokens repeated twice.
         max_batch_bytes: bound on the estimated activations of one reference pass, in bytes.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, ResNetConfig
+from transformers import ResNetConfig
 
 from mechcausal.models.adapter import load_model, save_model
 from mechcausal.recipes import parse_recipe
@@ -117,7 +117,7 @@ def test_any_saved_hooked_transformer_is_loaded(tmp_path: Path) -> None:
 def test_a_step_goes_with_a_run_alone(tmp_path: Path) -> None:
     save_model(blank(1, 1), tmp_path)
     assert "--step goes with a run" in refusal(tmp_path, step=0)
-    assert "--step goes with a run" in refusal(tmp_path / "absent", step=0)
+    assert "--step goes with a run" in refusal("gpt2", step=0)
 
 
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
@@ -257,13 +257,16 @@ def test_an_architecture_that_is_not_supported_is_refused(tmp_path: Path, config
     assert "not loaded by transformers" in refusal(tmp_path)
 
 
-def test_a_model_without_attention_is_no_tokenizer_error(tmp_path: Path) -> None:
-    """State-space models are refused, here or by the probes, in a line that says why."""
-    config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=12)
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     save_gpt2(tmp_path)
-    content = json.loads(config.to_json_string()) | {"architectures": ["MambaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    refusal(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    message = refusal(tmp_path)
+    assert "12 of the model's weights are missing: transformer.h.2." in message
+
+
+def test_a_folder_that_is_not_there_is_not_looked_up(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "absent").endswith("absent: no such folder")
 
 
 def test_a_name_that_cannot_be_fetched_is_refused_in_one_line() -> None:
@@ -297,7 +300,7 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> 
     assert "not readable as JSON" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["x" * 5000, "a b c", "../no/such/folder", "a\0b", "name\nline"])
+@pytest.mark.parametrize("target", ["x" * 5000, "a b c", "../no/such/folder", "a\0b"])
 def test_a_name_that_is_none_is_refused_in_one_line(target: str) -> None:
     with pytest.raises(TargetError) as caught:
         load_target(target)

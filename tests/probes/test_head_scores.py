@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from probes import ProbeError, copying_score, repeated_tokens, score_heads
@@ -23,6 +23,7 @@ Build = Any
 
 
 class TestWiredModels:
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(50))
     def test_every_planted_head_is_found_and_no_other(self, seed: int):
         wiring = planted(seed)
@@ -262,7 +263,8 @@ class TestStimuli:
             scores = score_heads(build(d_vocab=vocab), n_sequences=5)
             assert scores.induction.isfinite().all()
 
-    def test_bos_is_what_the_tokenizer_says(self, model: HookedTransformer):
+    def test_bos_is_what_the_tokenizer_says(self, build: Build):
+        model: Any = build()
         assert bos_token(model) is None
         model.tokenizer = SimpleNamespace(bos_token_id=3)
         assert bos_token(model) == 3
