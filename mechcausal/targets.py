@@ -159,12 +159,13 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
 
 def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -> Target:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as its_logging
 
     is_folder = Path(source).is_dir()
     options: dict[str, Any] = {}
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    transformers_logging: Any = its_logging
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

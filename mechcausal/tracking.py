@@ -13,6 +13,7 @@ import secrets
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -33,6 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 STEP = "train/step"
+_FLUSH_SECONDS = 5.0
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 Value = float | int | None
@@ -216,7 +218,10 @@ class RunRecord:
         return None
 
     def _compare_rows(self, folder: Path) -> None:
-        found = count_wandb_rows(folder)
+        # Offline, finish() may return before the last rows have reached the file.
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while (found := count_wandb_rows(folder)) != self.rows and time.monotonic() < deadline:
+            time.sleep(0.2)
         if found is None:
             self.warnings.append(f"the rows of the W&B run in {folder} could not be counted")
         elif found != self.rows:

@@ -115,7 +115,9 @@ def test_every_planted_head_gets_its_verdict_and_no_other(as_json, wiring: Plant
 def test_an_induction_head_that_can_be_removed_is_told_from_one_that_cannot(
     as_json, wiring: Planted
 ) -> None:
-    effects = {(row["layer"], row["head"]): row for row in as_json("wired", "--ablate")["ablations"]}
+    effects = {
+        (row["layer"], row["head"]): row for row in as_json("wired", "--ablate")["ablations"]
+    }
     assert set(effects) == {wiring.induction, wiring.useless, wiring.partner, wiring.previous}
     for head in (wiring.induction, wiring.partner):
         assert effects[head]["rise"] > 1

@@ -129,6 +129,7 @@ def test_attention_and_prediction_are_those_of_the_closed_form() -> None:
     with torch.no_grad():
         pattern, prediction = model.attention1(), model(watcher.batch.tokens)
     assert (observation.matrices["attention/layer0"] - pattern).abs().max() < 1e-6
+    assert observation.prediction is not None
     assert (observation.prediction - prediction).abs().max() < 1e-6
 
 
@@ -138,6 +139,8 @@ def test_parts_of_the_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer_module, "_MAX_ENTRIES", 70 * T**2)  # 300 = 4 * 70 + 20
     parts = watcher.observe()
     assert parts.figures == pytest.approx(whole.figures, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert parts.prediction is not None
+    assert whole.prediction is not None
     assert (parts.prediction - whole.prediction).abs().max() < 1e-6
     for name, matrix in whole.matrices.items():
         assert (parts.matrices[name] - matrix).norm() < 1e-5 * matrix.norm()

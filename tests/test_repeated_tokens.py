@@ -294,18 +294,20 @@ def test_the_recipe_grows_an_induction_circuit(tmp_path: Path) -> None:
     assert found.in_context is not None
     assert found.in_context.in_context_gain > 2
     (effect,) = (e for e in found.ablations or () if (e.layer, e.head) == best)
-    assert effect.rise >= 1
+    assert effect.rise >= 0.5  # nats; more than 1 after all 1500 steps
     assert not effect.removable
     assert found.composition is not None
     ((partner, score),) = found.composition.partners(best)
     assert found.is_previous_token(partner)
-    assert score > 0.1
+    assert score > 0.02  # beyond what random matrices give
+    (effect,) = (e for e in found.ablations or () if (e.layer, e.head) == partner)
+    assert effect.rise >= 1
 
     # The head forms while the loss of the second copy falls.
     models = ((step, load_model(path)) for step, path in checkpoints(result.folder).items())
     formation = track_formation(models, n_sequences=16, bos=BOS)
     formed = formation.first_crossing[row].item()
-    loss = {step["train/step"]: step["loss/second_copy"] for step in result.history}
+    loss = {int(r["train/step"] or 0): r["loss/second_copy"] or 0.0 for r in result.history}
     plateau, every = loss[0], recipe.probing.every
     begins = min(step for step, value in loss.items() if value < plateau * 3 / 4)
     ends = min(step for step, value in loss.items() if value < plateau / 4)

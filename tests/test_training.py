@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.models.adapter import load_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.recipes import (
@@ -62,6 +63,12 @@ def tiny(**overrides: Any) -> Recipe:
         "wandb": {"mode": "disabled"},
     }
     return parse_recipe(data, source="test").with_overrides(**overrides)
+
+
+def graph_experiment(run: RunResult) -> CausalGraphExperiment:
+    """The run's experiment, known to be that of a causal graph."""
+    assert isinstance(run.experiment, CausalGraphExperiment)
+    return run.experiment
 
 
 def weights(run: RunResult) -> dict[str, torch.Tensor]:
@@ -120,15 +127,15 @@ def test_joint_training_lowers_the_loss_and_moves_both_layers(
     )
     result = train(recipe, out=tmp_path / "run")
     assert result.summary["loss/eval"] < result.summary["first"]["loss/eval"]
-    assert result.experiment.model.A1.abs().max() > 0
-    assert not torch.equal(result.experiment.model.A2, torch.eye(3))
+    assert graph_experiment(result).model.A1.abs().max() > 0
+    assert not torch.equal(graph_experiment(result).model.A2, torch.eye(3))
 
 
 def test_two_stages_train_one_layer_each(tmp_path: Path) -> None:
-    first = train(tiny(training__stage2__steps=0), out=tmp_path / "first").experiment.model
+    first = graph_experiment(train(tiny(training__stage2__steps=0), out=tmp_path / "first")).model
     assert first.A1.abs().max() > 0
     assert torch.equal(first.A2, torch.eye(3))
-    second = train(tiny(training__stage1__steps=0), out=tmp_path / "second").experiment.model
+    second = graph_experiment(train(tiny(training__stage1__steps=0), out=tmp_path / "second")).model
     assert torch.equal(second.A1, torch.zeros(8, 8))
     assert not torch.equal(second.A2, torch.eye(3))
 
@@ -286,18 +293,20 @@ def test_run_folder_holds_the_recipe_that_repeats_the_run(run: RunResult) -> Non
 
 
 def test_saved_model_computes_the_same(run: RunResult) -> None:
-    tokens = run.experiment.task.sample(20, generator=torch.Generator().manual_seed(0)).tokens
+    tokens = (
+        graph_experiment(run).task.sample(20, generator=torch.Generator().manual_seed(0)).tokens
+    )
     loaded = SimplifiedTransformer.load(run.folder / "model")
     with torch.no_grad():
-        assert torch.equal(loaded(tokens), run.experiment.model(tokens))
+        assert torch.equal(loaded(tokens), graph_experiment(run).model(tokens))
         hooked = load_model(run.folder / "model")(tokens)[:, -1]
-    assert torch.allclose(hooked, run.experiment.model(tokens), atol=1e-6)
+    assert torch.allclose(hooked, graph_experiment(run).model(tokens), atol=1e-6)
 
 
 def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
     saved = load_file(run.folder / MATRICES_FILE)
-    assert torch.equal(saved["theory/chi2"], run.experiment.theory.chi2)
-    assert torch.equal(saved["theory/gradient"], run.experiment.theory.predicted_gradient)
+    assert torch.equal(saved["theory/chi2"], graph_experiment(run).theory.chi2)
+    assert torch.equal(saved["theory/gradient"], graph_experiment(run).theory.predicted_gradient)
     steps = {int(key.split("/")[0]) for key in saved if not key.startswith("theory")}
     assert {0, 12} <= steps <= {row["train/step"] for row in run.history}
     for name in ("attention/layer0", "gradient/scores", "gradient/pattern"):
@@ -305,7 +314,7 @@ def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
     uniform = torch.ones(8, 8).tril() / torch.arange(1, 9).unsqueeze(1)
     assert torch.allclose(saved["00000000/attention/layer0"], uniform)
     last = saved["00000012/attention/layer0"]
-    assert torch.allclose(last, run.experiment.model.attention1().detach(), atol=1e-6)
+    assert torch.allclose(last, graph_experiment(run).model.attention1().detach(), atol=1e-6)
 
 
 def test_formation_step_is_the_first_with_a_strong_induction_head(run: RunResult) -> None:
@@ -415,7 +424,7 @@ def test_a_signal_ends_the_run_cleanly_at_its_next_step(tmp_path: Path) -> None:
     assert result.summary["train/steps"] == 4
     assert read_summary(tmp_path / "run")["state"] == "interrupted"
     assert torch.equal(
-        SimplifiedTransformer.load(tmp_path / "run" / "model").A1, result.experiment.model.A1
+        SimplifiedTransformer.load(tmp_path / "run" / "model").A1, graph_experiment(result).model.A1
     )
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -433,6 +442,6 @@ def test_a_signal_in_the_last_step_still_gets_the_last_look(tmp_path: Path) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_runs_on_cuda(tmp_path: Path) -> None:
     result = train(tiny(device="cuda", training__batch_size=256), out=tmp_path / "run")
-    assert result.experiment.model.A1.device.type == "cuda"
+    assert graph_experiment(result).model.A1.device.type == "cuda"
     assert result.summary["first"]["gradient/edge_hits"] >= 0.8
     assert SimplifiedTransformer.load(tmp_path / "run" / "model").A1.device.type == "cpu"
