@@ -34,7 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 STEP = "train/step"
-_FLUSH_SECONDS = 5.0
+_FLUSH_SECONDS = 10.0
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 Value = float | int | None
@@ -218,10 +218,7 @@ class RunRecord:
         return None
 
     def _compare_rows(self, folder: Path) -> None:
-        # Offline, finish() may return before the last rows have reached the file.
-        deadline = time.monotonic() + _FLUSH_SECONDS
-        while (found := count_wandb_rows(folder)) != self.rows and time.monotonic() < deadline:
-            time.sleep(0.2)
+        found = await_wandb_rows(folder, self.rows)
         if found is None:
             self.warnings.append(f"the rows of the W&B run in {folder} could not be counted")
         elif found != self.rows:
@@ -258,6 +255,17 @@ def count_wandb_rows(folder: Path) -> int | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(b'"type":"history"' in line for line in result.stdout.splitlines())
+
+
+def await_wandb_rows(folder: Path, rows: int) -> int | None:
+    """Rows found once all have arrived, or after some seconds of waiting; None: not readable.
+
+    Offline, W&B's finish() may return before the last rows have reached the file.
+    """
+    deadline = time.monotonic() + _FLUSH_SECONDS
+    while (found := count_wandb_rows(folder)) != rows and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
 
 
 class StopSignal:
