@@ -13,7 +13,6 @@ import secrets
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -34,7 +33,6 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 STEP = "train/step"
-_FLUSH_SECONDS = 10.0
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 Value = float | int | None
@@ -192,7 +190,8 @@ class RunRecord:
             try:
                 run = wandb.init(
                     mode=mode,
-                    dir=str(self.folder),
+                    # Absolute: W&B's service may have been started in another folder.
+                    dir=str(self.folder.resolve()),
                     id=_run_id(self.folder),
                     name=self.folder.name,
                     project=recipe.wandb.project,
@@ -218,7 +217,7 @@ class RunRecord:
         return None
 
     def _compare_rows(self, folder: Path) -> None:
-        found = await_wandb_rows(folder, self.rows)
+        found = count_wandb_rows(folder)
         if found is None:
             self.warnings.append(f"the rows of the W&B run in {folder} could not be counted")
         elif found != self.rows:
@@ -255,17 +254,6 @@ def count_wandb_rows(folder: Path) -> int | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(b'"type":"history"' in line for line in result.stdout.splitlines())
-
-
-def await_wandb_rows(folder: Path, rows: int) -> int | None:
-    """Rows found once all have arrived, or after some seconds of waiting; None: not readable.
-
-    Offline, W&B's finish() may return before the last rows have reached the file.
-    """
-    deadline = time.monotonic() + _FLUSH_SECONDS
-    while (found := count_wandb_rows(folder)) != rows and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
 
 
 class StopSignal:
