@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mechcausal.recipes import WandbMode
-from mechcausal.report import head_heatmap
+from mechcausal.report import HEAD_SCORES, head_heatmap
 from mechcausal.targets import Target
-from mechcausal.tracking import wandb_settings
+from mechcausal.tracking import start_wandb
 from probes import (
     AblationEffect,
     HeadScores,
@@ -145,30 +145,31 @@ def draw_heatmap(detection: Detection, path: Path) -> None:
     """Induction, previous-token and duplicate-token scores by layer and head, as a PNG file."""
     scores = detection.scores
     panels = {
-        name.replace("_", " "): getattr(scores, name).float().cpu().numpy()
-        for name in ("induction", "previous_token", "duplicate_token")
+        name.replace("_", " "): getattr(scores, name).float().cpu().numpy() for name in HEAD_SCORES
     }
     head_heatmap(path, panels, layers=scores.layers, title=detection.target.name)
 
 
-def log_to_wandb(detection: Detection, mode: WandbMode) -> str:
+def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> str | None:
     """Log scores, heatmap and interventions as a W&B run of job type "detect"; say where.
 
-    An offline run lies in the target's run folder, or else in the current one.
+    An offline run lies in the target's run folder, or else in the current one. None where W&B could
+    not start; `warnings` then say why.
     """
     import wandb
 
     content = detection.to_dict()
-    run = wandb.init(
-        mode=mode,
-        # Absolute: W&B's service may have been started in another folder.
-        dir=str((detection.target.folder or Path.cwd()).resolve()),
+    run, mode = start_wandb(
+        mode,
+        detection.target.folder or Path.cwd(),
+        warnings,
         project="mechcausal",
         job_type="detect",
         name=f"detect-{Path(detection.target.name).name}-{secrets.token_hex(2)}",
         config={key: value for key, value in content.items() if not isinstance(value, list)},
-        settings=wandb_settings(),
     )
+    if run is None:
+        return None
     picture = Path(run.settings.sync_dir) / "heads.png"
     draw_heatmap(detection, picture)
     frame = detection.scores.to_frame()

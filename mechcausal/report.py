@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ATTENTION_COLOURS = "viridis"
 GRADIENT_COLOURS = "PuOr_r"
 EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
+HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
+"""The scores of a head that are drawn, by layer and head or along training."""
 _PIXELS = 320  # width and height of a W&B heatmap, at least
 
 History = Sequence[Mapping[str, float | int | None]]
@@ -176,9 +178,7 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
         "loss/chance": "chance",
     }
     _plot(axes[0], history, losses, title="loss (nats)")
-    for axis, kind in zip(
-        axes[1:], ("induction", "previous_token", "duplicate_token"), strict=True
-    ):
+    for axis, kind in zip(axes[1:], HEAD_SCORES, strict=True):
         keys = [key for key in history[-1] if key.startswith("heads/") and key.endswith(f"/{kind}")]
         labels = {key: key.split("/")[1] for key in keys}
         _plot(axis, history, labels, title=kind.replace("_", " "), ylim=(-0.03, 1.05))

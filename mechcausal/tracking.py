@@ -26,7 +26,6 @@ import numpy as np
 from mechcausal.recipes import Recipe, WandbMode, recipe_to_dict, recipe_to_toml
 
 if TYPE_CHECKING:
-    from wandb import Settings
     from wandb.sdk.wandb_run import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -183,38 +182,24 @@ class RunRecord:
         temporary.replace(self.folder / SUMMARY_FILE)
 
     def _open_wandb(self, recipe: Recipe) -> "Run | None":
-        import wandb
-
-        settings = wandb_settings()
-        for mode in ("online", "offline") if self.mode == "online" else ("offline",):
-            try:
-                run = wandb.init(
-                    mode=mode,
-                    # Absolute: W&B's service may have been started in another folder.
-                    dir=str(self.folder.resolve()),
-                    id=_run_id(self.folder),
-                    name=self.folder.name,
-                    project=recipe.wandb.project,
-                    entity=recipe.wandb.entity,
-                    group=recipe.wandb.group or recipe.name,
-                    tags=[*recipe.wandb.tags, recipe.graph.preset, recipe.model.kind],
-                    config=recipe_to_dict(recipe),
-                    settings=settings,
-                )
-            except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: its settings
-                reason = str(error).strip().splitlines()
-                self.warnings.append(f"W&B could not start {mode}: {reason[0] if reason else ''}")
-                continue
-            self.mode = mode
-            run.define_metric(STEP)
-            run.define_metric("*", step_metric=STEP)
-            actual = Path(run.settings.sync_dir).resolve()
-            if not actual.is_relative_to(self.folder.resolve()):
-                self.warnings.append(f"W&B writes to {actual}, not into the run folder")
-            return run
-        self.mode = "disabled"
-        self.warnings.append("the run is recorded in metrics.jsonl alone")
-        return None
+        run, self.mode = start_wandb(
+            self.mode,
+            self.folder,
+            self.warnings,
+            id=_run_id(self.folder),
+            name=self.folder.name,
+            project=recipe.wandb.project,
+            entity=recipe.wandb.entity,
+            group=recipe.wandb.group or recipe.name,
+            tags=[*recipe.wandb.tags, recipe.graph.preset, recipe.model.kind],
+            config=recipe_to_dict(recipe),
+        )
+        if run is None:
+            self.warnings.append("the run is recorded in metrics.jsonl alone")
+            return None
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        return run
 
     def _compare_rows(self, folder: Path) -> None:
         found = count_wandb_rows(folder)
@@ -227,13 +212,42 @@ class RunRecord:
             )
 
 
-def wandb_settings() -> "Settings":
-    """Nothing on the terminal, rows on disk within a second, no wait for a silent network."""
+def start_wandb(
+    mode: WandbMode, folder: Path, warnings: list[str], **options: Any
+) -> "tuple[Run | None, WandbMode]":
+    """Start a W&B run in a folder: offline where online cannot be had, none where neither can.
+
+    Nothing on the terminal, rows on disk within a second, no long wait for a silent network.
+
+    Args:
+        mode: online or offline.
+        folder: W&B's files go below it.
+        warnings: what went wrong is added here.
+        **options: further arguments of `wandb.init`.
+
+    Returns:
+        The run and its mode, `None` and "disabled" without one.
+    """
     import wandb
 
-    return wandb.Settings(
+    settings = wandb.Settings(
         console="off", silent=True, init_timeout=30, x_transaction_log_flush_interval=1
     )
+    # Absolute: W&B's service may have been started in another folder.
+    folder = folder.resolve()
+    attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
+    for attempt in attempts:
+        try:
+            run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
+        except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: its settings
+            reason = str(error).strip().splitlines()
+            warnings.append(f"W&B could not start {attempt}: {reason[0] if reason else ''}")
+            continue
+        actual = Path(run.settings.sync_dir).resolve()
+        if not actual.is_relative_to(folder):
+            warnings.append(f"W&B writes to {actual}, not into the run folder")
+        return run, attempt
+    return None, "disabled"
 
 
 def count_wandb_rows(folder: Path) -> int | None:

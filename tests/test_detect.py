@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -342,3 +343,19 @@ def test_help_names_the_options(command: Detect) -> None:
     assert code == 0
     for option in ("--step", "--threshold", "--sequences", "--ablate", "--compose", "--heatmap"):
         assert option in output
+
+
+def test_wandb_that_cannot_start_does_not_cost_the_result(
+    command: Detect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "online", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert errors.splitlines() == [
+        f"mechcausal: warning: W&B could not start {mode}: no connection"
+        for mode in ("online", "offline")
+    ]

@@ -1,6 +1,7 @@
 """`mechcausal detect`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,10 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"{options.target}: {error}") from None
     except OSError as error:
         raise RefusedError(f"--heatmap: {options.heatmap}: {error.strerror or error}") from None
-    place = log_to_wandb(detection, mode) if mode != "disabled" else None
+    warnings: list[str] = []
+    place = log_to_wandb(detection, mode, warnings) if mode != "disabled" else None
+    for warning in warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)
     if options.json:
         print(json.dumps(detection.to_dict(), indent=2, allow_nan=False))
     elif options.csv:

@@ -18,7 +18,6 @@ from mechcausal.recipes import Recipe
 from probes import HeadScores, repeated_tokens, score_heads
 
 BOS = 0
-_PROBED = ("induction", "previous_token", "duplicate_token")
 
 
 class RepeatedTokens(Experiment):
@@ -91,7 +90,7 @@ class RepeatedTokens(Experiment):
         figures["induction/positional_control"] = scores.positional_control[best].item()
         figures["induction/copying"] = scores.copying[best].item()
         matrices = {}
-        for kind in _PROBED:
+        for kind in report.HEAD_SCORES:
             values = getattr(scores, kind).float().cpu()
             matrices[f"heads/{kind}"] = values
             for layer, row in enumerate(values.tolist()):
