@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mechcausal.drawing import EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR, new_figure
 from mechcausal.interventions import EdgeEffects, Kind
-from mechcausal.report import EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR, _figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ def draw_edge_effects(effects: EdgeEffects, title: str) -> "Figure":
         effects: of `interventions.edge_effects`.
         title: above the figure.
     """
-    figure, (by_row, means) = _figure(1, 2)
+    figure, (by_row, means) = new_figure(1, 2)
     for number, (kind, label, colour) in enumerate(_KINDS):
         found = effects.of(kind)
         if not found:

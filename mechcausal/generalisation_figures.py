@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mechcausal.drawing import CYCLE, EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR, new_figure
 from mechcausal.generalisation import GeneralisationRow, GeneralisationTable, OODRow
-from mechcausal.report import _CYCLE, EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR, _figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ def draw_ood(rows: Sequence[OODRow]) -> "Figure":
     Error bars are one standard error of the paired difference. The right panel marks where Bayes
     under the training prior stands, and Bayes under the family itself where there is one.
     """
-    figure, axes = _figure(1, 2)
+    figure, axes = new_figure(1, 2)
     # One line of text for each family, and room for the names on the left.
     figure.set_size_inches(10.5, 1.8 + 0.32 * len(rows))
     height = figure.get_size_inches()[1]
@@ -65,7 +65,7 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
 
     gammas = sorted({row.gamma for row in table.rows})
     many = colormaps["viridis"](np.linspace(0, 0.95, len(gammas)))
-    figure, axes = _figure(1, 2)
+    figure, axes = new_figure(1, 2)
     figure.set_size_inches(10.5, 5.2)
     figure.subplots_adjust(bottom=0.26, top=0.87, wspace=0.18)
     errors = [getattr(row, kind) for row in table.rows for kind in _ERRORS]
@@ -76,7 +76,7 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
     )
     for axis, curves, title in panels:
         for number, gamma in enumerate(gammas):
-            colour = _CYCLE[number] if len(gammas) <= len(_CYCLE) else many[number]
+            colour = CYCLE[number] if len(gammas) <= len(CYCLE) else many[number]
             rows = sorted((row for row in table.rows if row.gamma == gamma), key=_length)
             lengths = [row.length for row in rows]
             for kind, style in curves.items():
@@ -89,7 +89,7 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
         axis.grid(alpha=0.25, which="both")
     axes[0].set_ylabel("sup error of the predicted row")
     for number, gamma in enumerate(gammas):
-        colour = _CYCLE[number] if len(gammas) <= len(_CYCLE) else many[number]
+        colour = CYCLE[number] if len(gammas) <= len(CYCLE) else many[number]
         trained, ideal = table.fits[gamma].slope, table.ideal_fits[gamma].slope
         label = f"γ = {gamma:g}: $T^{{{trained:.2f}}}$, ideal $T^{{{ideal:.2f}}}$"
         axes[0].plot([], [], color=colour, label=label)

@@ -10,7 +10,6 @@ its own: it has an entry of its own, "query". Cost: three passes for each edge a
 over the whole batch at once.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -19,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechcausal.averages import sequence_mean
 from mechcausal.graphs import CausalGraph
 from mechcausal.matching import match_heads
 from mechcausal.models.base import GraphModel
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.tasks import Batch
+from mechcausal.tasks import Batch, cross_entropies
 from probes.attention_edits import (
     Edit,
     knock_out,
@@ -32,7 +32,6 @@ from probes.attention_edits import (
     redirect,
     replace_pattern,
 )
-from probes.in_context import standard_error
 
 Kind: TypeAlias = Literal[
     "edge",
@@ -119,9 +118,7 @@ def sequence_losses(model: GraphModel, batch: Batch, *, epsilon: float) -> Float
     Its mean is `soft_cross_entropy`; labels of zero cost nothing even at `epsilon = 0`.
     """
     prediction = model.probabilities(model.hooked(batch.tokens))
-    normaliser = math.log1p(prediction.shape[-1] * epsilon)
-    terms: Tensor = torch.special.xlogy(batch.target, prediction + epsilon)
-    return normaliser - terms.sum(-1)
+    return cross_entropies(prediction, batch.target, epsilon=epsilon)
 
 
 def edge_effects(
@@ -167,7 +164,7 @@ def edge_effects(
     )
     loss = whole.mean().item()
     effects = tuple(
-        InterventionEffect(kind, *_mean(rise), loss, *place)
+        InterventionEffect(kind, *sequence_mean(rise), loss, *place)
         for (kind, place, _), rise in zip(plans, rises, strict=True)
     )
     by_kind = {
@@ -177,7 +174,7 @@ def edge_effects(
     }
     if by_kind:
         by_kind["edge_minus_non_edge"] = by_kind["edge"] - by_kind["non_edge"]
-    return EdgeEffects(effects, {kind: _mean(rise) for kind, rise in by_kind.items()})
+    return EdgeEffects(effects, {kind: sequence_mean(rise) for kind, rise in by_kind.items()})
 
 
 def patch_ideal(
@@ -332,11 +329,7 @@ def _patched(
     whole, (rise,) = loss_rises(
         model.hooked, 0, [edit], lambda: sequence_losses(model, batch, epsilon=epsilon)
     )
-    return InterventionEffect(kind, *_mean(rise), whole.mean().item())
-
-
-def _mean(rises: Float[Tensor, "batch"]) -> tuple[float, float]:
-    return rises.mean().item(), standard_error(rises).item()
+    return InterventionEffect(kind, *sequence_mean(rise), whole.mean().item())
 
 
 def _check_lengths(model: GraphModel, graph: CausalGraph, batch: Batch) -> None:

@@ -14,20 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.blocks import solution_blocks
+from mechcausal.drawing import (
+    ATTENTION_COLOURS,
+    CYCLE,
+    EDGE_COLOUR,
+    OTHER_COLOUR,
+    REFERENCE_COLOUR,
+    label_positions,
+    new_figure,
+)
 from mechcausal.graphs import CausalGraph
 from mechcausal.matching import match_heads
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.plateaus import Plateau, curve
-from mechcausal.report import (
-    _CYCLE,
-    ATTENTION_COLOURS,
-    EDGE_COLOUR,
-    OTHER_COLOUR,
-    REFERENCE_COLOUR,
-    History,
-    _figure,
-    _label_positions,
-)
+from mechcausal.tracking import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def draw_blocks(model: DisentangledTransformer, graph: CausalGraph | None = None
     sides = [_FIRST_SIDE if name.startswith("A1.") else _SIDE for name in names]
     width = sum(sides) + _LABELS * len(sides) + 0.2
     height = 0.4 + _LABELS + max(sides) + _LABELS + _READOUT_HEIGHT + 0.2
-    figure, (unused,) = _figure(1, 1)
+    figure, (unused,) = new_figure(1, 1)
     unused.remove()  # blocks are placed by the inch
     figure.set_size_inches(width, height)
     left, top = _LABELS, height - 0.4 - _LABELS
@@ -128,7 +128,7 @@ def draw_heads(
         for parent, head in zip(parents[child], heads, strict=True)
     ]
     colours = _colours(len(attention))
-    figure, axes = _figure(1, len(attention) + 1)
+    figure, axes = new_figure(1, len(attention) + 1)
     for head, (axis, pattern) in enumerate(zip(axes, attention, strict=False)):
         axis.imshow(_numbers(pattern), cmap="Greys", vmin=0, vmax=1)
         cells = [(parent, child) for parent, child, by in served if by == head]
@@ -141,7 +141,7 @@ def draw_heads(
     axes[-1].imshow(truth)
     axes[-1].set_title("true graph, by the head that serves")
     for axis in axes:
-        _label_positions(axis)
+        label_positions(axis)
         if graph.query_parents is not None:
             _frame_query(axis, graph.sequence_length)
     figure.suptitle(title, fontsize=12)
@@ -163,7 +163,7 @@ def draw_loss(
         plateaus: shaded, under the names of their strategies.
         loss: the loss drawn.
     """
-    figure, (axis,) = _figure(1, 1)
+    figure, (axis,) = new_figure(1, 1)
     width, height = 8.4, 4.8
     figure.set_size_inches(width, height)
     figure.subplots_adjust(0.75 / width, 0.6 / height, 1 - 1.7 / width, 1 - 0.6 / height)
@@ -198,7 +198,7 @@ def draw_graph_distribution(
         per_edge: attention on the parent, of the edges of all graphs.
         paper: what the paper reports.
     """
-    figure, (graphs, edges) = _figure(1, 2)
+    figure, (graphs, edges) = new_figure(1, 2)
     values = np.sort(per_graph[np.isfinite(per_graph)])
     mean, sd = paper.mean, paper.sd
     for low, high, alpha, label in (
@@ -319,8 +319,8 @@ def _colours(n: int) -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    if n <= len(_CYCLE):
-        return list(_CYCLE[:n])
+    if n <= len(CYCLE):
+        return list(CYCLE[:n])
     return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 0.95, n))]
 
 

@@ -9,7 +9,6 @@ of a curve is a plateau too, and so is a flat start.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-History = Sequence[Mapping[str, float | int | None]]
+from mechcausal.tracking import History
+
 Points = Float[np.ndarray, " point"]
 Cells = Float[np.ndarray, " cell"]
 

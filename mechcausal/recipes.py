@@ -583,10 +583,11 @@ def _check_model(recipe: Recipe, source: str) -> None:
         raise RecipeError(
             f"{source}: model.d_model: {model.d_model} is no multiple of {model.n_heads} heads"
         )
-    if model.kind == "disentangled" and math.prod(n + 1 for n in model.heads) > 1024:
+    widening = math.prod(n_heads + 1 for n_heads in model.heads)
+    if model.kind == "disentangled" and widening > 1024:
         raise RecipeError(
             f"{source}: model.heads: {list(model.heads)} widen the residual stream "
-            f"{math.prod(n + 1 for n in model.heads):,} times; at most 1024 times is possible"
+            f"{widening:,} times; at most 1024 times is possible"
         )
     if training.batch_size % training.accumulation:
         raise RecipeError(

@@ -11,22 +11,29 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mechcausal.drawing import (
+    ATTENTION_COLOURS,
+    CYCLE,
+    EDGE_COLOUR,
+    GRADIENT_COLOURS,
+    OTHER_COLOUR,
+    REFERENCE_COLOUR,
+    label_positions,
+    new_figure,
+)
 from mechcausal.graphs import CausalGraph
 from mechcausal.recipes import Recipe
 from mechcausal.theory import Information, PairwiseTheory
+from mechcausal.tracking import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ATTENTION_COLOURS = "viridis"
-GRADIENT_COLOURS = "PuOr_r"
-EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
 HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
 """The scores of a head that are drawn, by layer and head or along training."""
 _PIXELS = 320  # width and height of a W&B heatmap, at least
 
-History = Sequence[Mapping[str, float | int | None]]
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
 
 
@@ -120,7 +127,7 @@ def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
     """
     steps = sorted(matrices)
     chosen = sorted({steps[0], _forming_step(matrices, graph), steps[-1]})
-    figure, axes = _figure(1, len(chosen) + 1)
+    figure, axes = new_figure(1, len(chosen) + 1)
     for axis, step in zip(axes, chosen, strict=False):
         image = axis.imshow(_attention(matrices[step]), cmap=ATTENTION_COLOURS, vmin=0, vmax=1)
         _circle_parents(axis, graph, EDGE_COLOUR)
@@ -129,7 +136,7 @@ def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
     axes[-1].imshow(_truth(graph), cmap="Greys", vmin=0, vmax=1.4)
     axes[-1].set_title("true graph: parents of each position")
     for axis in axes:
-        _label_positions(axis)
+        label_positions(axis)
     return figure
 
 
@@ -165,7 +172,7 @@ def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
     measured = by_head.sum(0)[:n, :n].numpy()
     expected = _expected_gradient(theory)[:n, :n].numpy()
     predicts = isinstance(theory, PairwiseTheory)
-    figure, axes = _figure(1, 4 if predicts else 3)
+    figure, axes = new_figure(1, 4 if predicts else 3)
     for axis, values, title in (
         (axes[0], measured, f"measured at step {step:,}: −∂L/∂scores"),
         (axes[1], expected, "predicted from information" if predicts else "χ²-information"),
@@ -173,7 +180,7 @@ def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
         limit = np.abs(values).max() or 1.0
         image = axis.imshow(values / limit, cmap=GRADIENT_COLOURS, vmin=-1, vmax=1)
         _circle_parents(axis, theory.graph, "black", n_rows=n)
-        _label_positions(axis)
+        label_positions(axis)
         axis.set_title(f"{title}\n(largest {limit:.2g})", fontsize=10)
     figure.colorbar(image, ax=axes[:2], shrink=0.75, label="share of the largest entry")
     is_edge = _truth(theory.graph)[:n, :n].astype(bool)
@@ -200,7 +207,7 @@ def _square(theory: Information) -> tuple[int, int]:
 def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict[str, Path]:
     """heads.png: the loss by copy, and every head's scores, over training steps."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = _figure(1, 4)
+    figure, axes = new_figure(1, 4)
     losses = {
         "loss/first_copy": "first copy",
         "loss/second_copy": "second copy",
@@ -225,7 +232,7 @@ def head_heatmap(
     title: str,
 ) -> None:
     """Scores by layer (rows) and head (columns), one panel a score, as a PNG file."""
-    figure, axes = _figure(1, len(panels))
+    figure, axes = new_figure(1, len(panels))
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=1, aspect="auto")
         axis.set(title=name, xlabel="head", ylabel="layer")
@@ -249,7 +256,7 @@ def _plot(
 
     # Four colours that everybody can tell apart; a model of many heads needs a scale instead.
     many = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
-    colours = _CYCLE if len(curves) <= len(_CYCLE) else many
+    colours = CYCLE if len(curves) <= len(CYCLE) else many
     for (key, label), colour in zip(curves.items(), colours, strict=False):
         points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
         if points:
@@ -318,37 +325,12 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
             {"yscale": "log"},
         ),
     ]
-    figure, axes = _figure(2, 3)
+    figure, axes = new_figure(2, 3)
     for axis, (title, curves, settings) in zip(axes, panels, strict=True):
         _plot(axis, history, curves, title=title, **settings)
         for start in stage_starts[1:]:
             axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
     return figure
-
-
-_CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-
-
-def _figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":
-    # Without pyplot there is no global state and no need for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = (4.1 * n_columns, 3.6 * n_rows + 0.5)
-    figure = Figure(figsize=size)
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    # Fixed margins: matplotlib's layout engines draw everything twice or more to find them.
-    width, height = size
-    figure.subplots_adjust(
-        left=0.7 / width,
-        right=1 - 0.2 / width,
-        bottom=0.55 / height,
-        top=1 - 0.75 / height,
-        wspace=0.36,
-        hspace=0.36,
-    )
-    return figure, axes
 
 
 def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
@@ -357,14 +339,6 @@ def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
     for parent, child in graph.edges:
         truth[child, parent] = 1.0
     return truth
-
-
-def _label_positions(axis: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set(xlabel="key position", ylabel="query position")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(integer=True))
 
 
 def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:

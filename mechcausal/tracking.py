@@ -13,7 +13,7 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +35,8 @@ STEP = "train/step"
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 Value = float | int | None
+History = Sequence[Mapping[str, Value]]
+"""A row of figures for every probe step, with its `train/step`."""
 State = Literal["finished", "interrupted", "failed"]
 
 

@@ -18,7 +18,6 @@ from mechcausal.generalisation import (
     bounded_family,
     bounded_matrices,
     counting_limit,
-    cross_entropies,
     dirichlet_family,
     evaluate_ood,
     fit_power,
@@ -44,7 +43,7 @@ from mechcausal.priors import (
     PriorError,
     stationary_distribution,
 )
-from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from mechcausal.tasks import SingleParentTask, cross_entropies, soft_cross_entropy
 from tests.oracles import seeded
 
 EVERY_FAMILY = (*STANDARD_FAMILIES, bounded_family(0.2), bounded_family(0.2, base="permutation"))

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mechcausal.blocks import block_shares, solution_blocks
+from mechcausal.drawing import OTHER_COLOUR
 from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
 from mechcausal.matching import match_heads
 from mechcausal.models.disentangled import DisentangledTransformer
@@ -22,7 +23,6 @@ from mechcausal.paper_figures import (
     draw_loss,
 )
 from mechcausal.plateaus import Plateau
-from mechcausal.report import OTHER_COLOUR
 from tests.oracles import seeded
 
 

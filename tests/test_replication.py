@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mechcausal.averages import sequence_mean
 from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.replication import FIGURES, Replication, replicate
 from mechcausal.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError
-from mechcausal.replication.evaluation import losses, mean_of, miscounted_prediction
+from mechcausal.replication.evaluation import losses, miscounted_prediction
 from mechcausal.replication.page import measured, number, publish
 from mechcausal.replication.rows import Row, mean_and_stderr
 from mechcausal.replication.runs import Member, run_all
@@ -183,7 +184,7 @@ def test_losses_of_fresh_sequences_name_the_predictors(everything: Replication) 
     run = runs[member.name]
     values = losses(run, 20)
     assert set(values) == {"model", "bayes", "miscounted", "counted"}
-    excess, stderr = mean_of(values["miscounted"] - values["bayes"])
+    excess, stderr = sequence_mean(values["miscounted"] - values["bayes"])
     assert excess > -4 * stderr
 
 

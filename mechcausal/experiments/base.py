@@ -13,8 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.recipes import Recipe
-
-History = Sequence[Mapping[str, float | int | None]]
+from mechcausal.tracking import History
 
 
 @dataclass(frozen=True)

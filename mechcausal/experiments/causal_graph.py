@@ -12,17 +12,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal import paper_figures, report
-from mechcausal.experiments.base import Experiment, Generators, History, Observation
-from mechcausal.models.base import GraphModel
+from mechcausal.experiments.base import Experiment, Generators, Observation
+from mechcausal.experiments.models import build_model
 from mechcausal.models.disentangled import DisentangledTransformer
-from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.observer import Observer
 from mechcausal.plateaus import find_drops, find_plateaus, steepest_drop
 from mechcausal.predictors import bayes_prediction
 from mechcausal.recipes import Recipe
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
 from mechcausal.theory import Information, PairwiseTheory, pairwise_theory, parent_information
+from mechcausal.tracking import History
 
 
 class CausalGraphExperiment(Experiment):
@@ -138,39 +137,6 @@ class CausalGraphExperiment(Experiment):
 
     def _expanded(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(self.model.parameters_by_name) if "all" in names else tuple(names)
-
-
-def build_model(recipe: Recipe, task: Task, *, seed: int, device: torch.device) -> GraphModel:
-    """The model that a recipe describes, at the start of its training.
-
-    Raises:
-        RecipeError: the model cannot hold what the recipe asks for.
-    """
-    section = recipe.model
-    vocab, length = task.vocab_size, task.sequence_length
-    if section.kind == "simplified":
-        simplified = SimplifiedTransformer(vocab, length, device=device)
-        simplified.initialise(beta0=recipe.training.beta0)
-        return simplified
-    if section.kind == "disentangled":
-        disentangled = DisentangledTransformer(vocab, length, section.heads, device=device)
-        # On the CPU, so that a seed means the same weights on every device.
-        generator = torch.Generator().manual_seed(seed)
-        disentangled.initialise(scale=section.initial_scale, generator=generator)
-        return disentangled
-    config = standard_config(
-        vocab,
-        length,
-        n_layers=section.n_layers,
-        n_heads=section.n_heads,
-        d_model=section.d_model,
-        d_mlp=section.d_mlp,
-        layer_norm=section.layer_norm,
-        positions=section.positions,
-        initial_scale=section.initial_scale,
-        device=str(device),
-    )
-    return StandardTransformer(config, seed=seed, fixed_embeddings=section.embeddings == "fixed")
 
 
 def _theory(task: Task, recipe: Recipe, generators: Generators) -> Information:

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal import report
-from mechcausal.experiments.base import Experiment, Generators, History, Observation
+from mechcausal.experiments.base import Experiment, Generators, Observation
+from mechcausal.experiments.models import build_standard
 from mechcausal.models.adapter import save_model
-from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.recipes import Recipe
+from mechcausal.tracking import History
 from probes import HeadScores, repeated_tokens, score_heads
 
 BOS = 0
@@ -39,20 +40,12 @@ class RepeatedTokens(Experiment):
         self._data = generators.data
         self._probe_seed = generators.init
         device = generators.data.device
-        config = standard_config(
+        self._model = build_standard(
+            recipe.model,
             recipe.task.vocab_size,
             2 * self._longest + 1,
-            n_layers=recipe.model.n_layers,
-            n_heads=recipe.model.n_heads,
-            d_model=recipe.model.d_model,
-            d_mlp=recipe.model.d_mlp,
-            layer_norm=recipe.model.layer_norm,
-            positions=recipe.model.positions,
-            initial_scale=recipe.model.initial_scale,
-            device=str(device),
-        )
-        self._model = StandardTransformer(
-            config, seed=generators.init, fixed_embeddings=recipe.model.embeddings == "fixed"
+            seed=generators.init,
+            device=device,
         )
         n_sequences = recipe.evaluation.n_sequences
         self._evaluation = self._sample(n_sequences, self._longest, generators.evaluation)

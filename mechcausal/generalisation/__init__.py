@@ -6,7 +6,6 @@
 
 from mechcausal.generalisation.evaluation import (
     OODRow,
-    cross_entropies,
     evaluate_ood,
     sup_errors,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "bounded_family",
     "bounded_matrices",
     "counting_limit",
-    "cross_entropies",
     "dirichlet_family",
     "dirichlet_matrices",
     "evaluate_ood",

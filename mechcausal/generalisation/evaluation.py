@@ -5,7 +5,6 @@ perfection gives; outside of that prior it is no longer the best, and can be bea
 under the family itself is the best for who knows the family. The oracle knows the matrix.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal import predictors
+from mechcausal.averages import sequence_mean
 from mechcausal.generalisation.families import STANDARD_FAMILIES, MatrixFamily
 from mechcausal.models.base import GraphModel
 from mechcausal.priors import DirichletPrior
-from mechcausal.tasks import Batch, SingleParentTask
+from mechcausal.tasks import Batch, SingleParentTask, cross_entropies
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def evaluate_ood(
             prior = DirichletPrior.symmetric(family.alpha, task.vocab_size)
             family_task = SingleParentTask(task.graph, prior)
             own = _bayes_losses(family_task, batch, generator, bayes_draws).mean().item()
-        gap_to_bayes, bayes_stderr = mean_and_stderr(loss - bayes)
-        gap_to_oracle, oracle_stderr = mean_and_stderr(loss - oracle)
+        gap_to_bayes, bayes_stderr = sequence_mean(loss - bayes)
+        gap_to_oracle, oracle_stderr = sequence_mean(loss - oracle)
         errors = sup_errors(prediction, batch.target)
         rows.append(
             OODRow(
@@ -127,37 +127,11 @@ def evaluate_ood(
     return rows
 
 
-def cross_entropies(
-    prediction: Float[Tensor, "batch vocab"],
-    target: Float[Tensor, "batch vocab"],
-    *,
-    epsilon: float = 0.0,
-) -> Float[Tensor, "batch"]:
-    """`soft_cross_entropy` of each sequence, in float64 and nats; 0 log 0 = 0.
-
-    The cross entropy of a row with itself is therefore its entropy.
-
-    Example:
-        >>> row = torch.tensor([[0.5, 0.5, 0.0]])
-        >>> round(cross_entropies(row, row).item(), 6)
-        0.693147
-    """
-    smoothed = prediction.double() + epsilon
-    normaliser = math.log1p(prediction.shape[1] * epsilon)
-    products: Tensor = torch.special.xlogy(target.double(), smoothed)
-    return normaliser - products.sum(1)
-
-
 def sup_errors(
     prediction: Float[Tensor, "batch vocab"], target: Float[Tensor, "batch vocab"]
 ) -> Float[Tensor, "batch"]:
     """`sup_s' |f_s' - pi(s' | query)|` of each sequence."""
     return (prediction - target).abs().amax(1)
-
-
-def mean_and_stderr(values: Float[Tensor, "n"]) -> tuple[float, float]:
-    """The mean of at least two values, and its standard error."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def check_n_sequences(n_sequences: int) -> None:

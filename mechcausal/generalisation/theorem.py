@@ -27,17 +27,16 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
+from mechcausal.averages import sequence_mean
 from mechcausal.generalisation.evaluation import (
     check_n_sequences,
-    cross_entropies,
-    mean_and_stderr,
     sup_errors,
 )
 from mechcausal.generalisation.families import Base, bounded_matrices
 from mechcausal.graphs import CausalGraph
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.priors import DirichletPrior, stationary_distribution
-from mechcausal.tasks import SingleParentTask
+from mechcausal.tasks import SingleParentTask, cross_entropies
 
 GraphOfLength = Callable[[int], CausalGraph]
 
@@ -298,7 +297,7 @@ def _figures(
     """Median and 90 % quantile of the sup error, mean and standard error of the excess loss."""
     errors = sup_errors(prediction, target)
     loss = cross_entropies(prediction, target, epsilon=epsilon)
-    excess = mean_and_stderr(loss - cross_entropies(target, target))
+    excess = sequence_mean(loss - cross_entropies(target, target))
     return errors.quantile(0.5).item(), errors.quantile(0.9).item(), *excess
 
 

@@ -11,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechcausal.graphs import CausalGraph
 from mechcausal.models.adapter import ModelFileError, build_from_files, save_model
+from probes import AttentionPattern, attach
 
 
 class GraphModel(ABC):
@@ -60,8 +62,6 @@ class GraphModel(ABC):
         self, tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch head query key"]:
         """Layer 1's attention patterns, from the hooked model without gradients."""
-        from probes import AttentionPattern, attach
-
         with torch.no_grad(), attach(self.hooked, AttentionPattern(0)) as (pattern,):
             self.hooked(tokens, return_type=None)
         return pattern.reading().sel(layer=0).values[:, : self.heads[0]]
@@ -86,6 +86,21 @@ class GraphModel(ABC):
     def save(self, folder: str | Path) -> None:
         """Write weights and config, readable by `load` and by `load_model`."""
         save_model(self.hooked, folder, extra={"kind": self.kind, **self._saved()})
+
+    def _check_length(self, graph: CausalGraph) -> None:
+        if graph.sequence_length != self.sequence_length:
+            raise ValueError(
+                f"the graph has sequences of {graph.sequence_length} tokens, "
+                f"the model of {self.sequence_length}"
+            )
+
+    def _blank(self) -> None:
+        """Every weight 0, the named ones trained and the others not: wiring starts from here."""
+        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
+        with torch.no_grad():
+            for parameter in self.hooked.parameters():
+                parameter.zero_()
+                parameter.requires_grad_(id(parameter) in trained)
 
     def _saved(self) -> dict[str, Any]:
         """What the config of the HookedTransformer does not say about this model."""

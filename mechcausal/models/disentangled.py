@@ -212,11 +212,7 @@ class DisentangledTransformer(GraphModel):
                 f"heads is {list(self.heads)}: the solution needs 2 layers and "
                 f"{needed} heads in the first"
             )
-        if graph.sequence_length != self.sequence_length:
-            raise ValueError(
-                f"the graph has sequences of {graph.sequence_length} tokens, "
-                f"the model of {self.sequence_length}"
-            )
+        self._check_length(graph)
         self.initialise()
         several = graph.query_parents is not None
         for position, row in enumerate(graph.parents):
@@ -284,10 +280,7 @@ class DisentangledTransformer(GraphModel):
     def _wire(self) -> None:
         s = self.vocab_size
         hooked = self.hooked
-        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
-        for parameter in hooked.parameters():
-            parameter.zero_()
-            parameter.requires_grad_(id(parameter) in trained)
+        self._blank()
         hooked.embed.W_E[:, :s] = torch.eye(s)
         hooked.pos_embed.W_pos[:, s : self.widths[0]] = torch.eye(self.sequence_length)
         for layer, (n_heads, width) in enumerate(zip(self.heads, self.widths[:-1], strict=True)):

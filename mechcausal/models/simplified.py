@@ -125,11 +125,7 @@ class SimplifiedTransformer(GraphModel):
         Raises:
             ValueError: the graph's sequence length differs from the model's.
         """
-        if graph.sequence_length != self.sequence_length:
-            raise ValueError(
-                f"the graph has sequences of {graph.sequence_length} tokens, "
-                f"the model of {self.sequence_length}"
-            )
+        self._check_length(graph)
         self.initialise(beta0=strength if beta is None else beta)
         for parent, position in graph.edges:
             self.A1[position, parent] = strength
@@ -163,10 +159,7 @@ class SimplifiedTransformer(GraphModel):
     def _wire(self) -> None:
         s, t = self.vocab_size, self.sequence_length
         hooked = self.hooked
-        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
-        for parameter in hooked.parameters():
-            parameter.zero_()
-            parameter.requires_grad_(id(parameter) in trained)
+        self._blank()
         token, position = slice(0, s), slice(s, s + t)
         copy1, copy2 = slice(s + t, 2 * s + t), slice(2 * s + t, 3 * s + t)
         eye_s, eye_t = torch.eye(s), torch.eye(t)

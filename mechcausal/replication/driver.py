@@ -9,7 +9,7 @@ from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.replication.figures import FIGURES, Figure
 from mechcausal.replication.page import write_page, write_table
 from mechcausal.replication.rows import Row
-from mechcausal.replication.runs import Member, Run, run_all
+from mechcausal.replication.runs import Run, run_all
 from mechcausal.tracking import resolve_mode, start_wandb
 
 TABLE_FILE = "replication.json"
@@ -89,7 +89,7 @@ def replicate(
 
     needed = [member for figure in chosen.values() for member in figure.members(quick)]
     runs, failed = run_all(
-        _distinct(needed),
+        needed,
         folder,
         workers=workers or os.cpu_count() or 1,
         adjust=prepared,
@@ -126,10 +126,6 @@ def check_figures(figures: Sequence[str]) -> None:
 def _chosen(figures: Sequence[str]) -> dict[str, Figure]:
     check_figures(figures)
     return {name: figure for name, figure in FIGURES.items() if not figures or name in figures}
-
-
-def _distinct(members: Sequence[Member]) -> list[Member]:
-    return list({member.name: member for member in members}.values())
 
 
 def _drawn(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[str, Path]:

@@ -1,17 +1,15 @@
 """Fresh sequences on which trained models are compared with Bayes."""
 
-import math
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.generalisation import cross_entropies
 from mechcausal.predictors import bayes_prediction, bigram_prediction
 from mechcausal.priors import DirichletPrior
 from mechcausal.replication.runs import Run
-from mechcausal.tasks import Batch, SingleParentTask, Task
+from mechcausal.tasks import Batch, SingleParentTask, Task, cross_entropies
 
 SEED = 20_240_221  # of the evaluation, far from those of runs
 _CHUNK = 2048
@@ -63,11 +61,6 @@ def _references(task: Task, n_sequences: int, n_draws: int, device: str) -> dict
         predictions["miscounted"] = miscounted_prediction(task, batch.tokens)
         predictions["counted"] = bigram_prediction(task, batch.tokens)
     return {name: cross_entropies(p, batch.target) for name, p in predictions.items()}
-
-
-def mean_of(values: Float[Tensor, "batch"]) -> tuple[float, float]:
-    """Mean and standard error over sequences."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
 def miscounted_prediction(

@@ -2,7 +2,7 @@
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.priors import Prior
-from mechcausal.tasks.base import Batch, soft_cross_entropy
+from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy
 from mechcausal.tasks.several_parents import SeveralParentsTask
 from mechcausal.tasks.single_parent import SingleParentTask
 
@@ -35,5 +35,6 @@ __all__ = [
     "SingleParentTask",
     "Task",
     "build_task",
+    "cross_entropies",
     "soft_cross_entropy",
 ]

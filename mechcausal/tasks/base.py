@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -35,7 +36,6 @@ class Batch:
         """Some of the sequences.
 
         Example:
-            >>> import torch
             >>> batch = Batch(torch.tensor([[0], [1], [0]]), torch.full((3, 2), 0.5))
             >>> len(batch[1:])
             2
@@ -58,6 +58,27 @@ def soft_cross_entropy(
     """
     normaliser = math.log1p(prediction.shape[-1] * epsilon)
     return normaliser - (target * (prediction + epsilon).log()).sum(-1).mean()
+
+
+def cross_entropies(
+    prediction: Float[Tensor, "batch vocab"],
+    target: Float[Tensor, "batch vocab"],
+    *,
+    epsilon: float = 0.0,
+) -> Float[Tensor, "batch"]:
+    """`soft_cross_entropy` of each sequence, in float64 and nats; 0 log 0 = 0.
+
+    The cross entropy of a row with itself is therefore its entropy.
+
+    Example:
+        >>> row = torch.tensor([[0.5, 0.5, 0.0]])
+        >>> round(cross_entropies(row, row).item(), 6)
+        0.693147
+    """
+    smoothed = prediction.double() + epsilon
+    normaliser = math.log1p(prediction.shape[1] * epsilon)
+    products: Tensor = torch.special.xlogy(target.double(), smoothed)
+    return normaliser - products.sum(1)
 
 
 def cumulative(probabilities: Float[Tensor, "*any vocab"]) -> Float[Tensor, "*any vocab"]:

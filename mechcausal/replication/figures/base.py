@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mechcausal.plateaus import History
 from mechcausal.replication.rows import Row
 from mechcausal.replication.runs import Member, Run
+from mechcausal.tracking import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from statistics import stdev
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from mechcausal import paper_figures
 from mechcausal.replication.evaluation import fresh_batch
@@ -80,11 +80,14 @@ def attention_on_parents(runs: list[Run]) -> tuple[list[float], list[float]]:
     """Attention on the parent: the mean of every graph that has edges, and of every single edge."""
     means, singles = [], []
     for run in runs:
-        if not run.graph.edges:
-            continue
-        with torch.no_grad():
-            pattern = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)[0]
-        values = [pattern[child, parent].item() for parent, child in run.graph.edges]
-        means.append(sum(values) / len(values))
-        singles += values
+        if values := _on_parents(run):
+            means.append(sum(values) / len(values))
+            singles += values
     return means, singles
+
+
+@cache
+def _on_parents(run: Run) -> list[float]:
+    """Attention on the parent along every edge of one graph."""
+    pattern = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)[0]
+    return [pattern[child, parent].item() for parent, child in run.graph.edges]

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechcausal import paper_figures
+from mechcausal.averages import sequence_mean
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.plateaus import Drop, Plateau, find_drops, find_plateaus, steepest_drop
-from mechcausal.replication.evaluation import fresh_batch, losses, mean_of, precise
+from mechcausal.replication.evaluation import fresh_batch, losses, precise
 from mechcausal.replication.figures.base import by_recipe, loss_curves
 from mechcausal.replication.rows import Row, mean_and_stderr
 from mechcausal.replication.runs import Member, Run
@@ -44,7 +45,7 @@ def measure_losses(runs: list[Run], quick: bool) -> list[Row]:
             ("Bayes loss", [v["bayes"] for v in found], BAYES),
             ("loss above Bayes", [v["model"] - v["bayes"] for v in found], FINAL - BAYES),
         ):
-            means = [mean_of(value) for value in values]
+            means = [sequence_mean(value) for value in values]
             ours, over_seeds = mean_and_stderr([mean for mean, _ in means])
             stderr = max(over_seeds or 0.0, *(error for _, error in means))
             must = name == "loss above Bayes"

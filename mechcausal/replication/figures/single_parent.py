@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechcausal import paper_figures
+from mechcausal.averages import sequence_mean
 from mechcausal.blocks import block_effects, block_shares
 from mechcausal.models.disentangled import DisentangledTransformer
-from mechcausal.replication.evaluation import fresh_batch, losses, mean_of, precise
+from mechcausal.replication.evaluation import fresh_batch, losses, precise
 from mechcausal.replication.figures.base import by_recipe, loss_curves
 from mechcausal.replication.rows import Row, mean_and_stderr
 from mechcausal.replication.runs import Member, Run
@@ -157,14 +158,14 @@ def _measure_graph(
     gap = CHAIN_GAP if recipe == "figure2_chain" else None
     rows += _loss_rows(figure, label, group, quick, gap=gap, paper=None)
     values = losses(group[0], precise(quick))
-    bayes, bayes_stderr = mean_of(values["bayes"])
+    bayes, bayes_stderr = sequence_mean(values["bayes"])
     rows.append(Row(figure, f"{label}: Bayes loss, nats", None, bayes, bayes_stderr, None, None))
     paper, mended = BAYES.get(recipe, (None, None))
     for name, what, paper_value, theory in (
         ("miscounted", "loss of the authors' Bayes predictor, which miscounts roots", paper, None),
         ("counted", "the same with roots counted right", None, mended),
     ):
-        ours, stderr = mean_of(values[name])
+        ours, stderr = sequence_mean(values[name])
         expected = paper_value if paper_value is not None else theory
         must = "" if expected is None else "; must agree within 3 standard errors"
         holds = None if expected is None else abs(ours - expected) <= 3 * stderr
@@ -183,7 +184,9 @@ def _loss_rows(
     found = []
     for run in runs:
         values = losses(run, precise(quick))
-        found.append((mean_of(values["model"]), mean_of(values["model"] - values["bayes"])))
+        found.append(
+            (sequence_mean(values["model"]), sequence_mean(values["model"] - values["bayes"]))
+        )
     rows = []
     for index, (what, value) in enumerate((("loss", paper), ("loss above Bayes", None))):
         ours, over_seeds = mean_and_stderr([pair[index][0] for pair in found])

@@ -1,0 +1,50 @@
+"""The models that recipes describe, at the start of their training."""
+
+import torch
+
+from mechcausal.models.base import GraphModel
+from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.models.standard import StandardTransformer, standard_config
+from mechcausal.recipes import ModelSection, Recipe
+from mechcausal.tasks import Task
+
+
+def build_model(recipe: Recipe, task: Task, *, seed: int, device: torch.device) -> GraphModel:
+    """The model that a recipe describes for a task; `check_experiment` found that it fits."""
+    section = recipe.model
+    vocab, length = task.vocab_size, task.sequence_length
+    if section.kind == "simplified":
+        simplified = SimplifiedTransformer(vocab, length, device=device)
+        simplified.initialise(beta0=recipe.training.beta0)
+        return simplified
+    if section.kind == "disentangled":
+        disentangled = DisentangledTransformer(vocab, length, section.heads, device=device)
+        # On the CPU, so that a seed means the same weights on every device.
+        generator = torch.Generator().manual_seed(seed)
+        disentangled.initialise(scale=section.initial_scale, generator=generator)
+        return disentangled
+    return build_standard(section, vocab, length, seed=seed, device=device)
+
+
+def build_standard(
+    section: ModelSection, vocab_size: int, sequence_length: int, *, seed: int, device: torch.device
+) -> StandardTransformer:
+    """The standard transformer of a recipe's model section.
+
+    Raises:
+        ValueError: fixed embeddings that do not fit into d_model.
+    """
+    config = standard_config(
+        vocab_size,
+        sequence_length,
+        n_layers=section.n_layers,
+        n_heads=section.n_heads,
+        d_model=section.d_model,
+        d_mlp=section.d_mlp,
+        layer_norm=section.layer_norm,
+        positions=section.positions,
+        initial_scale=section.initial_scale,
+        device=str(device),
+    )
+    return StandardTransformer(config, seed=seed, fixed_embeddings=section.embeddings == "fixed")
