@@ -20,6 +20,7 @@ _HOMES = {
     "load_model": "models.adapter",
     "load_recipe": "recipes",
     "pairwise_theory": "theory",
+    "resume": "resuming",
     "save_model": "models.adapter",
     "train": "training",
 }

@@ -13,7 +13,7 @@ from mechcausal.commands.parsing import RefusedError
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
-COMMANDS = ("train", "theory", "detect", "replicate")
+COMMANDS = ("train", "resume", "runs", "sync", "theory", "detect", "replicate")
 
 USAGE = """usage: mechcausal COMMAND ...
 
@@ -21,6 +21,9 @@ Watch a transformer learn causal structure.
 
 commands:
   train RECIPE   train a recipe's model, watched by hooks, recorded to W&B and files
+  resume RUN     go on with a run that was interrupted, killed or failed
+  runs [FOLDER]  list runs: recipe, state, step, figures
+  sync RUN       upload a run's offline W&B fragments in order
   theory         pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET  the induction heads of any model, verified by intervention
   replicate      the paper's figures again: its values, ours, the theory's, with a verdict
@@ -57,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(main_of_command(rest))
     except RefusedError as refusal:
         return _complain(str(refusal))
+    except KeyboardInterrupt as stop:  # before there was anything to complete
+        print(f"mechcausal: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", 2)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -11,7 +11,7 @@ import torch
 from mechcausal.recipes import WandbMode
 from mechcausal.report import HEAD_SCORES, head_heatmap
 from mechcausal.targets import Target
-from mechcausal.tracking import start_wandb
+from mechcausal.wandb_runs import start_wandb
 from probes import (
     AblationEffect,
     HeadScores,

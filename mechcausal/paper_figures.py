@@ -27,7 +27,7 @@ from mechcausal.graphs import CausalGraph
 from mechcausal.matching import match_heads
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.plateaus import Plateau, curve
-from mechcausal.tracking import History
+from mechcausal.run_folder import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

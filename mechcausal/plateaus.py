@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from mechcausal.tracking import History
+from mechcausal.run_folder import History
 
 Points = Float[np.ndarray, " point"]
 Cells = Float[np.ndarray, " cell"]

@@ -215,10 +215,28 @@ class ProbingSection:
     """Steps between probe steps (schedule every)."""
     dense: NonNegativeInt = 5
     """Probe steps at the start of each stage, one a step."""
-    checkpoints: bool = False
-    """True saves the weights at every probe step, under checkpoints/."""
+    frames: NonNegativeInt = 200
+    """Probe steps, spread over the run, whose attention and gradients are kept in full."""
     images: NonNegativeInt = 12
     """Probe steps, spread over the run, whose heatmaps go to W&B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsSection:
+    """What the run can go on from after a crash."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    schedule: Literal["every", "formation", "probes", "none"] = "every"
+    """every: each `every` steps, and at the end. formation: also at every probe step while the
+    induction score lies between 0.1 and 0.9. probes: also at every probe step. What formation and
+    probes add is kept. none: none."""
+    every: PositiveInt = 200
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept, beside the one with the lowest loss."""
+    artifacts: bool = True
+    """True logs each to W&B as an artifact, with the aliases latest, best and step-N."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,13 +269,25 @@ class Recipe:
     """Seed from which initialisation, training data, evaluation and a random graph follow."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """Where to compute: cpu, cuda or cuda:N."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Threads on the CPU. One repeats bit by bit and is fastest for small models; with several the
+    order in which they add up may differ from run to run."""
     graph: GraphSection = field(default_factory=GraphSection)
     task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     probing: ProbingSection = field(default_factory=ProbingSection)
+    checkpoints: CheckpointsSection = field(default_factory=CheckpointsSection)
     wandb: WandbSection = field(default_factory=WandbSection)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of all stages together."""
+        training = self.training
+        if training.algorithm == "joint":
+            return training.joint.steps
+        return training.stage1.steps + training.stage2.steps
 
     def with_overrides(self, **changes: Any) -> "Recipe":
         """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
@@ -300,6 +330,22 @@ class Recipe:
         assert section.sequence_length is not None  # checked when the recipe was parsed
         n_positions = section.sequence_length - (section.preset not in _WITHOUT_QUERY)
         return graphs.build_preset(section.preset, n_positions, **options)
+
+    def self_contained(self) -> "Recipe":
+        """The same recipe without a file that it depends on: an edge list becomes its parents.
+
+        Raises:
+            GraphError: see `build_graph`.
+        """
+        if self.graph.preset != "edge_list" or self.task.kind != "causal_graph":
+            return self
+        graph = self.build_graph()
+        values = recipe_to_dict(self)
+        parents = [list(row) if len(row) > 1 else (row or (-1,))[0] for row in graph.parents]
+        values["graph"] = {"preset": "manual", "parents": parents}
+        if graph.query_parents is not None:
+            values["graph"]["query_parents"] = list(graph.query_parents)
+        return parse_recipe(values, source=self.graph.edge_list or self.name)
 
     def build_prior(self) -> "Prior":
         """The prior over transition matrices, or the fixed matrix."""

@@ -23,8 +23,8 @@ from mechcausal.drawing import (
 )
 from mechcausal.graphs import CausalGraph
 from mechcausal.recipes import Recipe
+from mechcausal.run_folder import History
 from mechcausal.theory import Information, PairwiseTheory
-from mechcausal.tracking import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.models.adapter import (
     CONFIG_FILE,
     FORMAT,
@@ -21,8 +22,7 @@ from mechcausal.models.adapter import (
     build_from_files,
 )
 from mechcausal.models.loading import KINDS
-from mechcausal.tracking import RECIPE_FILE
-from mechcausal.training import CHECKPOINTS_FOLDER, MODEL_FOLDER
+from mechcausal.run_folder import MODEL_FOLDER, RECIPE_FILE
 from probes.stimuli import Bos
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -77,7 +77,7 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
         raise TargetError(f"{target}: --step goes with a run folder, and this is none")
     try:
         if is_run:
-            folder = checkpoint_folder(path, step)
+            folder = _weights_folder(path, step)
             name = target if step is None else f"{target}, step {step}"
             return _saved(folder, name, device, run=path)
         if path.is_dir():
@@ -87,13 +87,7 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
     return _hugging_face(target, target, device, has_tokenizer=True)
 
 
-def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run folder by step, in order."""
-    folders = sorted((run / CHECKPOINTS_FOLDER).glob("*"))
-    return {int(folder.name): folder for folder in folders if folder.name.isdigit()}
-
-
-def checkpoint_folder(run: Path, step: int | None) -> Path:
+def _weights_folder(run: Path, step: int | None) -> Path:
     """The folder of a run's final weights, or of those at a step.
 
     Raises:
@@ -103,9 +97,9 @@ def checkpoint_folder(run: Path, step: int | None) -> Path:
         if not (run / MODEL_FOLDER).is_dir():
             raise TargetError(f"{run}: no final weights ({MODEL_FOLDER}/): the run did not end")
         return run / MODEL_FOLDER
-    found = checkpoints(run)
+    found = checkpoint_folders(run)
     if step not in found:
-        there = ", ".join(map(str, found)) or "none (probing.checkpoints was off)"
+        there = ", ".join(map(str, found)) or "none"
         raise TargetError(f"{run}: no checkpoint at step {step}; there are: {there}")
     return found[step]
 

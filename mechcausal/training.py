@@ -1,36 +1,34 @@
 """The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
+from mechcausal.album import Album
+from mechcausal.checkpointing import Checkpointer
+from mechcausal.checkpoints import Checkpoint, CheckpointError, environment
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
-from mechcausal.recipes import ProbingSection, Recipe, RecipeError, StageSection, load_recipe
-from mechcausal.tracking import (
-    RunRecord,
-    State,
-    Value,
-    new_run_folder,
-    resolve_mode,
-    stop_on_signals,
-)
-
-FORMATION_THRESHOLD = 0.5
-MATRICES_FILE = "matrices.safetensors"
-MODEL_FOLDER = "model"
-CHECKPOINTS_FOLDER = "checkpoints"
+from mechcausal.files import write_folder_atomically
+from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
+from mechcausal.run_folder import MODEL_FOLDER, State, Value, new_run_folder
+from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
+from mechcausal.stages import Stage, learning_rate, probe_steps, stages
+from mechcausal.tracking import RecordError, RunRecord, writing
+from mechcausal.wandb_runs import resolve_mode
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message says at which step."""
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one line that says why, and how to go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or its gradient became NaN or infinite; the message says at which step."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class RunResult:
         folder: where its record lies.
         state: finished, or interrupted by a signal.
         signal: number of that signal.
+        start: step from which it was trained, more than 0 when it was resumed from a checkpoint.
         summary: last figures, the first probe step's under "first", and the run's own facts.
         history: a dict of figures for every probe step.
         experiment: the trained model with its data, probes and theory.
@@ -69,6 +68,7 @@ class RunResult:
     folder: Path
     state: State
     signal: int | None
+    start: int
     summary: dict[str, Any]
     history: list[dict[str, Value]]
     experiment: Experiment
@@ -77,21 +77,12 @@ class RunResult:
     url: str | None = None
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of gradient descent: which parameters, how, from which step on."""
-
-    name: str
-    parameters: tuple[str, ...]
-    section: StageSection
-    start: int
-
-
 def train(
     recipe: Recipe | str | Path,
     *,
     out: str | Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Train a recipe's model and record everything that was seen on the way.
 
@@ -99,63 +90,135 @@ def train(
         recipe: a recipe, the path of one, or the name of one that comes along.
         out: the run's folder; `runs/<recipe>/<run-id>` when absent.
         on_progress: called before every step.
+        on_warning: told what goes wrong with recording, as it does.
 
     Returns:
-        The run; its folder holds recipe.toml, metrics.jsonl, summary.json, figures/, the final
-        weights (model/) and the W&B run.
+        The run; its folder is described in `mechcausal.run_folder`.
 
     Raises:
         RecipeError, GraphError, PriorError, TrackingError, RunFolderError: bad input, before
             anything was trained.
-        NonFiniteLossError: the loss became NaN or infinite; all rows logged so far are kept.
+        TrainingError: the loss became NaN or infinite, the memory or the disk was full; all rows
+            logged so far are kept.
+        StopRequested: stopped by a signal before the first step.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    check(recipe)
+    recipe = recipe.self_contained()
+    mode = resolve_mode(recipe.wandb.mode)
+    with stop_on_signals() as stop, new_run_folder(recipe, out) as folder:
+        return run(recipe, folder, mode, stop, on_progress=on_progress, on_warning=on_warning)
+
+
+def check(recipe: Recipe) -> None:
+    """Whether the recipe can be trained here.
+
+    Raises:
+        RecipeError: nothing to train, no such device, or parts that do not fit.
+    """
     if not stages(recipe):
         raise RecipeError("training: no steps in any stage: nothing to train")
-    generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
-    mode = resolve_mode(recipe.wandb.mode)
+    device_named(recipe.device)
     check_experiment(recipe)
-    folder = new_run_folder(recipe, out)
 
-    with stop_on_signals() as stop, ThreadPoolExecutor(1) as pool:
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    mode: WandbMode,
+    stop: StopSignal,
+    *,
+    checkpoint: Checkpoint | None = None,
+    rows: Sequence[dict[str, Value]] = (),
+    on_progress: Callable[[Progress], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Train from the start or from a checkpoint, to the end or until asked to stop.
+
+    Args:
+        recipe: checked.
+        folder: held by this process.
+        mode: of W&B.
+        stop: says when to stop.
+        checkpoint: where to go on.
+        rows: what metrics.jsonl holds.
+        on_progress: see `train`.
+        on_warning: see `train`.
+
+    Raises:
+        See `train`.
+    """
+    plan = stages(recipe)
+    start = checkpoint.step if checkpoint else 0
+    with computing_on(recipe.threads), ThreadPoolExecutor(1) as pool:
+        generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
+        around = environment(generators.data.device)
         # W&B takes a second to start, mostly waiting: the experiment is built meanwhile.
-        opening = pool.submit(RunRecord, folder, recipe, mode)
+        opening = pool.submit(
+            RunRecord, folder, recipe, mode, rows=rows, environment=around, on_warning=on_warning
+        )
         try:
             experiment = build_experiment(recipe, generators)
-        except BaseException:
-            opening.result().finish({}, "failed")
-            raise
-        record = opening.result()
-        album = _Album(record, experiment)
-        state: State = "failed"
-        step = 0
+        except BaseException as error:
+            opening.result().finish({}, "interrupted" if stop.received else "failed")
+            raise _explained(error, folder, recipe, "before the first step") from None
+        # From here on a signal waits for the end of a step, and of what follows the last one.
+        stop.waits = True
         try:
-            for stage, optimizer, last in _schedule(recipe, experiment):
-                if stop.received is not None and not last:
+            record = opening.result()
+        except RecordError as error:
+            raise _explained(error, folder, recipe, "before the first step") from None
+        album = Album(
+            record,
+            experiment,
+            steps=probe_steps(recipe.probing, plan),
+            stage_starts=[stage.start for stage in plan],
+            start=start,
+            rows=rows,
+        )
+        checkpointer = Checkpointer(record, album, experiment, generators, start=start)
+        state: State = "failed"
+        step = start
+        try:
+            for step, stage, optimizer in _schedule(plan, experiment, start):
+                if step == start and checkpoint is not None:
+                    checkpoint.restore(experiment, optimizer, generators)
+                is_last = step == recipe.n_steps
+                if stop.received is not None and not is_last:
+                    checkpointer.save(step, stage.name, optimizer)
                     break
+                if checkpointer.is_due(step):
+                    checkpointer.save(step, stage.name, optimizer)
                 optimizer.zero_grad()
-                train_loss = _accumulate(experiment)
-                if not math.isfinite(train_loss):
-                    raise NonFiniteLossError(_diagnosis(step, stage, train_loss))
+                loss = _accumulate(experiment)
+                _check_finite(loss, optimizer, step, stage, folder)
                 if step in album.steps:
-                    album.add(step, train_loss)
+                    album.add(step, loss)
+                checkpointer.publish(step)
                 if on_progress is not None:
-                    on_progress(Progress(step, album.last_step, stage.name, album.latest))
-                if last:
-                    break
-                optimizer.step()
-                step += 1
-            state = "finished" if step == album.last_step else "interrupted"
-            experiment.save_model(folder / MODEL_FOLDER)
+                    on_progress(Progress(step, recipe.n_steps, stage.name, album.latest))
+                if is_last:
+                    album.close()
+                    state = "finished"
+                else:
+                    optimizer.step()
+            if state != "finished":
+                state = "interrupted"
+            final = folder / MODEL_FOLDER
+            with writing(final), write_folder_atomically(final) as place:
+                experiment.save_model(place)
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            raise _explained(error, folder, recipe, f"at step {step}") from None
         finally:
-            album.save()
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
     return RunResult(
         folder=folder,
         state=state,
         signal=None if state == "finished" or stop.received is None else int(stop.received),
+        start=start,
         summary=summary,
         history=album.history,
         experiment=experiment,
@@ -165,156 +228,26 @@ def train(
     )
 
 
-def stages(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe's algorithm, in order; empty ones are left out."""
-    training = recipe.training
-    plan: list[tuple[str, tuple[str, ...], StageSection]]
-    if training.algorithm == "joint":
-        plan = [("joint", ("all",), training.joint)]
-    else:
-        plan = [("stage1", ("A1",), training.stage1), ("stage2", ("A2",), training.stage2)]
-    result: list[Stage] = []
-    start = 0
-    for name, parameters, section in plan:
-        if section.steps:
-            result.append(Stage(name, parameters, section, start))
-            start += section.steps
-    return result
-
-
-def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
-    """The steps at which the model is looked at: the first and last, and by the schedule.
-
-    Each stage starts with `dense` probe steps in a row; then follow every `every`-th step, or with
-    the geometric schedule those at 1, 2, 4, 8, ... from the stage's start.
-    """
-    end = plan[-1].start + plan[-1].section.steps if plan else 0
-    steps = {0, end}
-    for stage in plan if probing.enabled else ():
-        offsets = set(range(min(probing.dense, stage.section.steps)))
-        if probing.schedule == "every":
-            offsets |= set(range(0, stage.section.steps, probing.every))
-        else:
-            offsets |= {2**k for k in range(stage.section.steps.bit_length())}
-        steps |= {stage.start + offset for offset in offsets if offset < stage.section.steps}
-    return sorted(steps)
-
-
-class _Album:
-    """Takes the looks at the model, and keeps what was seen."""
-
-    def __init__(self, record: RunRecord, experiment: Experiment) -> None:
-        recipe = experiment.recipe
-        self.history: list[dict[str, Value]] = []
-        self.latest: dict[str, Value] = {}
-        self._record = record
-        self._experiment = experiment
-        self._probing = recipe.probing
-        self._stage_starts = [stage.start for stage in stages(recipe)]
-        ordered = probe_steps(recipe.probing, stages(recipe))
-        self.steps = frozenset(ordered)
-        self.last_step = ordered[-1]
-        count = min(max(recipe.probing.images, 2), len(ordered))
-        picked = np.linspace(0, len(ordered) - 1, count).round().astype(int)
-        self._image_steps = {ordered[i] for i in picked}
-        # The graph forms in the first steps: they are kept whatever the number of images.
-        self._kept_steps = self._image_steps | set(ordered[: recipe.probing.dense])
-        self._matrices: dict[int, dict[str, Tensor]] = {}
-        self._formation_step: int | None = None
-
-    def add(self, step: int, train_loss: float) -> None:
-        """Look at the model, and write the row."""
-        figures: dict[str, Value] = {"loss/train": train_loss}
-        images: dict[str, np.ndarray | Path] = {}
-        if self._probing.enabled:
-            observation = self._experiment.observe()
-            figures |= observation.figures
-            if self._formation_step is None and (
-                observation.figures["induction/score"] >= FORMATION_THRESHOLD
-            ):
-                self._formation_step = step
-            figures["induction/formation_step"] = self._formation_step
-            if step in self._kept_steps:
-                self._matrices[step] = observation.matrices
-            if step in self._image_steps:
-                images |= self._experiment.heatmaps(observation.matrices)
-        else:
-            figures |= self._experiment.losses()
-        if self._probing.checkpoints:
-            folder = self._record.folder / CHECKPOINTS_FOLDER / f"{step:08d}"
-            self._experiment.save_model(folder)
-        self.latest = figures
-        self.history.append({"train/step": step} | figures)
-        if step == self.last_step:
-            images |= self._draw()
-        self._record.log(step, figures, images)
-
-    def _draw(self) -> dict[str, Path]:
-        if not self._matrices:
-            return {}
-        return self._experiment.draw_figures(
-            self._record.folder / "figures",
-            history=self.history,
-            matrices=self._matrices,
-            stage_starts=self._stage_starts,
-        )
-
-    def save(self) -> None:
-        """Write the matrices that were kept: `<step>/<name>`, and what they are compared with.
-
-        A run that ended early gets its figures here.
-        """
-        if self.history and self.history[-1]["train/step"] != self.last_step:
-            self._draw()
-        tensors = self._experiment.reference_matrices() | {
-            f"{step:08d}/{name}": matrix
-            for step, matrices in self._matrices.items()
-            for name, matrix in matrices.items()
-        }
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, self._record.folder / MATRICES_FILE)
-
-    def summary(self) -> dict[str, Any]:
-        """The last row's figures, what the history shows, and the first row under "first"."""
-        if not self.history:
-            return {}
-        conclusions = self._experiment.conclusions(self.history)
-        return {**self.history[-1], **conclusions, "first": dict(self.history[0])}
-
-
 def _schedule(
-    recipe: Recipe, experiment: Experiment
-) -> Iterator[tuple[Stage, torch.optim.Optimizer, bool]]:
-    """Stage and optimizer of every step; after the last one once more, to look at the result."""
-    plan = stages(recipe)
+    plan: list[Stage], experiment: Experiment, start: int
+) -> Iterator[tuple[int, Stage, torch.optim.Optimizer]]:
+    """Number, stage and optimizer of every step from `start` on.
+
+    After the last step comes one more number, to look at the result.
+    """
+    end = plan[-1].start + plan[-1].section.steps
     for stage in plan:
         section = stage.section
+        stop = stage.start + section.steps
+        steps = range(max(start, stage.start), stop + (stop == end))
+        if not steps:
+            continue
         optimizer = _optimizer(section, experiment.parameters(stage.parameters))
         with experiment.training_only(stage.parameters):
-            for step in range(section.steps):
+            for step in steps:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(section, step)
-                yield stage, optimizer, False
-            if stage is plan[-1]:
-                yield stage, optimizer, True
-
-
-def learning_rate(section: StageSection, step: int) -> float:
-    """The learning rate of a step, counted from the start of its stage.
-
-    `lr min(1, (step + 1) / warmup)`; with the cosine schedule that times
-    `(1 + cos(pi step / steps)) / 2`.
-
-    Example:
-        >>> [learning_rate(StageSection(steps=4, lr=1.0, schedule="cosine"), t) for t in (0, 2)]
-        [1.0, 0.5]
-    """
-    rate = section.lr
-    if step < section.warmup:
-        rate *= (step + 1) / section.warmup
-    if section.schedule == "cosine":
-        rate *= (1 + math.cos(math.pi * step / section.steps)) / 2
-    return rate
+                    group["lr"] = learning_rate(section, step - stage.start)
+                yield step, stage, optimizer
 
 
 def _accumulate(experiment: Experiment) -> float:
@@ -339,12 +272,64 @@ def _optimizer(
     return optimizer
 
 
-def _diagnosis(step: int, stage: Stage, loss: float) -> str:
-    return (
-        f"the loss became {loss} at step {step} ({stage.name}, {stage.section.optimizer} with "
-        f"lr {stage.section.lr:g}): try a smaller learning rate or a larger epsilon; "
-        "every row before it is kept"
+def _check_finite(
+    loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
+) -> None:
+    """Stop before weights are spoiled.
+
+    Raises:
+        NonFiniteLossError: the loss or an entry of its gradient is NaN or infinite.
+    """
+    what = f"the loss became {loss}"
+    if math.isfinite(loss):
+        gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+        if all(g is None or bool(g.isfinite().all()) for g in gradients):
+            return
+        what = f"the gradient became NaN or infinite (the loss is {loss:g})"
+    section = stage.section
+    raise NonFiniteLossError(
+        f"{what} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): try a "
+        "smaller learning rate or a larger epsilon; every row before it is kept; "
+        f"mechcausal resume {folder} --training.{stage.name}.lr {section.lr / 10:g} "
+        "--allow-change goes on from the last checkpoint"
     )
+
+
+def _explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
+    """The error as the user should read it: what happened, and how to go on."""
+    again = f"mechcausal resume {folder}"
+    if isinstance(error, StopRequested):
+        return StopRequested(f"stopped {when}; go on with: {again}", error.number)
+    if isinstance(error, RecordError):
+        return TrainingError(
+            f"{error}; the run stopped {when}, what was written before is kept; "
+            f"when the folder can be written again: {again}"
+        )
+    if isinstance(error, CheckpointError):
+        return TrainingError(str(error))
+    said = str(error).lower()
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)
+    ):
+        return TrainingError(
+            f"out of memory {when}: reduce training.batch_size "
+            f"({recipe.training.batch_size:,}, or raise training.accumulation), "
+            f"evaluation.n_sequences ({recipe.evaluation.n_sequences:,}), "
+            f"evaluation.theory_priors ({recipe.evaluation.theory_priors:,}), "
+            "or the sizes of graph, task and model; what was written before is kept"
+        )
+    return error
+
+
+@contextmanager
+def computing_on(count: int) -> Iterator[None]:
+    """Compute on that many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_named(name: str) -> torch.device:

@@ -18,8 +18,8 @@ from mechcausal.detection import Detection, detect
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import parse_recipe
 from mechcausal.targets import load_target
-from mechcausal.tracking import count_wandb_rows
 from mechcausal.training import train
+from mechcausal.wandb_runs import count_wandb_rows
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
 from tests.test_targets import LEAN

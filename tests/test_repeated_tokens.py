@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechcausal.album import MATRICES_FILE
+from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.repeated_tokens import BOS, RepeatedTokens
@@ -20,9 +22,10 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
-from mechcausal.targets import checkpoints, load_target
-from mechcausal.tracking import read_metrics, read_summary
-from mechcausal.training import MATRICES_FILE, RunResult, stages, train
+from mechcausal.run_folder import read_metrics, read_summary
+from mechcausal.stages import stages
+from mechcausal.targets import load_target
+from mechcausal.training import RunResult, train
 from probes import track_formation
 from tests.test_targets import LEAN
 
@@ -245,7 +248,7 @@ def test_the_run_holds_rows_figures_and_matrices(run: RunResult) -> None:
 
 
 def test_every_probe_step_leaves_a_checkpoint_that_loads(run: RunResult) -> None:
-    found = checkpoints(run.folder)
+    found = checkpoint_folders(run.folder)
     assert list(found) == [0, 2, 4]
     start = experiment()
     for name, value in load_model(found[0]).named_parameters():
@@ -298,7 +301,7 @@ def test_the_recipe_grows_an_induction_circuit(tmp_path: Path) -> None:
     assert effect.rise >= 1
 
     # The head forms while the loss of the second copy falls.
-    models = ((step, load_model(path)) for step, path in checkpoints(result.folder).items())
+    models = ((step, load_model(path)) for step, path in checkpoint_folders(result.folder).items())
     formation = track_formation(models, n_sequences=16, bos=BOS)
     formed = formation.first_crossing[row].item()
     loss = {int(r["train/step"] or 0): r["loss/second_copy"] or 0.0 for r in result.history}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import ResNetConfig
 
+from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.models.adapter import load_model, save_model
 from mechcausal.recipes import parse_recipe
-from mechcausal.targets import TargetError, checkpoints, load_target
+from mechcausal.targets import TargetError, load_target
 from mechcausal.training import RunResult, train
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
@@ -26,7 +27,8 @@ LEAN = {
         "joint": {"steps": 4, "optimizer": "adam", "lr": 0.01},
     },
     "evaluation": {"n_sequences": 4},
-    "probing": {"every": 2, "dense": 0, "checkpoints": True},
+    "probing": {"every": 2, "dense": 0},
+    "checkpoints": {"schedule": "probes"},
     "wandb": {"mode": "disabled"},
 }
 
@@ -60,7 +62,7 @@ def test_a_run_stands_for_its_final_weights(run: RunResult) -> None:
 
 
 def test_a_run_and_a_step_stand_for_a_checkpoint(run: RunResult) -> None:
-    assert list(checkpoints(run.folder)) == [0, 2, 4]
+    assert list(checkpoint_folders(run.folder)) == [0, 2, 4]
     start, middle, end = (load_target(str(run.folder), step=step) for step in (0, 2, 4))
     assert middle.name == f"{run.folder}, step 2"
     assert middle.folder == run.folder
@@ -77,9 +79,9 @@ def test_a_step_without_a_checkpoint_names_those_there(run: RunResult) -> None:
 
 
 def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
-    recipe = parse_recipe(LEAN, source="test").with_overrides(probing__checkpoints=False)
+    recipe = parse_recipe(LEAN, source="test").with_overrides(checkpoints__schedule="none")
     train(recipe, out=tmp_path / "run")
-    assert "none (probing.checkpoints was off)" in refusal(tmp_path / "run", step=0)
+    assert "there are: none" in refusal(tmp_path / "run", step=0)
 
 
 def test_a_run_that_did_not_end_says_so(run: RunResult, tmp_path: Path) -> None:

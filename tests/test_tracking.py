@@ -14,22 +14,21 @@ import numpy as np
 import pytest
 
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
-from mechcausal.tracking import (
-    RunFolderError,
-    RunRecord,
-    TrackingError,
-    count_wandb_rows,
-    new_run_folder,
-    read_metrics,
-    read_summary,
-    resolve_mode,
-    stop_on_signals,
-)
+from mechcausal.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
+from mechcausal.signals import stop_on_signals
+from mechcausal.tracking import RunRecord
+from mechcausal.wandb_runs import TrackingError, count_wandb_rows, resolve_mode
 
 
 def recipe(**overrides: Any) -> Recipe:
     data = {"name": "tiny", "graph": {"preset": "chain", "sequence_length": 5}}
     return parse_recipe(data, source="test").with_overrides(**overrides)
+
+
+def made(values: Recipe, out: Path | None) -> Path:
+    """A new run folder that nobody holds any more."""
+    with new_run_folder(values, out) as folder:
+        return folder
 
 
 def inspect(folder: Path) -> list[dict[str, Any]]:
@@ -108,7 +107,7 @@ def test_default_folder_names_recipe_and_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = [new_run_folder(recipe(seed=7), None) for _ in range(3)]
+    folders = [made(recipe(seed=7), None) for _ in range(3)]
     assert len(set(folders)) == 3
     for folder in folders:
         assert folder.parent == Path("runs/tiny")
@@ -118,11 +117,11 @@ def test_default_folder_names_recipe_and_seed(
 
 def test_an_existing_folder_is_used_unless_it_holds_a_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    assert new_run_folder(recipe(), tmp_path) == tmp_path
+    assert made(recipe(), tmp_path) == tmp_path
     for name in ("metrics.jsonl", "summary.json"):
         (tmp_path / name).touch()
         with pytest.raises(RunFolderError, match=f"already holds a run \\({name}\\)"):
-            new_run_folder(recipe(), tmp_path)
+            made(recipe(), tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -130,7 +129,7 @@ def test_an_existing_folder_is_used_unless_it_holds_a_run(tmp_path: Path) -> Non
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="not writable") as caught:
-        new_run_folder(recipe(), tmp_path / place)
+        made(recipe(), tmp_path / place)
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path / place) in str(caught.value)
 
@@ -141,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) 
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with three rows, of which the second has no number for loss/eval."""
-    folder = new_run_folder(recipe(), tmp_path_factory.mktemp("runs") / "run")
+    folder = made(recipe(), tmp_path_factory.mktemp("runs") / "run")
     record = RunRecord(folder, recipe(wandb__tags=("mine",)), "offline")
     picture = np.zeros((4, 4, 3), dtype=np.uint8)
     record.log(0, {"loss/train": 1.0, "loss/eval": 2.0}, {"attention/layer0": picture})
@@ -215,19 +214,19 @@ def test_wandb_summary_is_that_of_the_file(records: list[dict[str, Any]]) -> Non
 
 
 def test_disabled_makes_no_wandb_folder(tmp_path: Path) -> None:
-    folder = new_run_folder(recipe(), tmp_path / "run")
+    folder = made(recipe(), tmp_path / "run")
     record = RunRecord(folder, recipe(), "disabled")
     record.log(0, {"loss/train": 1.0})
     record.finish({}, "finished")
     assert record.wandb_folder is None
     assert {path.name for path in folder.iterdir()} == {
-        *("recipe.toml", "metrics.jsonl", "summary.json")
+        *("recipe.toml", "metrics.jsonl", "summary.json", "run.json", ".lock")
     }
 
 
 def test_group_of_the_recipe_beats_its_name(tmp_path: Path) -> None:
     values = recipe(wandb__group="paper")
-    record = RunRecord(new_run_folder(values, tmp_path / "run"), values, "offline")
+    record = RunRecord(made(values, tmp_path / "run"), values, "offline")
     assert record.wandb_folder is not None
     record.finish({}, "failed")
     log = inspect(record.wandb_folder)
@@ -239,13 +238,13 @@ def test_group_of_the_recipe_beats_its_name(tmp_path: Path) -> None:
 
 
 def test_lost_rows_are_counted_and_said(tmp_path: Path) -> None:
-    folder = new_run_folder(recipe(), tmp_path / "run")
+    folder = made(recipe(), tmp_path / "run")
     record = RunRecord(folder, recipe(), "offline")
-    assert record._run is not None
-    keep = record._run.log
-    record._run.log = lambda data, **options: None  # type: ignore[method-assign,misc]
+    assert record._wandb._run is not None
+    keep = record._wandb._run.log
+    record._wandb._run.log = lambda data, **options: None  # type: ignore[method-assign,misc]
     record.log(0, {"loss/train": 1.0})
-    record._run.log = keep  # type: ignore[method-assign]
+    record._wandb._run.log = keep  # type: ignore[method-assign]
     record.log(1, {"loss/train": 0.5})
     record.finish({}, "finished")
     (warning,) = read_summary(folder)["warnings"]
@@ -256,7 +255,7 @@ def test_lost_rows_are_counted_and_said(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert count_wandb_rows(tmp_path) is None
-    folder = new_run_folder(recipe(), tmp_path / "run")
+    folder = made(recipe(), tmp_path / "run")
     record = RunRecord(folder, recipe(), "offline")
     record.log(0, {"loss/train": 1.0})
     assert record.wandb_folder is not None
@@ -273,7 +272,7 @@ def test_a_wandb_folder_elsewhere_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr(wandb, "init", lambda **o: init(**{**o, "dir": str(elsewhere)}))
-    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "offline")
+    record = RunRecord(made(recipe(), tmp_path / "run"), recipe(), "offline")
     record.log(0, {"loss/train": 1.0})
     record.finish({}, "finished")
     (warning,) = record.warnings
@@ -298,7 +297,7 @@ def test_a_run_goes_on_where_wandb_cannot_start(
         raise error
 
     monkeypatch.setattr(wandb, "init", fail)
-    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "online")
+    record = RunRecord(made(recipe(), tmp_path / "run"), recipe(), "online")
     record.log(0, {"loss/train": 1.0})
     record.finish({}, "finished")
     assert record.mode == "disabled"
@@ -322,7 +321,7 @@ def test_online_falls_back_to_offline(tmp_path: Path, monkeypatch: pytest.Monkey
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", offline_alone)
-    record = RunRecord(new_run_folder(recipe(), tmp_path / "run"), recipe(), "online")
+    record = RunRecord(made(recipe(), tmp_path / "run"), recipe(), "online")
     record.log(0, {"loss/train": 1.0})
     record.finish({}, "finished")
     assert (record.mode, record.url) == ("offline", None)
@@ -342,7 +341,7 @@ def test_online_falls_back_to_offline(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_odd_wandb_values_never_stop_a_run(tmp_path: Path, overrides: dict[str, Any]) -> None:
     values = recipe(**overrides)
-    record = RunRecord(new_run_folder(values, tmp_path / "run"), values, "offline")
+    record = RunRecord(made(values, tmp_path / "run"), values, "offline")
     record.log(0, {"loss/train": 1.0})
     record.finish({}, "finished")
     assert len(read_metrics(tmp_path / "run")) == 1

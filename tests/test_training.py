@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechcausal.album import MATRICES_FILE
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
@@ -30,20 +31,11 @@ from mechcausal.recipes import (
     load_recipe,
     parse_recipe,
 )
+from mechcausal.run_folder import RunFolderError, read_metrics, read_summary
+from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.targets import load_target
 from mechcausal.tasks import SeveralParentsTask, soft_cross_entropy
-from mechcausal.tracking import RunFolderError, read_metrics, read_summary
-from mechcausal.training import (
-    MATRICES_FILE,
-    NonFiniteLossError,
-    Progress,
-    RunResult,
-    Stage,
-    learning_rate,
-    probe_steps,
-    stages,
-    train,
-)
+from mechcausal.training import NonFiniteLossError, Progress, RunResult, train
 
 # What a run on a graph with edges reports, by the names of design.md.
 FIGURES = {
@@ -486,7 +478,7 @@ def test_a_standard_model_with_an_mlp_trains_and_is_looked_at_afterwards(tmp_pat
         training__joint__optimizer="adamw",
         training__joint__lr=0.01,
         training__joint__weight_decay=2e-4,
-        probing__checkpoints=True,
+        checkpoints__schedule="probes",
         **WATCHED,
     )
     run = train(recipe, out=tmp_path / "run")
@@ -633,8 +625,8 @@ def test_summary_holds_every_name_of_the_design(run: RunResult) -> None:
 def test_run_folder_holds_the_recipe_that_repeats_the_run(run: RunResult) -> None:
     assert load_recipe(run.folder / "recipe.toml") == tiny()
     assert {path.name for path in run.folder.iterdir()} == {
-        *("recipe.toml", "metrics.jsonl", "summary.json"),
-        *("figures", "model", MATRICES_FILE),
+        *("recipe.toml", "metrics.jsonl", "summary.json", "run.json", ".lock"),
+        *("checkpoints", "figures", "model", MATRICES_FILE),
     }
 
 

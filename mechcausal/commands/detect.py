@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> int:
     from mechcausal.detection import detect, draw_heatmap, log_to_wandb
     from mechcausal.recipes import RecipeError
     from mechcausal.targets import TargetError, load_target
-    from mechcausal.tracking import TrackingError, resolve_mode
     from mechcausal.training import device_named
+    from mechcausal.wandb_runs import TrackingError, resolve_mode
     from probes import ProbeError
 
     try:

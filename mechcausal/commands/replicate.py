@@ -53,8 +53,9 @@ def main(arguments: list[str]) -> int:
     from mechcausal.recipes import RecipeError
     from mechcausal.replication.driver import ReplicationError, check_figures, replicate
     from mechcausal.replication.page import publish
-    from mechcausal.tracking import RunFolderError, TrackingError, resolve_mode
+    from mechcausal.run_folder import RunFolderError
     from mechcausal.training import device_named
+    from mechcausal.wandb_runs import TrackingError, resolve_mode
 
     try:
         check_figures(figures)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,34 +48,58 @@ def main(arguments: list[str]) -> int:
     try:
         start = Train(values=load_recipe(target))
         options = parse(Train, arguments, command="train", default=start)
-        values = recipe_to_dict(options.values)
-        # Words after --graph.parents come as the parents of one position, which has none to have.
-        match values["graph"].get("parents"):
-            case [[*parents]]:
-                values["graph"]["parents"] = parents
+        recipe = recipe_of(options.values)
         if options.wandb_mode is not None:
-            values["wandb"]["mode"] = options.wandb_mode
-        recipe = parse_recipe(values, source="command line")
+            recipe = recipe.with_overrides(wandb__mode=options.wandb_mode)
     except RecipeError as error:
         raise RefusedError(str(error)) from None
     return _run_training(recipe, target, options.out, quiet=options.quiet)
 
 
+def recipe_of(parsed: Recipe) -> Recipe:
+    """The recipe that tyro made of the command line, checked as a whole.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    values = recipe_to_dict(parsed)
+    # Words after --graph.parents come as the parents of one position, which has none to have.
+    match values["graph"].get("parents"):
+        case [[*parents]]:
+            values["graph"]["parents"] = parents
+    return parse_recipe(values, source="command line")
+
+
 def _run_training(recipe: Recipe, source: str, out: Path | None, *, quiet: bool) -> int:
     print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
+    from mechcausal.training import train
+
+    def start(bar: "ProgressBar") -> "RunResult":
+        return train(recipe, out=out, on_progress=bar.show, on_warning=bar.warn)
+
+    return run_shown(start, source, quiet=quiet)
+
+
+def run_shown(start: "Callable[[ProgressBar], RunResult]", source: str, *, quiet: bool) -> int:
+    """Run a training under a progress bar and print what came out; the command's exit code.
+
+    Raises:
+        RefusedError: bad input, before anything was trained.
+    """
     from mechcausal.graphs import GraphError
     from mechcausal.priors import PriorError
-    from mechcausal.tracking import RunFolderError, TrackingError
-    from mechcausal.training import NonFiniteLossError, train
+    from mechcausal.run_folder import RunFolderError
+    from mechcausal.training import TrainingError
+    from mechcausal.wandb_runs import TrackingError
 
-    bar = _ProgressBar(quiet=quiet)
+    bar = ProgressBar(quiet=quiet)
     try:
-        result = train(recipe, out=out, on_progress=bar.show)
+        result = start(bar)
     except (GraphError, PriorError) as error:
         raise RefusedError(f"{source}: {error}") from None
     except (RecipeError, RunFolderError, TrackingError) as error:
         raise RefusedError(str(error)) from None
-    except NonFiniteLossError as error:
+    except TrainingError as error:
         bar.close()
         print(f"mechcausal: {error}", file=sys.stderr)
         return 1
@@ -84,7 +109,7 @@ def _run_training(recipe: Recipe, source: str, out: Path | None, *, quiet: bool)
     return 128 + result.signal if result.signal is not None else 0
 
 
-class _ProgressBar:
+class ProgressBar:
     """Loss, gap and recovered edges beside the steps; nothing where stderr is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -92,6 +117,7 @@ class _ProgressBar:
         self._bar: Any = None
 
     def show(self, progress: "Progress") -> None:
+        """Before every step."""
         if self._bar is None:
             from tqdm import tqdm
 
@@ -116,7 +142,16 @@ class _ProgressBar:
         bar.set_postfix(texts, refresh=False)
         bar.update(progress.step - bar.n)
 
+    def warn(self, message: str) -> None:
+        """A line above the bar."""
+        line = f"mechcausal: warning: {message}"
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
     def close(self) -> None:
+        """Leave the bar as it is; a second time does nothing."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -144,7 +179,9 @@ def _print_result(result: "RunResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result.state} after {result.summary['train/steps']:,} steps")
+    resumed = f", resumed at {result.start:,}" if result.start else ""
+    title = f"{result.state} after {result.summary['train/steps']:,} steps{resumed}"
+    table = Table(title=title)
     for heading, justify in (("figure", "left"), ("value", "right"), ("meaning", "left")):
         table.add_column(heading, justify="right" if justify == "right" else "left")
     for name, first, meaning in _TABLE:
@@ -163,5 +200,7 @@ def _print_result(result: "RunResult") -> None:
     ):
         if place is not None:
             console.print(f"{label + ':':9}{place}", soft_wrap=True, highlight=False)
-    for warning in result.warnings:
-        print(f"mechcausal: warning: {warning}", file=sys.stderr)
+    if result.state != "finished":
+        console.print(
+            f"go on:   mechcausal resume {result.folder}", soft_wrap=True, highlight=False
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.recipes import Recipe
-from mechcausal.tracking import History
+from mechcausal.run_folder import History
 
 
 @dataclass(frozen=True)

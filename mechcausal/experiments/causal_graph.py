@@ -19,9 +19,9 @@ from mechcausal.observer import Observer
 from mechcausal.plateaus import find_drops, find_plateaus, steepest_drop
 from mechcausal.predictors import bayes_prediction
 from mechcausal.recipes import Recipe
+from mechcausal.run_folder import History
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
 from mechcausal.theory import Information, PairwiseTheory, pairwise_theory, parent_information
-from mechcausal.tracking import History
 
 
 class CausalGraphExperiment(Experiment):

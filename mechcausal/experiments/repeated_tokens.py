@@ -16,7 +16,7 @@ from mechcausal.experiments.base import Experiment, Generators, Observation
 from mechcausal.experiments.models import build_standard
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import Recipe
-from mechcausal.tracking import History
+from mechcausal.run_folder import History
 from probes import HeadScores, repeated_tokens, score_heads
 
 BOS = 0

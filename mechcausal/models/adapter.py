@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 CONFIG_FILE = "config.json"
@@ -83,7 +83,7 @@ def save_model(
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     weights = {name: value.detach().cpu().contiguous() for name, value in _weights(model).items()}
-    save_file(weights, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).write_bytes(save(weights))
 
 
 def load_model(folder: str | Path, *, device: str = "cpu") -> HookedTransformer:

@@ -10,7 +10,7 @@ from mechcausal.replication.figures import FIGURES, Figure
 from mechcausal.replication.page import write_page, write_table
 from mechcausal.replication.rows import Row
 from mechcausal.replication.runs import Run, run_all
-from mechcausal.tracking import resolve_mode, start_wandb
+from mechcausal.wandb_runs import resolve_mode, start_wandb
 
 TABLE_FILE = "replication.json"
 PAGE_FILE = "replication.md"

@@ -13,8 +13,8 @@ from mechcausal.graphs import CausalGraph
 from mechcausal.models.base import GraphModel
 from mechcausal.models.loading import load_graph_model
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
+from mechcausal.run_folder import RECIPE_FILE, Value, read_metrics, read_summary
 from mechcausal.tasks import Task, build_task
-from mechcausal.tracking import RECIPE_FILE, Value, read_metrics, read_summary
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Run:
     @cached_property
     def model(self) -> GraphModel:
         """The trained model."""
-        from mechcausal.training import MODEL_FOLDER
+        from mechcausal.run_folder import MODEL_FOLDER
 
         return load_graph_model(self.folder / MODEL_FOLDER, device=self.recipe.device)
 

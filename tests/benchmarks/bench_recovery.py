@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from mechcausal.recipes import load_recipe, packaged_recipes
-from mechcausal.tracking import count_wandb_rows, read_metrics, read_summary
+from mechcausal.run_folder import read_metrics, read_summary
+from mechcausal.wandb_runs import count_wandb_rows
 
 pytestmark = pytest.mark.benchmark
 

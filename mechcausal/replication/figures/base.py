@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechcausal.replication.rows import Row
 from mechcausal.replication.runs import Member, Run
-from mechcausal.tracking import History
+from mechcausal.run_folder import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

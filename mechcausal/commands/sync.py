@@ -1,0 +1,62 @@
+"""`mechcausal sync`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.run_folder import find_runs, is_held, read_process
+
+
+@dataclass
+class Sync:
+    """Upload the offline W&B fragments of runs, oldest first."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or a folder of runs."""
+    dry_run: bool = False
+    """Print the `wandb sync` commands instead of running them."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, or 1 when a fragment was not uploaded."""
+    options = parse(Sync, arguments, command="sync")
+    runs = find_runs(options.run)
+    if not runs:
+        raise RefusedError(f"{options.run}: no run folder there")
+    failed = False
+    for run in runs:
+        failed |= not _sync_run(run, dry_run=options.dry_run)
+    return 1 if failed else 0
+
+
+def _sync_run(run: Path, *, dry_run: bool) -> bool:
+    """Upload one run's fragments up to the first that fails; whether all were uploaded."""
+    from mechcausal.wandb_runs import fragments, is_uploaded, sync, sync_command, wandb_steps
+
+    if is_held(run):
+        print(f"{run}: still running; left for later")
+        return True
+    run_id = read_process(run).get("wandb_id")
+    found = fragments(run, run_id) if isinstance(run_id, str) else []
+    if not found:
+        print(f"{run}: no W&B run in it")
+    for fragment in found:
+        if is_uploaded(fragment):
+            print(f"{fragment}: uploaded already")
+            continue
+        if not wandb_steps(fragment):
+            print(f"{fragment}: holds no rows; passed over")
+            continue
+        if dry_run:
+            print(" ".join(sync_command(fragment)))
+            continue
+        problem = sync(fragment)
+        if problem:
+            # A later fragment must not arrive before an earlier one: W&B drops lower steps.
+            print(f"mechcausal: {fragment}: not uploaded: {problem}", file=sys.stderr)
+            return False
+        print(f"{fragment}: uploaded")
+    return True

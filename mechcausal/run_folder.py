@@ -1,0 +1,238 @@
+"""The folder of a run: who may write it, what lies in it, how the run stands.
+
+recipe.toml        the whole recipe
+metrics.jsonl      a row of figures for every probe step
+run.json           W&B's id, versions, and the process that writes
+summary.json       how the run ended; absent while it runs, or when it was killed
+checkpoints/       what it can go on from
+matrices/          what was seen, step by step; matrices.safetensors once the run has finished
+model/, figures/   final weights and pictures
+wandb/             the W&B run, in one fragment for every time it was begun or resumed
+"""
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from mechcausal.files import read_json_lines, write_atomically
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
+
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+PROCESS_FILE = "run.json"
+LOCK_FILE = ".lock"
+MODEL_FOLDER = "model"
+STEP = "train/step"
+
+Value = float | int | None
+History = Sequence[Mapping[str, Value]]
+"""A row of figures for every probe step, with its `train/step`."""
+State = Literal["finished", "interrupted", "failed"]
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be made, read or written; the message is one line for the user."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the only process that writes a run folder; a process that dies lets go of it.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        # A moment of patience: `mechcausal runs` looks whether a folder is held by holding it.
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        process = read_process(folder)
+        owner = f"process {process.get('pid')} on {process.get('host')}"
+        raise RunFolderError(f"{folder}: {owner} is writing this run") from None
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process is writing the run."""
+    if not (folder / LOCK_FILE).is_file():
+        return False
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # a folder that only its owner may write
+        return False
+    lock.release()
+    return False
+
+
+@contextmanager
+def new_run_folder(recipe: Recipe, out: str | Path | None) -> Iterator[Path]:
+    """Make the folder of a new run, check that it can be written, and hold it.
+
+    Args:
+        recipe: gives the default, `runs/<name>/<time>-seed<seed>-<random>`.
+        out: the folder itself; it may exist, but not hold a run.
+
+    Raises:
+        RunFolderError: not writable, not a folder, or another run is in it.
+    """
+    if out is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / recipe.name / f"{stamp}-seed{recipe.seed}-{secrets.token_hex(2)}"
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    with hold(folder):
+        taken = [name for name in (METRICS_FILE, SUMMARY_FILE) if (folder / name).exists()]
+        if taken:
+            raise RunFolderError(
+                f"{folder}: already holds a run ({taken[0]}); choose another folder with --out, "
+                f"or go on with it: mechcausal resume {folder}"
+            )
+        try:
+            write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))
+        except OSError as error:
+            raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+        yield folder
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Value]]:
+    """Rows of a run folder's metrics.jsonl, in order; a torn last line is left out.
+
+    Raises:
+        OSError, ValueError: not readable.
+    """
+    return read_json_lines(Path(folder) / METRICS_FILE)
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """A run folder's summary.json.
+
+    Raises:
+        OSError, ValueError: not there or not readable.
+    """
+    content = json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{Path(folder) / SUMMARY_FILE}: not a summary")
+    return content
+
+
+def read_process(folder: str | Path) -> dict[str, Any]:
+    """A run folder's run.json; empty where there is none that can be read."""
+    try:
+        content = json.loads((Path(folder) / PROCESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_process(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write run.json: these values, and which process writes the run.
+
+    Raises:
+        OSError: not writable.
+    """
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    write_atomically(folder / PROCESS_FILE, json.dumps({**values, **owner}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """How a run stands.
+
+    Attributes:
+        folder: where it lies.
+        recipe: its recipe; None where that cannot be read.
+        state: finished, interrupted, failed or running; a run that was killed is interrupted.
+        step: steps of which a row is on disk.
+        n_steps: steps of the whole run.
+        figures: the last row.
+        updated: when the last row was written, seconds since the epoch.
+        problem: what cannot be read, empty where all can.
+    """
+
+    folder: Path
+    recipe: Recipe | None
+    state: State | Literal["running"]
+    step: int
+    n_steps: int
+    figures: Mapping[str, Any]
+    updated: float
+    problem: str = ""
+
+
+def run_info(folder: Path) -> RunInfo:
+    """Read how a run stands, whatever is damaged in its folder."""
+    problems = []
+    recipe = None
+    rows: list[dict[str, Value]] = []
+    try:
+        recipe = load_recipe(folder / RECIPE_FILE)
+    except RecipeError as error:
+        problems.append(str(error))
+    metrics = folder / METRICS_FILE
+    try:
+        rows = read_metrics(folder) if metrics.exists() else []
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+    state: State | Literal["running"] = "interrupted"
+    if is_held(folder):
+        state = "running"
+    elif (folder / SUMMARY_FILE).is_file():
+        try:
+            said = read_summary(folder).get("state")
+            state = said if said in ("finished", "interrupted", "failed") else "interrupted"
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    last = rows[-1] if rows else {}
+    step = last.get(STEP)
+    return RunInfo(
+        folder=folder,
+        recipe=recipe,
+        state=state,
+        step=step if isinstance(step, int) else 0,
+        n_steps=recipe.n_steps if recipe else 0,
+        figures=last,
+        updated=(metrics if metrics.exists() else folder).stat().st_mtime,
+        problem=problems[0] if problems else "",
+    )
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders at and below a folder, by name; the insides of runs are not searched."""
+    if _is_run(folder):
+        return [folder]
+    found: list[Path] = []
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return found
+    for path in inside:
+        if not path.name.startswith(".") and not path.is_symlink():
+            found += find_runs(path)
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE_FILE).is_file() and any(
+        (folder / name).exists() for name in (METRICS_FILE, SUMMARY_FILE, PROCESS_FILE)
+    )

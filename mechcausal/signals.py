@@ -1,0 +1,61 @@
+"""SIGINT and SIGTERM as requests to stop."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequested(KeyboardInterrupt):
+    """The process was asked to stop while it did nothing that has to be completed.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        """What the user reads, and which signal it was."""
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignal:
+    """Whether the process was asked to stop.
+
+    Attributes:
+        received: the signal, None so far.
+        waits: True while a signal is only noted, to be acted upon at the next opportunity; else it
+            raises StopRequested where it arrives.
+    """
+
+    def __init__(self) -> None:
+        """No signal yet."""
+        self.received: signal.Signals | None = None
+        self.waits = False
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Turn the first SIGTERM or SIGINT into a request to stop; a second SIGINT interrupts at once.
+
+    Outside the main thread, where Python takes no signals, nothing is changed.
+    """
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        first, stop.received = stop.received is None, signal.Signals(number)
+        if first and not stop.waits:
+            raise StopRequested("stopped", number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,309 @@
+"""W&B runs that never stand in the way: opened, fed, finished, read back, uploaded.
+
+W&B offline loses rows without a word when the disk is full or the folder not writable, and up to a
+second of them when the process is killed. So its folder is checked to be where it was asked to be,
+its rows are counted, and whatever it raises becomes a warning while the run goes on.
+
+A run that is resumed keeps its id; every time it was begun or resumed left a fragment, a folder
+`wandb/offline-run-<time>-<id>` or `wandb/run-<time>-<id>`.
+"""
+
+import json
+import netrc
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+import numpy as np
+
+from mechcausal.recipes import WandbMode
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
+FINISH_SECONDS = {"offline": 30.0, "online": 90.0}
+"""How long finishing may take before a run ends without it."""
+
+
+class TrackingError(ValueError):
+    """A W&B setting that cannot be used; the message is one line for the user."""
+
+
+def resolve_mode(requested: WandbMode | None) -> WandbMode:
+    """W&B mode: as requested, else WANDB_MODE, else online if a key is configured, else offline.
+
+    Raises:
+        TrackingError: WANDB_MODE is none of the modes.
+    """
+    if requested is not None:
+        return requested
+    variable = os.environ.get("WANDB_MODE", "").strip()
+    if variable:
+        for mode in MODES:
+            if variable.lower() == mode:
+                return mode
+        raise TrackingError(f"WANDB_MODE is {variable!r}: allowed are {', '.join(MODES)}")
+    return "online" if _key_configured() else "offline"
+
+
+def _key_configured() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return bool(host) and netrc.netrc(path).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def start_wandb(
+    mode: WandbMode, folder: Path, warnings: list[str], **options: Any
+) -> "tuple[Run | None, WandbMode]":
+    """Start a W&B run in a folder: offline where online cannot be had, none where neither can.
+
+    Nothing on the terminal, rows on disk within a second, no long wait for a silent network.
+
+    Args:
+        mode: online or offline.
+        folder: W&B's files go below it.
+        warnings: what went wrong is added here.
+        **options: further arguments of `wandb.init`.
+
+    Returns:
+        The run and its mode, `None` and "disabled" without one.
+    """
+    import wandb
+
+    settings = wandb.Settings(
+        console="off", silent=True, init_timeout=30, x_transaction_log_flush_interval=1
+    )
+    # Absolute: W&B's service may have been started in another folder.
+    folder = folder.resolve()
+    attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
+    for attempt in attempts:
+        try:
+            run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
+        except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: its settings
+            warnings.append(f"W&B could not start {attempt}: {_first_line(error)}")
+            continue
+        actual = Path(run.settings.sync_dir).resolve()
+        if not actual.is_relative_to(folder):
+            warnings.append(f"W&B writes to {actual}, not into the run folder")
+        return run, attempt
+    return None, "disabled"
+
+
+class WandbRun:
+    """A W&B run that turns into a warning when it fails.
+
+    Attributes:
+        mode: online or offline; disabled once it has failed or could not start.
+        folder: where W&B writes; None when it could not start.
+        url: the run's page, when online.
+    """
+
+    def __init__(
+        self, mode: WandbMode, folder: Path, warn: Callable[[str], None], **options: Any
+    ) -> None:
+        """Start, or resume a run of the same id.
+
+        Args:
+            mode: online or offline.
+            folder: the run folder; W&B's files go below it.
+            warn: told what goes wrong.
+            **options: further arguments of `wandb.init`, its id among them.
+        """
+        self._warn = warn
+        self._data = folder.resolve()
+        warnings: list[str] = []
+        _wait_for_a_new_second(folder, options["id"])
+        self._run, self.mode = start_wandb(mode, folder, warnings, resume="allow", **options)
+        for warning in warnings:
+            warn(warning)
+        self.folder = Path(self._run.settings.sync_dir).resolve() if self._run else None
+        self.url = self._run.url if self._run and self.mode == "online" else None
+
+    def log(
+        self,
+        step: int,
+        row: Mapping[str, Any],
+        images: Mapping[str, np.ndarray | Path] | None = None,
+    ) -> None:
+        """Commit a row; None values are left out."""
+        content: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
+
+        def send(run: "Run") -> None:
+            import wandb
+
+            pictures = {
+                name: wandb.Image(str(image) if isinstance(image, Path) else image)
+                for name, image in (images or {}).items()
+            }
+            run.log(content | pictures, step=step, commit=True)
+
+        self._guarded(f"at step {step}", send)
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        """See `wandb.Run.define_metric`."""
+
+        def send(run: "Run") -> None:
+            run.define_metric(name, **options)
+
+        self._guarded("at its start", send)
+
+    def log_folder(self, folder: Path, *, name: str, kind: str, aliases: list[str]) -> None:
+        """Log a folder as an artifact, staged inside the run folder."""
+
+        def send(run: "Run") -> None:
+            import wandb
+
+            with _environment("WANDB_DATA_DIR", str(self._data)):
+                artifact = wandb.Artifact(name, type=kind)
+                for path in sorted(folder.iterdir()):
+                    artifact.add_file(str(path))
+                run.log_artifact(artifact, aliases=aliases)
+
+        self._guarded(f"with the artifact of {folder}", send)
+
+    def finish(self, summary: Mapping[str, Any], *, exit_code: int) -> None:
+        """Close the run; give up on it, with a warning, when that takes too long."""
+        if self._run is None:
+            return
+
+        def close(run: "Run") -> None:
+            run.summary.update(dict(summary))
+            run.finish(exit_code=exit_code)
+
+        limit = FINISH_SECONDS.get(self.mode, 30.0)
+        thread = threading.Thread(
+            target=lambda: self._guarded("at its end", close), daemon=True, name="finish W&B"
+        )
+        thread.start()
+        thread.join(limit)
+        if thread.is_alive():
+            self._fail(f"W&B was not finished after {limit:g} s; its rows lie in {self.folder}")
+
+    def _guarded(self, when: str, action: "Callable[[Run], None]") -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # whatever W&B raises, the training goes on
+            self._fail(
+                f"W&B failed {when}: {_first_line(error)}; the run goes on without it, "
+                "every row is in metrics.jsonl"
+            )
+
+    def _fail(self, message: str) -> None:
+        self._run, self.mode = None, "disabled"
+        _abandon_service()
+        self._warn(message)
+
+
+def fragments(run: Path, run_id: str) -> list[Path]:
+    """The fragments of a run in a run folder, oldest first."""
+    if not re.fullmatch(r"[\w-]+", run_id):
+        return []  # what mechcausal never wrote
+    return sorted(
+        (path for path in (run / "wandb").glob(f"*run-*-{run_id}") if path.is_dir()),
+        key=lambda path: path.name.removeprefix("offline-"),
+    )
+
+
+def wandb_steps(fragment: Path) -> list[int] | None:
+    """The steps of the history rows in a fragment's log, in order; None if it cannot be read.
+
+    Uses the log reader that ships with wandb (what `wandb leet inspect --json` runs).
+    """
+    from wandb.util import get_core_path
+
+    logs = list(fragment.glob("*.wandb"))
+    if len(logs) != 1:
+        return None
+    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(logs[0].resolve())]
+    try:
+        result = subprocess.run(
+            [*command, str(fragment.resolve().parent)], capture_output=True, timeout=60, check=True
+        )
+        lines = (line for line in result.stdout.splitlines() if b'"type":"history"' in line)
+        return [int(json.loads(line)["history"]["step"].get("num", 0)) for line in lines]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return None
+
+
+def count_wandb_rows(fragment: Path) -> int | None:
+    """History rows in a fragment's log; None if it cannot be read."""
+    steps = wandb_steps(fragment)
+    return None if steps is None else len(steps)
+
+
+def sync_command(fragment: Path) -> list[str]:
+    """The command that uploads one fragment."""
+    online = [] if fragment.name.startswith("offline-") else ["--include-online"]
+    return ["wandb", "sync", *online, str(fragment)]
+
+
+def is_uploaded(fragment: Path) -> bool:
+    """Whether W&B marked the fragment as uploaded."""
+    return any(fragment.glob("*.wandb.synced"))
+
+
+def sync(fragment: Path) -> str:
+    """Upload a fragment; what went wrong, empty when W&B marked it as uploaded.
+
+    W&B's exit code is 0 in either case; the marker beside the log is what counts.
+    """
+    command = [sys.executable, "-m", *sync_command(fragment)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if is_uploaded(fragment):
+        return ""
+    said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    return said[-1] if said else f"exit code {result.returncode}"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _wait_for_a_new_second(folder: Path, run_id: str) -> None:
+    """W&B names a fragment by the second: a second one would overwrite the first."""
+    while (folder / "wandb").is_dir():
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        if not any((folder / "wandb").glob(f"*run-{stamp}-{run_id}")):
+            return
+        time.sleep(0.05)
+
+
+def _abandon_service() -> None:
+    """Let go of a service that died, so that W&B does not stumble over it when Python exits."""
+    import wandb
+
+    try:
+        wandb.teardown(exit_code=1)
+    except Exception:  # it is gone: that is what was wanted
+        return
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
