@@ -93,8 +93,9 @@ class WandbServer:
 
     def hang(self) -> None:
         """Accept every request from now on and answer none, until `answer`, `reject` or `stop`."""
-        self._wake = threading.Event()
-        self._hanging = True
+        if not self._hanging:
+            self._wake = threading.Event()
+            self._hanging = True
 
     def reject(self, status: int = 500) -> None:
         """Answer every request from now on with an HTTP error."""
@@ -105,7 +106,7 @@ class WandbServer:
         """Fail once so many further history rows have arrived.
 
         Args:
-            after: rows that are still taken; the request that completes them is not answered.
+            after: rows that are still taken; the request that completes them already fails.
             how: a method such as `server.hang`; `server.stop` by default.
         """
         self._failure = how or self.stop
@@ -176,11 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         status = owner.failing
+        path = urlsplit(self.path).path
         if status is not None:
             self._reply(status, {"error": "refused"})
-            return
-        path = urlsplit(self.path).path
-        if path == "/graphql":
+        elif path == "/graphql":
             request = json.loads(body)
             match = re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])
             name = request.get("operationName") or (match[1] if match else "")
@@ -188,6 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.endswith("/file_stream"):
             if owner.stream(unquote(path.split("/")[-2]), json.loads(body)):
                 self._reply(200, {"exitcode": None, "limits": {}})
+            else:
+                self._reply(owner.failing or 500, {"error": "refused"})
         elif path.startswith("/upload/"):
             owner.received.store(path.removeprefix("/upload/"), body)
             self._reply(200, {}, digest=hashlib.md5(body).digest())
