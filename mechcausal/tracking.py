@@ -4,6 +4,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,19 @@ from typing import Any
 import numpy as np
 
 from mechcausal.files import JsonLines, write_atomically
-from mechcausal.recipes import Recipe, WandbMode, recipe_to_dict
+from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
 from mechcausal.run_folder import (
     METRICS_FILE,
     PROCESS_FILE,
+    RECIPE_FILE,
     STEP,
     SUMMARY_FILE,
     State,
     Value,
+    hold,
+    read_metrics,
     read_process,
+    read_summary,
     write_process,
 )
 from mechcausal.wandb_runs import WandbRun, fragments, sync_command, wandb_steps
@@ -95,9 +100,13 @@ class RunRecord:
             write_process(folder, self._values)
         self.rows = len(rows)
         if mode != "disabled":
-            for fragment in fragments(folder, self._id):
-                self._in_wandb.update(wandb_steps(fragment) or ())
+            before = fragments(folder, self._id)
             self._wandb = self._open_wandb(recipe, mode)
+            if self._wandb.mode == "online":  # what it holds is for the server to say
+                self._in_wandb.update(range(self._wandb.first_step))
+            else:
+                for fragment in before:
+                    self._in_wandb.update(wandb_steps(fragment) or ())
             for row in rows:
                 self._to_wandb(int(row[STEP] or 0), row)
 
@@ -230,13 +239,16 @@ class RunRecord:
         if self._wandb.folder is None:
             return
         places = {*fragments(self.folder.resolve(), self._id), self._wandb.folder}
-        found = {place: wandb_steps(place) for place in sorted(places)}
-        for place, steps in found.items():
-            # Of an older fragment, cut short when its process was killed, this is to be expected.
-            if steps is None and place == self._wandb.folder:
-                self.warn(f"the rows of the W&B run in {place} could not be counted")
-                return
-        logged = Counter(step for steps in found.values() for step in steps or ())
+        deadline = time.monotonic() + 4
+        while True:  # its service may write the last of them a moment after it has finished
+            found = {place: wandb_steps(place) for place in sorted(places)}
+            logged = Counter(step for steps in found.values() for step in steps or ())
+            if len(logged) >= self.rows or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if found[self._wandb.folder] is None:
+            self.warn(f"the rows of the W&B run in {self._wandb.folder} could not be counted")
+            return
         if len(logged) < self.rows:
             self.warn(
                 f"W&B kept {len(logged)} of {self.rows} rows in {self._wandb.folder}; "
@@ -246,6 +258,23 @@ class RunRecord:
         if repeated:
             said = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
             self.warn(f"W&B has these steps in more than one fragment: {said}")
+
+
+def send_again(folder: Path) -> str:
+    """Send the server of an online run the rows that it has not got; what went wrong, or empty.
+
+    Uploading the fragment of an online run would repeat the rows that had arrived.
+
+    Raises:
+        RunFolderError, RecipeError, OSError, ValueError: the run cannot be read or written.
+    """
+    with hold(folder):
+        summary, rows = read_summary(folder), read_metrics(folder)
+        recipe, around = load_recipe(folder / RECIPE_FILE), read_process(folder).get("environment")
+        record = RunRecord(folder, recipe, "online", rows=rows, environment=around)
+        sent = record.mode == "online"
+        record.finish(summary, summary["state"])
+        return "" if sent and not record.warnings else "; ".join(record.warnings)
 
 
 def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:

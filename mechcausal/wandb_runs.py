@@ -12,13 +12,12 @@ import json
 import netrc
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
-FINISH_SECONDS = {"offline": 30.0, "online": 90.0}
+FINISH_SECONDS = 30
 """How long finishing may take before a run ends without it."""
+_SLOW_ARTIFACT_SECONDS = 5.0
 
 
 class TrackingError(ValueError):
@@ -85,17 +85,29 @@ def start_wandb(
     """
     import wandb
 
+    # Its reports of its own errors keep a process without network from ending.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     settings = wandb.Settings(
-        console="off", silent=True, init_timeout=30, x_transaction_log_flush_interval=1
+        console="off",
+        silent=True,
+        init_timeout=20,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        x_transaction_log_flush_interval=1,
     )
     # Absolute: W&B's service may have been started in another folder.
     folder = folder.resolve()
     attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
     for attempt in attempts:
+        before = set((folder / "wandb").glob("run-*"))
         try:
             run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
-        except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: its settings
+        except Exception as error:  # whatever W&B raises, the training goes on
             warnings.append(f"W&B could not start {attempt}: {_first_line(error)}")
+            # Else it takes the id for one in use, and leaves a fragment without a row.
+            _abandon_service()
+            for leftover in set((folder / "wandb").glob("run-*")) - before:
+                shutil.rmtree(leftover, ignore_errors=True)
             continue
         actual = Path(run.settings.sync_dir).resolve()
         if not actual.is_relative_to(folder):
@@ -109,6 +121,7 @@ class WandbRun:
 
     Attributes:
         mode: online or offline; disabled once it has failed or could not start.
+        first_step: when online, steps below this one are with the server already.
         folder: where W&B writes; None when it could not start.
         url: the run's page, when online.
     """
@@ -127,12 +140,14 @@ class WandbRun:
         self._warn = warn
         self._data = folder.resolve()
         warnings: list[str] = []
-        _wait_for_a_new_second(folder, options["id"])
+        self._artifacts = True
         self._run, self.mode = start_wandb(mode, folder, warnings, resume="allow", **options)
         for warning in warnings:
             warn(warning)
         self.folder = Path(self._run.settings.sync_dir).resolve() if self._run else None
-        self.url = self._run.url if self._run and self.mode == "online" else None
+        is_online = self._run is not None and self.mode == "online"
+        self.url = self._run.url if self._run and is_online else None
+        self.first_step = int(self._run.starting_step) if self._run and is_online else 0
 
     def log(
         self,
@@ -163,36 +178,37 @@ class WandbRun:
         self._guarded("at its start", send)
 
     def log_folder(self, folder: Path, *, name: str, kind: str, aliases: list[str]) -> None:
-        """Log a folder as an artifact, staged inside the run folder."""
+        """Log a folder as an artifact, staged inside the run folder.
 
-        def send(run: "Run") -> None:
-            import wandb
+        Where that fails, or takes long because the network is gone, no other one is tried.
+        """
+        if self._run is None or not self._artifacts:
+            return
+        import wandb
 
+        began, problem = time.monotonic(), ""
+        try:
             with _environment("WANDB_DATA_DIR", str(self._data)):
                 artifact = wandb.Artifact(name, type=kind)
                 for path in sorted(folder.iterdir()):
                     artifact.add_file(str(path))
-                run.log_artifact(artifact, aliases=aliases)
-
-        self._guarded(f"with the artifact of {folder}", send)
+                self._run.log_artifact(artifact, aliases=aliases)
+        except Exception as error:  # whatever W&B raises, the training goes on
+            problem = _first_line(error)
+        if not problem and time.monotonic() - began > _SLOW_ARTIFACT_SECONDS:
+            problem = f"it took {time.monotonic() - began:.0f} s"
+        if problem:
+            self._artifacts = False
+            self._warn(f"W&B did not take {folder}: {problem}; checkpoints stay in the run folder")
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int) -> None:
         """Close the run; give up on it, with a warning, when that takes too long."""
-        if self._run is None:
-            return
 
         def close(run: "Run") -> None:
             run.summary.update(dict(summary))
             run.finish(exit_code=exit_code)
 
-        limit = FINISH_SECONDS.get(self.mode, 30.0)
-        thread = threading.Thread(
-            target=lambda: self._guarded("at its end", close), daemon=True, name="finish W&B"
-        )
-        thread.start()
-        thread.join(limit)
-        if thread.is_alive():
-            self._fail(f"W&B was not finished after {limit:g} s; its rows lie in {self.folder}")
+        self._guarded("at its end", close)
 
     def _guarded(self, when: str, action: "Callable[[Run], None]") -> None:
         if self._run is None:
@@ -216,7 +232,12 @@ def fragments(run: Path, run_id: str) -> list[Path]:
     if not re.fullmatch(r"[\w-]+", run_id):
         return []  # what mechcausal never wrote
     return sorted(
-        (path for path in (run / "wandb").glob(f"*run-*-{run_id}") if path.is_dir()),
+        (
+            path
+            for end in ("", "-[0-9]")  # the second of one second
+            for path in (run / "wandb").glob(f"*run-*-{run_id}{end}")
+            if path.is_dir()
+        ),
         key=lambda path: path.name.removeprefix("offline-"),
     )
 
@@ -250,8 +271,7 @@ def count_wandb_rows(fragment: Path) -> int | None:
 
 def sync_command(fragment: Path) -> list[str]:
     """The command that uploads one fragment."""
-    online = [] if fragment.name.startswith("offline-") else ["--include-online"]
-    return ["wandb", "sync", *online, str(fragment)]
+    return ["wandb", "sync", str(fragment)]
 
 
 def is_uploaded(fragment: Path) -> bool:
@@ -260,16 +280,42 @@ def is_uploaded(fragment: Path) -> bool:
 
 
 def sync(fragment: Path) -> str:
-    """Upload a fragment; what went wrong, empty when W&B marked it as uploaded.
+    """Upload a fragment; what went wrong, empty when all of it arrived.
 
-    W&B's exit code is 0 in either case; the marker beside the log is what counts.
+    W&B's exit code is 0 in either case, and it may mark as uploaded what the server refused: what
+    counts is its mark and that it named no error.
     """
     command = [sys.executable, "-m", *sync_command(fragment)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if is_uploaded(fragment):
-        return ""
+    retries = {
+        f"WANDB_X_{part}_{name}": value
+        for part in ("GRAPHQL", "FILE_STREAM")
+        for name, value in (
+            ("RETRY_MAX", "3"),
+            ("RETRY_WAIT_MAX_SECONDS", "3"),
+            ("TIMEOUT_SECONDS", "10"),
+        )
+    }
+    around = {**os.environ, **retries, "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
+    around.pop("WANDB_SILENT", None)  # it would hide the errors
+    around.pop("WANDB_MODE", None)
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=around, timeout=600
+        )
+    except subprocess.TimeoutExpired:
+        _unmark(fragment)
+        return "gave up after 10 minutes"
     said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-    return said[-1] if said else f"exit code {result.returncode}"
+    errors = [line for line in said if "ERROR" in line or "rror while" in line]
+    if is_uploaded(fragment) and not errors:
+        return ""
+    _unmark(fragment)
+    return (errors or said or [f"exit code {result.returncode}"])[0]
+
+
+def _unmark(fragment: Path) -> None:
+    for mark in fragment.glob("*.wandb.synced"):
+        mark.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -283,15 +329,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _wait_for_a_new_second(folder: Path, run_id: str) -> None:
-    """W&B names a fragment by the second: a second one would overwrite the first."""
-    while (folder / "wandb").is_dir():
-        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-        if not any((folder / "wandb").glob(f"*run-{stamp}-{run_id}")):
-            return
-        time.sleep(0.05)
 
 
 def _abandon_service() -> None:

@@ -10,6 +10,7 @@ stop must do so within 5 seconds and lose no row.
 """
 
 import argparse
+import atexit
 import multiprocessing
 import os
 import random
@@ -75,6 +76,7 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
                 if (folder / "recipe.toml").exists()
                 else train(recipe_to_kill(), out=folder)
             )
+        atexit._run_exitfuncs()  # where W&B waits for its service, as in any process
         os._exit(0 if result.state == "finished" else 128 + (result.signal or 0))
 
     process = FORK.Process(target=work)
@@ -172,7 +174,7 @@ def compare(folder: Path, reference: Path) -> list[str]:
     logged = Counter(step for place in _fragments(folder) for step in wandb_steps(place) or [])
     said = " ".join(read_summary(folder)["warnings"])
     if missing := sorted(set(steps) - set(logged)):
-        problems.append(f"W&B lacks the steps {missing}")
+        problems.append(f"W&B lacks the steps {missing} ({said})")
     if unsaid := [step for step, n in logged.items() if n > 1 and "more than one" not in said]:
         problems.append(f"W&B has {unsaid} more than once")
     return problems

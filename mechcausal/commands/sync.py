@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
 
 def _sync_run(run: Path, *, dry_run: bool) -> bool:
     """Upload one run's fragments up to the first that fails; whether all were uploaded."""
+    from mechcausal.tracking import send_again
     from mechcausal.wandb_runs import fragments, is_uploaded, sync, sync_command, wandb_steps
 
     if is_held(run):
@@ -43,20 +44,30 @@ def _sync_run(run: Path, *, dry_run: bool) -> bool:
     found = fragments(run, run_id) if isinstance(run_id, str) else []
     if not found:
         print(f"{run}: no W&B run in it")
+    if not all(fragment.name.startswith("offline-") for fragment in found):
+        # Its rows are replayed: whatever went online got all rows there were before it.
+        if dry_run:
+            print(f"{run}: went online: the rows that have not arrived are sent again")
+            return True
+        try:
+            return _said(run, send_again(run))
+        except (OSError, ValueError) as error:
+            return _said(run, str(error))
     for fragment in found:
         if is_uploaded(fragment):
             print(f"{fragment}: uploaded already")
-            continue
-        if not wandb_steps(fragment):
+        elif not wandb_steps(fragment):
             print(f"{fragment}: holds no rows; passed over")
-            continue
-        if dry_run:
+        elif dry_run:
             print(" ".join(sync_command(fragment)))
-            continue
-        problem = sync(fragment)
-        if problem:
-            # A later fragment must not arrive before an earlier one: W&B drops lower steps.
-            print(f"mechcausal: {fragment}: not uploaded: {problem}", file=sys.stderr)
-            return False
-        print(f"{fragment}: uploaded")
+        elif not _said(fragment, sync(fragment)):
+            return False  # a later fragment that arrives first is put in the wrong place
     return True
+
+
+def _said(what: Path, problem: str) -> bool:
+    if problem:
+        print(f"mechcausal: {what}: not uploaded: {problem}", file=sys.stderr)
+    else:
+        print(f"{what}: uploaded")
+    return not problem
