@@ -103,7 +103,8 @@ class RunRecord:
             before = fragments(folder, self._id)
             self._wandb = self._open_wandb(recipe, mode)
             if self._wandb.mode == "online":  # what it holds is for the server to say
-                self._in_wandb.update(range(self._wandb.first_step))
+                first = self._wandb.first_step
+                self._in_wandb = {step for row in rows if (step := int(row[STEP] or 0)) < first}
             else:
                 for fragment in before:
                     self._in_wandb.update(wandb_steps(fragment) or ())
@@ -188,7 +189,6 @@ class RunRecord:
             **summary,
             "state": state,
             "rows": self.rows,
-            "wandb_id": self._id if self._wandb else None,
             "warnings": self.warnings,
         }
         try:
@@ -238,20 +238,24 @@ class RunRecord:
         assert self._wandb is not None
         if self._wandb.folder is None:
             return
-        places = {*fragments(self.folder.resolve(), self._id), self._wandb.folder}
+        own, first_step = self._wandb.folder, self._wandb.first_step
+        # Of an online run the server knows what had arrived before this fragment.
+        is_online = not own.name.startswith("offline-")
+        places = {own} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
+        arrived = [step for step in self._in_wandb if step < first_step]
         deadline = time.monotonic() + 4
         while True:  # its service may write the last of them a moment after it has finished
             found = {place: wandb_steps(place) for place in sorted(places)}
-            logged = Counter(step for steps in found.values() for step in steps or ())
+            logged = Counter(arrived + [step for steps in found.values() for step in steps or ()])
             if len(logged) >= self.rows or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        if found[self._wandb.folder] is None:
-            self.warn(f"the rows of the W&B run in {self._wandb.folder} could not be counted")
+        if found[own] is None:
+            self.warn(f"the rows of the W&B run in {own} could not be counted")
             return
         if len(logged) < self.rows:
             self.warn(
-                f"W&B kept {len(logged)} of {self.rows} rows in {self._wandb.folder}; "
+                f"W&B kept {len(logged)} of {self.rows} rows in {own}; "
                 f"all of them are in {self.folder / METRICS_FILE}"
             )
         repeated = sorted(step for step, times in logged.items() if times > 1)

@@ -92,7 +92,7 @@ def check_same(folder: Path, whole: Path) -> None:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     ours, theirs = read_summary(folder), read_summary(whole)
     for summary in (ours, theirs):
-        summary.pop("warnings"), summary.pop("wandb_id")
+        del summary["warnings"]
     assert ours == theirs
 
 
@@ -235,7 +235,9 @@ def test_another_recipe_is_named_and_needs_leave(tmp_path: Path) -> None:
     result = resume(folder, recipe=other, allow_change=True)
     assert (result.start, result.summary["train/steps"]) == (15, 32)
     after = read_metrics(folder)
-    assert [row for row in after if row[STEP] < 15] == [row for row in rows if row[STEP] < 15]
+    assert [row for row in after if int(row[STEP] or 0) < 15] == [
+        row for row in rows if int(row[STEP] or 0) < 15
+    ]
     assert load_recipe(folder / "recipe.toml") == other
     (aside,) = folder.glob("before-step-15-*")
     assert read_metrics(aside) == rows
@@ -265,7 +267,7 @@ def test_a_finished_run_is_left_alone_but_may_be_made_longer(tmp_path: Path, who
 def test_another_version_or_device_is_named_and_needs_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    from mechcausal import checkpoints, resuming, training
+    from mechcausal import checkpoints, training
 
     real = checkpoints.environment
     for module in (training, checkpoints):
@@ -276,7 +278,6 @@ def test_another_version_or_device_is_named_and_needs_leave(
     with pytest.raises(RunFolderError, match=f"{name} was .*, is "):
         resume(folder)
     assert resume(folder, allow_change=True).state == "finished"
-    assert resuming.environment is real
 
 
 def test_a_change_that_the_checkpoint_cannot_follow_is_refused(tmp_path: Path) -> None:
