@@ -10,7 +10,6 @@ stop must do so within 5 seconds and lose no row.
 """
 
 import argparse
-import atexit
 import multiprocessing
 import os
 import random
@@ -28,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import wandb
 from mechcausal.album import Album
 from mechcausal.checkpointing import Checkpointer
 from mechcausal.recipes import Recipe, parse_recipe
@@ -76,7 +76,7 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
                 if (folder / "recipe.toml").exists()
                 else train(recipe_to_kill(), out=folder)
             )
-        atexit._run_exitfuncs()  # where W&B waits for its service, as in any process
+        wandb.teardown()  # which a process does at its exit; os._exit would leave it out
         os._exit(0 if result.state == "finished" else 128 + (result.signal or 0))
 
     process = FORK.Process(target=work)

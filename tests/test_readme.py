@@ -94,14 +94,20 @@ def test_command_exists_with_its_options(
     line: int,
     arguments: list[str],
     repository: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "recipe.toml").write_text((repository / "runs" / "markov_chain.toml").read_text())
+    (tmp_path / "metrics.jsonl").touch()
+    arguments = [str(tmp_path) if "<run-id>" in word else word for word in arguments]
+
     def reach(*args: Any, **options: Any) -> None:
         raise ReachedError
 
     monkeypatch.chdir(repository)
     monkeypatch.setattr("mechcausal.training.train", reach)
+    monkeypatch.setattr("mechcausal.resuming.resume", reach)
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
     monkeypatch.setattr("mechcausal.targets.load_target", reach)
     monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)

@@ -15,7 +15,7 @@ import pytest
 
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
-from mechcausal.signals import stop_on_signals
+from mechcausal.signals import StopRequested, stop_on_signals
 from mechcausal.tracking import RunRecord
 from mechcausal.wandb_runs import TrackingError, count_wandb_rows, resolve_mode
 
@@ -354,11 +354,19 @@ def test_odd_wandb_values_never_stop_a_run(tmp_path: Path, overrides: dict[str, 
 def test_signals_become_a_request_to_stop_and_a_second_interrupt_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
+        stop.waits = True
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_stops_at_once_what_need_not_be_completed() -> None:
+    with stop_on_signals() as stop:
+        with pytest.raises(StopRequested) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.received, caught.value.number) == (signal.SIGTERM, signal.SIGTERM)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mechcausal.graphs import CausalGraph
 from mechcausal.models.base import GraphModel
 from mechcausal.models.loading import load_graph_model
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
-from mechcausal.run_folder import RECIPE_FILE, Value, read_metrics, read_summary
+from mechcausal.run_folder import RECIPE_FILE, Value, read_metrics, read_summary, run_info
 from mechcausal.tasks import Task, build_task
 
 
@@ -93,7 +93,7 @@ def run_all(
     Args:
         members: what is needed; equal ones are trained once.
         folder: a run's folder is `folder/<member's name>`, with `-2`, `-3`, ... where that holds a
-            run of another recipe. Nothing is ever deleted.
+            run of another recipe. Nothing is ever deleted; an unfinished run is resumed.
         workers: processes, one thread each.
         adjust: last change to every recipe (its device, its W&B group).
         on_done: called with a member's name and how it went.
@@ -145,32 +145,29 @@ def _train(values: dict[str, Any], folder: str) -> str:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
+    from mechcausal.resuming import resume
     from mechcausal.training import train
 
     # The models are small: several runs of one thread each beat one run of several.
     torch.set_num_threads(1)
-    result = train(parse_recipe(values, source="replicate"), out=folder)
+    if (Path(folder) / RECIPE_FILE).exists():
+        result = resume(folder)
+    else:
+        result = train(parse_recipe(values, source="replicate"), out=folder)
     return "" if result.state == "finished" else f"the run was {result.state}"
 
 
 def _place(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:
-    """Where a finished run of this recipe lies, or a new place for one."""
+    """Where a run of this recipe lies and whether it has finished, or a new place for one."""
     number = 1
     while True:
         place = folder / (name if number == 1 else f"{name}-{number}")
         if not place.exists():
             return place, False
-        if _is_finished(place, recipe):
-            return place, True
+        info = run_info(place)
+        if info.recipe and _comparable(info.recipe) == _comparable(recipe):
+            return place, info.state == "finished"
         number += 1
-
-
-def _is_finished(place: Path, recipe: Recipe) -> bool:
-    try:
-        same = _comparable(load_recipe(place / RECIPE_FILE)) == _comparable(recipe)
-        return same and read_summary(place).get("state") == "finished"
-    except (OSError, ValueError):  # no summary, no recipe, or unreadable ones
-        return False
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
