@@ -12,6 +12,7 @@ there and returns the check to run: add one to `KINDS` for a new kind of file.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import random
 import struct
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +62,7 @@ Kind = Callable[[random.Random, Path], Check]
 
 REFUSALS = (RecipeError, GraphError, PriorError, ModelFileError, TargetError)
 LONGEST_LINE = 1000
+LONGEST_SECONDS = 10
 # What is accepted is also built, where that is cheap.
 SMALL = 20 * 2**20
 
@@ -270,7 +273,7 @@ def change_data(source: random.Random, data: dict[str, Any]) -> None:
     elif action == 1:
         table[source.choice([*HOSTILE_TEXT, "steps", "lr", "kind", "__class__"])] = value(source)
     elif action == 2 and keys:
-        source.choice(tables)[key] = table[key]
+        source.choice(tables)[key] = copy.deepcopy(table[key])
     elif action == 3 and keys and isinstance(table[key], list) and table[key]:
         place = source.randrange(len(table[key]))
         table[key] = [*table[key]]
@@ -520,15 +523,18 @@ def try_input(kind: str, source: random.Random, parent: Path) -> bool:
     """Make one input in a folder of its own and read it; True where it was accepted.
 
     Raises:
-        BrokenError: neither accepted and valid nor refused with one clear line, or a file was written
-            beside the input.
+        BrokenError: neither accepted and valid nor refused with one clear line, slow, or a file was
+            written beside the input.
     """
     with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         with quiet(folder):
             check = KINDS[kind][0](source, folder)
             before = sorted(parent.rglob("*"))
+            start = time.process_time()
             accepted = check()
+            if time.process_time() - start > LONGEST_SECONDS:
+                raise BrokenError(f"took {time.process_time() - start:.0f} s")
             if sorted(parent.rglob("*")) != before:
                 raise BrokenError("a file was written")
     return accepted
@@ -569,7 +575,9 @@ def main() -> int:
                 accepted[kind] += try_input(kind, random.Random(seed), Path(parent))
                 kept += 1
             except Exception as error:
-                print(f"{kind}, seed {seed}: {type(error).__name__}: {str(error)[:300]}")
+                print(
+                    f"{kind}, seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True
+                )
                 if os.environ.get("FUZZ_TRACEBACK"):
                     import traceback
 

@@ -82,12 +82,13 @@ class GraphModel(ABC):
         parameters = self.parameters_by_name
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         try:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(name in names)
+            _set_trained(parameters, {name: name in names for name in parameters})
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(before[name])
+            try:
+                _set_trained(parameters, before)
+            finally:  # once more after Ctrl-C in the middle of it
+                _set_trained(parameters, before)
 
     def frozen(self) -> AbstractContextManager[None]:
         """Within the block no parameter takes gradients: probes see the gradient of attention."""
@@ -150,6 +151,11 @@ class GraphModel(ABC):
     def _saved(self) -> dict[str, Any]:
         """What the config of the HookedTransformer does not say about this model."""
         return {}
+
+
+def _set_trained(parameters: dict[str, torch.nn.Parameter], trained: dict[str, bool]) -> None:
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(trained[name])
 
 
 def read_hooked(
