@@ -352,7 +352,7 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
     except RecursionError:
         raise RecipeError(f"{source}: nested too deeply") from None
     except (TypeError, ValueError) as error:  # a key that is no text, a number of many digits
-        raise RecipeError(f"{source}: {excerpt(error)}") from None
+        raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
     if recipe.task.kind == "repeated_tokens":
         _check_repeated_tokens(recipe, source)
     else:

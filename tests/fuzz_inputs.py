@@ -302,7 +302,9 @@ def value(source: random.Random, depth: int = 0) -> Any:
         for _ in range(source.choice([2, 50, 2000])):
             nested = [nested]
         return nested
-    return [value(source, depth + 1) for _ in range(source.choice([0, 1, 2, 5, 2000 >> 3 * depth]))]
+    if source.random() < 0.1:
+        return [value(source, 3)] * 2000
+    return [value(source, depth + 1) for _ in range(source.choice([0, 1, 2, 5]))]
 
 
 def to_toml(data: dict[str, Any]) -> str:

@@ -158,7 +158,7 @@ def test_nothing_is_left_after_a_fault_in_the_model(
     handle.remove()
 
 
-@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("n", [0, 2])
 @pytest.mark.parametrize(
     ("owner", "function"),
     [
@@ -311,12 +311,10 @@ def test_ctrl_c_at_random_moments_leaves_nothing(
     source = random.Random(1)
     for _ in range(20):
         before = fingerprint(used)
-        interrupting(source.uniform(0.001, 0.03))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupting(source.uniform(0.001, 0.03))
             while True:
                 WORKS[name](used, tokens)
-        except KeyboardInterrupt:
-            pass
         torch.set_grad_enabled(True)  # torch's own blocks are not safe from Ctrl-C
         used.train()
         now = fingerprint(used)
@@ -331,13 +329,11 @@ def test_ctrl_c_at_the_edges_of_a_block_leaves_no_hook(
     for _ in range(100):
         probes = all_probes()
         before = fingerprint(used)
-        interrupting(source.uniform(0.0005, 0.005))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupting(source.uniform(0.0005, 0.005))
             while True:
                 with attach(used, *probes), edit_attention(used, {0: make_uniform([2])}):
                     pass
-        except KeyboardInterrupt:
-            pass
         now = fingerprint(used)
         assert {key: now[key] for key in now if now[key] != before[key]} == {}
         with attach(used, *probes):
