@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mechcausal.commands.parsing import RefusedError
+from mechcausal.messages import printable
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     print(f"mechcausal: {line}", file=sys.stderr)
     return BAD_INPUT
 

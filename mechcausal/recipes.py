@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from mechcausal.messages import excerpt
+
 if TYPE_CHECKING:
     from mechcausal.graphs import CausalGraph
     from mechcausal.priors import Prior
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Bounds far above any use: what they keep out would fill memory, or a terminal.
+MAX_COUNT = 10**9
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Position = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,6 +64,10 @@ _OPTIONAL_GRAPH_OPTIONS = ("seed", "query_parents")
 _WITHOUT_QUERY = ("two_parents", "k_gram")
 
 
+MAX_FILE_BYTES = 4 * 2**20
+"""The largest recipe file read."""
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be read or run; the message is one line for the user."""
 
@@ -81,12 +90,13 @@ class GraphSection:
     """Number of chains (interleaved_chains)."""
     k: PositiveInt | None = None
     """Number of parents, the k positions before (k_gram)."""
-    parents: tuple[int | tuple[int, ...], ...] | None = None
+    parents: tuple[Position | tuple[Position, ...], ...] | None = None
     """Parent of every position, -1 for a root; in a file also a list of several (manual)."""
-    query_parents: tuple[int, ...] | None = None
+    query_parents: tuple[Position, ...] | None = None
     """Parents of the predicted token; without them a uniform query token is added (manual)."""
     edge_list: str | None = None
-    """File with a line `parent child` for every edge (edge_list)."""
+    """File with a line `parent child` for every edge (edge_list); a recipe file names one in its
+    own folder or below."""
     seed: Seed | None = None
     """Seed of a random graph; follows the run's seed when absent."""
 
@@ -193,11 +203,11 @@ class EvaluationSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    n_sequences: Annotated[int, Field(ge=2)] = 1024
+    n_sequences: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1024
     """Sequences of the evaluation batch, which the probes see too."""
-    bayes_draws: Annotated[int, Field(ge=2)] = 128
+    bayes_draws: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 128
     """Draws for each sequence that integrate over what the roots say about the matrix."""
-    theory_priors: Annotated[int, Field(ge=2)] = 1000
+    theory_priors: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1000
     """Transition matrices over which information and predicted gradient are averaged."""
 
 
@@ -384,7 +394,11 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
         # JSON mode: strict on types, but an array may fill a tuple and a table a dataclass.
         recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_first_error(error.errors())}") from None
+        raise RecipeError(f"{source}: {_first_error(error.errors(include_url=False))}") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: nested too deeply") from None
+    except (TypeError, ValueError) as error:  # a key that is no text, a number of many digits
+        raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
     if recipe.task.kind == "repeated_tokens":
         _check_repeated_tokens(recipe, source)
     else:
@@ -404,23 +418,56 @@ def load_recipe(target: str | Path) -> Recipe:
         RecipeError: no such file, not TOML, or not a valid recipe; one line that names the file.
     """
     path = find_recipe(target)
+    text = _read_text(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file") from None
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        raise RecipeError(f"{path}: not valid TOML: {excerpt(error, 100)}") from None
     except ValueError:  # what int() says of a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
     data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "run")
     edge_list = data.get("graph", {}).get("edge_list") if isinstance(data.get("graph"), dict) else 0
-    if isinstance(edge_list, str):  # relative to the recipe, like every path a file names
-        data["graph"]["edge_list"] = str(path.parent / edge_list)
+    if isinstance(edge_list, str):
+        data["graph"]["edge_list"] = str(_beside(path, edge_list))
     return parse_recipe(data, source=str(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise RecipeError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most a recipe may have")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file") from None
+
+
+def _beside(recipe: Path, name: str) -> Path:
+    """A file that a recipe names: relative to it, in its folder or below.
+
+    Raises:
+        RecipeError: it lies elsewhere. A recipe that came from someone else must not make us read,
+            and by way of an error message show, any file there is.
+    """
+    inside, path = name.isprintable() and len(name) <= 200, recipe.parent / name
+    try:
+        inside = inside and not Path(name).is_absolute() and ".." not in Path(name).parts
+        # A link may lead out too.
+        inside = inside and path.resolve().is_relative_to(recipe.parent.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
+        inside = False
+    if not inside:
+        raise RecipeError(
+            f"{recipe}: graph.edge_list: must be a file in the recipe's folder or below, found "
+            f'"{excerpt(name)}" (on the command line --graph.edge-list takes any file)'
+        )
+    return path
 
 
 def find_recipe(target: str | Path) -> Path:
@@ -484,17 +531,20 @@ _PATTERN_RULES = {
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+# A file may hold a million mistakes: what is said of the first ones is enough.
+MAX_ERRORS = 100
 
 
 def _first_error(errors: list[ErrorDetails]) -> str:
     # A union reports one error for each member: of those about the first key, the deepest is about
     # the member that came close.
+    more = "at least " if len(errors) > MAX_ERRORS else ""
+    errors = errors[:MAX_ERRORS]
     top = _dotted(errors[0]["loc"])
     related = [error for error in errors if f"{_dotted(error['loc'])}.".startswith(f"{top}.")]
     first = max(related, key=lambda error: _dotted(error["loc"]).count("."))
     path = _dotted(first["loc"])
-    found = json.dumps(first["input"], default=str)
-    found = found if len(found) <= 60 else found[:57] + "..."
+    found = excerpt(json.dumps(first["input"], default=str))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = _allowed_keys(first["loc"][:-1])
         message = f"{path}: unknown key{_suggestion(str(first['loc'][-1]), allowed)}; "
@@ -504,7 +554,7 @@ def _first_error(errors: list[ErrorDetails]) -> str:
         message = f"{path}: {rule or first['msg'].lower()}, found {found}"
     message = " ".join(message.replace("an object", "a table").split())
     others = {_dotted(error["loc"]) for error in errors if error not in related}
-    return message + (f" (and {len(others)} more)" if others else "")
+    return message + (f" (and {more}{len(others)} more)" if others else "")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
@@ -516,7 +566,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
             known.append(str(part))
             continue
         if is_dataclass(section):
-            known.append(part)
+            known.append(excerpt(part))
             section = get_type_hints(section).get(part)
     return ".".join(known) or "recipe"
 

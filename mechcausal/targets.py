@@ -4,27 +4,34 @@ Nothing is unpickled: weights are read from safetensors alone, and code that com
 Face model is never run.
 """
 
-import json
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mechcausal.checkpoints import checkpoint_folders
+from mechcausal.messages import excerpt
 from mechcausal.models.adapter import (
     CONFIG_FILE,
     FORMAT,
     WEIGHTS_FILE,
     ModelFileError,
     build_from_files,
+    read_config,
+    read_shapes,
 )
 from mechcausal.models.loading import KINDS
 from mechcausal.run_folder import MODEL_FOLDER, RECIPE_FILE
 from probes.stimuli import Bos
 
+# Entries of masks that a Hugging Face config may ask for whatever its weights are.
+_FREE_ENTRIES = 2**26
+_MAX_VOCABULARY = 10_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -107,19 +114,19 @@ def _weights_folder(run: Path, step: int | None) -> Path:
 def _saved(folder: Path, name: str, device: str, *, run: Path | None = None) -> Target:
     model, extra = build_from_files(folder, device=device)
     bos = extra.get("bos")
+    ours = next((kind for kind in KINDS if kind.kind == extra.get("kind")), None)
+    if ours is not None:  # what is wired or fixed in such a model is checked there
+        model = ours.load(folder, device=device).hooked
     # Models of a causal graph say what follows the last position alone.
-    language_model = "bos" in extra or extra.get("kind") not in {kind.kind for kind in KINDS}
+    language_model = "bos" in extra or ours is None
     return Target(name, model, bos if isinstance(bos, int) else None, run, language_model)
 
 
 def _from_folder(path: Path, name: str, device: str) -> Target:
     config_path = path / CONFIG_FILE
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TargetError(f"{path}: no {CONFIG_FILE} or {RECIPE_FILE} in it: no model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise TargetError(f"{config_path}: not readable as JSON: {error}") from None
+    if not config_path.exists():
+        raise TargetError(f"{path}: no {CONFIG_FILE} or {RECIPE_FILE} in it: no model")
+    config = read_config(config_path)
     if isinstance(config, dict) and config.get("format") == FORMAT:
         return _saved(path, name, device)
     if not isinstance(config, dict) or "model_type" not in config:
@@ -137,8 +144,8 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
         shards = [config["transformers_weights"]]
     elif not (path / WEIGHTS_FILE).is_file() and index.is_file():
         try:
-            shards = [*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            shards = [*read_config(index)["weight_map"].values()]
+        except (ModelFileError, KeyError, TypeError, AttributeError):
             raise TargetError(f"{index}: not an index of weights") from None
     elif not (path / WEIGHTS_FILE).is_file():
         shards = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -148,8 +155,11 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
     if other is not None:
         raise TargetError(
             f"{path}: weights are read from safetensors alone: "
-            f"{other} is a pickle, which is never opened"
+            f"{excerpt(other)} is a pickle, which is never opened"
         )
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise TargetError(f"{path}: weights named outside of the folder: {excerpt(shard)}")
 
 
 def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -> Target:
@@ -173,7 +183,7 @@ def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -
             )
     except Exception as error:  # whatever the libraries raise: the user gets one line
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = excerpt(lines[0], 120) if lines else type(error).__name__
         if is_folder:
             raise TargetError(f"{name}: not loaded by transformers: {reason}") from None
         raise TargetError(
@@ -202,6 +212,8 @@ class _WholeModel:
 
         architecture = bridge.determine_architecture_from_hf_config(config)
         model_class: Any = bridge.get_hf_model_class_for_architecture(architecture)
+        if Path(source).is_dir():
+            _check_sizes(Path(source), config, model_class)
         options |= {"use_safetensors": True, "output_loading_info": True}
         model, found = model_class.from_pretrained(source, config=config, **options)
         missing = sorted(found["missing_keys"])
@@ -212,6 +224,29 @@ class _WholeModel:
         return model
 
 
+def _check_sizes(folder: Path, config: Any, model_class: Any) -> None:
+    """Refuse a config that asks for far more than its weights, before anything is allocated.
+
+    Raises:
+        ValueError: more layers, or more parameters and tables, than the weights can fill.
+    """
+    shapes = [
+        shape for file in folder.glob("*.safetensors") for shape in read_shapes(file).values()
+    ]
+    held = sum(map(math.prod, shapes))
+    for name, value in config.to_dict().items():
+        # Every layer is a Python object, every token a word of a tokenizer.
+        most = len(shapes) if "layer" in name else held if name == "vocab_size" else None
+        if most is not None and isinstance(value, int) and value > most:
+            raise ValueError(f"{excerpt(name)} is {value}, but there are {len(shapes)} weights")
+    with torch.device("meta"):
+        model = model_class.from_config(config, trust_remote_code=False)
+    needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    # Tied weights are held once; masks of small models may be larger than their weights.
+    if needed > 4 * held + _FREE_ENTRIES:
+        raise ValueError(f"the config needs {needed:,} numbers, the weights are {held:,}")
+
+
 def _placeholder_tokenizer(folder: Path) -> Any:
     """A bridge wants a tokenizer, also where tokens are given as numbers: token i is called i."""
     from tokenizers import Tokenizer
@@ -219,6 +254,8 @@ def _placeholder_tokenizer(folder: Path) -> Any:
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not 0 < config.vocab_size <= _MAX_VOCABULARY:
+        raise ValueError(f"vocab_size is {config.vocab_size}, at most {_MAX_VOCABULARY} is allowed")
     words = WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0")
     # Without a BOS: a bridge would load a tokenizer that has one anew, from a file.
     special = {f"{kind}_token": "0" for kind in ("eos", "pad", "unk")}

@@ -8,16 +8,17 @@ a view that other people's hooks may no longer change in place.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeAlias, TypeVarTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from probes.errors import ProbeError
 from probes.hook_names import TOKENS, hook_points
+from probes.hooking import Hooks
 from probes.labelled import LabelledTensor
 
 BackwardHook: TypeAlias = Callable[[Tensor], None]
@@ -35,7 +36,7 @@ class Probe(ABC):
     they read them and never write.
     """
 
-    _attached = False
+    _session: "_Session | None" = None
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
@@ -61,8 +62,7 @@ class Probe(ABC):
 Probes = TypeVarTuple("Probes")
 
 
-@contextmanager
-def attach(model: nn.Module, *probes: *Probes) -> Iterator[tuple[*Probes]]:
+def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*Probes]]:
     """Let probes read every forward and backward pass made inside the block.
 
     All of them share the passes that the caller makes. On leaving the block, by whatever
@@ -73,11 +73,11 @@ def attach(model: nn.Module, *probes: *Probes) -> Iterator[tuple[*Probes]]:
         model: a HookedTransformer or TransformerBridge.
         *probes: the probes to attach; they keep what they saw after the block.
 
-    Yields:
-        The probes.
+    Returns:
+        A context manager that gives the probes.
 
     Raises:
-        ProbeError: the model lacks what a probe reads, or a probe is already attached.
+        ProbeError: on entering: the model lacks what a probe reads, or a probe is already attached.
 
     >>> import warnings
     >>> from transformer_lens import HookedTransformer
@@ -93,20 +93,55 @@ def attach(model: nn.Module, *probes: *Probes) -> Iterator[tuple[*Probes]]:
     >>> gradient.reading().sel(layer=0, head=0, query=0).values.tolist()
     [0.0, 0.0, 0.0, 0.0, 0.0]
     """
-    session = _Session()
-    with ExitStack() as stack:
-        stack.callback(session.end)
-        points = hook_points(model)
-        for probe in cast(tuple[Probe, ...], probes):
-            if probe._attached:
+    return _Attachment(model, cast(tuple[Probe, ...], probes))  # type: ignore[return-value]
+
+
+class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
+    """The block: a class, since a generator could be interrupted outside of its own code."""
+
+    def __init__(self, model: nn.Module, probes: tuple[Probe, ...]) -> None:
+        self._model = model
+        self._probes = probes
+        self._hooks = Hooks()
+
+    def __enter__(self) -> tuple[Probe, ...]:
+        try:
+            self._attach()
+        except BaseException:
+            self._hooks.__exit__(None, None, None)
+            raise
+        return self._probes
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(None, None, None)
+
+    def _attach(self) -> None:
+        session = _Session()
+        self._hooks.finally_call(session.end)
+        points = hook_points(self._model)
+        for probe in self._probes:
+            if probe._session is not None:
                 raise ProbeError(
                     f"this {type(probe).__name__} is already attached: use a second one"
                 )
-            probe._attached = True
-            stack.callback(setattr, probe, "_attached", False)
-            for name, hook in probe.hooks(model).items():
-                stack.callback(_register(model, points, name, hook, session).remove)
-        yield probes
+            self._hooks.finally_call(partial(_release, probe, session))
+            probe._session = session
+            for name, hook in probe.hooks(self._model).items():
+                self._add(points, name, hook, session)
+
+    def _add(
+        self, points: Mapping[str, nn.Module], name: str, hook: ForwardHook, session: "_Session"
+    ) -> None:
+        kind = type(self._model).__name__
+        if name == TOKENS:
+            embed = getattr(self._model, TOKENS, None)
+            if not isinstance(embed, nn.Module):
+                raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
+            self._hooks.add_before(embed, _reads_tokens(hook))
+        elif name not in points:
+            raise ProbeError(f"{kind} has no hook point {name!r}")
+        else:
+            self._hooks.add(points[name], _reads_activation(hook, session))
 
 
 class _Session:
@@ -119,21 +154,9 @@ class _Session:
         self.open = False
 
 
-def _register(
-    model: nn.Module,
-    points: Mapping[str, nn.Module],
-    name: str,
-    hook: ForwardHook,
-    session: _Session,
-) -> RemovableHandle:
-    if name == TOKENS:
-        embed = getattr(model, TOKENS, None)
-        if not isinstance(embed, nn.Module):
-            raise ProbeError(f"{type(model).__name__} has no token embedding ({TOKENS!r})")
-        return embed.register_forward_pre_hook(_reads_tokens(hook), with_kwargs=True)
-    if name not in points:
-        raise ProbeError(f"{type(model).__name__} has no hook point {name!r}")
-    return points[name].register_forward_hook(_reads_activation(hook, session))
+def _release(probe: Probe, session: _Session) -> None:
+    if probe._session is session:
+        probe._session = None
 
 
 def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:

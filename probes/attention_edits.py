@@ -8,7 +8,7 @@ gradients flow through it. The edits made here speak of causal attention (key <=
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from probes import hook_names
 from probes.errors import ProbeError
 from probes.hook_names import attention_layers, hook_points
+from probes.hooking import Hooks
 from probes.in_context import standard_error
 from probes.passes import undisturbed
 
@@ -75,15 +76,15 @@ def edit_attention(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None
     True
     """
     points = hook_points(model)
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer, edit in edits.items():
             attention_layers(model, layer)
             use = _Use(layer)
             name = hook_names.pattern(layer)
             hook = _edits(layer, edit, use)
-            stack.callback(points[name].register_forward_hook(hook).remove)
+            hooks.add(points[name], hook)
             if (mixed := points.get(hook_names.z(layer))) is not None:
-                stack.callback(mixed.register_forward_hook(use.check).remove)
+                hooks.add(mixed, use.check)
         yield
 
 

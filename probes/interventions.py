@@ -1,7 +1,7 @@
 """Take heads out of a model and see what it loses: whether a head matters, not how it looks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from probes.attach import ForwardHook, attach
 from probes.errors import ProbeError
 from probes.head_table import Head
 from probes.hook_names import attention_layers, hook_points
+from probes.hooking import Hooks
 from probes.in_context import repeated_pairs, standard_error
 from probes.labelled import LabelledTensor
 from probes.passes import (
@@ -220,11 +221,10 @@ def _replaced(
     model: nn.Module, by_layer: Mapping[int, tuple[int, ...]], means: LabelledTensor
 ) -> Iterator[None]:
     points = hook_points(model)
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer, heads in by_layer.items():
             hook = _replaces(heads, means.sel(layer=layer).values[list(heads)])
-            handle = points[hook_names.z(layer)].register_forward_hook(hook)
-            stack.callback(handle.remove)
+            hooks.add(points[hook_names.z(layer)], hook)
         yield
 
 

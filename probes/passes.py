@@ -34,8 +34,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        try:
+            _set_modes(modules, modes)
+        finally:  # once more after Ctrl-C in the middle of it
+            _set_modes(modules, modes)
+
+
+def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.messages import printable
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
@@ -117,14 +118,18 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     scores = detection.scores
     console = Console()
     rows = detection.to_dict()["heads"]
     shown = rows if everything else [r for i, r in enumerate(rows) if i < 5 or r["verdict"]]
     table = Table(
-        title=f"{detection.target.name}: {len(rows)} heads, {scores.sequences} sequences, "
-        f"threshold {scores.threshold:g}",
+        # As text: rich would take a name in brackets for its markup.
+        title=Text(
+            f"{printable(detection.target.name)}: {len(rows)} heads, {scores.sequences} sequences, "
+            f"threshold {scores.threshold:g}"
+        ),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

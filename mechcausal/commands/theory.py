@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
 def _print_theory(recipe: Recipe, source: str, n_priors: int, *, as_json: bool) -> int:
     import torch
 
+    from mechcausal.experiments.memory import check_memory, theory_needs
     from mechcausal.graphs import GraphError
     from mechcausal.priors import PriorError
     from mechcausal.tasks import SeveralParentsTask, build_task
@@ -71,7 +72,9 @@ def _print_theory(recipe: Recipe, source: str, n_priors: int, *, as_json: bool) 
 
     generator = torch.Generator().manual_seed(recipe.seed)
     try:
-        task = build_task(recipe.build_graph(), recipe.build_prior())
+        graph = recipe.build_graph()
+        task = build_task(graph, recipe.build_prior())
+        check_memory(theory_needs(recipe, graph))
         if isinstance(task, SeveralParentsTask):
             information = parent_information(task, n_priors=n_priors, generator=generator)
             return _print_information(information, as_json=as_json)

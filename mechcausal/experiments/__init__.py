@@ -5,6 +5,7 @@ pictures.
 """
 
 from mechcausal.experiments.base import Experiment, Generators, Observation
+from mechcausal.experiments.memory import check_memory, experiment_needs
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import SeveralParentsTask, Task, build_task
 
@@ -16,10 +17,12 @@ def check_experiment(recipe: Recipe) -> None:
 
     Raises:
         GraphError, PriorError: a graph or prior that is not one.
-        RecipeError: a model that cannot learn the task.
+        RecipeError: a model that cannot learn the task, or more than fits into memory.
     """
+    graph = None
     if recipe.task.kind == "causal_graph":
-        task = build_task(recipe.build_graph(), recipe.build_prior())
+        graph = recipe.build_graph()
+        task = build_task(graph, recipe.build_prior())
         check_model(recipe, task)
         length = task.sequence_length
     else:
@@ -31,6 +34,7 @@ def check_experiment(recipe: Recipe) -> None:
             f"model.d_model: fixed embeddings of {vocab} tokens and {length} positions "
             f"need {vocab + length}, found {model.d_model}"
         )
+    check_memory(experiment_needs(recipe, graph, length), recipe.device)
 
 
 def check_model(recipe: Recipe, task: Task) -> None:

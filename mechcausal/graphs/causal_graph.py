@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_POSITIONS = 10_000
 """The largest graph accepted, which bounds what a file or an option can make us allocate."""
 
+MAX_EDGES = 1_000_000
+"""The most edges a graph may have, the query's left out."""
+
 QUERY = "query"
 """The name of the predicted token in networkx graphs and edge-list files."""
 
@@ -69,6 +72,7 @@ class CausalGraph:
         # Sorting makes equal graphs compare and hash equal, however they were written down.
         rows = tuple(_ascending(row, f"position {i}") for i, row in enumerate(self.parents))
         object.__setattr__(self, "parents", rows)
+        check_edges(sum(map(len, rows)))
         for edge in self.edges:
             if edge[0] >= edge[1]:
                 raise GraphError(order_fault(edge, self.edges))
@@ -260,6 +264,12 @@ class CausalGraph:
         for child, row in enumerate(self.parents):
             matrix[child, list(row)] = 1.0
         return matrix
+
+
+def check_edges(n_edges: int) -> None:
+    """Raise GraphError for more than `MAX_EDGES`."""
+    if n_edges > MAX_EDGES:
+        raise GraphError(f"the graph has {n_edges:,} edges: at most {MAX_EDGES:,} are allowed")
 
 
 def is_integer(value: object) -> TypeGuard[int]:

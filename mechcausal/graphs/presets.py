@@ -9,7 +9,13 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mechcausal.graphs.causal_graph import MAX_POSITIONS, CausalGraph, GraphError, is_integer
+from mechcausal.graphs.causal_graph import (
+    MAX_POSITIONS,
+    CausalGraph,
+    GraphError,
+    check_edges,
+    is_integer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +158,7 @@ def k_gram(n: int, k: int) -> CausalGraph:
     """
     positions = _positions(n)
     k = _count(k, "k", largest=n)
+    check_edges((n - k) * k)
     return CausalGraph.from_parents(
         [positions[i - k : i] if i >= k else () for i in positions], query_parents=positions[-k:]
     )

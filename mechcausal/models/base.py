@@ -12,8 +12,18 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.models.adapter import ModelFileError, build_from_files, save_model
+from mechcausal.messages import excerpt
+from mechcausal.models.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+    build_from_files,
+    save_model,
+)
 from probes import AttentionPattern, attach
+
+# What a config says about where and by whom a model was made, not about what it computes.
+_OF_THE_MACHINE = ("device", "n_devices", "seed", "model_name", "init_weights", "tokenizer_name")
 
 
 class GraphModel(ABC):
@@ -71,13 +81,14 @@ class GraphModel(ABC):
         """Within the block only the named parameters take gradients."""
         parameters = self.parameters_by_name
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in names)
         try:
+            _set_trained(parameters, {name: name in names for name in parameters})
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(before[name])
+            try:
+                _set_trained(parameters, before)
+            finally:  # once more after Ctrl-C in the middle of it
+                _set_trained(parameters, before)
 
     def frozen(self) -> AbstractContextManager[None]:
         """Within the block no parameter takes gradients: probes see the gradient of attention."""
@@ -102,9 +113,49 @@ class GraphModel(ABC):
                 parameter.zero_()
                 parameter.requires_grad_(id(parameter) in trained)
 
+    def _take_weights(self, hooked: HookedTransformer, folder: str | Path) -> None:
+        """Take the weights of a saved model of this kind, if it is wired as this one is.
+
+        Raises:
+            ModelFileError: another architecture, or wiring that was changed.
+        """
+        ours, theirs = self.hooked.cfg.to_dict(), hooked.cfg.to_dict()
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key not in _OF_THE_MACHINE and ours.get(key) != theirs.get(key):
+                raise ModelFileError(
+                    f"{folder}: {CONFIG_FILE}: {excerpt(key)} is {excerpt(theirs.get(key))}, "
+                    f"a {self.kind} model of this size has {excerpt(ours.get(key))}"
+                )
+        wired = {name: value.clone() for name, value in self.hooked.named_parameters()}
+        try:
+            self.hooked.load_state_dict(hooked.state_dict())
+        except RuntimeError:
+            raise ModelFileError(f"{folder}: the weights are not a {self.kind} model's") from None
+        with torch.no_grad():
+            trained = [(block, block.clone()) for block in self._trained_blocks()]
+            for block, _ in trained:
+                block.zero_()
+            for name, value in self.hooked.named_parameters():
+                if not torch.equal(value, wired[name]):
+                    raise ModelFileError(
+                        f"{folder}: {WEIGHTS_FILE}: {name} is not wired as in a {self.kind} model: "
+                        "the file was changed or is damaged"
+                    )
+            for block, values in trained:
+                block.copy_(values)
+
+    def _trained_blocks(self) -> list[Tensor]:
+        """The parts of the parameters that are not wiring, as views; 0 in a new model."""
+        return []
+
     def _saved(self) -> dict[str, Any]:
         """What the config of the HookedTransformer does not say about this model."""
         return {}
+
+
+def _set_trained(parameters: dict[str, torch.nn.Parameter], trained: dict[str, bool]) -> None:
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(trained[name])
 
 
 def read_hooked(
@@ -117,6 +168,6 @@ def read_hooked(
     """
     hooked, extra = build_from_files(folder, device=device)
     if extra.get("kind") != kind:
-        found = extra.get("kind", "another HookedTransformer")
+        found = excerpt(extra.get("kind", "another HookedTransformer"))
         raise ModelFileError(f"{folder}: not a {kind} model but {found}")
     return hooked, extra

@@ -113,7 +113,7 @@ class DisentangledTransformer(GraphModel):
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable disentangled model.
+            ModelFileError: not a readable disentangled model, or its wiring was changed.
         """
         hooked, extra = read_hooked(folder, cls.kind, device=device)
         config, heads = hooked.cfg, extra.get("heads")
@@ -121,12 +121,15 @@ class DisentangledTransformer(GraphModel):
             # Widths first: a foreign number of heads may ask for more memory than there is.
             if not isinstance(heads, list) or any(type(n) is not int for n in heads):
                 raise ValueError("heads")
-            if stream_widths(config.d_vocab, config.n_ctx, heads)[-1] != config.d_model:
+            if len(heads) != config.n_layers or max(heads) != config.n_heads:
+                raise ValueError("heads")
+            widths = stream_widths(config.d_vocab, config.n_ctx, heads)
+            if widths[-2:] != [config.d_head, config.d_model]:
                 raise ValueError("heads")
             model = cls(config.d_vocab, config.n_ctx, heads, device=device)
-            model.hooked.load_state_dict(hooked.state_dict())
-        except (ValueError, RuntimeError):
+        except ValueError:
             raise ModelFileError(f"{folder}: the weights are not a disentangled model's") from None
+        model._take_weights(hooked, folder)
         return model
 
     @property
@@ -261,6 +264,9 @@ class DisentangledTransformer(GraphModel):
     ) -> Float[Tensor, "batch vocab"]:
         """Softmax of the last position's logits."""
         return output[:, -1].softmax(-1)
+
+    def _trained_blocks(self) -> list[Tensor]:
+        return [*(self.A(layer) for layer in range(len(self.heads))), self.W]
 
     def _first_scores(self, one_hot: Tensor) -> Tensor:
         """Layer 0's scores [batch head query key]: rows and columns of A, looked up."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mechcausal.messages import excerpt
 from mechcausal.models.adapter import ModelFileError, build_from_files
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
@@ -26,4 +27,5 @@ def load_graph_model(folder: str | Path, *, device: str = "cpu") -> GraphModel:
         if kind.kind == extra.get("kind"):
             return kind.load(folder, device=device)
     allowed = ", ".join(kind.kind for kind in KINDS)
-    raise ModelFileError(f"{folder}: kind {extra.get('kind')!r} is none of {allowed}")
+    found = excerpt(repr(extra.get("kind")))
+    raise ModelFileError(f"{folder}: kind {found} is none of {allowed}")

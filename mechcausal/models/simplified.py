@@ -70,14 +70,15 @@ class SimplifiedTransformer(GraphModel):
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable simplified model.
+            ModelFileError: not a readable simplified model, or its wiring was changed.
         """
         hooked, _ = read_hooked(folder, cls.kind, device=device)
-        model = cls(hooked.cfg.d_vocab, hooked.cfg.n_ctx, device=device)
-        try:
-            model.hooked.load_state_dict(hooked.state_dict())
-        except RuntimeError:
-            raise ModelFileError(f"{folder}: the weights are not a simplified model's") from None
+        s, t = hooked.cfg.d_vocab, hooked.cfg.n_ctx
+        # Widths first: foreign sizes may ask for more memory than there is.
+        if (hooked.cfg.d_model, hooked.cfg.d_head) != (3 * s + t, max(s, t)):
+            raise ModelFileError(f"{folder}: the weights are not a simplified model's")
+        model = cls(s, t, device=device)
+        model._take_weights(hooked, folder)
         return model
 
     @property
@@ -150,6 +151,9 @@ class SimplifiedTransformer(GraphModel):
     ) -> Float[Tensor, "batch vocab"]:
         """The last position's output: the wired model returns probabilities themselves."""
         return output[:, -1]
+
+    def _trained_blocks(self) -> list[Tensor]:
+        return [self.A1, self.A2]
 
     def _index(self, device: torch.device) -> None:
         t = self.sequence_length

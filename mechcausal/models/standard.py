@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.adapter import build_hooked
+from mechcausal.models.adapter import WEIGHTS_FILE, ModelFileError, build_hooked
 from mechcausal.models.base import GraphModel, read_hooked
 
 
@@ -100,14 +100,25 @@ class StandardTransformer(GraphModel):
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable standard model.
+            ModelFileError: not a readable standard model, or its fixed embeddings were changed.
         """
         model = cls.__new__(cls)
         model.hooked, extra = read_hooked(folder, cls.kind, device=device)
         model.heads = (model.hooked.cfg.n_heads,) * model.hooked.cfg.n_layers
         model.fixed_embeddings = extra.get("fixed_embeddings") is True
         if model.fixed_embeddings:
-            model._freeze_embeddings()
+            embeddings = model.hooked.embed.W_E, model.hooked.pos_embed.W_pos
+            before = [weight.clone() for weight in embeddings]
+            try:
+                model._fix_embeddings()
+                same = all(map(torch.equal, embeddings, before))
+            except ValueError:
+                same = False
+            if not same:
+                raise ModelFileError(
+                    f"{folder}: {WEIGHTS_FILE}: the embeddings are not the fixed one-hot ones: "
+                    "the file was changed or is damaged"
+                )
         return model
 
     @property

@@ -1,0 +1,58 @@
+"""A model's fingerprint: whatever a probe may leave behind shows in it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Where torch and TransformerLens keep hooks on a module.
+_TORCH = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_TRANSFORMER_LENS = ("fwd_hooks", "bwd_hooks")
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Hooks, gradients, modes, flags and values of a model, and what torch keeps globally."""
+    modules = dict(model.named_modules())
+    original = getattr(model, "original_model", None)
+    if isinstance(original, nn.Module):  # a bridge keeps it outside of its own tree
+        modules |= {f"original.{name}": part for name, part in original.named_modules()}
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        for place in (*_TORCH, *_TRANSFORMER_LENS):
+            hooks = getattr(module, place, ())
+            found[f"{name}: {place}"] = list(hooks) if isinstance(hooks, dict) else len(hooks)
+        found[f"{name}: training"] = module.training
+    for name, parameter in model.named_parameters():
+        found[f"{name}: value"] = parameter.detach().double().sum().item()
+        found[f"{name}: trained"] = parameter.requires_grad
+        gradient = parameter.grad
+        found[f"{name}: grad"] = None if gradient is None else gradient.double().sum().item()
+        found[f"{name}: hooks"] = len(parameter._backward_hooks or ())
+    config: Any = getattr(model, "cfg", None)
+    if config is not None:
+        found["config"] = {key: str(value) for key, value in vars(config).items()}
+    found["grad enabled"] = torch.is_grad_enabled()
+    found["generator"] = torch.get_rng_state().sum().item()
+    return found
+
+
+@contextmanager
+def left_as_found(*models: nn.Module) -> Iterator[None]:
+    """Check that the block, however it ends, leaves the models as they were."""
+    before = [fingerprint(model) for model in models]
+    try:
+        yield
+    finally:
+        for model, found in zip(models, before, strict=True):
+            now = fingerprint(model)
+            assert {key: now[key] for key in now if now[key] != found.get(key)} == {}

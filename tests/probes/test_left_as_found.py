@@ -1,0 +1,340 @@
+"""Every instrument leaves a model as it found it, wherever it was broken off."""
+
+import contextlib
+import gc
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from probes import (
+    AttentionGradient,
+    AttentionPattern,
+    AttentionTo,
+    InductionScores,
+    ablation_effects,
+    attach,
+    attention_effects,
+    composition,
+    copying_score,
+    edit_attention,
+    head_scores,
+    hooking,
+    k_composition,
+    knock_out,
+    loss_by_position,
+    make_uniform,
+    mean_ablate,
+    passes,
+    records,
+    score_heads,
+    track_formation,
+)
+from probes.attach import Probe
+from probes.hook_names import pattern, z
+from tests.left_as_found import fingerprint, left_as_found
+from tests.probes.test_attach import Broken
+
+Work = Callable[[HookedTransformer, Tensor], Any]
+
+
+def all_probes() -> tuple[Probe, ...]:
+    return (
+        AttentionPattern(),
+        AttentionPattern(reduce="mean"),
+        AttentionGradient(),
+        AttentionGradient("pattern", centred=True),
+        InductionScores(),
+        AttentionTo(None, torch.ones(6, 6, dtype=torch.bool).tril(-1)),
+    )
+
+
+def probed(model: HookedTransformer, tokens: Tensor) -> None:
+    """A pass without gradients, and one with gradients of the attention alone."""
+    with attach(model, *all_probes()):
+        model.eval()
+        try:
+            with torch.no_grad():
+                model(tokens)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            loss = model(tokens, return_type="loss")
+            torch.autograd.grad(loss, parameters[-1:], allow_unused=True)
+        finally:
+            model.train()
+
+
+def ablated(model: HookedTransformer, tokens: Tensor) -> None:
+    with torch.no_grad(), mean_ablate(model, [(0, 1), (1, 0)], tokens=tokens):
+        model(tokens)
+
+
+def edited(model: HookedTransformer, tokens: Tensor) -> None:
+    with torch.no_grad(), edit_attention(model, {0: knock_out([(3, 1)]), 1: make_uniform([2])}):
+        model(tokens)
+
+
+def effects(model: HookedTransformer, tokens: Tensor) -> Any:
+    def loss() -> Tensor:
+        return model(tokens, return_type="loss", loss_per_token=True).mean(1)
+
+    return attention_effects(model, 0, [("a", knock_out([(3, 1)])), ("b", make_uniform([2]))], loss)
+
+
+WORKS: dict[str, Work] = {
+    "attach": probed,
+    "mean_ablate": ablated,
+    "edit_attention": edited,
+    "attention_effects": effects,
+    "score_heads": lambda model, tokens: score_heads(model, n_sequences=4),
+    "score_heads of tokens": lambda model, tokens: score_heads(model, tokens),
+    "ablation_effects": lambda model, tokens: ablation_effects(model, [(1, 0)], n_sequences=2),
+    "loss_by_position": lambda model, tokens: loss_by_position(model, n_sequences=2),
+    "track_formation": lambda model, tokens: track_formation([(0, model)], n_sequences=2),
+    "k_composition": lambda model, tokens: k_composition(model, [(1, 0)]),
+    "copying_score": lambda model, tokens: copying_score(model, 0),
+}
+
+
+@pytest.fixture
+def used(model: HookedTransformer, tokens: Tensor) -> HookedTransformer:
+    """A model in use: with hooks and gradients of others, some frozen, and of mixed modes."""
+    model.add_hook(z(0), lambda x, hook: None)
+    model.add_perma_hook(pattern(1), lambda x, hook: None)
+    model(tokens, return_type="loss").backward()
+    model.embed.W_E.requires_grad_(False)
+    model.blocks[0].attn.W_Q.grad = None
+    model.train()
+    return model
+
+
+class Fault:
+    """Raises once, at the n-th pass through a place."""
+
+    def __init__(self, error: BaseException, n: int) -> None:
+        self.error, self.n = error, n
+
+    def __call__(self, *arguments: Any) -> None:
+        self.n -= 1
+        if self.n == -1:
+            raise self.error
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_nothing_is_left_after_a_work_that_ends_well(
+    used: HookedTransformer, tokens: Tensor, name: str
+) -> None:
+    if name != "attach":  # which sets the mode itself
+        used.blocks[1].eval()
+    with left_as_found(used):
+        for _ in range(2):
+            WORKS[name](used, tokens)
+
+
+@pytest.mark.parametrize(
+    ("place", "n", "error"),
+    [
+        ("embed", 0, KeyboardInterrupt()),
+        (pattern(0), 0, RuntimeError("in the model")),
+        (z(1), 1, KeyboardInterrupt()),
+        ("unembed", 1, RuntimeError("in the model")),
+        (z(1), 3, KeyboardInterrupt()),
+    ],
+)
+@pytest.mark.parametrize("name", WORKS)
+def test_nothing_is_left_after_a_fault_in_the_model(
+    used: HookedTransformer, tokens: Tensor, name: str, place: str, n: int, error: BaseException
+) -> None:
+    handle = used.get_submodule(place).register_forward_hook(Fault(error, n))
+    with left_as_found(used), contextlib.suppress(type(error)):
+        WORKS[name](used, tokens)
+    handle.remove()
+
+
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [
+        (records.Concatenated, "add"),
+        (records.Sum, "add"),
+        (records.Concatenated, "values"),
+        (InductionScores, "reading"),
+        (hooking, "_take_off"),
+        (sys.modules["probes.attach"], "_reads_activation"),
+        (head_scores, "run"),
+        (passes, "checked_tokens"),
+        (torch.nn.functional, "cross_entropy"),
+        (torch.linalg, "eigvals"),
+        (composition, "_ratio"),
+    ],
+)
+@pytest.mark.parametrize("name", WORKS)
+def test_nothing_is_left_after_a_fault_in_a_probe(
+    used: HookedTransformer,
+    tokens: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    owner: Any,
+    function: str,
+    n: int,
+) -> None:
+    whole, fault = getattr(owner, function), Fault(KeyboardInterrupt(), n)
+
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        fault()
+        return whole(*arguments, **options)
+
+    with left_as_found(used):
+        monkeypatch.setattr(owner, function, faulty)
+        with contextlib.suppress(KeyboardInterrupt):
+            WORKS[name](used, tokens)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("moment", ["hooks", "forward", "backward"])
+def test_nothing_is_left_after_a_fault_in_a_users_probe(
+    used: HookedTransformer, tokens: Tensor, moment: str
+) -> None:
+    probes = all_probes()
+    used.requires_grad_(False)
+    with (
+        left_as_found(used),
+        pytest.raises(KeyboardInterrupt),
+        attach(used, *probes, Broken(moment, KeyboardInterrupt()), AttentionPattern()),
+    ):
+        used(tokens, return_type="loss").backward()
+    with left_as_found(used), attach(used, *probes):  # no longer marked as attached
+        pass
+
+
+# --- Nesting and order ---
+
+
+def test_blocks_may_end_in_another_order_than_they_began(
+    used: HookedTransformer, tokens: Tensor
+) -> None:
+    source = random.Random(0)
+    for _ in range(20):
+        probe = AttentionPattern()
+        blocks: list[Any] = [
+            attach(used, AttentionGradient(), AttentionPattern()),
+            attach(used, InductionScores()),
+            edit_attention(used, {0: knock_out([(3, 1)])}),
+            edit_attention(used, {0: knock_out([(3, 1)])}),
+            attach(used, probe),
+        ]
+        with left_as_found(used), torch.no_grad():
+            for block in blocks:
+                block.__enter__()
+            used(tokens)
+            source.shuffle(blocks)
+            for block in blocks:
+                block.__exit__(None, None, None)
+        assert probe.batches == 1
+        used(tokens)
+        assert probe.batches == 1
+
+
+def test_probes_nest_to_any_depth_and_can_be_attached_again(
+    used: HookedTransformer, tokens: Tensor
+) -> None:
+    probes = [AttentionPattern(reduce="mean") for _ in range(20)]
+
+    def nested(depth: int) -> None:
+        if depth == len(probes):
+            with torch.no_grad():
+                used(tokens)
+            return
+        with attach(used, probes[depth]):
+            nested(depth + 1)
+
+    for times in (1, 2, 3):
+        with left_as_found(used):
+            nested(0)
+        assert {probe.batches for probe in probes} == {times}
+    first = probes[0].reading().values
+    assert all(torch.equal(probe.reading().values, first) for probe in probes)
+
+
+def test_a_block_that_is_thrown_away_leaves_nothing(
+    used: HookedTransformer, tokens: Tensor
+) -> None:
+    with left_as_found(used):
+        for make in (
+            lambda: attach(used, AttentionPattern()),
+            lambda: edit_attention(used, {0: knock_out([(3, 1)])}),
+            lambda: mean_ablate(used, [(0, 0)], tokens=tokens),
+        ):
+            block: Any = make()
+            block.__enter__()
+            del block
+            gc.collect()
+
+
+# --- Ctrl-C ---
+
+
+@pytest.fixture
+def interrupting() -> Iterator[Callable[[float], None]]:
+    """Send SIGINT to this process after some seconds, as Ctrl-C does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threads: list[threading.Thread] = []
+
+    def send(after: float) -> None:
+        def wait() -> None:
+            time.sleep(after)
+            signal.raise_signal(signal.SIGINT)
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+
+    yield send
+    for thread in threads:
+        thread.join()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["attach", "score_heads", "mean_ablate", "edit_attention"])
+def test_ctrl_c_at_random_moments_leaves_nothing(
+    used: HookedTransformer,
+    tokens: Tensor,
+    interrupting: Callable[[float], None],
+    name: str,
+) -> None:
+    source = random.Random(1)
+    for _ in range(20):
+        before = fingerprint(used)
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupting(source.uniform(0.001, 0.03))
+            while True:
+                WORKS[name](used, tokens)
+        torch.set_grad_enabled(True)  # torch's own blocks are not safe from Ctrl-C
+        used.train()
+        now = fingerprint(used)
+        assert {key: now[key] for key in now if now[key] != before[key]} == {}
+
+
+def test_ctrl_c_at_the_edges_of_a_block_leaves_no_hook(
+    used: HookedTransformer, interrupting: Callable[[float], None]
+) -> None:
+    """Blocks without anything in them: nearly every moment is one of entering or leaving."""
+    source = random.Random(2)
+    for _ in range(100):
+        probes = all_probes()
+        before = fingerprint(used)
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupting(source.uniform(0.0005, 0.005))
+            while True:
+                with attach(used, *probes), edit_attention(used, {0: make_uniform([2])}):
+                    pass
+        now = fingerprint(used)
+        assert {key: now[key] for key in now if now[key] != before[key]} == {}
+        with attach(used, *probes):
+            pass
