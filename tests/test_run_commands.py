@@ -1,0 +1,133 @@
+"""`mechcausal resume`, `runs` and `sync` as a user types them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechcausal.cli import main
+from mechcausal.recipes import load_recipe, recipe_to_toml
+from mechcausal.run_folder import hold, read_metrics, read_summary
+from mechcausal.training import train
+from tests.test_resuming import crashed, killed, tiny
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line with which a command refuses its arguments."""
+    assert main([str(argument) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_killed_run_is_listed_resumed_and_listed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = killed(tmp_path / "run", 17)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert re.search(r"run .* interrupted .* 16/24", capsys.readouterr().out)
+    assert main(["resume", str(folder), "--quiet"]) == 0
+    output = capsys.readouterr().out
+    assert "finished after 24 steps, resumed at 15" in output
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["state"], entry["step"], entry["n_steps"]) == ("finished", 24, 24)
+    assert entry["figures"] == read_metrics(folder)[-1]
+    assert main(["runs", str(tmp_path), "--state", "failed"]) == 0
+    assert "no runs" in capsys.readouterr().out
+
+
+def test_a_failed_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text(recipe_to_toml(tiny()))
+    folder = tmp_path / "run"
+    options = ["--training.epsilon", "0.0", "--training.stage1.lr", "1e9", "--quiet"]
+    assert main(["train", str(tmp_path / "r.toml"), "--out", str(folder), *options]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    command = re.search(r"mechcausal (resume .*--allow-change)", line)
+    assert command
+    assert main(command[1].split()) in (0, 1)
+    assert (folder / "before-step-0-1" / "recipe.toml").is_file()
+
+
+def test_a_change_is_refused_until_it_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = crashed(tmp_path / "run", 17)
+    line = refused(capsys, "resume", folder, "--training.stage2.lr", "0.01")
+    assert "training.stage2.lr was 0.05, is 0.01" in line
+    assert "--allow-change" in line
+    text = (folder / "recipe.toml").read_text().replace("lr = 0.05", "lr = 0.02")
+    (folder / "recipe.toml").write_text(text)
+    assert "training.stage2.lr was 0.05, is 0.02" in refused(capsys, "resume", folder)
+    assert read_summary(folder)["state"] == "failed"
+    assert main(["resume", str(folder), "--allow-change", "--quiet"]) == 0
+    assert load_recipe(folder / "recipe.toml").training.stage2.lr == 0.02
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny(), out=tmp_path_factory.mktemp("runs") / "run").folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resume"], "required"),
+        (["resume", "{tmp}/nowhere"], "nowhere: not a run folder: no recipe.toml"),
+        (["resume", "{tmp}/file"], "file: not a run folder"),
+        (["resume", "{run}"], "has finished; there is nothing to resume"),
+        (["resume", "{run}", "--training.stage1.steps", "no"], "no"),
+        (["resume", "{run}", "--bogus"], "--bogus"),
+        (["resume", "{run}", "--wandb-mode", "sometimes"], "sometimes"),
+        (["runs", "{tmp}/nowhere"], "nowhere: no such folder"),
+        (["runs", "{run}", "--state", "tired"], "tired"),
+        (["sync"], "required"),
+        (["sync", "{tmp}/nowhere"], "nowhere: no run folder there"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "file").touch()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    line = refused(capsys, *(a.format(tmp=tmp_path, run=finished) for a in arguments))
+    assert said in line
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_run_that_is_being_written_is_left_alone(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = killed(tmp_path / "run", 7)
+    with hold(folder):
+        assert "is writing this run" in refused(capsys, "resume", folder)
+        assert main(["sync", str(folder)]) == 0
+        assert "still running" in capsys.readouterr().out
+        assert main(["runs", str(tmp_path)]) == 0
+        assert "running" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_listed_with_what_is_wrong(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "summary.json").write_text("{")
+    (folder / "metrics.jsonl").write_text("nonsense\n[1]\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl, line 1: not a row" in output
+    assert "interrupted" in output
+
+
+def test_a_run_without_wandb_has_nothing_to_upload(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sync", str(finished)]) == 0
+    assert "no W&B run in it" in capsys.readouterr().out
