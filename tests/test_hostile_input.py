@@ -8,6 +8,7 @@ import os
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -440,8 +441,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         save_model(blank(1, 1), folder)
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        refusal(ModelFileError, lambda folder=folder: load_model(folder))
-        refusal(TargetError, lambda folder=folder: load_target(str(folder)))
+        refusal(ModelFileError, partial(load_model, folder))
+        refusal(TargetError, partial(load_target, str(folder)))
 
 
 @pytest.mark.parametrize(

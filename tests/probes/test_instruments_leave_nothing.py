@@ -83,7 +83,8 @@ def edited(model: HookedTransformer, tokens: Tensor) -> None:
 
 def effects(model: HookedTransformer, tokens: Tensor) -> Any:
     def loss() -> Tensor:
-        return model(tokens, return_type="loss", loss_per_token=True).mean(1)
+        losses: Tensor = model(tokens, return_type="loss", loss_per_token=True)
+        return losses.mean(1)
 
     return attention_effects(model, 0, [("a", knock_out([(3, 1)])), ("b", make_uniform([2]))], loss)
 
