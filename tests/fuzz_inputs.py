@@ -223,7 +223,11 @@ def mutated_recipe(source: random.Random, folder: Path) -> Check:
     path.write_bytes(content)
 
     def read() -> bool:
-        accepted = refused_or(lambda: check_recipe(load_recipe(path), folder) is None)
+        def valid() -> bool:
+            check_recipe(load_recipe(path), folder)
+            return True
+
+        accepted = refused_or(valid)
         if source.random() < 0.3:
             command(accepted, "train", str(path))
         return accepted
@@ -279,7 +283,7 @@ def change_data(source: random.Random, data: dict[str, Any]) -> None:
         table[key] = [*table[key]]
         table[key][place] = value(source)
     else:
-        old = table.get(key)
+        old: Any = table.get(key)
         near = isinstance(old, int | float) and not isinstance(old, bool) and source.random() < 0.5
         table[key] = (
             old * source.choice([-1, 0, 2, 10, 1000, 10**6, 0.5]) if near else value(source)
@@ -375,7 +379,11 @@ def mutated_edges(source: random.Random, folder: Path) -> Check:
     path.write_bytes(content)
 
     def read() -> bool:
-        return refused_or(lambda: check_graph(CausalGraph.from_edge_list(path)) is None)
+        def valid() -> bool:
+            check_graph(CausalGraph.from_edge_list(path))
+            return True
+
+        return refused_or(valid)
 
     return read
 

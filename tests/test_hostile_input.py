@@ -8,6 +8,7 @@ import os
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.recipes import RecipeError, load_recipe, parse_recipe
+from mechcausal.recipes import RecipeError, load_recipe, parse_recipe, write_recipe
 from mechcausal.targets import TargetError, load_target
 from tests.fuzz_inputs import KINDS, one_line, plan, try_input
 from tests.hugging_face import save_gpt2
@@ -277,6 +278,19 @@ def test_any_edge_list_is_read_that_the_user_names(
     assert given == [((0, 1), (1, 2))]
 
 
+def test_a_recipe_is_written_with_its_edge_list(tmp_path: Path) -> None:
+    edges = tmp_path / "graph.txt"
+    edges.write_text("0 1\n0 query\n")
+    data = {"graph": {"preset": "edge_list", "edge_list": str(edges)}, "model": {}}
+    recipe = parse_recipe(data, source="test")
+    graph = recipe.build_graph()
+    (tmp_path / "run").mkdir()
+    write_recipe(recipe, tmp_path / "run" / "recipe.toml")
+    edges.unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert load_recipe(tmp_path / "moved" / "recipe.toml").build_graph() == graph
+
+
 def test_a_model_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
     save_model(blank(1, 1), tmp_path / "secret")
     for name in ("config.json", "model.safetensors"):
@@ -440,8 +454,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         save_model(blank(1, 1), folder)
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        refusal(ModelFileError, lambda folder=folder: load_model(folder))
-        refusal(TargetError, lambda folder=folder: load_target(str(folder)))
+        refusal(ModelFileError, partial(load_model, folder))
+        refusal(TargetError, partial(load_target, str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def edited(model: HookedTransformer, tokens: Tensor) -> None:
 
 def effects(model: HookedTransformer, tokens: Tensor) -> Any:
     def loss() -> Tensor:
-        return model(tokens, return_type="loss", loss_per_token=True).mean(1)
+        losses: Tensor = model(tokens, return_type="loss", loss_per_token=True)
+        return losses.mean(1)
 
     return attention_effects(model, 0, [("a", knock_out([(3, 1)])), ("b", make_uniform([2]))], loss)
 
@@ -275,7 +276,7 @@ def test_a_block_that_is_thrown_away_leaves_nothing(
             block: Any = make()
             block.__enter__()
             del block
-            gc.collect()
+        gc.collect()
 
 
 # --- Ctrl-C ---
@@ -326,7 +327,7 @@ def test_ctrl_c_at_the_edges_of_a_block_leaves_no_hook(
 ) -> None:
     """Blocks without anything in them: nearly every moment is one of entering or leaving."""
     source = random.Random(2)
-    for _ in range(100):
+    for _ in range(40):
         probes = all_probes()
         before = fingerprint(used)
         with contextlib.suppress(KeyboardInterrupt):
