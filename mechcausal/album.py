@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechcausal.experiments import Experiment
 from mechcausal.files import write_atomically
+from mechcausal.messages import excerpt
 from mechcausal.run_folder import STEP, Value
 from mechcausal.tracking import RunRecord, table_row, writing
 
@@ -187,7 +188,7 @@ def _load(path: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        warn(f"{path}: damaged, its matrices are left out: {error}")
+        warn(f"{path}: damaged, its matrices are left out: {excerpt(error)}")
         return {}
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from mechcausal import __version__
 from mechcausal.experiments import Experiment, Generators
 from mechcausal.files import write_folder_atomically
+from mechcausal.messages import excerpt
 from mechcausal.models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.recipes import recipe_to_dict
 
@@ -93,7 +94,7 @@ class Checkpoint:
             for name, value in self.generators.items():
                 getattr(generators, name).set_state(value)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = excerpt(error, 200)
             raise CheckpointError(f"{self.folder}: does not fit the recipe: {reason}") from None
 
 
@@ -163,7 +164,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     try:
         weights, state = load(contents[WEIGHTS_FILE]), load(contents[STATE_FILE])
     except SafetensorError as error:
-        raise CheckpointError(f"{folder}: not safetensors: {error}") from None
+        raise CheckpointError(f"{folder}: not safetensors: {excerpt(error, 200)}") from None
     optimizer: dict[int, dict[str, Tensor]] = {}
     generators: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -173,7 +174,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             case ["generator", name] if name in _GENERATORS:
                 generators[name] = tensor
             case _:
-                raise CheckpointError(f"{folder / STATE_FILE}: holds {key[:80]!r}: not understood")
+                raise CheckpointError(f"{folder / STATE_FILE}: holds "{excerpt(key)}": not understood")
     return Checkpoint(
         folder=folder,
         step=manifest.step,

@@ -66,8 +66,6 @@ _WITHOUT_QUERY = ("two_parents", "k_gram")
 
 MAX_FILE_BYTES = 4 * 2**20
 """The largest recipe file read."""
-EDGES_FILE = "edges.txt"
-"""The edges of a run's graph, beside its recipe, where the graph came from an edge list."""
 
 
 class RecipeError(ValueError):
@@ -524,21 +522,6 @@ def recipe_to_toml(recipe: Recipe) -> str:
 
     write(recipe_to_dict(recipe), ())
     return "\n".join(lines) + "\n"
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe's file, and beside it the edges of a graph that comes from an edge list.
-
-    `load_recipe` reads back the same run from there, whatever became of the list.
-
-    Raises:
-        GraphError: the edge list cannot be read any more.
-        OSError: not writable.
-    """
-    if recipe.graph.edge_list is not None:
-        recipe.build_graph().to_edge_list(path.parent / EDGES_FILE)
-        recipe = recipe.with_overrides(graph__edge_list=EDGES_FILE)
-    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
 
 
 _PATTERN_RULES = {

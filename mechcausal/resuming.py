@@ -10,6 +10,7 @@ from typing import Any
 from mechcausal.album import MATRICES_FILE, MATRICES_FOLDER
 from mechcausal.checkpoints import Checkpoint, differences, environment, newest_checkpoint
 from mechcausal.files import write_atomically
+from mechcausal.messages import excerpt
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -88,7 +89,10 @@ def resume(
             raise RunFolderError(f"{folder}: has finished; there is nothing to resume")
         start = checkpoint.step if checkpoint else 0
         if changed and not allow_change:
-            said = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in changed.items())
+            said = "; ".join(
+                f"{excerpt(name)} was {excerpt(a)}, is {excerpt(b)}"
+                for name, (a, b) in changed.items()
+            )
             raise RunFolderError(
                 f"{folder}: differs from the run: {said}; "
                 f"with --allow-change it goes on from step {start} all the same"
@@ -129,7 +133,7 @@ def _rows(folder: Path) -> list[dict[str, Value]]:
     for number, row in enumerate(rows, start=1):
         step = row.get(STEP)
         if not isinstance(step, int) or step <= last:
-            raise RunFolderError(f"{path}, line {number}: {STEP} is {step!r}, after {last}")
+            raise RunFolderError(f"{path}, line {number}: {STEP} is {excerpt(step)}, after {last}")
         last = step
     return rows
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from mechcausal.files import read_json_lines, write_atomically
+from mechcausal.messages import excerpt
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
 
 RECIPE_FILE = "recipe.toml"
@@ -57,7 +58,7 @@ def hold(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0.5)
     except Timeout:
         process = read_process(folder)
-        owner = f"process {process.get('pid')} on {process.get('host')}"
+        owner = f"process {excerpt(process.get('pid'))} on {excerpt(process.get('host'))}"
         raise RunFolderError(f"{folder}: {owner} is writing this run") from None
     except OSError as error:
         raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None

@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +34,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mechcausal import cli, training
+from mechcausal import checkpoints, cli, resuming, training
+from mechcausal.checkpoints import CheckpointError
 from mechcausal.experiments import Generators, build_experiment, check_experiment
 from mechcausal.experiments.memory import experiment_needs
 from mechcausal.experiments.models import build_model
@@ -50,9 +52,11 @@ from mechcausal.recipes import (
     RecipeError,
     load_recipe,
     packaged_recipes,
+    parse_recipe,
     recipe_to_dict,
     recipe_to_toml,
 )
+from mechcausal.run_folder import RunFolderError
 from mechcausal.targets import TargetError, load_target
 from mechcausal.tasks import build_task
 
@@ -60,7 +64,10 @@ Check = Callable[[], bool]
 """Reads the input; True where it was accepted, and is valid."""
 Kind = Callable[[random.Random, Path], Check]
 
-REFUSALS = (RecipeError, GraphError, PriorError, ModelFileError, TargetError)
+REFUSALS = (
+    *(RecipeError, GraphError, PriorError, ModelFileError, TargetError),
+    *(CheckpointError, RunFolderError),
+)
 LONGEST_LINE = 1000
 LONGEST_SECONDS = 10
 # What is accepted is also built, where that is cheap.
@@ -475,7 +482,8 @@ def change_weights(source: random.Random, path: Path) -> None:
     if action == 2 and tensors[name].numel():
         flat = tensors[name].flatten()
         place = source.randrange(flat.numel())
-        flat[place] = source.choice([-1.0, 2.0, 1e30, math.nan, math.inf])
+        odd = [-1.0, 2.0, 1e30, math.nan, math.inf] if flat.is_floating_point() else [0, 1, 255]
+        flat[place] = source.choice(odd)
     else:
         kinds = [torch.float64, torch.int64, torch.bool, torch.float16]
         changed = [
@@ -520,11 +528,124 @@ def mutated_hugging_face(source: random.Random, folder: Path) -> Check:
     return read
 
 
+# --- Checkpoints and run folders ---
+
+
+@cache
+def _run_files() -> dict[str, bytes]:
+    """What a run that was killed leaves: a recipe, rows, and a checkpoint, by path."""
+    data = {
+        "graph": {"preset": "chain", "sequence_length": 4},
+        "task": {"vocab_size": 2},
+        "training": {"batch_size": 4, "algorithm": "joint", "joint": {"steps": 4}},
+        "evaluation": {"n_sequences": 4, "bayes_draws": 2, "theory_priors": 4},
+        "probing": {"every": 1, "images": 2},
+        "checkpoints": {"every": 2},
+        "wandb": {"mode": "disabled"},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = training.train(parse_recipe(data, source="fuzz"), out=Path(name) / "run").folder
+        for gone in ("summary.json", ".lock"):
+            (folder / gone).unlink()
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def _write_run(folder: Path) -> Path:
+    for name, content in _run_files().items():
+        (folder / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "run" / name).write_bytes(content)
+    return folder / "run"
+
+
+def mutated_checkpoint(source: random.Random, folder: Path) -> Check:
+    """A checkpoint, a file of it changed; its checksums may be those of the change."""
+    run = _write_run(folder)
+    path = run / "checkpoints" / "00000002"
+    for _ in range(source.choice([1, 1, 2])):
+        name = source.choice(["checkpoint.json", "config.json", *["state", "model"] * 2])
+        if name.endswith("json"):
+            change_config(source, path / name)
+        else:
+            change_weights(source, path / f"{name}.safetensors")
+    if source.random() < 0.5:
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            forge(path)
+    recipe = load_recipe(run / "recipe.toml")
+
+    def read() -> bool:
+        def valid() -> bool:
+            checkpoint = checkpoints.read_checkpoint(path)
+            generators = Generators.from_seed(0, torch.device("cpu"))
+            experiment = build_experiment(recipe, generators)
+            optimizer = torch.optim.Adam(experiment.parameters(["all"]))
+            checkpoint.restore(experiment, optimizer, generators)
+            experiment.training_loss(2).backward()
+            optimizer.step()
+            return True
+
+        return refused_or(valid)
+
+    return read
+
+
+def forge(folder: Path) -> None:
+    """Give a changed checkpoint the checksums that belong to the change."""
+    path = folder / "checkpoint.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name in manifest["files"]:
+        with contextlib.suppress(OSError, ValueError):
+            manifest["files"][name] = checkpoints._digest((folder / name).read_bytes())
+    manifest.pop("sha256", None)
+    manifest["sha256"] = checkpoints._digest(checkpoints._canonical(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def mutated_run(source: random.Random, folder: Path) -> Check:
+    """A run folder, one of its files changed: listed always, resumed or refused."""
+    run = _write_run(folder)
+    (run / "summary.json").write_text(json.dumps({"state": source.choice(["failed", "odd"])}))
+    for _ in range(source.choice([1, 1, 2])):
+        name = source.choice(["metrics.jsonl", "run.json", "summary.json", "recipe.toml"])
+        content = (run / name).read_bytes()
+        if name == "run.json":
+            change_config(source, run / name)
+        else:
+            (run / name).write_bytes(change_bytes(source, content))
+
+    def read() -> bool:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert cli.main(["runs", str(folder)]) == 0
+
+            def valid() -> bool:
+                with mock.patch.object(resuming, "run", side_effect=RecipeError("left out")):
+                    try:
+                        resuming.resume(run)
+                    except RecipeError as refusal:
+                        if str(refusal) == "left out":
+                            return True
+                        raise
+                return False
+
+            accepted = refused_or(valid)
+            assert cli.main(["sync", str(folder), "--dry-run"]) in (0, 2)
+        one_line(err.getvalue() or "nothing")
+        # What resuming does to the run folder itself is not what is looked for.
+        (run / ".lock").unlink(missing_ok=True)
+        (run / "summary.json").touch()
+        return accepted
+
+    return read
+
+
 KINDS: dict[str, tuple[Kind, int]] = {
     "recipe": (mutated_recipe, 10),
     "edge list": (mutated_edges, 6),
     "model folder": (mutated_model, 5),
     "Hugging Face folder": (mutated_hugging_face, 1),
+    "checkpoint": (mutated_checkpoint, 4),
+    "run folder": (mutated_run, 4),
 }
 """Every kind of input, and how often it comes up beside the others."""
 

@@ -26,7 +26,7 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.recipes import RecipeError, load_recipe, parse_recipe, write_recipe
+from mechcausal.recipes import RecipeError, load_recipe, parse_recipe
 from mechcausal.targets import TargetError, load_target
 from tests.fuzz_inputs import KINDS, one_line, plan, try_input
 from tests.hugging_face import save_gpt2
@@ -278,17 +278,15 @@ def test_any_edge_list_is_read_that_the_user_names(
     assert given == [((0, 1), (1, 2))]
 
 
-def test_a_recipe_is_written_with_its_edge_list(tmp_path: Path) -> None:
+def test_a_runs_recipe_needs_no_edge_list(tmp_path: Path) -> None:
     edges = tmp_path / "graph.txt"
-    edges.write_text("0 1\n0 query\n")
-    data = {"graph": {"preset": "edge_list", "edge_list": str(edges)}, "model": {}}
-    recipe = parse_recipe(data, source="test")
+    edges.write_text("0 1\n1 2\n0 3\n1 3\n3 query\n")
+    data = {"graph": {"preset": "edge_list", "edge_list": str(edges)}}
+    recipe = parse_recipe(data | {"model": {"kind": "disentangled"}}, source="test")
     graph = recipe.build_graph()
-    (tmp_path / "run").mkdir()
-    write_recipe(recipe, tmp_path / "run" / "recipe.toml")
+    kept = recipe.self_contained()
     edges.unlink()
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert load_recipe(tmp_path / "moved" / "recipe.toml").build_graph() == graph
+    assert kept.build_graph() == graph
 
 
 def test_a_model_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:

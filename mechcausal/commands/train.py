@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.messages import printable
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -144,7 +145,7 @@ class ProgressBar:
 
     def warn(self, message: str) -> None:
         """A line above the bar."""
-        line = f"mechcausal: warning: {message}"
+        line = f"mechcausal: warning: {printable(message)}"
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
         else:
