@@ -174,7 +174,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             case ["generator", name] if name in _GENERATORS:
                 generators[name] = tensor
             case _:
-                raise CheckpointError(f"{folder / STATE_FILE}: holds "{excerpt(key)}": not understood")
+                raise CheckpointError(
+                    f"{folder / STATE_FILE}: holds {excerpt(key)}: not understood"
+                )
     return Checkpoint(
         folder=folder,
         step=manifest.step,
