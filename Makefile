@@ -22,8 +22,8 @@ help: ## list the targets
 demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 	$(BIN)/mechcausal train runs/markov_chain.toml
 
-test: $(STAMP) ## run the whole default test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the whole default test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: check-format check-lint check-types ## check format, lint and types
 

@@ -26,6 +26,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    # Tests run in two processes at once, and most models are small.
+    "OMP_NUM_THREADS": "1",
     # As in the command: waiting threads sleep, so that a busy machine slows tests only a little.
     "OMP_WAIT_POLICY": "passive",
 }
