@@ -127,7 +127,7 @@ class PAG:
         return found
 
     def distances(self, node: int) -> dict[int, int]:
-        """Edges on a shortest path from a token position to each that can be reached, nearest first.
+        """Edges on a shortest path from a token position to all it can reach, nearest first.
 
         Marks do not matter; the node itself has distance 0.
         """
