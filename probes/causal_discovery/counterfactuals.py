@@ -97,23 +97,24 @@ class Counterfactuals:
         changed = self._replaced([(position,) for position in positions]) != self.tokens
         return tuple(p for p, any_ in zip(positions, changed.any(1).tolist(), strict=True) if any_)
 
-    def first_change(self, sets: Iterable[tuple[int, ...]]) -> Outcome | None:
-        """The first set whose replacement changes the prediction, None if none did in the budget.
+    def first_change(self, sets: Iterable[tuple[int, ...]], *, keep: int = 0) -> Outcome | None:
+        """The first set whose replacement changes the prediction, None if none did.
 
         Args:
             sets: positions to replace together; taken one by one, as far as needed.
+            keep: calls of the budget to leave.
         """
-        outcomes = self.outcomes(sets)
+        outcomes = self.outcomes(sets, keep=keep)
         return next((found for found in outcomes if found.prediction != self.prediction), None)
 
-    def outcomes(self, sets: Iterable[tuple[int, ...]]) -> Iterator[Outcome]:
-        """Run sets in batches, in their order, until the budget is spent.
+    def outcomes(self, sets: Iterable[tuple[int, ...]], *, keep: int = 0) -> Iterator[Outcome]:
+        """Run sets in batches, in their order, until the budget is spent but for `keep` calls.
 
         Sets whose tokens were run before are passed over.
         """
         fresh = self._fresh(iter(sets))
-        while self.left > 0:
-            batch = list(islice(fresh, min(self._batch_size, self.left)))
+        while self.left > keep:
+            batch = list(islice(fresh, min(self._batch_size, self.left - keep)))
             if not batch:
                 return
             logits = self._run(torch.stack([tokens for _, tokens in batch]))

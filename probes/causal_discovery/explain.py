@@ -30,7 +30,7 @@ from probes.causal_discovery.independence import PartialCorrelationTest
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.search import icd
 from probes.errors import ProbeError
-from probes.passes import checked_tokens, undisturbed
+from probes.passes import checked_tokens, run, undisturbed
 
 Method: TypeAlias = Literal["causal", "attention", "occlusion", "random", "exhaustive"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -91,7 +91,7 @@ def explain(
     ordered: bool | None = None,
     max_cond: int | None = None,
     time_budget: float | None = None,
-    budget: int = 200,
+    budget: int = 300,
     max_size: int | None = None,
     batch_size: int = 8,
     generator: torch.Generator | None = None,
@@ -102,7 +102,8 @@ def explain(
     is run twice, and there are never more runs than the budget.
 
     Methods: "causal" goes outwards from the prediction's node in the discovered graphs, a token's
-    distance being the least over heads, sets in the order of size + distance. The controls:
+    distance being the least over heads, sets in the order of size + distance; if the budget runs
+    low it grows one set in that order and shrinks it again. The controls:
     "attention" takes the tokens with the most attention of the node, one more at a time;
     "occlusion" runs every token alone, then takes those with the largest effect, one more at a
     time; "random" is the causal search with the candidates shuffled; "exhaustive" tries all sets,
@@ -188,7 +189,7 @@ def explain(
                 if method == "random":
                     generator = generator or torch.Generator().manual_seed(0)
                     rings, graphs = ways.shuffled(rings, generator), ()
-                outcome = runs.first_change(ways.outwards(rings, limit))
+                outcome = ways.search(runs, rings, limit)
     positions = () if outcome is None else outcome.positions
     return Explanation(
         method=method,
@@ -260,7 +261,7 @@ def _own_attention(model: nn.Module, layer: int | None) -> ReadAttention:
 
     def read(tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "head query key"]:
         with attach(model, AttentionPattern(layer)) as (pattern,):
-            model(checked_tokens(model, tokens))
+            run(model, checked_tokens(model, tokens))
         return pattern.reading().values[0, 0]
 
     return read

@@ -39,6 +39,27 @@ def shells(
     )
 
 
+def search(
+    runs: Counterfactuals, rings: Sequence[Sequence[int]], max_size: int
+) -> Outcome | None:
+    """Try sets outwards; if that would use up the budget, grow one set and shrink it again.
+
+    The growing set takes the members of the rings in order, and is shrunk by leaving out one member
+    at a time. For it half the budget is kept, or two calls a candidate if that is less.
+    """
+    order = list(chain.from_iterable(rings))
+    found = runs.first_change(outwards(rings, max_size), keep=min(runs.left // 2, 2 * len(order)))
+    if found is not None:
+        return found
+    found = runs.first_change(prefixes(order, max_size))
+    if found is not None:
+        for position in reversed(order):
+            if position in found.positions and len(found.positions) > 1:
+                rest = tuple(p for p in found.positions if p != position)
+                found = runs.first_change([rest]) or found
+    return found
+
+
 def outwards(rings: Sequence[Sequence[int]], max_size: int) -> Iterator[tuple[int, ...]]:
     """Sets in the order of size + distance, the smaller first: every set up to a size, once.
 
