@@ -1,5 +1,7 @@
 """FCI and PC of the package causal-learn as a second opinion (optional extra `discovery`)."""
 
+import contextlib
+import io
 import warnings
 from typing import Any, Literal
 
@@ -75,6 +77,8 @@ def _run(
     class Ours(base):  # type: ignore[misc]
         """What causal-learn takes for a test on data; there are none."""
 
+        method = _NAME
+
         def __call__(self, x: Any, y: Any, given: Any = None, **_: Any) -> float:
             i, j = sorted((int(x), int(y)))
             key = (i, j, tuple(sorted(int(k) for k in (() if given is None else given))))
@@ -84,7 +88,8 @@ def _run(
 
     register_ci_test(_NAME, Ours)
     no_data = np.zeros((1, test.n_variables))
-    with warnings.catch_warnings():
+    # Some of its rules print what they did.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message="The number of features")
         if method == "fci":
             found = fci(no_data, _NAME, 0.5, depth=depth, show_progress=False)[0].graph

@@ -6,6 +6,7 @@ Rohekar, Gurwicz, Nisimov, NeurIPS 2023 (arXiv 2310.20307; CLEANN). The controls
 is worth: they spend the same budget of model runs without it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -18,7 +19,6 @@ from probes import hook_names
 from probes.attach import attach
 from probes.attention import AttentionPattern
 from probes.causal_discovery import explanation_search as ways
-from probes.causal_discovery.correlation import checked_attention
 from probes.causal_discovery.counterfactuals import (
     Counterfactuals,
     Logits,
@@ -26,9 +26,8 @@ from probes.causal_discovery.counterfactuals import (
     Replace,
     replace_by,
 )
-from probes.causal_discovery.independence import PartialCorrelationTest
+from probes.causal_discovery.discovery import discover_attention
 from probes.causal_discovery.pag import PAG
-from probes.causal_discovery.search import icd
 from probes.errors import ProbeError
 from probes.passes import checked_tokens, run, undisturbed
 
@@ -89,7 +88,7 @@ def explain(
     n_eff: float | int | None = None,
     alpha: float = 0.01,
     ordered: bool | None = None,
-    max_cond: int | None = None,
+    max_cond: int | None = 2,
     time_budget: float | None = None,
     budget: int = 300,
     max_size: int | None = None,
@@ -132,7 +131,8 @@ def explain(
         n_eff: the knob of sparsity of the tests, see `probes.discover`; d_head if None.
         alpha: level of the tests.
         ordered: the tokens are in causal order; whether no head looks ahead if None.
-        max_cond: largest conditioning set; what `n_eff` allows if None.
+        max_cond: largest conditioning set, at most what `n_eff` allows, which it is if None.
+            Small by default: larger ones cost more time than nearness needs.
         time_budget: seconds for the graph of a head, None for no limit.
         budget: the most sequences to run, at least 3.
         max_size: the largest set to try; no limit if None.
@@ -213,19 +213,23 @@ def _graphs(
     time_budget: float | None,
 ) -> tuple[PAG, ...]:
     """The graph over some positions, by head; the others are left out of the correlations."""
-    nodes = sorted(nodes)
-    if ordered is None:
-        ordered = not bool(pattern.triu(1).any())
+    if not math.isfinite(n_eff):
+        raise ValueError(f"n_eff is {n_eff:g}; it must be finite")
     # A test given more tokens than this is not defined.
-    allowed = max(0, int(-(-n_eff // 1)) - 4)
-    max_cond = allowed if max_cond is None else max_cond
-    found = []
-    for head in pattern:
-        rows = checked_attention(head)[nodes]
-        test = PartialCorrelationTest(rows, n_eff=n_eff, alpha=alpha)
-        result = icd(test, ordered=ordered, max_cond=max_cond, time_budget=time_budget)
-        found.append(PAG(tuple(nodes[i] for i in result.pag.nodes), result.pag.marks))
-    return tuple(found)
+    allowed = max(0, math.ceil(n_eff) - 4)
+    max_cond = allowed if max_cond is None else min(max_cond, allowed)
+    return tuple(
+        discover_attention(
+            head,
+            n_eff=n_eff,
+            alpha=alpha,
+            ordered=ordered,
+            positions=nodes,
+            max_cond=max_cond,
+            time_budget=time_budget,
+        ).pag
+        for head in pattern
+    )
 
 
 def _with_prediction(

@@ -1,7 +1,7 @@
 """Tests of conditional independence: what every search asks, and how attention answers."""
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from probes.causal_discovery.correlation import partial_correlation
 _CACHE_BYTES = 64 * 2**20
 
 
+@runtime_checkable
 class IndependenceTest(Protocol):
     """Whether two variables are independent given others; variables are numbers from 0."""
 

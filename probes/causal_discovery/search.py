@@ -157,14 +157,9 @@ class _Search:
             marks, ancestors_only=not self._selection_bias, on_each=self._check_time
         )
         seen: set[tuple[int, ...]] = set()
-        # Some set separates two nodes, if any does, that is found from one which is no ancestor of
-        # the other; both ends are tried where neither is known to be.
-        if marks[x, y] == ARROW:
-            starts = [(y, x)]
-        elif marks[y, x] == ARROW:
-            starts = [(x, y)]
-        else:
-            starts = [(x, y), (y, x)]
+        # The later of two is no ancestor of the earlier, and what can be reached from such a node
+        # suffices; elsewhere both ends are tried, or stopping early would not be sound.
+        starts = ((y, x),) if self._ordered else ((x, y), (y, x))
         for start, end in starts:
             for given in candidates.of(start, end, size):
                 if given not in seen:

@@ -89,3 +89,15 @@ def latent_dag(seed: int, *, observed: int | None = None) -> LatentDag:
     rest = [node for node in source.permutation(n) if node not in forks]
     hidden = {int(node) for node in [*forks, *rest][: n - n_observed]}
     return LatentDag(dag, tuple(node for node in range(n) if node not in hidden))
+
+
+def attention_with_sink(
+    n: int, *, strength: float = 8.0, spread: float = 1.0, seed: int = 0, causal: bool = True
+) -> np.ndarray:
+    """A random attention pattern whose first key gets `strength` on top of its logits."""
+    scores = spread * np.random.default_rng(seed).normal(size=(n, n))
+    scores[:, 0] += strength
+    if causal:
+        scores[np.triu_indices(n, 1)] = -np.inf
+    pattern = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(pattern / pattern.sum(1, keepdims=True))
