@@ -33,6 +33,7 @@ from probes.causal_discovery import (
     linear_effects,
     save_picture,
 )
+from probes.causal_discovery.explain import Explanation, explain
 from probes.circuits import copying_score
 from probes.composition import KComposition, k_composition
 from probes.errors import ProbeError
@@ -60,6 +61,7 @@ __all__ = [
     "AttentionPattern",
     "AttentionTo",
     "Discovery",
+    "Explanation",
     "Formation",
     "HeadScores",
     "InductionScores",
@@ -77,6 +79,7 @@ __all__ = [
     "discover_attention",
     "duplicate_token_score",
     "edit_attention",
+    "explain",
     "k_composition",
     "knock_out",
     "linear_edges",

@@ -53,9 +53,7 @@ def build_bidirectional(
         return build_hooked(config)
 
 
-def fit(
-    model: HookedTransformer, loss: Callable[[], Tensor], *, steps: int, lr: float
-) -> None:
+def fit(model: HookedTransformer, loss: Callable[[], Tensor], *, steps: int, lr: float) -> None:
     """AdamW with a learning rate that rises for a tenth of the steps and then falls to zero.
 
     Raises:

@@ -88,9 +88,13 @@ def with_mask(items: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos+1"]:
 
 
 @torch.no_grad()
-def hit_rate(model: HookedTransformer, source: SessionSource, *, n_sessions: int, seed: int) -> float:
+def hit_rate(
+    model: HookedTransformer, source: SessionSource, *, n_sessions: int, seed: int
+) -> float:
     """Share of held-out sessions whose next item is predicted first."""
     generator = torch.Generator(device=str(model.cfg.device)).manual_seed(seed)
     batch = source.held_out(n_sessions, generator)
-    predicted = torch.cat([model(part)[:, -1].argmax(-1) for part in with_mask(batch.items).split(256)])
+    predicted = torch.cat(
+        [model(part)[:, -1].argmax(-1) for part in with_mask(batch.items).split(256)]
+    )
     return (predicted == batch.target).double().mean().item()

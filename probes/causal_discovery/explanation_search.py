@@ -39,9 +39,7 @@ def shells(
     )
 
 
-def search(
-    runs: Counterfactuals, rings: Sequence[Sequence[int]], max_size: int
-) -> Outcome | None:
+def search(runs: Counterfactuals, rings: Sequence[Sequence[int]], max_size: int) -> Outcome | None:
     """Try sets outwards; if that would use up the budget, grow one set and shrink it again.
 
     The growing set takes the members of the rings in order, and is shrunk by leaving out one member
