@@ -13,7 +13,7 @@ from mechcausal.commands.parsing import RefusedError
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
-COMMANDS = ("train", "theory", "detect", "explain", "replicate")
+COMMANDS = ("train", "theory", "detect", "discover", "explain", "replicate")
 
 USAGE = """usage: mechcausal COMMAND ...
 
@@ -23,6 +23,7 @@ commands:
   train RECIPE   train a recipe's model, watched by hooks, recorded to W&B and files
   theory         pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET  the induction heads of any model, verified by intervention
+  discover TARGET  a causal graph over the tokens of one input, from any model's attention
   explain WHAT   the tokens that change a prediction: recommender, sentiment; or the bridge
   replicate      the paper's figures again: its values, ours, the theory's, with a verdict
 

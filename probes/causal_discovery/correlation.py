@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 RESIDUAL_TOLERANCE = 1e-12
 """Share of a row's length below which what is left of it counts as rounding."""
 
 
-def checked_attention(attention: np.ndarray | Tensor) -> Float[np.ndarray, "query key"]:
+def checked_attention(
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
+) -> Float[np.ndarray, "query key"]:
     """One attention pattern as float64, if it is one.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.causal_discovery.causal_learn import causal_learn
@@ -148,7 +148,7 @@ def discover(
 
 
 def discover_attention(
-    attention: Float[np.ndarray, "query key"] | Float[Tensor, "query key"],
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     *,
     n_eff: float | int,
     alpha: float = 0.01,

@@ -1,7 +1,7 @@
 """The direct reading of attention as a linear structural equation model, for no hidden tokens."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from probes.causal_discovery.correlation import checked_attention
@@ -9,7 +9,9 @@ from probes.causal_discovery.correlation import checked_attention
 _LARGEST_CONDITION = 1e12
 
 
-def linear_effects(attention: np.ndarray | Tensor) -> Float[np.ndarray, "query key"]:
+def linear_effects(
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
+) -> Float[np.ndarray, "query key"]:
     """The direct effects G of Z = G Z + Λ U, `G = I − diag(A) A⁻¹`.
 
     From A = (I − G)⁻¹ Λ. `G[i, j]` is the effect of token j on token i. With every token seen it is
@@ -37,7 +39,7 @@ def linear_effects(attention: np.ndarray | Tensor) -> Float[np.ndarray, "query k
 
 
 def linear_edges(
-    attention: np.ndarray | Tensor, threshold: float = 1e-6
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."], threshold: float = 1e-6
 ) -> tuple[tuple[int, int], ...]:
     """Pairs (cause, effect) of positions whose direct effect is larger than a threshold.
 

@@ -15,7 +15,7 @@ _COLOURS = {"-->": "#0072b2", "<->": "#d55e00", "o->": "#009e73", "o-o": "#9aa5b
 _MEANING = {
     "-->": "--> a cause",
     "<->": "<-> hidden common cause",
-    "o->": "o-> one of the two",
+    "o->": "o-> cause or hidden common cause",
     "o-o": "o-o open",
 }
 _INCHES_PER_TOKEN = 0.42

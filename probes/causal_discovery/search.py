@@ -96,7 +96,7 @@ class _Search:
         self._separating: dict[tuple[int, int], tuple[int, ...]] = {}
         self._tests = 0
 
-    def run(self, max_cond: float) -> Found:
+    def run(self, max_cond: float | int) -> Found:
         marks = self._skeleton()
         size, complete = 0, False
         try:
