@@ -46,12 +46,12 @@ Skeleton = frozenset[tuple[int, int]]
 
 READINGS = {
     "layer1": "discovery, layer 1",
-    "layer1_residual": "discovery, layer 1 with residual",
-    "deepest": "discovery, deepest layer",
-    "deepest_residual": "discovery, deepest with residual",
-    "argmax": "largest attention, layer 1",
-    "gradient_start": "gradient's edges, at the start",
-    "gradient_end": "gradient's edges, at the end",
+    "layer1_residual": "… with residual",
+    "deepest": "discovery, last layer",
+    "deepest_residual": "… with residual",
+    "argmax": "largest attention",
+    "gradient_start": "gradient, start",
+    "gradient_end": "gradient, end",
 }
 
 
@@ -65,7 +65,8 @@ class BridgeRow:
         precision: mean share of found pairs that are edges; of readings that found any.
         precision_stderr: its standard error over seeds, or over sequences of a single seed; None
             where there is one value.
-        recall: mean share of edges found.
+        recall: mean share of edges found; None for a gradient that is 0, as at the start of a
+            disentangled model.
         recall_stderr: likewise.
         f1: mean of `2 |found ∩ true| / (|found| + |true|)`.
         f1_stderr: likewise.
@@ -75,9 +76,9 @@ class BridgeRow:
     reading: str
     precision: float | None
     precision_stderr: float | None
-    recall: float
+    recall: float | None
     recall_stderr: float | None
-    f1: float
+    f1: float | None
     f1_stderr: float | None
 
 
@@ -247,8 +248,8 @@ def _look(
             found["argmax"] = [_largest(heads[:, :n, :n]) for heads in attention]
     start = build_experiment(recipe, Generators.from_seed(recipe.seed, device))
     assert isinstance(start, CausalGraphExperiment)
-    found["gradient_start"] = [_named(start, n)]
-    found["gradient_end"] = [_named(experiment, n)]
+    found["gradient_start"] = _named(start, n)
+    found["gradient_end"] = _named(experiment, n)
     return _Seen(true, n, found)
 
 
@@ -282,8 +283,8 @@ def _largest(heads: Float[Tensor, "head query key"]) -> Skeleton:
     return frozenset((key, query) for row in keys for query, key in enumerate(row) if key < query)
 
 
-def _named(experiment: CausalGraphExperiment, n: int) -> Skeleton:
-    """The edges that the gradient of the evaluation loss names, by head."""
+def _named(experiment: CausalGraphExperiment, n: int) -> list[Skeleton]:
+    """The edges that the gradient of the evaluation loss names, in any head; none if it is 0."""
     model, observer = experiment.model, experiment.observer
     with (
         model.frozen(),
@@ -293,11 +294,10 @@ def _named(experiment: CausalGraphExperiment, n: int) -> Skeleton:
         soft_cross_entropy(prediction, observer.batch.target, epsilon=observer.epsilon).backward()
     gradient = -probe.reading().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
     spread = probe.stderr().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
-    edges: set[tuple[int, int]] = set()
-    for values, errors in zip(gradient, spread, strict=True):
-        if bool(values.any()):
-            edges |= set(named_edges(values, errors))
-    return frozenset(edges)
+    if not bool(gradient.any()):
+        return []
+    by_head = [named_edges(*head) for head in zip(gradient, spread, strict=True)]
+    return [frozenset(edge for edges in by_head for edge in edges)]
 
 
 def _scores(seen: _Seen, reading: str) -> list[tuple[float, float, float]]:
@@ -324,9 +324,7 @@ def _row(kind: str, reading: str, models: Sequence[_Seen]) -> BridgeRow:
     else:
         columns = [[score[i] for score in by_model[0]] for i in range(3)]
     precision, recall, f1 = (_mean_and_stderr(column) for column in columns)
-    assert recall[0] is not None
-    assert f1[0] is not None
-    return BridgeRow(kind, reading, *precision, recall[0], recall[1], f1[0], f1[1])
+    return BridgeRow(kind, reading, *precision, *recall, *f1)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -346,13 +344,14 @@ def _draw(result: Bridge, seen: dict[str, list[_Seen]], path: Path) -> None:
         first, panels = models[0], axes[4 * row : 4 * row + 4]
         _pairs(panels[0], [first.true], first.n_positions, "the true graph")
         for axis, reading in ((panels[1], "layer1"), (panels[2], "layer1_residual")):
-            _pairs(axis, first.found[reading], first.n_positions, READINGS[reading])
+            title = f"discovery, layer 1{' with residual' if axis is panels[2] else ''}"
+            _pairs(axis, first.found[reading], first.n_positions, title)
         panels[0].set_ylabel(f"{kind}\nlater position")
         rows = [r for r in result.rows if r.model == kind]
         places = range(len(rows))
         panels[3].barh(
             places,
-            [r.f1 for r in rows],
+            [r.f1 or 0.0 for r in rows],
             xerr=[r.f1_stderr or 0.0 for r in rows],
             color=[CYCLE[0] if r.reading.startswith(("layer", "deep")) else CYCLE[1] for r in rows],
             height=0.6,
@@ -361,12 +360,11 @@ def _draw(result: Bridge, seen: dict[str, list[_Seen]], path: Path) -> None:
         panels[3].invert_yaxis()
         panels[3].set(title="F1 of the skeleton", xlim=(0, 1.05))
         panels[3].grid(axis="x", alpha=0.25)
-    figure.subplots_adjust(wspace=0.42)
     for row in range(len(seen)):  # room for the names of the readings
         box = axes[4 * row + 3].get_position()
-        axes[4 * row + 3].set_position((box.x0 + 0.055, box.y0, box.width - 0.055, box.height))
+        axes[4 * row + 3].set_position((box.x0 + 0.035, box.y0, box.width - 0.035, box.height))
     figure.suptitle(
-        f"{result.recipe}: share of sequences in which a pair has an edge, n_eff "
+        f"{result.recipe}: pairs with an edge in single sequences (yellow: in all), n_eff "
         f"{result.settings['n_eff']:g}",
         fontsize=12,
     )
@@ -374,6 +372,8 @@ def _draw(result: Bridge, seen: dict[str, list[_Seen]], path: Path) -> None:
 
 
 def _pairs(axis: "Axes", found: Sequence[Skeleton], n: int, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     share: Float[np.ndarray, "later earlier"] = np.zeros((n, n))
     for skeleton in found:
         for earlier, later in skeleton:
@@ -381,6 +381,8 @@ def _pairs(axis: "Axes", found: Sequence[Skeleton], n: int, title: str) -> None:
     axis.imshow(share, cmap=ATTENTION_COLOURS, vmin=0, vmax=1)
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="earlier position")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
 
 
 def _log(result: Bridge, mode: WandbMode) -> str | None:
@@ -389,7 +391,7 @@ def _log(result: Bridge, mode: WandbMode) -> str | None:
         return None
     import wandb
 
-    run, _ = start_wandb(
+    run, mode = start_wandb(
         mode,
         result.folder,
         result.warnings,
@@ -407,6 +409,6 @@ def _log(result: Bridge, mode: WandbMode) -> str | None:
     picture = wandb.Image(str(result.folder / PICTURE_FILE))
     run.log({"bridge": table, "skeletons": picture})
     run.summary.update({f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows})
-    place = str(run.url or run.settings.sync_dir)
+    place = str(run.url if mode == "online" else run.settings.sync_dir)
     run.finish()
     return place

@@ -17,12 +17,12 @@ MINIMUM = "minimum"
 """The exhaustive search without a budget: what no method can do better than."""
 _MOST_CALLS = 20_000
 LABELS = {
-    "causal": "causal graph (CLEANN)",
-    "random": "shuffled candidates",
+    "causal": "causal graph",
+    "random": "shuffled",
     "occlusion": "occlusion",
-    "attention": "pure attention",
+    "attention": "attention",
     "exhaustive": "exhaustive",
-    MINIMUM: "true minimum (no budget)",
+    MINIMUM: "true minimum",
 }
 
 

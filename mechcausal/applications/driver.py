@@ -190,7 +190,7 @@ def run_application(
             mean_and_stderr(accuracies),
             settings,
             folder,
-            str(run.url or run.settings.sync_dir) if run is not None else None,
+            None if run is None else str(run.url if mode == "online" else run.settings.sync_dir),
             warnings,
         )
         text = json.dumps(result.as_json(), indent=2) + "\n"
@@ -244,11 +244,11 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(heading)
         axis.grid(axis="x", alpha=0.25)
-        for place, value in zip(places, values, strict=True):
+        for place, value, error in zip(places, values, errors, strict=True):
             if value == value:
                 axis.annotate(
                     f"{value:.3g}",
-                    (value, place),
+                    (value + error, place),
                     xytext=(4, 0),
                     textcoords="offset points",
                     va="center",
@@ -256,7 +256,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
                 )
         axis.margins(x=0.18)
     figure.subplots_adjust(left=0.17, wspace=0.12)
-    figure.suptitle(f"explaining {title}: mean over seeds, bars one standard error", fontsize=12)
+    figure.suptitle(f"{title}: explanations by method, mean over seeds ± standard error", fontsize=12)
     figure.savefig(path, dpi=110)
 
 

@@ -30,7 +30,7 @@ class ClassifierSettings:
 
     d_model: int = 48
     n_heads: int = 2
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 128
     lr: float = 4e-3
     dropped: float = 0.5

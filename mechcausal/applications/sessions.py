@@ -54,20 +54,21 @@ class ThemeRule:
     """The next item is the sequel of the theme that most of the session's items belong to.
 
     There are themes of several members each, one sequel for each theme, and items of no theme. A
-    session holds `lead` members of one theme, 1 to `most`, fewer of a rival theme (possibly none),
+    session holds 2 to `most` members of a leading theme, fewer of a rival theme but at least one,
     and items of no theme in all other places, in random order. Its next item is the leading theme's
     sequel. The causes are the leading theme's members: what else a session holds could be anything.
-    Replacing fewer than `lead - rivals` of them leaves them in the majority.
+    With at most `lead - rivals - 1` of them replaced the theme still leads, with all of them the
+    rival does.
 
     Attributes:
         themes: how many.
         members: items of a theme, besides its sequel.
         others: items of no theme.
         length: items of a session.
-        most: the largest number of leading members.
+        most: the largest number of leading members, at least 2.
 
     Raises:
-        ValueError: fewer than two themes, no members or other items, or a session too short.
+        ValueError: numbers out of range, or a session too short.
 
     Example:
         >>> rule = ThemeRule()
@@ -83,9 +84,9 @@ class ThemeRule:
     most: int = 3
 
     def __post_init__(self) -> None:
-        if self.themes < 2 or min(self.members, self.others, self.most) < 1:
+        if min(self.themes, self.most) < 2 or min(self.members, self.others) < 1:
             raise ValueError(
-                f"{self}: at least 2 themes, and 1 of members, others and most, are needed"
+                f"{self}: themes and most must be at least 2, members and others at least 1"
             )
         if self.length < 2 * self.most - 1:
             raise ValueError(
@@ -105,8 +106,8 @@ class ThemeRule:
         def uniform(*size: int) -> Tensor:
             return torch.rand(n_sessions, *size, generator=generator, device=device)
 
-        lead = 1 + (uniform(1) * self.most).long()
-        rivals = (uniform(1) * lead).long()
+        lead = 2 + (uniform(1) * (self.most - 1)).long()
+        rivals = 1 + (uniform(1) * (lead - 1)).long()
         drawn = uniform(self.themes).argsort(1)
         leader, rival = drawn[:, :1], drawn[:, 1:2]
         place = torch.arange(self.length, device=device)

@@ -152,7 +152,7 @@ def _compare(options: Explain) -> int:
     else:
         classifier = ClassifierSettings()
         if options.quick:
-            classifier = replace(classifier, steps=400)
+            classifier = replace(classifier, steps=600)
         application = catalogue.Sentiment(ReviewRule(), classifier, device)
     result = run_application(
         application,
@@ -244,14 +244,16 @@ def _print_comparison(result: "Result") -> None:
         f"{result.application}: {settings['seeds']} seeds, {settings['sequences']} predictions "
         f"each, at most {settings['budget']} model runs for one; accuracy "
         f"{_number(*result.accuracy)}",
-        ("method", "tokens", "above minimum", "explained", "verified", "in the rule", "model runs"),
+        ("method", "tokens", "excess", "explained", "verified", "in rule", "model runs"),
     )
-    names = ("size", "above_minimum", "found", "verified", "causes", "calls")
     for row in result.rows:
-        digits = dict.fromkeys(names, 2) | {"calls": 1, "found": 3, "verified": 3}
+        mean, stderr = row.mean, row.stderr
         table.add_row(
             LABELS[row.method],
-            *(_number(row.mean[name], row.stderr[name], digits[name]) for name in names),
+            _number(mean["size"], stderr["size"]),
+            *(_number(mean[name], None) for name in ("above_minimum", "found")),
+            *(_number(mean[name], None) for name in ("verified", "causes")),
+            _number(mean["calls"], stderr["calls"], 1),
         )
     console = Console()
     console.print(table)
