@@ -26,7 +26,7 @@ from mechcausal.training import CHECKPOINTS_FOLDER, MODEL_FOLDER
 from probes.stimuli import Bos
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 class TargetError(ValueError):
@@ -131,7 +131,7 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
     if not isinstance(config, dict) or "model_type" not in config:
         raise TargetError(f"{config_path}: neither written by save_model nor by Hugging Face")
     check_weights(path, config)
-    has_tokenizer = any((path / file).is_file() for file in _TOKENIZER_FILES)
+    has_tokenizer = any((path / file).is_file() for file in TOKENIZER_FILES)
     return _hugging_face(str(path), name, device, has_tokenizer=has_tokenizer)
 
 

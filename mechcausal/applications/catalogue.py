@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch.nn.functional import pad
 from transformer_lens import HookedTransformer
 
 from mechcausal.applications.driver import Inputs, generator_on
@@ -48,7 +49,8 @@ class Recommendation:
     def inputs(self, n_sequences: int, seed: int) -> Inputs:
         """Held-out sessions with a MASK behind them."""
         batch = self.source.held_out(n_sequences, generator_on(self.device, seed))
-        return Inputs(with_mask(batch.items), batch.causes)
+        causes = None if batch.causes is None else pad(batch.causes, (0, 1))
+        return Inputs(with_mask(batch.items), causes)
 
     def describe(self) -> dict[str, Any]:
         """Settings of data and model."""

@@ -176,11 +176,7 @@ def _figures(
     causes: Sequence[Sequence[bool]] | None,
 ) -> MethodFigures:
     found = [(i, e) for i, e in enumerate(explanations) if e.found]
-    named = (
-        []
-        if causes is None
-        else [float(causes[i][p]) for i, e in found for p in e.positions if p < len(causes[i])]
-    )
+    named = [float(causes[i][p]) for i, e in found for p in e.positions] if causes else []
     return MethodFigures(
         size=_mean([e.size for _, e in found]),
         # Where even the unlimited search gave up there is no minimum to compare with.
@@ -192,8 +188,8 @@ def _figures(
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else math.nan
+def _mean(values: Sequence[float | int]) -> float:
+    return float(fmean(values)) if values else math.nan
 
 
 def _finite(value: float) -> float | None:

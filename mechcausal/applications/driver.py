@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -39,6 +39,7 @@ class Inputs:
     causes: Bool[Tensor, "batch pos"] | None
 
 
+@runtime_checkable
 class Application(Protocol):
     """Something to train and explain.
 
@@ -256,7 +257,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
                 )
         axis.margins(x=0.18)
     figure.subplots_adjust(left=0.17, wspace=0.12)
-    figure.suptitle(f"{title}: explanations by method, mean over seeds ± standard error", fontsize=12)
+    figure.suptitle(
+        f"{title}: explanations by method, mean over seeds ± standard error", fontsize=12
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechcausal.targets import TargetError, check_weights
+from mechcausal.targets import TOKENIZER_FILES, TargetError, check_weights
 from probes import ProbeError
 from probes.causal_discovery.explain import Explanation, Method, explain
+
+_MORE_TOKENIZERS = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class TextClassifier:
         if not isinstance(config, dict) or "model_type" not in config:
             raise TargetError(f"{config_path}: not written by Hugging Face")
         check_weights(path, config)
+        # Without one of them transformers makes up a tokenizer that knows no word.
+        if not any((path / name).is_file() for name in (*TOKENIZER_FILES, *_MORE_TOKENIZERS)):
+            raise TargetError(f"{path}: no tokenizer in it, such as {TOKENIZER_FILES[0]}")
         its_logging: Any = logging
         its_logging.set_verbosity_error()
         shows_progress = its_logging.is_progress_bar_enabled()
@@ -154,6 +159,8 @@ class TextClassifier:
         )
         if options.get("n_eff") is None:
             options["n_eff"] = max(width, 8)
+        if config.pad_token_id is None:  # GPT-like classifiers then take one text at a time
+            options.setdefault("batch_size", 1)
         try:
             found = explain(
                 self.model,
