@@ -20,16 +20,16 @@ USAGE = """usage: mechcausal COMMAND ...
 Watch a transformer learn causal structure.
 
 commands:
-  train RECIPE   train a recipe's model, watched by hooks, recorded to W&B and files
-  theory         pairwise information of a causal graph and the attention gradient it predicts
-  detect TARGET  the induction heads of any model, verified by intervention
+  train RECIPE     train a recipe's model, watched by hooks, recorded to W&B and files
+  theory           pairwise information of a causal graph and the attention gradient it predicts
+  detect TARGET    the induction heads of any model, verified by intervention
   discover TARGET  a causal graph over the tokens of one input, from any model's attention
-  explain WHAT   the tokens that change a prediction: recommender, sentiment; or the bridge
-  replicate      the paper's figures again: its values, ours, the theory's, with a verdict
+  explain WHAT     the tokens that change a prediction: recommender, sentiment; or the bridge
+  replicate        the paper's figures again: its values, ours, the theory's, with a verdict
 
 options:
-  -h, --help     this text; `mechcausal COMMAND --help` for a command's options
-  --version      the version
+  -h, --help       this text; `mechcausal COMMAND --help` for a command's options
+  --version        the version
 
 recipes that come along: {recipes}
 """

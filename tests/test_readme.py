@@ -104,6 +104,7 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.training.train", reach)
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
     monkeypatch.setattr("mechcausal.targets.load_target", reach)
+    monkeypatch.setattr("mechcausal.commands.discover._from_matrix", reach)
     monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)
     try:
         code = main(arguments)
