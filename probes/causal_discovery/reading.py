@@ -77,7 +77,7 @@ def read_head(
     attention = pattern.reading().values[0, 0, head]
     if not values:
         return HeadReading(attention, None, layer)
-    z = mixed.reading().values[0, 0, :, head].double().cpu().numpy()
+    z = mixed.reading().values[0, 0, :, head].cpu().double().numpy()
     return HeadReading(attention, z, layer)
 
 
