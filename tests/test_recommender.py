@@ -50,7 +50,7 @@ def test_the_next_item_is_the_sequel_of_the_theme_seen_most() -> None:
     "changes_", [{"themes": 1}, {"members": 0}, {"others": 0}, {"most": 1}, {"length": 4}]
 )
 def test_a_rule_that_cannot_be_is_refused(changes_: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least|length is 4"):
+    with pytest.raises(ValueError, match=r"at least|length is 4"):
         ThemeRule(**changes_)
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "bridge.json"
 PICTURE_FILE = "bridge.png"
+_JOINT_STEPS = 900
+"""Of the disentangled model that stands beside a simplified one."""
 Skeleton = frozenset[tuple[int, int]]
 """Pairs of positions, the earlier first."""
 
@@ -208,7 +210,7 @@ def _variants(recipe: Recipe, quick: bool) -> dict[str, Recipe]:
         model__heads=(1, 1),
         training__algorithm="joint",
         training__batch_size=512,
-        training__joint__steps=-(-900 // share),
+        training__joint__steps=-(-_JOINT_STEPS // share),
         training__joint__optimizer="adam",
         training__joint__lr=0.02,
     )

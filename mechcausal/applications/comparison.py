@@ -159,10 +159,12 @@ def over_seeds(by_seed: Sequence[Mapping[str, MethodFigures]]) -> list[Row]:
     for method in LABELS:
         values = [asdict(figures[method]) for figures in by_seed]
         columns = {name: [value[name] for value in values] for name in values[0]}
-        mean = {name: _mean(column) for name, column in columns.items()}
+        # Where a seed has no such figure, for nothing was found, the others speak.
+        known = {name: [v for v in column if math.isfinite(v)] for name, column in columns.items()}
+        mean = {name: _mean(column) for name, column in known.items()}
         stderr = {
             name: stdev(column) / math.sqrt(len(column)) if len(column) > 1 else math.nan
-            for name, column in columns.items()
+            for name, column in known.items()
         }
         rows.append(Row(method, mean, stderr))
     return rows
