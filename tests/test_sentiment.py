@@ -105,7 +105,8 @@ def save_tokenizer(folder: Path, *, special: bool = True) -> None:
 
 def save_bert(folder: Path, *, labels: int = 3, seed: int = 0, head: bool = True) -> Any:
     torch.manual_seed(seed)
-    config = BertConfig(
+    make_config: Any = BertConfig
+    config = make_config(
         vocab_size=len(VOCAB),
         hidden_size=16,
         num_hidden_layers=2,
@@ -146,7 +147,8 @@ def test_a_local_classifier_is_explained_and_the_set_holds_when_recomputed(
 
 def test_a_classifier_without_cls_decides_at_its_last_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
+    make_config: Any = GPT2Config
+    config = make_config(
         vocab_size=len(VOCAB), n_embd=16, n_layer=2, n_head=2, n_positions=12, num_labels=2
     )
     make: Any = GPT2ForSequenceClassification

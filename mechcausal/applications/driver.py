@@ -41,19 +41,27 @@ class Inputs:
 
 @runtime_checkable
 class Application(Protocol):
-    """Something to train and explain.
+    """Something to train and explain."""
 
-    Attributes:
-        name: of the application.
-        replacement: the token that takes the place of others.
-        node: the position that predicts.
-        fill: whether the prediction is put there before attention is read.
-    """
+    @property
+    def name(self) -> str:
+        """Of the application."""
+        ...
 
-    name: str
-    replacement: int
-    node: int
-    fill: bool
+    @property
+    def replacement(self) -> int:
+        """The token that takes the place of others."""
+        ...
+
+    @property
+    def node(self) -> int:
+        """The position that predicts."""
+        ...
+
+    @property
+    def fill(self) -> bool:
+        """Whether the prediction is put there before attention is read."""
+        ...
 
     def train(self, seed: int) -> HookedTransformer:
         """A model."""

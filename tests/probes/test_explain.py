@@ -112,7 +112,7 @@ def test_the_budget_holds_where_nothing_changes_the_prediction(
     budget: int, batch_size: int, method: Any
 ) -> None:
     model = random_model(0)
-    seen = []
+    seen: list[tuple[int, ...]] = []
 
     def stubborn(tokens: Tensor) -> Tensor:
         seen.extend(map(tuple, tokens.tolist()))
