@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mechcausal.applications import bridge as module
-from mechcausal.applications.bridge import READINGS, bridge
+from mechcausal.applications.bridge import bridge
+from mechcausal.applications.skeletons import READINGS, Seen, discovered, largest, scores
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
 from probes.causal_discovery import discover_attention
 
@@ -67,17 +68,17 @@ def test_a_skeleton_holds_the_edges_of_any_head_and_scores_count_them() -> None:
     chain = torch.eye(n, dtype=torch.float64).roll(-1, 1).tril()
     chain[0, 0] = 1
     heads = torch.stack([chain, torch.eye(n, dtype=torch.float64)])
-    found = module._discovered(heads, n, 0.5, {}, n_eff=768, alpha=0.01, max_cond=2)
+    found = discovered(heads, n, 0.5, {}, n_eff=768, alpha=0.01, max_cond=2)
     mixed = (chain + torch.eye(n)) / 2
     graph = discover_attention(mixed, n_eff=768, ordered=True, max_cond=2).pag
     assert found == {
         (e.start, e.end) if e.start < e.end else (e.end, e.start) for e in graph.edges()
     }
-    assert module._largest(heads[:1]) == {(0, 1), (1, 2), (2, 3)}
-    assert module._largest(heads[1:]) == frozenset()
+    assert largest(heads[:1]) == {(0, 1), (1, 2), (2, 3)}
+    assert largest(heads[1:]) == frozenset()
     true = frozenset({(0, 1), (1, 2), (2, 3), (0, 3)})
-    seen = module._Seen(true, n, {"a": [frozenset({(0, 1), (0, 2)}), frozenset()], "none": []})
-    first, second = module._scores(seen, "a")
+    seen = Seen(true, n, {"a": [frozenset({(0, 1), (0, 2)}), frozenset()], "none": []})
+    first, second = scores(seen, "a")
     assert first == (0.5, 0.25, 2 / 6)
     assert second[0] != second[0]
     assert second[1:] == (0, 0)

@@ -19,22 +19,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from mechcausal.applications.driver import make_folder
+from mechcausal.applications.skeletons import READINGS, Seen, Skeleton, read_skeletons, scores
 from mechcausal.drawing import ATTENTION_COLOURS, CYCLE, new_figure
-from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.replication.rows import mean_and_stderr
-from mechcausal.tasks import soft_cross_entropy
-from mechcausal.theory import named_edges
 from mechcausal.tracking import resolve_mode, start_wandb
-from mechcausal.training import device_named, train
-from probes import AttentionGradient, AttentionPattern, attach
-from probes.causal_discovery import discover_attention
+from mechcausal.training import train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,18 +37,6 @@ RESULT_FILE = "bridge.json"
 PICTURE_FILE = "bridge.png"
 _JOINT_STEPS = 900
 """Of the disentangled model that stands beside a simplified one."""
-Skeleton = frozenset[tuple[int, int]]
-"""Pairs of positions, the earlier first."""
-
-READINGS = {
-    "layer1": "discovery, layer 1",
-    "layer1_residual": "… with residual",
-    "deepest": "discovery, last layer",
-    "deepest_residual": "… with residual",
-    "argmax": "largest attention",
-    "gradient_start": "gradient, start",
-    "gradient_end": "gradient, end",
-}
 
 
 @dataclass(frozen=True)
@@ -110,15 +92,6 @@ class Bridge:
         return {"recipe": self.recipe, **self.settings, "rows": rows, "folder": str(self.folder)}
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The skeletons that every reading found on one model, one for each sequence or one alone."""
-
-    true: Skeleton
-    n_positions: int
-    found: dict[str, list[Skeleton]]
-
-
 def bridge(
     recipe: Recipe,
     *,
@@ -155,7 +128,7 @@ def bridge(
     variants = _variants(recipe, quick)
     mode = resolve_mode(wandb_mode)
     make_folder(folder, RESULT_FILE)
-    seen: dict[str, list[_Seen]] = {}
+    seen: dict[str, list[Seen]] = {}
     for kind, variant in variants.items():
         for seed in range(seeds):
             chosen = variant.with_overrides(
@@ -163,13 +136,13 @@ def bridge(
             )
             run = train(chosen, out=folder / f"{kind}-seed-{chosen.seed}")
             assert isinstance(run.experiment, CausalGraphExperiment)  # _variants saw to it
-            looked = _look(
+            looked = read_skeletons(
                 run.experiment, chosen, n_sequences, n_eff=n_eff, alpha=alpha, max_cond=max_cond
             )
             seen.setdefault(kind, []).append(looked)
             on_progress(
                 f"{kind}, seed {chosen.seed}: layer 1's largest attention finds "
-                f"{_scores(looked, 'argmax')[0][1]:.2f} of the edges"
+                f"{scores(looked, 'argmax')[0][1]:.2f} of the edges"
             )
     rows = [_row(kind, reading, seen[kind]) for kind in variants for reading in READINGS]
     settings = {
@@ -217,112 +190,11 @@ def _variants(recipe: Recipe, quick: bool) -> dict[str, Recipe]:
     return {"simplified": shortened, "disentangled": disentangled}
 
 
-def _look(
-    experiment: CausalGraphExperiment,
-    recipe: Recipe,
-    n_sequences: int,
-    *,
-    n_eff: float | int,
-    alpha: float,
-    max_cond: int,
-) -> _Seen:
-    """Read attention and gradients of a trained model."""
-    model, graph = experiment.model, experiment.task.graph
-    n = graph.n_positions - (graph.query_parents is not None)
-    true = frozenset(edge for edge in graph.edges if edge[1] < n)
-    device = device_named(recipe.device)
-    generator = torch.Generator(device=device).manual_seed(recipe.seed)
-    tokens = experiment.task.sample(n_sequences, generator=generator).tokens
-    layers = {"layer1": 0, "deepest": len(model.heads) - 1}
-    with torch.no_grad(), attach(model.hooked, AttentionPattern()) as (pattern,):
-        model.hooked(tokens)
-    found: dict[str, list[Skeleton]] = {}
-    for name, layer in layers.items():
-        attention = pattern.reading().sel(layer=layer).values[:, : model.heads[layer]]
-        # Graphs of attention that does not depend on the tokens are all the same.
-        memory: dict[bytes, Skeleton] = {}
-        for reading, own in ((name, 0.0), (f"{name}_residual", 0.5)):
-            found[reading] = [
-                _discovered(heads, n, own, memory, n_eff=n_eff, alpha=alpha, max_cond=max_cond)
-                for heads in attention
-            ]
-        if name == "layer1":
-            found["argmax"] = [_largest(heads[:, :n, :n]) for heads in attention]
-    start = build_experiment(recipe, Generators.from_seed(recipe.seed, device))
-    assert isinstance(start, CausalGraphExperiment)
-    found["gradient_start"] = _named(start, n)
-    found["gradient_end"] = _named(experiment, n)
-    return _Seen(true, n, found)
-
-
-def _discovered(
-    heads: Float[Tensor, "head query key"],
-    n: int,
-    own: float,
-    memory: dict[bytes, Skeleton],
-    *,
-    n_eff: float | int,
-    alpha: float,
-    max_cond: int,
-) -> Skeleton:
-    """Pairs with an edge in the graph of any head, `own` being the share of the token itself."""
-    pairs: set[tuple[int, int]] = set()
-    for head in heads[:, :n, :n].double().cpu():
-        mixed = (1 - own) * head + own * torch.eye(n, dtype=head.dtype)
-        key = mixed.numpy().tobytes()
-        if key not in memory:
-            pag = discover_attention(
-                mixed, n_eff=n_eff, alpha=alpha, ordered=True, max_cond=max_cond
-            ).pag
-            memory[key] = frozenset((min(e.start, e.end), max(e.start, e.end)) for e in pag.edges())
-        pairs |= memory[key]
-    return frozenset(pairs)
-
-
-def _largest(heads: Float[Tensor, "head query key"]) -> Skeleton:
-    """Each position with the one that it attends to most, in every head; itself is no edge."""
-    keys = heads.argmax(-1).tolist()
-    return frozenset((key, query) for row in keys for query, key in enumerate(row) if key < query)
-
-
-def _named(experiment: CausalGraphExperiment, n: int) -> list[Skeleton]:
-    """The edges that the gradient of the evaluation loss names, in any head; none if it is 0."""
-    model, observer = experiment.model, experiment.observer
-    with (
-        model.frozen(),
-        attach(model.hooked, AttentionGradient("pattern", 0, centred=True)) as (probe,),
-    ):
-        prediction = model.probabilities(model.hooked(observer.batch.tokens))
-        soft_cross_entropy(prediction, observer.batch.target, epsilon=observer.epsilon).backward()
-    gradient = -probe.reading().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
-    spread = probe.stderr().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
-    if not bool(gradient.any()):
-        return []
-    by_head = [named_edges(*head) for head in zip(gradient, spread, strict=True)]
-    return [frozenset(edge for edges in by_head for edge in edges)]
-
-
-def _scores(seen: _Seen, reading: str) -> list[tuple[float, float, float]]:
-    """Precision (NaN where nothing was found), recall and F1, by sequence."""
-    scores = []
-    for found in seen.found[reading]:
-        right = len(found & seen.true)
-        total = len(found) + len(seen.true)
-        scores.append(
-            (
-                right / len(found) if found else float("nan"),
-                right / len(seen.true) if seen.true else 1.0,
-                2 * right / total if total else 1.0,
-            )
-        )
-    return scores
-
-
-def _row(kind: str, reading: str, models: Sequence[_Seen]) -> BridgeRow:
-    by_model = [_scores(seen, reading) for seen in models]
+def _row(kind: str, reading: str, models: Sequence[Seen]) -> BridgeRow:
+    by_model = [scores(seen, reading) for seen in models]
     # Sequences of one model are read off the same weights: seeds are what is independent.
     if len(by_model) > 1:
-        columns = [[_mean(score[i] for score in scores) for scores in by_model] for i in range(3)]
+        columns = [[_mean(score[i] for score in values) for values in by_model] for i in range(3)]
     else:
         columns = [[score[i] for score in by_model[0]] for i in range(3)]
     precision, recall, f1 = (_mean_and_stderr(column) for column in columns)
@@ -339,7 +211,7 @@ def _mean_and_stderr(values: Sequence[float]) -> tuple[float | None, float | Non
     return mean_and_stderr(kept) if kept else (None, None)
 
 
-def _draw(result: Bridge, seen: dict[str, list[_Seen]], path: Path) -> None:
+def _draw(result: Bridge, seen: dict[str, list[Seen]], path: Path) -> None:
     """The graph beside what discovery finds, of the first seed; F1 of every reading."""
     figure, axes = new_figure(len(seen), 4)
     for row, (kind, models) in enumerate(seen.items()):

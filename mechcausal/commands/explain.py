@@ -263,7 +263,8 @@ def _print_comparison(result: "Result") -> None:
 def _print_bridge(result: "Bridge") -> None:
     from rich.console import Console
 
-    from mechcausal.applications.bridge import PICTURE_FILE, READINGS
+    from mechcausal.applications.bridge import PICTURE_FILE
+    from mechcausal.applications.skeletons import READINGS
 
     settings = result.settings
     table = _table(
