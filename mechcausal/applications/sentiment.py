@@ -30,9 +30,9 @@ class ClassifierSettings:
 
     d_model: int = 48
     n_heads: int = 2
-    steps: int = 900
+    steps: int = 1000
     batch_size: int = 128
-    lr: float = 4e-3
+    lr: float = 3e-3
     dropped: float = 0.5
 
 
