@@ -14,24 +14,29 @@ from mechcausal.messages import printable
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
-COMMANDS = ("train", "resume", "runs", "sync", "theory", "detect", "replicate")
+COMMANDS = (
+    *("train", "resume", "runs", "sync"),
+    *("theory", "detect", "discover", "explain", "replicate"),
+)
 
 USAGE = """usage: mechcausal COMMAND ...
 
 Watch a transformer learn causal structure.
 
 commands:
-  train RECIPE   train a recipe's model, watched by hooks, recorded to W&B and files
-  resume RUN     go on with a run that was interrupted, killed or failed
-  runs [FOLDER]  list runs: recipe, state, step, figures
-  sync RUN       upload a run's offline W&B fragments in order
-  theory         pairwise information of a causal graph and the attention gradient it predicts
-  detect TARGET  the induction heads of any model, verified by intervention
-  replicate      the paper's figures again: its values, ours, the theory's, with a verdict
+  train RECIPE     train a recipe's model, watched by hooks, recorded to W&B and files
+  resume RUN       go on with a run that was interrupted, killed or failed
+  runs [FOLDER]    list runs: recipe, state, step, figures
+  sync RUN         upload a run's offline W&B fragments in order
+  theory           pairwise information of a causal graph and the attention gradient it predicts
+  detect TARGET    the induction heads of any model, verified by intervention
+  discover TARGET  a causal graph over the tokens of one input, from any model's attention
+  explain WHAT     the tokens that change a prediction: recommender, sentiment; or the bridge
+  replicate        the paper's figures again: its values, ours, the theory's, with a verdict
 
 options:
-  -h, --help     this text; `mechcausal COMMAND --help` for a command's options
-  --version      the version
+  -h, --help       this text; `mechcausal COMMAND --help` for a command's options
+  --version        the version
 
 recipes that come along: {recipes}
 """

@@ -33,7 +33,7 @@ from probes.stimuli import Bos
 _FREE_ENTRIES = 2**26
 _MAX_VOCABULARY = 10_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 class TargetError(ValueError):
@@ -131,13 +131,17 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
         return _saved(path, name, device)
     if not isinstance(config, dict) or "model_type" not in config:
         raise TargetError(f"{config_path}: neither written by save_model nor by Hugging Face")
-    _check_weights(path, config)
-    has_tokenizer = any((path / file).is_file() for file in _TOKENIZER_FILES)
+    check_weights(path, config)
+    has_tokenizer = any((path / file).is_file() for file in TOKENIZER_FILES)
     return _hugging_face(str(path), name, device, has_tokenizer=has_tokenizer)
 
 
-def _check_weights(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder in which transformers would reach for anything but safetensors."""
+def check_weights(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder in which transformers would reach for anything but safetensors.
+
+    Raises:
+        TargetError: no weights, or a pickle among them.
+    """
     index = path / f"{WEIGHTS_FILE}.index.json"
     shards: list[Any] = []
     if "transformers_weights" in config:  # names a file of its own, whatever its kind

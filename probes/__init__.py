@@ -7,6 +7,8 @@
     scores = score_heads(model)  # which heads are induction heads, and what makes them so
     ablation_effects(model, scores.heads("induction"))
 
+    print(discover(model, tokens[0], n_eff=64).pag)  # causal graph over one input's tokens
+
 Cost: a probe keeps only what its reading needs. `AttentionPattern` without `reduce` is the one
 whose memory grows with the number of sequences squared in length.
 """
@@ -22,6 +24,16 @@ from probes.attention_edits import (
     redirect,
     replace_pattern,
 )
+from probes.causal_discovery import (
+    PAG,
+    Discovery,
+    discover,
+    discover_attention,
+    linear_edges,
+    linear_effects,
+    save_picture,
+)
+from probes.causal_discovery.explain import Explanation, explain
 from probes.circuits import copying_score
 from probes.composition import KComposition, k_composition
 from probes.errors import ProbeError
@@ -42,11 +54,14 @@ from probes.scores import (
 )
 
 __all__ = [
+    "PAG",
     "AblationEffect",
     "AttentionEffect",
     "AttentionGradient",
     "AttentionPattern",
     "AttentionTo",
+    "Discovery",
+    "Explanation",
     "Formation",
     "HeadScores",
     "InductionScores",
@@ -60,10 +75,15 @@ __all__ = [
     "attention_effects",
     "attention_to",
     "copying_score",
+    "discover",
+    "discover_attention",
     "duplicate_token_score",
     "edit_attention",
+    "explain",
     "k_composition",
     "knock_out",
+    "linear_edges",
+    "linear_effects",
     "loss_by_position",
     "make_uniform",
     "mean_ablate",
@@ -72,6 +92,7 @@ __all__ = [
     "redirect",
     "repeated_tokens",
     "replace_pattern",
+    "save_picture",
     "score_heads",
     "track_formation",
     "uniform_baseline",

@@ -110,7 +110,12 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.resuming.resume", reach)
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
     monkeypatch.setattr("mechcausal.targets.load_target", reach)
+    monkeypatch.setattr("mechcausal.commands.discover._from_matrix", reach)
     monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)
+    monkeypatch.setattr("mechcausal.applications.driver.run_application", reach)
+    monkeypatch.setattr("mechcausal.applications.bridge.bridge", reach)
+    monkeypatch.setattr("mechcausal.applications.hugging_face.TextClassifier", reach)
+    monkeypatch.setattr("mechcausal.applications.movielens.load_ratings", reach)
     try:
         code = main(arguments)
     except ReachedError:

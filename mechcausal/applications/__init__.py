@@ -1,0 +1,1 @@
+"""Uses of explanations: recommendation, sentiment, and the bridge between the two papers."""

@@ -1,0 +1,99 @@
+"""FCI and PC of the package causal-learn as a second opinion (optional extra `discovery`)."""
+
+import contextlib
+import io
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+
+from probes.causal_discovery.independence import IndependenceTest
+from probes.causal_discovery.orientation import ARROW, CIRCLE, NONE, TAIL
+from probes.causal_discovery.pag import PAG
+from probes.causal_discovery.search import Found
+from probes.errors import ProbeError
+
+_NAME = "probes_independence"
+
+
+def causal_learn(
+    test: IndependenceTest, method: Literal["fci", "pc"], *, max_cond: int | None = None
+) -> Found:
+    """Search with causal-learn, every question answered by our test.
+
+    A check on the skeleton above all: causal-learn's rule R5 may give false tails. PC knows no
+    hidden variables; what it leaves undirected is shown as `o-o`.
+
+    Args:
+        test: answers whether two variables are independent given others.
+        method: "fci" or "pc".
+        max_cond: largest conditioning set of the adjacency search, None for no limit.
+
+    Returns:
+        As `icd`; `reached` is None, and of a pair's separating sets the first that was met is kept.
+
+    Raises:
+        ProbeError: causal-learn is not installed.
+        ValueError: an unknown method.
+
+    Source: Zheng et al. 2024, "Causal-learn: Causal discovery in Python".
+    """
+    if method not in ("fci", "pc"):
+        raise ValueError(f'method is {method!r}; allowed: "fci", "pc"')
+    n = test.n_variables
+    if n < 2:
+        return Found(PAG(tuple(range(n)), np.zeros((n, n), int)), {}, 0, True, None)
+    asked: dict[tuple[int, int, tuple[int, ...]], bool] = {}
+    graph = _run(test, method, asked, -1 if max_cond is None else max_cond)
+    # Both keep the mark at i of the edge i–j in [i, j]; ours is that of [j, i].
+    marks = np.zeros((n, n), dtype=int)
+    for theirs, ours in ((-1, TAIL), (1, ARROW), (2, CIRCLE)):
+        marks[graph.T == theirs] = ours
+    if method == "pc":
+        marks[(marks == TAIL) & (marks.T == TAIL)] = CIRCLE
+    separating: dict[tuple[int, int], tuple[int, ...]] = {}
+    for (i, j, given), independent in asked.items():
+        if independent and marks[i, j] == NONE:
+            separating.setdefault((i, j), given)
+    return Found(PAG(tuple(range(n)), marks), separating, len(asked), max_cond is None, None)
+
+
+def _run(
+    test: IndependenceTest,
+    method: Literal["fci", "pc"],
+    asked: dict[tuple[int, int, tuple[int, ...]], bool],
+    depth: int,
+) -> np.ndarray:
+    try:
+        from causallearn.search.ConstraintBased.FCI import fci
+        from causallearn.search.ConstraintBased.PC import pc
+        from causallearn.utils.cit import CIT_Base, register_ci_test
+    except ImportError:
+        raise ProbeError(
+            f"{method} needs the package causal-learn: pip install 'mechcausal[discovery]'"
+        ) from None
+    base: Any = CIT_Base
+
+    class Ours(base):  # type: ignore[misc]
+        """What causal-learn takes for a test on data; there are none."""
+
+        method = _NAME
+
+        def __call__(self, x: Any, y: Any, given: Any = None, **_: Any) -> float:
+            i, j = sorted((int(x), int(y)))
+            key = (i, j, tuple(sorted(int(k) for k in (() if given is None else given))))
+            if key not in asked:
+                asked[key] = test.independent(*key)
+            return float(asked[key])
+
+    register_ci_test(_NAME, Ours)
+    no_data = np.zeros((1, test.n_variables))
+    # Some of its rules print what they did.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message="The number of features")
+        if method == "fci":
+            found = fci(no_data, _NAME, 0.5, depth=depth, show_progress=False)[0].graph
+        else:
+            max_k = None if depth < 0 else depth
+            found = pc(no_data, 0.5, _NAME, show_progress=False, max_k=max_k).G.graph
+    return np.asarray(found)

@@ -1,0 +1,255 @@
+"""Orientation rules of Zhang (2008): from a skeleton and its separating sets to a PAG.
+
+`marks[i, j]` is the mark at j of the edge i–j. A rule only ever replaces a circle, so that where
+noisy tests contradict each other the first mark stays.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from probes.causal_discovery.pag import Mark
+
+Marks = Int[np.ndarray, "node node"]
+SeparatingSets = Mapping[tuple[int, int], tuple[int, ...]]
+"""By pair of variables, the smaller first."""
+
+NONE, CIRCLE, ARROW, TAIL = (int(mark) for mark in Mark)
+
+
+def orient(
+    start: Marks,
+    separating: SeparatingSets,
+    *,
+    tails: bool = True,
+    selection_bias: bool = False,
+) -> Marks:
+    """Apply the rules until none applies.
+
+    R0–R4 give arrowheads, and the tails that follow with them; R8–R10 the other tails; R5–R7 hold
+    under selection bias alone.
+
+    Args:
+        start: the skeleton, with circles at all ends or with arrowheads that are known before.
+        separating: the set that separated each pair without an edge.
+        tails: whether to apply R8–R10 (and R5–R7).
+        selection_bias: whether sequences may have been selected by a common effect of the tokens.
+
+    Returns:
+        New marks; `start` is not changed.
+
+    Source: Zhang 2008, section 3, with R9 and R10 on uncovered possibly directed paths.
+    """
+    marks = np.array(start)
+    _unshielded_colliders(marks, separating)
+    while True:
+        before = marks.copy()
+        _until_stable(marks, separating)
+        if tails and selection_bias:
+            _rule5(marks)
+            _rules6_and_7(marks)
+        if tails:
+            _rule8(marks)
+            _rules9_and_10(marks)
+        if (marks == before).all():
+            return marks
+
+
+def separates(separating: SeparatingSets, i: int, j: int, node: int) -> bool:
+    """Whether a node is in the set that separated i and j."""
+    return node in separating[min(i, j), max(i, j)]
+
+
+def possibly_directed(marks: Marks) -> Bool[np.ndarray, "node node"]:
+    """`[i, j]`: an edge that may point from i to j, neither into i nor out of j."""
+    return np.asarray((marks != NONE) & (marks != TAIL) & (marks.T != ARROW))
+
+
+def _unshielded_colliders(marks: Marks, separating: SeparatingSets) -> None:
+    """R0: a *-* c *-* b without an edge a–b, c not in Sep(a, b): a *→ c ←* b."""
+    adjacent = marks != NONE
+    for a, b in np.argwhere(np.triu(~adjacent, 1)):
+        for c in np.flatnonzero(adjacent[a] & adjacent[b]):
+            if not separates(separating, int(a), int(b), int(c)):
+                marks[a, c] = marks[b, c] = ARROW
+
+
+def _until_stable(marks: Marks, separating: SeparatingSets) -> None:
+    while True:
+        before = marks.copy()
+        _rule1(marks)
+        _rule2(marks)
+        _rule3(marks)
+        if (marks == before).all():
+            # The costly one waits for the others.
+            _rule4(marks, separating)
+            if (marks == before).all():
+                return
+
+
+def _fill(marks: Marks, where: Bool[np.ndarray, "node node"], mark: int) -> None:
+    marks[where & (marks == CIRCLE)] = mark
+
+
+def _not_adjacent(marks: Marks) -> Bool[np.ndarray, "node node"]:
+    apart = marks == NONE
+    np.fill_diagonal(apart, False)
+    return np.asarray(apart)
+
+
+def _directed(marks: Marks) -> Bool[np.ndarray, "node node"]:
+    return np.asarray((marks == ARROW) & (marks.T == TAIL))
+
+
+def _rule1(marks: Marks) -> None:
+    """R1: a *→ b o-* c without an edge a–c: b → c."""
+    into = marks == ARROW
+    leaves = (into.T @ _not_adjacent(marks)) & (marks.T == CIRCLE)
+    _fill(marks, leaves, ARROW)
+    _fill(marks, leaves.T, TAIL)
+
+
+def _rule2(marks: Marks) -> None:
+    """R2: a → b *→ c or a *→ b → c, and a *-o c: a *→ c."""
+    into, directed = marks == ARROW, _directed(marks)
+    _fill(marks, (directed @ into) | (into @ directed), ARROW)
+
+
+def _rule3(marks: Marks) -> None:
+    """R3: a *→ b ←* c, a *-o d o-* c, no edge a–c, d *-o b: d *→ b."""
+    apart = _not_adjacent(marks)
+    for d, b in np.argwhere(marks == CIRCLE):
+        both = np.flatnonzero((marks[:, b] == ARROW) & (marks[:, d] == CIRCLE))
+        if apart[np.ix_(both, both)].any():
+            marks[d, b] = ARROW
+
+
+def _rule4(marks: Marks, separating: SeparatingSets) -> None:
+    """R4: a discriminating path d … a, b, c for b, and b o-* c: b → c if b is in Sep(d, c).
+
+    Otherwise a ↔ b ↔ c.
+    """
+    for c, b in np.argwhere(marks == CIRCLE):
+        if marks[c, b] != CIRCLE:
+            continue
+        ends = _discriminated(marks, int(b), int(c))
+        if ends is None:
+            continue
+        first, before = ends
+        if separates(separating, first, int(c), int(b)):
+            marks[c, b] = TAIL
+            if marks[b, c] == CIRCLE:
+                marks[b, c] = ARROW
+        else:
+            marks[c, b] = ARROW
+            for start, end in ((b, c), (before, b)):
+                if marks[start, end] == CIRCLE:
+                    marks[start, end] = ARROW
+
+
+def _discriminated(marks: Marks, b: int, c: int) -> tuple[int, int] | None:
+    """The first node and the last before b of a shortest discriminating path for b and c."""
+    parents_of_c = _directed(marks)[:, c]
+    adjacent_to_c = marks[c] != NONE
+    into = marks == ARROW
+    starts = np.flatnonzero(parents_of_c & into[b])
+    queue = deque((int(a), int(a)) for a in starts if a != b)
+    seen = {a for a, _ in queue}
+    while queue:
+        node, last = queue.popleft()
+        for further in map(int, np.flatnonzero(into[:, node])):
+            if further in (b, c):
+                continue
+            if not adjacent_to_c[further]:
+                return further, last
+            if further not in seen and parents_of_c[further] and into[node, further]:
+                seen.add(further)
+                queue.append((further, last))
+    return None
+
+
+def _rule8(marks: Marks) -> None:
+    """R8: a → b → c or a -o b → c, and a o→ c: a → c."""
+    directed = _directed(marks)
+    tail_circle = (marks == CIRCLE) & (marks.T == TAIL)
+    half = (marks == ARROW) & (marks.T == CIRCLE)
+    marks.T[((directed | tail_circle) @ directed) & half] = TAIL
+
+
+def _rules9_and_10(marks: Marks) -> None:
+    """R9 and R10: a o→ c becomes a → c.
+
+    R9: an uncovered possibly directed path a, b, …, c without an edge b–c. R10: b → c ← d, and
+    uncovered possibly directed paths from a to b and from a to d whose second nodes are not
+    adjacent.
+    """
+    apart, may_point = _not_adjacent(marks), possibly_directed(marks)
+    for a, c in np.argwhere((marks == ARROW) & (marks.T == CIRCLE)):
+        seconds = [int(b) for b in np.flatnonzero(may_point[a]) if b != c]
+        parents = {int(p) for p in np.flatnonzero(_directed(marks)[:, c])}
+        good = []
+        for second in seconds:
+            reached = _uncovered_reach(apart, may_point, int(a), second, end=int(c))
+            if apart[second, c] and c in reached:
+                marks[c, a] = TAIL
+                break
+            if parents & (reached - {int(c)}):
+                good.append(second)
+        if apart[np.ix_(good, good)].any():
+            marks[c, a] = TAIL
+
+
+def _uncovered_reach(
+    apart: Bool[np.ndarray, "node node"],
+    may_point: Bool[np.ndarray, "node node"],
+    first: int,
+    second: int,
+    *,
+    end: int,
+) -> set[int]:
+    """Where uncovered possibly directed paths `first, second, …` lead; none goes on past `end`."""
+    seen = {(first, second)}
+    queue = deque(seen)
+    while queue:
+        before, here = queue.popleft()
+        if here == end:
+            continue
+        for there in np.flatnonzero(may_point[here] & apart[before]):
+            step = (here, int(there))
+            if there != first and step not in seen:
+                seen.add(step)
+                queue.append(step)
+    return {node for _, node in seen}
+
+
+def _rule5(marks: Marks) -> None:
+    """R5: a o-o b, an uncovered circle path a, c, …, d, b, no edges a–d and b–c: all undirected."""
+    circles = (marks == CIRCLE) & (marks.T == CIRCLE)
+    for a, b in np.argwhere(np.triu(circles)):
+        for path in _uncovered_circle_paths(circles, _not_adjacent(marks), int(a), int(b)):
+            for i, j in zip(path, [*path[1:], path[0]], strict=True):
+                marks[i, j] = marks[j, i] = TAIL
+
+
+def _uncovered_circle_paths(
+    circles: Bool[np.ndarray, "node node"], apart: Bool[np.ndarray, "node node"], a: int, b: int
+) -> Iterator[list[int]]:
+    stack = [[a, int(c)] for c in np.flatnonzero(circles[a] & apart[b])]
+    while stack:
+        path = stack.pop()
+        before, here = path[-2:]
+        if circles[here, b] and apart[before, b] and apart[here, a]:
+            yield [*path, b]
+        for there in np.flatnonzero(circles[here] & apart[before]):
+            if there not in path and there != b:
+                stack.append([*path, int(there)])
+
+
+def _rules6_and_7(marks: Marks) -> None:
+    """R6: a — b o-* c: b -* c. R7: a -o b o-* c without an edge a–c: b -* c."""
+    undirected = (marks == TAIL) & (marks.T == TAIL)
+    tail_circle = (marks == CIRCLE) & (marks.T == TAIL)
+    after_undirected = undirected.any(0)[:, None] & np.ones_like(undirected)
+    _fill(marks, (after_undirected | (tail_circle.T @ _not_adjacent(marks))).T, TAIL)

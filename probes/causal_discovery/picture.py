@@ -1,0 +1,119 @@
+"""A picture of a partial ancestral graph: tokens in a row, edges as arcs above them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes.causal_discovery.pag import PAG
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Safe for colour-blind readers.
+_COLOURS = {"-->": "#0072b2", "<->": "#d55e00", "o->": "#009e73", "o-o": "#9aa5b1"}
+_MEANING = {
+    "-->": "--> a cause",
+    "<->": "<-> hidden common cause",
+    "o->": "o-> cause or hidden common cause",
+    "o-o": "o-o open",
+}
+_INCHES_PER_TOKEN = 0.42
+
+
+def draw(
+    pag: PAG, tokens: Mapping[int, str] | Sequence[str] | None = None, *, title: str = ""
+) -> "Figure":
+    """Draw a graph.
+
+    Args:
+        pag: the graph.
+        tokens: text by token position, shown below the position.
+        title: above the picture.
+
+    Returns:
+        A matplotlib figure that needs no display.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    n = len(pag.nodes)
+    width = max(4.5, _INCHES_PER_TOKEN * n + 1)
+    figure = Figure(figsize=(width, max(3.2, 0.5 * width)))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    place = {node: k for k, node in enumerate(pag.nodes)}
+    drawn: dict[str, None] = {}
+    for edge in pag.edges():
+        kind = edge.marks if edge.marks in _COLOURS else "o-o"
+        drawn[kind] = None
+        _arc(axes, place[edge.start], place[edge.end], edge.marks, _COLOURS[kind])
+    axes.scatter(range(n), [0] * n, s=16, color="black", zorder=3)
+    labels = [str(node) if tokens is None else f"{tokens[node]} {node}" for node in pag.nodes]
+    axes.set_xticks(range(n), [_plain(label) for label in labels], rotation=90)
+    axes.set_yticks([])
+    axes.set(xlim=(-0.7, max(n - 0.3, 0.7)), title=_plain(title))
+    spans = [abs(place[e.start] - place[e.end]) for e in pag.edges()]
+    axes.set_ylim(-0.04 * max(spans, default=1), 0.56 * max(spans, default=1) + 0.05)
+    axes.spines[["left", "right", "top", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    _legend(axes, list(drawn))
+    figure.tight_layout()
+    return figure
+
+
+def save_picture(
+    pag: PAG,
+    file: str | Path,
+    tokens: Mapping[int, str] | Sequence[str] | None = None,
+    *,
+    title: str = "",
+) -> None:
+    """Draw a graph to a file; its ending (.png, .svg, .pdf) says in which form.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: an ending that matplotlib does not know.
+    """
+    draw(pag, tokens, title=title).savefig(file, dpi=150)
+
+
+def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
+    """A half ellipse with a mark at each end."""
+    from math import cos, pi, sin
+
+    middle, radius = (start + end) / 2, abs(end - start) / 2
+    # Marks stand a little way up the arc, where arcs of other lengths have parted.
+    up = min(0.5, 0.3 / radius)
+    angles = [up + (pi - 2 * up) * k / 60 for k in range(61)]
+    points = [(middle + radius * cos(a), radius * sin(a)) for a in angles]
+    if start < end:
+        points.reverse()
+    foot = [(start, 0.0), *points, (end, 0.0)]
+    axes.plot(*zip(*foot, strict=True), color=colour, linewidth=1.2, zorder=1)
+    ends: tuple[tuple[str, Any, Any], ...] = (
+        (marks[0], points[1], foot[0]),
+        (marks[2], points[-2], foot[-1]),
+    )
+    for mark, before, tip in ends:
+        if mark == "o":
+            near = points[0] if tip == foot[0] else points[-1]
+            axes.plot(
+                *near, "o", markersize=5, markerfacecolor="white", markeredgecolor=colour, zorder=2
+            )
+        elif mark in "<>":
+            style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", xy=tip, xytext=before, arrowprops=style, zorder=2)
+
+
+def _legend(axes: "Axes", kinds: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=_COLOURS[k], label=_MEANING[k]) for k in _COLOURS if k in kinds]
+    if lines:
+        axes.legend(handles=lines, loc="upper left", frameon=False, fontsize="small")
+
+
+def _plain(text: str) -> str:
+    """Without line breaks, and with dollar signs that do not start a formula."""
+    return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")

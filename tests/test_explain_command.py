@@ -1,0 +1,160 @@
+"""`mechcausal explain`: what it prints and leaves behind, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechcausal.applications import catalogue
+from mechcausal.applications.recommender import RecommenderSettings, train_recommender
+from mechcausal.applications.sessions import ThemeRule
+from mechcausal.cli import main
+from mechcausal.wandb_runs import count_wandb_rows
+from probes.causal_discovery.explain import METHODS
+from tests.test_sentiment import TEXT, save_bert
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a command, in which a recommender trains in a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    settings = RecommenderSettings(steps=5, batch_size=16)
+
+    def short(source: Any, **options: Any) -> Any:
+        return train_recommender(source, **{**options, "settings": settings})
+
+    monkeypatch.setattr(catalogue, "train_recommender", short)
+
+    def small() -> ThemeRule:
+        return ThemeRule(themes=2, members=1, others=2, length=4, most=2)
+
+    monkeypatch.setattr("mechcausal.applications.sessions.ThemeRule", small)
+    monkeypatch.setattr(catalogue, "_HELD_OUT", 20)
+    return tmp_path
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["explain", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_comparison_is_printed_written_drawn_and_tracked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--seeds", "2", "--sequences", "3", "--budget", "40")
+    code, output, errors = outcome(capsys, "recommender", *sizes, "--out", "here", "--json")
+    assert code == 0
+    assert errors.count("\n") == 2  # a line a seed
+    content = json.loads(output)
+    assert content == json.loads(Path("here/explanations.json").read_text())
+    assert [row["method"] for row in content["rows"]] == [*LISTED]
+    for row in content["rows"]:
+        assert 0 <= row["found"] <= 1
+        assert row["verified"] in (1, None)
+        assert row["calls"] <= 40 or row["method"] == "minimum"
+    assert Path("here/explanations.png").stat().st_size > 10_000
+    assert Path("here/seed-1/model/model.safetensors").is_file()
+    (run,) = Path("here/wandb").glob("offline-run-*")
+    assert count_wandb_rows(run) == 3  # a row a seed, and the table
+    code, output, errors = outcome(capsys, "recommender", *sizes, "--out", "here")
+    assert (code, output) == (2, "")
+    assert "already holds explanations.json" in errors
+
+
+LISTED = ("causal", "random", "occlusion", "attention", "exhaustive", "minimum")
+
+
+def test_a_comparison_repeats_and_prints_a_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    sizes = ("--seeds", "1", "--sequences", "2", "--wandb-mode", "disabled")
+    tables = []
+    for out in ("one", "two"):
+        code, output, _ = outcome(capsys, "recommender", *sizes, "--out", out)
+        assert code == 0
+        tables.append(output.replace(f"{out}/", ""))
+    assert tables[0] == tables[1]
+    for part in ("causal graph", "shuffled", "true minimum", "model runs", "explanations.png"):
+        assert part in tables[0]
+    assert torch.get_num_threads() == threads
+    assert not Path("one/wandb").exists()
+
+
+def test_ratings_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{u}\t{(u + i) % 9}\t3\t{i}\n" for u in range(6) for i in range(5)]
+    Path("u.data").write_text("".join(lines))
+    arguments = ("--data", "u.data", "--seeds", "1", "--sequences", "2", "--budget", "30")
+    code, output, _ = outcome(
+        capsys, "recommender", *arguments, "--json", "--wandb-mode", "disabled"
+    )
+    assert code == 0
+    content = json.loads(output)
+    assert content["data"] == "RatedSessions"
+    assert content["rows"][0]["causes"] is None
+    assert Path(content["folder"]).parent == Path("runs/explain_recommender")
+
+
+def test_texts_are_explained_with_a_hugging_face_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_bert(folder / "bert")
+    capsys.readouterr()  # transformers shows its progress
+    arguments = ("sentiment", "--model", "bert", "--text", TEXT, "film was")
+    code, output, errors = outcome(capsys, *arguments, "--json")
+    assert (code, errors) == (0, "")
+    rows = json.loads(output)["explanations"]
+    assert [(row["text"], row["method"]) for row in rows] == [
+        (text, method) for text in (TEXT, "film was") for method in METHODS
+    ]
+    code, output, errors = outcome(capsys, *arguments)
+    assert (code, errors) == (0, "")
+    assert TEXT.split()[0] in output
+    assert "LABEL_" in output
+
+
+BAD = [
+    ([], ["an application", "recommender, sentiment, bridge"]),
+    (["movies"], ["movies: no such application", "recommender"]),
+    (["recommender", "random_tree"], ["a recipe goes with bridge"]),
+    (["sentiment", "--data", "x"], ["--data goes with recommender"]),
+    (["recommender", "--model", "x", "--text", "a"], ["--model goes with sentiment"]),
+    (["sentiment", "--model", "x"], ["--model and --text go together"]),
+    (["sentiment", "--text", "x"], ["--model and --text go together"]),
+    (["sentiment", "--model", "gone", "--text", "x"], ["gone/config.json", "No such file"]),
+    (["sentiment", "--model", "x", "--text", "x", "--seeds", "2"], ["--seeds goes with training"]),
+    (["bridge", "--budget", "9"], ["--budget goes with recommender or sentiment"]),
+    (["recommender", "--seeds", "0"], ["--seeds is 0: at least 1"]),
+    (["recommender", "--sequences", "0"], ["--sequences is 0"]),
+    (["recommender", "--budget", "2"], ["--budget is 2: at least 3"]),
+    (["recommender", "--n-eff", "3"], ["--n-eff is 3"]),
+    (["recommender", "--n-eff", "nan"], ["--n-eff is nan"]),
+    (["recommender", "--data", "gone.dat"], ["gone.dat: No such file"]),
+    (["recommender", "--data", "bad.csv"], ["bad.csv, line 1"]),
+    (["recommender", "--device", "gpu"], ["gpu", "cuda"]),
+    (["recommender", "--out", "bad.csv"], ["bad.csv: not writable"]),
+    (["recommender", "--wandb-mode", "bogus"], ["bogus", "offline"]),
+    (["recommender", "--quik"], ["--quik", "did you mean --quick"]),
+    (["bridge", "gone.toml"], ["gone.toml"]),
+    (["bridge", "repeated_tokens"], ["no causal graph"]),
+    (["bridge", "--device", "gpu"], ["gpu"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda v: " ".join(v)[:60])
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+) -> None:
+    Path("bad.csv").write_text("a,b\n1,2\n")
+    before = sorted(folder.rglob("*"))
+    code, output, errors = outcome(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("mechcausal: ")
+    assert errors.count("\n") == 1
+    for part in parts:
+        assert part in errors
+    assert sorted(folder.rglob("*")) == before
