@@ -102,18 +102,23 @@ def new_run_folder(recipe: Recipe, out: str | Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    _check_free(folder)
     with hold(folder):
-        taken = [name for name in (METRICS_FILE, SUMMARY_FILE) if (folder / name).exists()]
-        if taken:
-            raise RunFolderError(
-                f"{folder}: already holds a run ({taken[0]}); choose another folder with --out, "
-                f"or go on with it: mechcausal resume {folder}"
-            )
+        _check_free(folder)  # another process may have been faster
         try:
             write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))
         except OSError as error:
             raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
         yield folder
+
+
+def _check_free(folder: Path) -> None:
+    for name in (METRICS_FILE, SUMMARY_FILE):
+        if (folder / name).exists():
+            raise RunFolderError(
+                f"{folder}: already holds a run ({name}); choose another folder with --out, "
+                f"or go on with it: mechcausal resume {folder}"
+            )
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Value]]:

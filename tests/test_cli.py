@@ -122,7 +122,7 @@ def test_help_is_quick() -> None:
 # --- Refusals ---
 
 BAD = [
-    (["trian"], ["trian: unknown command", "train, theory"]),
+    (["trian"], ["trian: unknown command", "train, resume"]),
     (["--bogus"], ["unknown command"]),
     (["train"], ["needs a recipe", "markov_chain"]),
     (["train", "absent.toml"], ["absent.toml: no such file", "markov_chain"]),

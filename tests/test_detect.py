@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
+import wandb
 from mechcausal.cli import main
 from mechcausal.detection import Detection, detect
 from mechcausal.models.adapter import save_model
@@ -294,7 +294,7 @@ BAD = [
     (["wired", "--repeat-lengths", "2"], ["repeat_lengths", "at least 3"]),
     (["wired", "--step", "3"], ["wired: --step goes with a run folder"]),
     (["run", "--step", "3"], ["no checkpoint at step 3; there are: 0, 2, 4"]),
-    (["graph", "--step", "0"], ["no checkpoint at step 0", "probing.checkpoints was off"]),
+    (["graph", "--step", "0"], ["no checkpoint at step 0", "there are: 1"]),
     (["wired", "--threshold", "2"], ["threshold is 2"]),
     (["wired", "--threshold", "0"], ["threshold is 0"]),
     (["wired", "--threshold", "nan"], ["threshold is nan"]),

@@ -282,7 +282,8 @@ def test_a_runs_recipe_needs_no_edge_list(tmp_path: Path) -> None:
     edges = tmp_path / "graph.txt"
     edges.write_text("0 1\n1 2\n0 3\n1 3\n3 query\n")
     data = {"graph": {"preset": "edge_list", "edge_list": str(edges)}}
-    recipe = parse_recipe(data | {"model": {"kind": "disentangled"}}, source="test")
+    joint = {"model": {"kind": "disentangled"}, "training": JOINT}
+    recipe = parse_recipe(data | joint, source="test")
     graph = recipe.build_graph()
     kept = recipe.self_contained()
     edges.unlink()

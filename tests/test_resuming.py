@@ -1,8 +1,11 @@
 """Runs that are interrupted, killed or changed, and what `resume` makes of them."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -379,12 +382,20 @@ def test_rows_that_wandb_lost_are_logged_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_runs_end_the_same(tmp_path: Path) -> None:
+def test_killed_runs_end_the_same(repository: Path) -> None:
     """A few of the trials of `python tests/kill_runs.py`."""
-    reference = kill_runs.undisturbed(tmp_path / "reference")
-    trials = kill_runs.run_trials(tmp_path, reference, signal.SIGKILL, 4, seed=3)
-    trials += kill_runs.run_trials(tmp_path, reference, signal.SIGTERM, 1, seed=4)
-    assert [trial.problems for trial in trials] == [[]] * 5
+    done = subprocess.run(
+        [sys.executable, "tests/kill_runs.py", "--kills", "4", "--signals", "1", "--seed", "3"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    *_, kills, terminated, interrupted = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kills.startswith("4/4 SIGKILL")
+    assert terminated.startswith("1/1 SIGTERM")
+    assert interrupted.startswith("1/1 SIGINT")
 
 
 def test_a_signal_while_the_experiment_is_built_stops_at_once(
