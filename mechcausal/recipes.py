@@ -219,6 +219,8 @@ class ProbingSection:
     """True saves the weights at every probe step, under checkpoints/."""
     images: NonNegativeInt = 12
     """Probe steps, spread over the run, whose heatmaps go to W&B."""
+    report: bool = True
+    """False leaves out report.html, the page that is drawn when a run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
