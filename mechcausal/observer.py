@@ -135,9 +135,9 @@ class Observer:
         figures |= self._weight_figures()
         if model.heads[0] == 1:
             matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}
-        matrices["attention/examples"] = last_pattern.reading().sel(layer=last).values[
-            :, : model.heads[last], -1
-        ].cpu()
+        matrices["attention/examples"] = (
+            last_pattern.reading().sel(layer=last).values[:, : model.heads[last], -1].cpu()
+        )
         return Observation(figures, matrices, prediction)
 
     def _backward(self) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
+from mechcausal.pages import report_warnings
 from mechcausal.recipes import ProbingSection, Recipe, RecipeError, StageSection, load_recipe
 from mechcausal.tracking import (
     RunRecord,
@@ -152,6 +153,8 @@ def train(
             album.save()
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
+            if recipe.probing.report:
+                record.warnings += report_warnings(folder)
     return RunResult(
         folder=folder,
         state=state,

@@ -82,7 +82,9 @@ def overlay(
             meta={"key": key},
         )
         if reference is not None:
-            levels = [row[reference] for run in members for row in run.history[-1:] if reference in row]
+            levels = [
+                row[reference] for run in members for row in run.history[-1:] if reference in row
+            ]
             known = [level for level in levels if level is not None]
             if known:
                 level = float(np.mean(known))

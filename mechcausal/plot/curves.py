@@ -56,7 +56,7 @@ def correlations(run: RunData) -> go.Figure:
         "gradient/pattern_shannon_correlation": "∂L/∂pattern with Shannon",
         "gradient/pattern_edge_hits": "rows that name the parent",
     }
-    return curves(run, labels, "gradient against theory", "correlation", range=[-0.6, 1.05])
+    return curves(run, labels, "gradient against theory", "correlation", **_signed(run, labels))
 
 
 def formation(run: RunData) -> go.Figure:
@@ -67,7 +67,7 @@ def formation(run: RunData) -> go.Figure:
         "induction/copying": "copying",
         "induction/positional_control": "positional control",
     }
-    return curves(run, labels, "induction head", "score", range=[-0.6, 1.05])
+    return curves(run, labels, "induction head", "score", **_signed(run, labels))
 
 
 def strategies(run: RunData) -> go.Figure:
@@ -136,28 +136,32 @@ def curves(
     return figure
 
 
+def _signed(run: RunData, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of an axis up to 1 that goes below 0 as far as the values do."""
+    lows = [value for key in labels for value in run.column(key)[1] if value is not None]
+    return {"range": [min(-0.03, min(lows, default=0.0) - 0.05), 1.05]}
+
+
 def _mark_events(figure: go.Figure, run: RunData) -> None:
     events = [(start, name, "dot") for name, start in run.stage_starts.items() if start]
     if run.formation_step is not None:
         events.append((run.formation_step, "formed", "dash"))
     last = max((int(row["train/step"] or 0) for row in run.history), default=0)
-    for n, (step, label, dash) in enumerate(sorted(events)):
-        right = step > 0.8 * last
+    for number, (step, label, dash) in enumerate(sorted(events)):
+        # Two events may lie close together: the first one's name goes to the left of its line.
+        left = (number == 0 and len(events) > 1 and step > 0.2 * last) or step > 0.85 * last
         figure.add_vline(
             x=step,
             line={"width": 1, "dash": dash, "color": REFERENCE_GREY},
             annotation={
                 "text": {"stage2": "stage 2"}.get(label, label),
                 "font": {"size": 10},
-                "yanchor": "bottom" if n == 0 else "top",
                 "y": 1.0,
-                "yshift": -2 if n == 0 else -12,
-                "xanchor": "right" if right else "left",
+                "yanchor": "bottom",
+                "xanchor": "right" if left else "left",
                 "showarrow": False,
             },
         )
-        if n == 0:
-            figure.layout.annotations[-1].update(yanchor="top")
 
 
 def _keys(run: RunData, prefix: str) -> list[str]:

@@ -34,7 +34,9 @@ def film(
     ]
     play = {"frame": {"duration": 250, "redraw": True}, "fromcurrent": True}
     figure.update_layout(
-        sliders=[{"steps": moves, "currentvalue": {"prefix": "step "}, "y": -0.3, "pad": {"t": 30}}],
+        sliders=[
+            {"steps": moves, "currentvalue": {"prefix": "step "}, "y": -0.3, "pad": {"t": 30}}
+        ],
         updatemenus=[
             {
                 "type": "buttons",

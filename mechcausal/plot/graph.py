@@ -7,8 +7,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from mechcausal.drawing import EDGE_COLOUR
 from mechcausal.plot.style import (
-    EDGE_COLOUR,
     REFERENCE_GREY,
     WRONG_COLOUR,
     by_head,
@@ -20,7 +20,8 @@ WIDTHS = (0.6, 1.5, 2.6, 3.8, 5.2, 7.0)
 """Line widths, in pixels, of attention from 0 to 1 in equal parts (Plotly: one a trace)."""
 WRONG = 0.1
 """Attention to a position that is no parent is drawn from here on."""
-_BEND = 0.14  # of an edge's length; without it edges along a line would cover each other
+_BEND = 0.14  # of an edge's length; without it edges along a column would cover each other
+_NAMES = {"edge": "true edge", "wrong": f"attention elsewhere, from {WRONG:g}"}
 
 Pair = tuple[int, int, int]
 
@@ -44,7 +45,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
         raise RunDataError(f"{run.folder or run.name}: step {found} has no attention")
     attention = by_head(matrices, "attention/layer0").max(0)
     true, wrong = _pairs(run)
-    places = _layout(run)
+    places, bend = _layout(run)
     figure = new_figure("attention on the causal graph")
     for pairs, mark in ((true, "edge"), (wrong, "wrong")):
         shares = [float(attention[row, key]) for row, key, _ in pairs]
@@ -54,7 +55,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
                 for pair, share in zip(pairs, shares, strict=True)
                 if level_of(share) == level and (mark == "edge" or share >= WRONG)
             ]
-            xs, ys = _lines(chosen, places, 1 if mark == "edge" else -1)
+            xs, ys = _lines(chosen, places, bend if mark == "edge" else -bend)
             figure.add_scatter(
                 x=xs,
                 y=ys,
@@ -67,11 +68,12 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
                 },
                 opacity=0.9,
                 hoverinfo="skip",
-                showlegend=False,
+                name=_NAMES[mark],
+                showlegend=level == 2,  # drawn even where no edge has this width
                 meta={"as": "lines", "kind": mark, "level": level},
             )
     for pairs, mark in ((true, "edge"), (wrong, "wrong")):
-        figure.add_trace(_midpoints(pairs, places, attention, mark))
+        figure.add_trace(_midpoints(pairs, places, attention, mark, bend))
     figure.add_trace(_nodes(run, places, attention))
     figure.update_xaxes(visible=False, range=[-1.15, 1.15])
     figure.update_yaxes(visible=False, range=[-1.2, 1.15], scaleanchor="x")
@@ -81,10 +83,10 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
         meta={
             "from": "attention/layer0",
             "edges": [list(pair) for pair in true],
-            "others": len(wrong) > 0,
+            "rows": rows_of(run),
             "places": [[round(float(x), 4), round(float(y), 4)] for x, y in places],
             "wrong": WRONG,
-            "bend": _BEND,
+            "bend": bend,
             "levels": len(WIDTHS),
         },
     )
@@ -102,29 +104,41 @@ def _pairs(run: RunData) -> tuple[list[Pair], list[Pair]]:
     The last row of a graph that names the query's parents is drawn at a node of its own, after the
     positions.
     """
-    graph, truth = run.graph, run.truth
-    rows = [child for child in range(run.n_graph_rows) if graph.parents[child]]
-    nodes = {child: child for child in rows}
-    if graph.query_parents is not None:
-        nodes[graph.n_positions - 1] = graph.n_positions
     true: list[Pair] = []
     wrong: list[Pair] = []
-    for row, node in nodes.items():
-        # A position's attention to itself would be a loop, which has no line.
-        for key in range(row + 1 if node != row else row):
-            (true if truth[row, key] else wrong).append((row, key, node))
+    for row, node, n_keys in rows_of(run):
+        for key in range(n_keys):
+            (true if run.truth[row, key] else wrong).append((row, key, node))
     return true, wrong
 
 
-def _layout(run: RunData) -> Float[np.ndarray, "node xy"]:
-    """Where the nodes lie: in columns by depth, or on a circle where these would be too thin."""
+def rows_of(run: RunData) -> list[Pair]:
+    """Rows of attention that look for parents, the node each is drawn at, and how many keys.
+
+    A position's attention to itself would be a loop, which has no line.
+    """
+    graph = run.graph
+    rows = [(child, child, child) for child in range(run.n_graph_rows) if graph.parents[child]]
+    if graph.query_parents is not None:
+        n = graph.n_positions
+        rows.append((n - 1, n, n))
+    return rows
+
+
+def _layout(run: RunData) -> tuple[Float[np.ndarray, "node xy"], float]:
+    """Where the nodes lie, and how far edges bend.
+
+    In columns by depth, or, where these would be too thin, on a circle.
+    """
     graph = run.graph
     digraph = graph.to_networkx()
     if graph.n_positions < 2 * len(graph.levels):
         start = nx.circular_layout(list(digraph))
         # Clockwise from the top.
         layout = {node: np.array([y, x]) for node, (x, y) in start.items()}
+        bend = 0.0
     else:
+        bend = _BEND
         depths = dict(enumerate(graph.depths))
         last = max((depths[parent] for parent in graph.query_parents or ()), default=0) + 1
         nx.set_node_attributes(digraph, {n: depths.get(n, last) for n in digraph}, "depth")
@@ -133,25 +147,24 @@ def _layout(run: RunData) -> Float[np.ndarray, "node xy"]:
         spread = np.maximum(np.abs(found).max(0), 1e-9)
         # Each column from top to bottom, over the whole width and height.
         layout = {node: place / spread * [1, -1] for node, place in layout.items()}
-    return np.array([layout[node] for node in digraph])
+    return np.array([layout[node] for node in digraph]), bend
 
 
 def _lines(
-    pairs: Iterable[Pair], places: Float[np.ndarray, "node xy"], side: int
+    pairs: Iterable[Pair], places: Float[np.ndarray, "node xy"], bend: float
 ) -> tuple[list[float | None], list[float | None]]:
     """Bent lines from key to node, with a gap after each."""
     xs: list[float | None] = []
     ys: list[float | None] = []
     for _, key, node in pairs:
         (x0, y0), (x1, y1) = places[key], places[node]
-        x, y = _middle(x0, y0, x1, y1, side)
+        x, y = _middle(x0, y0, x1, y1, bend)
         xs += [float(x0), x, float(x1), None]
         ys += [float(y0), y, float(y1), None]
     return xs, ys
 
 
-def _middle(x0: float, y0: float, x1: float, y1: float, side: int) -> tuple[float, float]:
-    bend = side * _BEND
+def _middle(x0: float, y0: float, x1: float, y1: float, bend: float) -> tuple[float, float]:
     return (
         float((x0 + x1) / 2 - bend * (y1 - y0)),
         float((y0 + y1) / 2 + bend * (x1 - x0)),
@@ -163,22 +176,24 @@ def _midpoints(
     places: Float[np.ndarray, "node xy"],
     attention: Float[np.ndarray, "query key"],
     mark: str,
+    bend: float,
 ) -> go.Scatter:
     """What hovering over an edge tells; crosses on wrong ones."""
     shown = [p for p in pairs if mark == "edge" or attention[p[0], p[1]] >= WRONG]
-    middles = [
-        _middle(*places[key], *places[node], 1 if mark == "edge" else -1) for _, key, node in shown
-    ]
+    side = bend if mark == "edge" else -bend
+    middles = [_middle(*places[key], *places[node], side) for _, key, node in shown]
     return go.Scatter(
         x=[x for x, _ in middles],
         y=[y for _, y in middles],
         customdata=[[row, key, float(attention[row, key])] for row, key, _ in shown],
         mode="markers",
-        name="true edge" if mark == "edge" else f"attention to another position, from {WRONG:g}",
+        name=_NAMES[mark],
+        showlegend=False,
         marker={
             "symbol": "circle" if mark == "edge" else "x-thin",
-            "size": 5 if mark == "edge" else 7,
+            "size": 7,
             "color": EDGE_COLOUR if mark == "edge" else WRONG_COLOUR,
+            "opacity": 0 if mark == "edge" else 1,
             "line": {"width": 0 if mark == "edge" else 2, "color": WRONG_COLOUR},
         },
         hovertemplate="from %{customdata[1]} to %{customdata[0]}"
@@ -194,16 +209,16 @@ def _nodes(
     names = [str(position) for position in range(graph.n_positions)]
     if graph.query_parents is not None:
         names.append("?")
-    crowded = len(names) > 60
+    crowded, many = len(names) > 40, len(names) > 20
     return go.Scatter(
         x=places[:, 0].tolist(),
         y=places[:, 1].tolist(),
         mode="markers" if crowded else "markers+text",
         text=names,
         textposition="middle center",
-        textfont={"color": "#ffffff", "size": 9 if len(names) > 30 else 11},
+        textfont={"color": "#ffffff", "size": 8 if many else 11},
         marker={
-            "size": 7 if crowded else 16 if len(names) > 30 else 22,
+            "size": 7 if crowded else 14 if many else 22,
             "color": "#4a5460",
             "line": {"color": REFERENCE_GREY, "width": 1},
             "symbol": [_symbol(run, node, attention) for node in range(len(names))],

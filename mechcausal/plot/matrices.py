@@ -6,11 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
+from mechcausal.drawing import EDGE_COLOUR
 from mechcausal.plot.style import (
     ATTENTION_SCALE,
-    EDGE_COLOUR,
     INFORMATION_SCALE,
     LARGE,
+    MARK_COLOUR,
     by_head,
     causal,
     draw_matrix,
@@ -93,7 +94,7 @@ def gradient_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
             unit="−∂L/∂pattern",
             meta={"from": "gradient/pattern", "head": head, "as": "matrix", "signed": True},
         )
-        mark_parents(figure, run, "#20242a")
+        mark_parents(figure, run, MARK_COLOUR)
         figures.append(figure)
     return figures
 
@@ -105,7 +106,9 @@ def theory_matrices(run: RunData) -> list[go.Figure]:
         g = np.tril(run.references["theory/g"])
         n_keys = np.arange(1, len(g) + 1)[:, None]
         centred = causal(g - g.sum(1, keepdims=True) / n_keys)
-        figures.append(draw_matrix(centred, "theory: g minus its row's mean", signed=True, unit="g − mean"))
+        figures.append(
+            draw_matrix(centred, "theory: g minus its row's mean", signed=True, unit="g − mean")
+        )
     if "theory/chi2" in run.references:
         n = run.graph.n_positions
         chi2 = causal(run.references["theory/chi2"][:n, :n], -1)
@@ -113,7 +116,7 @@ def theory_matrices(run: RunData) -> list[go.Figure]:
             draw_matrix(chi2, "theory: χ²-information", unit="χ²", scale=INFORMATION_SCALE)
         )
     for figure in figures:
-        mark_parents(figure, run, "#20242a", run.n_graph_rows)
+        mark_parents(figure, run, MARK_COLOUR, run.n_graph_rows)
     return figures
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
-from mechcausal.plot.style import EDGE_COLOUR, OTHER_COLOUR, by_head, new_figure, side_by_side
+from mechcausal.drawing import EDGE_COLOUR, OTHER_COLOUR
+from mechcausal.plot.style import by_head, new_figure, side_by_side
 from mechcausal.run_data import RunData, RunDataError
 
 _MOST_POINTS = 1500  # browsers draw more of them too slowly to be watched

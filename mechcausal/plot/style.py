@@ -12,14 +12,26 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Shaped
 from plotly.subplots import make_subplots
 
-from mechcausal.drawing import EDGE_COLOUR, OTHER_COLOUR
+from mechcausal.drawing import EDGE_COLOUR
 from mechcausal.run_data import Matrices, RunData
 
 WRONG_COLOUR = "#8f6fd6"
 REFERENCE_GREY = "#8a94a0"
 ATTENTION_SCALE = "Viridis"
-SIGNED_SCALE = ((0.0, "#5e3c99"), (0.25, "#b2abd2"), (0.5, "#f3f1ee"), (0.75, "#fdb863"), (1.0, "#b35806"))
-INFORMATION_SCALE = ((0.0, "#f3f1ee"), (0.5, "#fdb863"), (1.0, "#b35806"))
+_NEAR_ZERO = "rgba(140,146,156,0.13)"  # on a light page as on a dark one
+SIGNED_SCALE = (
+    (0.0, "rgba(94,60,153,1)"),
+    (0.3, "rgba(148,128,196,0.75)"),
+    (0.5, _NEAR_ZERO),
+    (0.7, "rgba(245,158,66,0.8)"),
+    (1.0, "rgba(202,92,10,1)"),
+)
+INFORMATION_SCALE = (
+    (0.0, _NEAR_ZERO),
+    (0.4, "rgba(245,158,66,0.8)"),
+    (1.0, "rgba(202,92,10,1)"),
+)
+MARK_COLOUR = "#00a08a"
 MOST_HEADS = 8  # with more only their largest attention, or the sum of their gradients, is drawn
 LARGE = 60  # positions from which on marks would hide what they mark
 
@@ -94,7 +106,9 @@ def head_label(head: int | str, n_choices: int) -> str:
     return f", head {head}" if n_choices > 1 else ""
 
 
-def causal(matrix: Float[np.ndarray, "query key"], diagonal: int = 0) -> Float[np.ndarray, "query key"]:
+def causal(
+    matrix: Float[np.ndarray, "query key"], diagonal: int = 0
+) -> Float[np.ndarray, "query key"]:
     """The matrix with NaN, which is not drawn, for keys after the query."""
     visible = np.tril(np.ones(matrix.shape, dtype=bool), diagonal)
     return np.where(visible, matrix, np.nan).astype(np.float32)
@@ -182,7 +196,9 @@ def square_axes(figure: go.Figure, length: int) -> None:
     )
 
 
-def mark_parents(figure: go.Figure, run: RunData, colour: str = EDGE_COLOUR, n_rows: int | None = None) -> None:
+def mark_parents(
+    figure: go.Figure, run: RunData, colour: str = EDGE_COLOUR, n_rows: int | None = None
+) -> None:
     """Put an open square on each true edge, where there is room for it."""
     children, parents = np.nonzero(run.truth[:n_rows])
     length = run.graph.sequence_length
@@ -215,7 +231,9 @@ def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
         for trace in figure.data:
             if trace.type == "heatmap" and trace.showscale is not False:
                 trace = go.Heatmap(trace)
-                trace.colorbar.update(x=(left + right) / 2, xanchor="center", len=0.8 * (right - left))
+                trace.colorbar.update(
+                    x=(left + right) / 2, xanchor="center", len=0.8 * (right - left)
+                )
             row.add_trace(trace, row=1, col=column)
         for axis, other in (("xaxis", f"y{name}"), ("yaxis", f"x{name}")):
             settings = figure.layout[axis].to_plotly_json()
@@ -224,5 +242,3 @@ def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
             row.layout[f"{axis}{name}"].update(settings | {"anchor": other})
     row.update_layout(margin={"b": 90, "t": 60}, meta=figures[0].layout.meta)
     return row
-
-
