@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import plotly.graph_objects as go
+
 from mechcausal import plot
 from mechcausal.pages.captions import number
 from mechcausal.pages.packing import pack_history
@@ -60,7 +62,8 @@ def render(runs: Sequence[RunData], beside: Path, *, notes: Sequence[str] = ()) 
     grouped = groups(runs)
     differences = differing_keys(grouped)
     labels = group_labels(grouped, differences)
-    figures, html = [], []
+    figures: list[go.Figure] = []
+    html: list[str] = []
     for key, title, reference in _CURVES:
         escaped_labels = [escaped(label) for label in labels]
         figure = plot.overlay(runs, key, title=title, reference=reference, labels=escaped_labels)
@@ -68,7 +71,7 @@ def render(runs: Sequence[RunData], beside: Path, *, notes: Sequence[str] = ()) 
             continue
         figure.update_layout(title=None, margin={"t": 16})
         caption = _caption(grouped, labels, key)
-        html.append(panel(key, title, [len(figures)], caption, shape="curve", cells=1.5))
+        html.append(panel(key, title, [len(figures)], caption, shape="curve", cells=1.25))
         figures.append(figure)
     data = {
         "figures": [figure_json(figure) for figure in figures],

@@ -207,7 +207,7 @@ def _curve_panels(
             )
         caption = captions[name][-1] if steps else ""
         html.append(
-            panel(name, _capital(title), [len(figures)], caption, shape="curve", cells=1.35)
+            panel(name, _capital(title), [len(figures)], caption, shape="curve", cells=1.25)
         )
         figures.append(figure)
     return "".join(html)

@@ -68,12 +68,12 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
                 },
                 opacity=0.9,
                 hoverinfo="skip",
-                name=_NAMES[mark],
-                showlegend=level == 2,  # drawn even where no edge has this width
+                showlegend=False,
                 meta={"as": "lines", "kind": mark, "level": level},
             )
     for pairs, mark in ((true, "edge"), (wrong, "wrong")):
         figure.add_trace(_midpoints(pairs, places, attention, mark, bend))
+        figure.add_trace(_legend(mark))
     figure.add_trace(_nodes(run, places, attention))
     figure.update_xaxes(visible=False, range=[-1.15, 1.15])
     figure.update_yaxes(visible=False, range=[-1.2, 1.15], scaleanchor="x")
@@ -181,13 +181,15 @@ def _midpoints(
     """What hovering over an edge tells; crosses on wrong ones."""
     shown = [p for p in pairs if mark == "edge" or attention[p[0], p[1]] >= WRONG]
     side = bend if mark == "edge" else -bend
-    middles = [_middle(*places[key], *places[node], side) for _, key, node in shown]
+    middles = []
+    for _, key, node in shown:
+        (x0, y0), (x1, y1) = places[key], places[node]
+        middles.append(_middle(x0, y0, x1, y1, side))
     return go.Scatter(
         x=[x for x, _ in middles],
         y=[y for _, y in middles],
         customdata=[[row, key, float(attention[row, key])] for row, key, _ in shown],
         mode="markers",
-        name=_NAMES[mark],
         showlegend=False,
         marker={
             "symbol": "circle" if mark == "edge" else "x-thin",
@@ -199,6 +201,20 @@ def _midpoints(
         hovertemplate="from %{customdata[1]} to %{customdata[0]}"
         "<br>attention %{customdata[2]:.4g}<extra></extra>",
         meta={"as": "middles", "kind": mark},
+    )
+
+
+def _legend(mark: str) -> go.Scatter:
+    """What a kind of edge is called, whether or not there is one at this step."""
+    colour = EDGE_COLOUR if mark == "edge" else WRONG_COLOUR
+    return go.Scatter(
+        x=[None],
+        y=[None],
+        name=_NAMES[mark],
+        mode="lines" if mark == "edge" else "lines+markers",
+        line={"color": colour, "width": 3, "dash": "solid" if mark == "edge" else "dot"},
+        marker={"symbol": "x-thin", "size": 7, "line": {"width": 2, "color": colour}},
+        hoverinfo="skip",
     )
 
 

@@ -212,7 +212,7 @@ def mark_parents(
             "symbol": "square-open",
             "size": float(np.clip(190 / length, 5, 18)),
             "color": colour,
-            "line": {"width": 2},
+            "line": {"width": 2 if length <= 24 else 1},
         },
         hoverinfo="skip",
         showlegend=False,

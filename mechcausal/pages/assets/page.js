@@ -77,7 +77,7 @@ function limitOf(rows) {
 function redrawn(trace, layout, matrix) {
   const how = trace.meta;
   const source = how?.from ?? layout.meta?.from;
-  if (!source || !packed[source]) return trace;
+  if (!how || !source || !packed[source]) return trace;
   const layers = matrix(source);
   switch (how.as) {
     case "matrix": {
@@ -178,11 +178,20 @@ function describe(frame) {
   }
 }
 
+// While the film plays, what is out of sight waits until it is seen, or the film stops.
+const inSight = new Set();
+const sight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) isIntersecting ? inSight.add(target) : inSight.delete(target);
+  if (steps.length && !busy) drawStep(current);
+});
+for (const plot of plots) sight.observe(plot);
+
 async function drawStep(frame) {
   const cache = {};
   const matrix = (name) => (cache[name] ??= matrixAt(name, frame));
   const drawing = plots.map((plot) => {
-    if (!plot.data) return null;
+    if (!plot.data || Number(plot.dataset.frame) === frame || (timer !== null && !inSight.has(plot))) return null;
+    plot.dataset.frame = frame;
     const cursor = (plot.layout.shapes ?? []).findIndex((shape) => shape.name === "cursor");
     if (cursor >= 0) {
       return Plotly.relayout(plot, { [`shapes[${cursor}].x0`]: steps[frame], [`shapes[${cursor}].x1`]: steps[frame] });
@@ -209,6 +218,7 @@ async function show(frame) {
       document.documentElement.dataset.step = steps[current];
       await new Promise(requestAnimationFrame);
     }
+    if (timer === null) await drawStep(current); // what the film passed over
   } finally {
     busy = false;
   }
@@ -217,6 +227,7 @@ async function show(frame) {
 function stop() {
   clearInterval(timer);
   timer = null;
+  if (!busy) drawStep(current);
   playButton.textContent = "▶ Play";
   playButton.setAttribute("aria-pressed", "false");
 }
@@ -252,6 +263,7 @@ function onKey(event) {
 async function start() {
   document.documentElement.dataset.theme = theme();
   for (const plot of plots) {
+    plot.dataset.frame = current; // as which the figures come
     const { data, layout } = page.figures[plot.dataset.figure];
     await Plotly.newPlot(plot, data, themed({ ...layout, uirevision: "kept" }), config);
   }
