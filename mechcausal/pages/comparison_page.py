@@ -16,6 +16,7 @@ from mechcausal.pages.run_page import REPORT_FILE
 from mechcausal.pages.shell import figure_json, page, panel, text, top
 from mechcausal.plot.comparison import escaped, groups
 from mechcausal.run_data import RunData
+from mechcausal.tracking import Value
 
 _CURVES = (
     ("loss/eval", "Evaluation loss, nats", "loss/bayes"),
@@ -173,7 +174,7 @@ def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], besi
     )
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: Value) -> str:
     if value is None:
         return '<td class="number"></td>'
     return f'<td class="number" data-value="{value!r}">{text(number(value))}</td>'

@@ -207,7 +207,15 @@ def _curve_panels(
             )
         caption = captions[name][-1] if steps else ""
         html.append(
-            panel(name, _capital(title), [len(figures)], caption, shape="curve", cells=1.25)
+            panel(
+                name,
+                _capital(title),
+                [len(figures)],
+                caption,
+                shape="curve",
+                cells=1.25,
+                step=steps[-1] if steps else None,
+            )
         )
         figures.append(figure)
     return "".join(html)

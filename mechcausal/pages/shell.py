@@ -86,7 +86,14 @@ def asset(name: str) -> str:
 
 
 def panel(
-    name: str, title: str, figures: Sequence[int], caption: str, *, shape: str, cells: float
+    name: str,
+    title: str,
+    figures: Sequence[int],
+    caption: str,
+    *,
+    shape: str,
+    cells: float,
+    step: int | None = None,
 ) -> str:
     """A card with a heading, its pictures and what they show.
 
@@ -97,10 +104,12 @@ def panel(
         caption: plain text; also what a screen reader says of the pictures.
         shape: square, graph, wide or curve.
         cells: how wide the card is beside others.
+        step: whose pictures they are, where there are several.
     """
+    when = "" if step is None else f" at step {step:,}"
     plots = "".join(
         f'<div class="plot {shape}" role="img" data-figure="{number}" '
-        f'aria-label="{text(f"{title}. {caption}")}"></div>'
+        f'aria-label="{text(f"{title}{when}. {caption}")}"></div>'
         for number in figures
     )
     return (

@@ -84,7 +84,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
             "from": "attention/layer0",
             "edges": [list(pair) for pair in true],
             "rows": rows_of(run),
-            "places": [[round(float(x), 4), round(float(y), 4)] for x, y in places],
+            "places": places.tolist(),
             "wrong": WRONG,
             "bend": bend,
             "levels": len(WIDTHS),
@@ -147,7 +147,8 @@ def _layout(run: RunData) -> tuple[Float[np.ndarray, "node xy"], float]:
         spread = np.maximum(np.abs(found).max(0), 1e-9)
         # Each column from top to bottom, over the whole width and height.
         layout = {node: place / spread * [1, -1] for node, place in layout.items()}
-    return np.array([layout[node] for node in digraph]), bend
+    # Rounded, so that a page that redraws the edges puts them exactly where these are.
+    return np.array([layout[node] for node in digraph]).round(4), bend
 
 
 def _lines(

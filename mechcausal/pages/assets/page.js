@@ -174,7 +174,7 @@ function describe(frame) {
     if (text === undefined) continue;
     panel.querySelector("figcaption").textContent = text;
     const title = panel.querySelector("h2").textContent;
-    for (const plot of panel.querySelectorAll(".plot")) plot.setAttribute("aria-label", `${title}. ${text}`);
+    for (const plot of panel.querySelectorAll(".plot")) plot.setAttribute("aria-label", `${title} at step ${step}. ${text}`);
   }
 }
 
@@ -240,8 +240,8 @@ function play() {
   timer = setInterval(() => {
     if (busy) return;
     if (wanted >= steps.length - 1) stop();
-    else show(wanted + 1);
-  }, Math.max(60, Math.min(400, 12000 / steps.length)));
+    else show(wanted + Math.ceil(steps.length / 200)); // the longest film takes some 20 seconds
+  }, Math.max(80, Math.min(400, 12000 / steps.length)));
 }
 
 function onKey(event) {
