@@ -13,7 +13,7 @@ from mechcausal.commands.parsing import RefusedError
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
-COMMANDS = ("train", "report", "theory", "detect", "replicate")
+COMMANDS = ("train", "theory", "detect", "replicate", "report")
 
 USAGE = """usage: mechcausal COMMAND ...
 
@@ -21,10 +21,10 @@ Watch a transformer learn causal structure.
 
 commands:
   train RECIPE   train a recipe's model, watched by hooks, recorded to W&B and files
-  report RUN ... the page of a run, or the comparison of several
   theory         pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET  the induction heads of any model, verified by intervention
   replicate      the paper's figures again: its values, ours, the theory's, with a verdict
+  report RUN ... the page of a run, or the comparison of several
 
 options:
   -h, --help     this text; `mechcausal COMMAND --help` for a command's options

@@ -177,7 +177,7 @@ def compare(expected: Any, found: Any) -> None:
         return  # Plotly forgets the points of a trace that shows none
     assert left.shape == right.shape
     spread = np.nanmax(left) - np.nanmin(left)
-    np.testing.assert_allclose(right, left, atol=2e-5 * spread, rtol=1e-5)
+    np.testing.assert_allclose(right, left, atol=1e-4 * spread, rtol=1e-5)
 
 
 def flat(values: Any) -> np.ndarray:
