@@ -1,5 +1,6 @@
 """Pages: what they hold is what the run holds, whatever its strings say, and they stay small."""
 
+import base64
 import json
 import tomllib
 from dataclasses import replace
@@ -182,8 +183,6 @@ def test_matrices_survive_packing() -> None:
     broken[4] = np.inf
     packed = {"shape": [1000], "triangle": False, "low": [0], "high": [1], "data": ""}
     codes, low, high = quantise(broken)
-    import base64
-
     packed |= {"low": [low], "high": [high], "data": base64.b64encode(codes.tobytes()).decode()}
     found = unpack(packed, 0)
     assert np.isnan(found[[3, 4]]).all()
@@ -327,6 +326,13 @@ def test_a_broken_run_in_a_folder_is_left_out_with_a_warning(
     assert "left out" in capsys.readouterr().err
     assert "left out" in Page((tmp_path / "comparison.html").read_text(encoding="utf-8")).text
     assert main(["report", str(tmp_path / "bad"), str(tmp_path / "good")]) == 2
+
+
+def test_the_page_names_the_wandb_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, run_of())
+    (folder / "wandb" / "offline-run-20260102_030405-run-a1b2").mkdir(parents=True)
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "W&B runrun-a1b2" in text
 
 
 def test_the_recipe_on_the_page_is_the_runs() -> None:

@@ -1,6 +1,7 @@
 """Interactive pictures: they hold the numbers of the run, for every kind of graph."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -153,12 +154,17 @@ def test_curves_mark_the_change_of_stage_and_the_formation() -> None:
 
 
 def seeds(n: int, **changes: float) -> list[RunData]:
+    """Runs whose losses lie seed² apart."""
     found = []
     for seed in range(n):
         run = run_of(recipe_of(seed=seed, **changes))
-        rows = [row | {"loss/eval": row["loss/eval"] + seed**2} for row in map(dict, run.history)]
-        found.append(replace(run, history=rows))
+        found.append(replace(run, history=moved(run, "loss/eval", seed**2)))
     return found
+
+
+def moved(run: RunData, key: str, by: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [dict(row) for row in run.history]
+    return [row | {key: row[key] + by} for row in rows]
 
 
 def test_runs_that_differ_by_their_seed_are_a_mean_with_a_band() -> None:
@@ -175,10 +181,7 @@ def test_runs_that_differ_by_their_seed_are_a_mean_with_a_band() -> None:
 
 def test_runs_without_a_common_step_or_figure_are_still_drawn() -> None:
     first, second = seeds(2)
-    second = replace(
-        second,
-        history=[row | {"train/step": row["train/step"] + 1} for row in map(dict, second.history)],
-    )
+    second = replace(second, history=moved(second, "train/step", 1))
     assert plot.overlay([first, second], "loss/eval").to_json()
     assert not plot.overlay([first], "no/such").data
     assert not plot.overlay([replace(first, history=())], "loss/eval").data

@@ -1,6 +1,7 @@
 """report.html: one run as a film."""
 
 import platform
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -279,7 +280,10 @@ def _details(run: RunData) -> str:
         about["W&B group"] = recipe.wandb.group
     if recipe.wandb.tags:
         about["W&B tags"] = ", ".join(recipe.wandb.tags)
-    about |= {f"{key}": value for key, value in _facts(run.facts).items()}
+    ids = _wandb_ids(run.folder)
+    if ids:
+        about["W&B run"] = ", ".join(ids)
+    about |= _facts(run.facts)
     drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
     drawn = {"Python": platform.python_version()} | drawn
     command = reproduce_command(recipe)
@@ -293,6 +297,13 @@ def _details(run: RunData) -> str:
         '<div class="card full"><h2>Recipe</h2><pre tabindex="0"><code>'
         f"{text(recipe_to_toml(recipe))}</code></pre></div></section>"
     )
+
+
+def _wandb_ids(folder: Path | None) -> list[str]:
+    """The ids of the W&B runs that lie in the run's folder."""
+    places = [] if folder is None else sorted((folder / "wandb").glob("*run-*-*"))
+    found = [re.fullmatch(r"(?:offline-)?run-\d{8}_\d{6}-(.+)", place.name) for place in places]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
