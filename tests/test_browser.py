@@ -176,7 +176,7 @@ def compare(expected: Any, found: Any) -> None:
     if not np.isfinite(left).any() and right.size == 0:
         return  # Plotly forgets the points of a trace that shows none
     assert left.shape == right.shape
-    spread = np.nanmax(left) - np.nanmin(left)
+    spread = np.ptp(left[np.isfinite(left)]) if np.isfinite(left).any() else 0.0
     np.testing.assert_allclose(right, left, atol=1e-4 * spread, rtol=1e-5)
 
 
@@ -245,6 +245,22 @@ def test_light_and_dark_by_preference_and_by_button(browser: Any, tmp_path: Path
     wait(browser, "document.documentElement.dataset.theme === 'light'")
     wait(browser, f"plots[0]._fullLayout.font.color !== '{colour}'")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    check_silence(browser)
+
+
+def test_paper_gets_its_own_width_and_light_colours(browser: Any, tmp_path: Path) -> None:
+    open_page(browser, write_report(write_run(tmp_path / "run", run_of())))
+    browser.execute_async_script("applyTheme('dark').then(arguments[0])")
+    widths = (
+        "return [...document.querySelectorAll('.main-svg')].map((svg) => svg.clientWidth)"
+        ".filter((width) => width > 0)"
+    )
+    before = browser.execute_script(widths)
+    browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert max(browser.execute_script(widths)) <= 700
+    assert browser.execute_script("return document.documentElement.dataset.theme") == "light"
+    browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(widths) == before
     check_silence(browser)
 
 

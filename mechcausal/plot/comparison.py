@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from mechcausal.plot.curves import MOST_NAMES
 from mechcausal.plot.style import REFERENCE_GREY, new_figure
 from mechcausal.run_data import RunData
 
@@ -101,6 +102,7 @@ def overlay(
     figure.update_xaxes(title="training step", range=[0, last], nticks=6)
     figure.update_yaxes(nticks=6)
     figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
+    figure.update_layout(showlegend=len(groups(runs)) <= MOST_NAMES)
     return figure
 
 

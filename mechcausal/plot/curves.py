@@ -10,6 +10,7 @@ from mechcausal.run_data import RunData
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 REFERENCES = ("loss/bayes", "loss/chance")
+MOST_NAMES = 12
 SHARE = {"range": [-0.03, 1.05]}
 
 
@@ -133,6 +134,8 @@ def curves(
     figure.update_xaxes(title="training step", range=[0, max(last, 1)], nticks=6)
     figure.update_yaxes(title=unit, nticks=6, **axis)
     figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
+    # A longer legend would leave no room for the curves; hovering names them too.
+    figure.update_layout(showlegend=len(figure.data) <= MOST_NAMES)
     return figure
 
 

@@ -235,7 +235,7 @@ def _nodes(
         textposition="middle center",
         textfont={"color": "#ffffff", "size": 8 if many else 11},
         marker={
-            "size": 7 if crowded else 14 if many else 22,
+            "size": (4 if len(names) > 100 else 7) if crowded else 14 if many else 22,
             "color": "#4a5460",
             "line": {"color": REFERENCE_GREY, "width": 1},
             "symbol": [_symbol(run, node, attention) for node in range(len(names))],

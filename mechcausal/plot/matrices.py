@@ -62,7 +62,7 @@ def true_graph(run: RunData) -> go.Figure:
     """The graph as attention would show it: each position's parents share its row."""
     truth = run.truth
     several = run.graph.query_parents is not None
-    title = "true graph (last row: the query's parents)" if several else "true graph"
+    title = "true graph (last row: query)" if several else "true graph"
     shares = truth / np.maximum(truth.sum(1, keepdims=True), 1)
     figure = draw_matrix(causal(shares), title, high=1.0, unit="share of the parent")
     mark_parents(figure, run)

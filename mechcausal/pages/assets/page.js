@@ -24,6 +24,19 @@ function applyTheme(name = theme()) {
   return Promise.all(plots.map((plot) => plot.data && Plotly.react(plot, plot.data, themed(plot.layout, name), config)));
 }
 
+// Pictures have a size of their own, which has to become that on paper at once, before it is printed.
+function forPaper(printing) {
+  document.documentElement.classList.toggle("printing", printing);
+  document.documentElement.dataset.theme = printing ? "light" : theme();
+  const sizes = plots.map((plot) => [plot.clientWidth, plot.clientHeight]);
+  for (const [i, plot] of plots.entries()) {
+    if (!plot.data) continue;
+    const [width, height] = printing ? sizes[i] : [undefined, undefined];
+    const layout = { ...plot.layout, width, height, autosize: !printing };
+    Plotly.react(plot, plot.data, themed(layout, printing ? "light" : theme()), config);
+  }
+}
+
 // --- The matrices of a step -----------------------------------------------------------------------
 
 const packed = page.frames?.matrices ?? {};
@@ -284,8 +297,8 @@ function applyThemeButton() {
   button.textContent = theme() === "dark" ? "Light" : "Dark";
   button.addEventListener("click", () => { chosen = theme() === "dark" ? "light" : "dark"; applyTheme(); });
   prefersDark.addEventListener("change", () => applyTheme());
-  window.addEventListener("beforeprint", () => applyTheme("light"));
-  window.addEventListener("afterprint", () => applyTheme());
+  window.addEventListener("beforeprint", () => forPaper(true));
+  window.addEventListener("afterprint", () => forPaper(false));
 }
 
 start();
