@@ -3,10 +3,8 @@
 Reading a run needs neither its model nor W&B.
 """
 
-import json
-import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,42 +12,21 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
+from mechcausal.run_files import (
+    FACTS_FILE,
+    Frames,
+    Matrices,
+    RunDataError,
+    find_matrices,
+    read_history,
+    read_json,
+)
 from mechcausal.tracking import METRICS_FILE, RECIPE_FILE, STEP, SUMMARY_FILE, Value
 
-MATRICES_FILE = "matrices.safetensors"
-MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
-FACTS_FILE = "run.json"
-
-Matrices = Mapping[str, np.ndarray]
-
-
-class RunDataError(ValueError):
-    """A folder that is no run, or a file of it that cannot be read; the message is one line."""
-
-
-class Frames(Mapping[int, Matrices]):
-    """The matrices of a run by step, each read when it is asked for.
-
-    Attributes:
-        sources: for each step its file and the prefix of its names there.
-    """
-
-    def __init__(self, sources: Mapping[int, tuple[Path, str]]) -> None:
-        self.sources = dict(sorted(sources.items()))
-
-    def __getitem__(self, step: int) -> Matrices:
-        path, prefix = self.sources[step]
-        return _read(path, prefix)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.sources)
-
-    def __len__(self) -> int:
-        return len(self.sources)
+__all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "flat", "is_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,16 +69,16 @@ class RunData:
             recipe = load_recipe(folder / RECIPE_FILE)
         except RecipeError as error:
             raise RunDataError(str(error)) from None
-        sources, references, notes = _find_matrices(folder)
-        history, torn = _read_history(folder / METRICS_FILE)
+        sources, references, notes = find_matrices(folder)
+        history, torn = read_history(folder / METRICS_FILE)
         return cls(
             name=folder.resolve().name,
             recipe=recipe,
             history=history,
             frames=Frames(sources),
             references=references,
-            summary=_read_json(folder / SUMMARY_FILE),
-            facts=_read_json(folder / FACTS_FILE),
+            summary=read_json(folder / SUMMARY_FILE),
+            facts=read_json(folder / FACTS_FILE),
             folder=folder,
             notes=(*notes, *torn),
         )
@@ -290,87 +267,3 @@ def _why_no_run(folder: Path) -> str:
         return "not a folder"
     missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
     return f"not a run folder (no {' and no '.join(missing)})"
-
-
-def _read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise RunDataError(f"{path}: {error.strerror or error}") from None
-    rows: list[dict[str, Value]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get(STEP), int):
-                raise ValueError
-        except ValueError:
-            if number == len(lines):  # torn when the run was killed
-                return rows, [f"{path.name}: the last line is torn, and left out"]
-            raise RunDataError(f"{path}: line {number} is no row of figures") from None
-        rows.append({key: value for key, value in row.items() if _is_figure(value)})
-    return rows, []
-
-
-def _is_figure(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise RunDataError(f"{path}: {error.strerror or error}") from None
-    except ValueError:
-        raise RunDataError(f"{path}: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise RunDataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, list[str]]:
-    """Where each step's matrices lie, the references, and what could not be read."""
-    sources: dict[int, tuple[Path, str]] = {}
-    references: dict[str, np.ndarray] = {}
-    notes: list[str] = []
-    for path in sorted((folder / MATRICES_FOLDER).glob("*.safetensors")):
-        try:
-            names = _names(path)
-        except RunDataError:  # the run may be writing it at this moment
-            notes.append(f"{path.parent.name}/{path.name} cannot be read, and is left out")
-            continue
-        if path.stem.isdigit():
-            sources[int(path.stem)] = (path, "")
-        elif names:
-            references |= _read(path, "")
-    whole = folder / MATRICES_FILE
-    if whole.is_file():
-        prefixes = {match[0] for name in _names(whole) if (match := re.match(r"\d+/", name))}
-        sources |= {int(prefix[:-1]): (whole, prefix) for prefix in prefixes}
-        references |= {
-            name: matrix
-            for name, matrix in _read(whole, "", steps=False).items()
-            if not re.match(r"\d+/", name)
-        }
-    return sources, references, notes
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError):
-        raise RunDataError(f"{path}: not a readable safetensors file") from None
-
-
-def _read(path: Path, prefix: str, *, steps: bool = True) -> Matrices:
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return {
-                name.removeprefix(prefix): tensors.get_tensor(name)
-                for name in tensors.keys()  # noqa: SIM118 (no mapping)
-                if name.startswith(prefix) and (steps or not name[:1].isdigit())
-            }
-    except (OSError, SafetensorError):
-        raise RunDataError(f"{path}: not a readable safetensors file") from None
