@@ -111,6 +111,7 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
     monkeypatch.setattr("mechcausal.targets.load_target", reach)
     monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)
+    monkeypatch.setattr("mechcausal.run_data.is_run", reach)
     try:
         code = main(arguments)
     except ReachedError:
