@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mechcausal import run_folder
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
 from mechcausal.run_files import (
@@ -24,7 +25,8 @@ from mechcausal.run_files import (
     read_history,
     read_json,
 )
-from mechcausal.tracking import METRICS_FILE, RECIPE_FILE, STEP, SUMMARY_FILE, Value
+from mechcausal.run_folder import METRICS_FILE, RECIPE_FILE, STEP, SUMMARY_FILE, Value
+from mechcausal.stages import stages
 
 __all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "flat", "is_run"]
 
@@ -121,24 +123,12 @@ class RunData:
     @property
     def stage_starts(self) -> dict[str, int]:
         """First step of every stage of training."""
-        training = self.recipe.training
-        plan = [("stage1", training.stage1.steps), ("stage2", training.stage2.steps)]
-        if training.algorithm == "joint":
-            plan = [("joint", training.joint.steps)]
-        starts, start = {}, 0
-        for name, steps in plan:
-            if steps:
-                starts[name] = start
-                start += steps
-        return starts
+        return {stage.name: stage.start for stage in stages(self.recipe)}
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole training, as planned."""
-        training = self.recipe.training
-        if training.algorithm == "joint":
-            return training.joint.steps
-        return training.stage1.steps + training.stage2.steps
+        return self.recipe.n_steps
 
     @property
     def formation_step(self) -> int | None:
@@ -252,9 +242,7 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         RunDataError: there is none.
     """
-    if is_run(folder):
-        return [folder]
-    found = sorted(path.parent for path in folder.rglob(METRICS_FILE) if is_run(path.parent))
+    found = [path for path in run_folder.find_runs(folder) if is_run(path)]
     if not found:
         raise RunDataError(f"{folder}: {_why_no_run(folder)}, nor is there any below it")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechcausal.tracking import STEP, Value
+from mechcausal.run_folder import STEP, Value
 
 MATRICES_FILE = "matrices.safetensors"
 MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step

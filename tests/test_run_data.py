@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mechcausal.run_data import RunData, RunDataError, find_runs
-from mechcausal.training import stages
+from mechcausal.stages import stages
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from mechcausal.plot.graph import WRONG, rows_of
 from mechcausal.plot.style import by_head
 from mechcausal.run_data import Matrices, RunData
-from mechcausal.tracking import Value
+from mechcausal.run_folder import Value
 
 
 def frame_captions(run: RunData, step: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from mechcausal.pages.run_page import REPORT_FILE
 from mechcausal.pages.shell import figure_json, page, panel, text, top
 from mechcausal.plot.comparison import escaped, groups
 from mechcausal.run_data import RunData
-from mechcausal.tracking import Value
+from mechcausal.run_folder import Value
 
 _CURVES = (
     ("loss/eval", "Evaluation loss, nats", "loss/bayes"),

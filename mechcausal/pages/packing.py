@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from mechcausal.plot.film import thinned
 from mechcausal.plot.style import MOST_HEADS
 from mechcausal.run_data import RunData
-from mechcausal.tracking import STEP, Value
+from mechcausal.run_folder import STEP, Value
 
 LEVELS = 65_534
 """A number is one of this many equal steps from its matrix's smallest to its largest entry."""

@@ -26,7 +26,7 @@ from mechcausal.plot.matrices import (
 from mechcausal.plot.scatter import scatters
 from mechcausal.recipes import recipe_to_toml
 from mechcausal.run_data import RunData
-from mechcausal.tracking import STEP
+from mechcausal.run_folder import STEP
 
 REPORT_FILE = "report.html"
 _MOST_STEPS = 200  # of a slider that has no matrices to show
