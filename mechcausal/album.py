@@ -76,6 +76,10 @@ class Album:
             frames = read_frames(record.folder, record.warn)
             self._matrices = {step: frames[step] for step in frames if step < start}
 
+        # Beside the matrices of single steps, so that an unfinished run can be drawn.
+        if self._probing.enabled:
+            self._write("references", experiment.reference_matrices())
+
     def add(self, step: int, train_loss: float) -> None:
         """Look at the model, and write the row.
 
@@ -145,11 +149,14 @@ class Album:
         return {**self.history[-1], **conclusions, "first": dict(self.history[0])}
 
     def _keep(self, step: int, matrices: dict[str, Tensor]) -> None:
-        path = self._folder / f"{step:08d}.safetensors"
+        self._write(f"{step:08d}", matrices)
+        self._matrices[step] = matrices
+
+    def _write(self, name: str, matrices: Mapping[str, Tensor]) -> None:
+        path = self._folder / f"{name}.safetensors"
         with writing(path):
             self._folder.mkdir(exist_ok=True)
             write_atomically(path, save(_contiguous(matrices)))
-        self._matrices[step] = matrices
 
     def _draw(self) -> dict[str, Path]:
         if not self._matrices:

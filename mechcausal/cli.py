@@ -15,7 +15,7 @@ from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
 COMMANDS = (
-    *("train", "resume", "runs", "sync"),
+    *("train", "resume", "runs", "report", "sync"),
     *("theory", "detect", "discover", "explain", "replicate"),
 )
 
@@ -27,6 +27,7 @@ commands:
   train RECIPE     train a recipe's model, watched by hooks, recorded to W&B and files
   resume RUN       go on with a run that was interrupted, killed or failed
   runs [FOLDER]    list runs: recipe, state, step, figures
+  report RUN ...   the page of a run, or the comparison of several
   sync RUN         upload a run's offline W&B fragments in order
   theory           pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET    the induction heads of any model, verified by intervention

@@ -30,6 +30,8 @@ from probes import (
 # Attention entries, or activations, of a pass through the hooked model; larger evaluation batches
 # are split.
 _MAX_ENTRIES = 4_000_000
+# Sequences whose attention in the last layer is kept one by one, to be looked at.
+_N_EXAMPLES = 4
 
 
 class Observer:
@@ -37,6 +39,7 @@ class Observer:
 
     Attributes:
         batch: the evaluation sequences.
+        examples: the first few of them, whose attention is kept sequence by sequence.
         bayes_loss: cross entropy of the Bayes predictor on them, nats.
         strategy_losses: cross entropy of every strategy on them, nats.
     """
@@ -69,6 +72,7 @@ class Observer:
         self.epsilon = epsilon
         self.batch = task.sample(n_sequences, generator=generator)
         tokens, target = self.batch.tokens, self.batch.target
+        self.examples = tokens[:_N_EXAMPLES]
         bayes = predictors.bayes_prediction(task, tokens, generator=generator, n_draws=bayes_draws)
         self.bayes_loss = soft_cross_entropy(bayes, target).item()
         self._strategies = predictors.strategies(task, tokens)
@@ -91,7 +95,8 @@ class Observer:
 
         The matrices are `attention/layer0` and the descent directions `gradient/scores` and
         `gradient/pattern` (centred by row), each [query, key], or [head, query, key] where layer 1
-        has several heads.
+        has several heads; and `attention/examples` [example, head, key], the last layer's attention
+        from the last position of `examples`.
         """
         graph, model = self.task.graph, self.model
         last = len(model.heads) - 1
@@ -105,6 +110,9 @@ class Observer:
             repeated = InductionScores(last)
             with torch.no_grad(), attach(model.hooked, repeated):
                 model.hooked(self._repeated, return_type=None)
+            last_pattern = AttentionPattern(last)
+            with torch.no_grad(), attach(model.hooked, last_pattern):
+                model.hooked(self.examples, return_type=None)
         heads = slice(model.heads[0])
         matrices = {
             "attention/layer0": pattern.reading().sel(layer=0).values[heads].cpu(),
@@ -127,6 +135,9 @@ class Observer:
         figures |= self._weight_figures()
         if model.heads[0] == 1:
             matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}
+        matrices["attention/examples"] = (
+            last_pattern.reading().sel(layer=last).values[:, : model.heads[last], -1].cpu()
+        )
         return Observation(figures, matrices, prediction)
 
     def _backward(self) -> Tensor:

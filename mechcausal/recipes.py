@@ -229,6 +229,8 @@ class ProbingSection:
     """Probe steps, spread over the run, whose attention and gradients are kept in full."""
     images: NonNegativeInt = 12
     """Probe steps, spread over the run, whose heatmaps go to W&B."""
+    report: bool = True
+    """False leaves out report.html, the page that is drawn when a run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from mechcausal.checkpointing import Checkpointer
 from mechcausal.checkpoints import Checkpoint, CheckpointError, environment
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
 from mechcausal.files import write_folder_atomically
+from mechcausal.pages import report_warnings
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
 from mechcausal.run_folder import MODEL_FOLDER, State, Value, new_run_folder
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
@@ -214,6 +215,9 @@ def run(
         finally:
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
+            if state == "finished" and recipe.probing.report:
+                for warning in report_warnings(folder):
+                    record.warn(warning)
     return RunResult(
         folder=folder,
         state=state,

@@ -101,7 +101,21 @@ def test_it_names_the_figures_of_the_design() -> None:
         "gradient/scores",
         "gradient/pattern",
     }
-    assert all(matrix.shape == (T, T) for matrix in observation.matrices.values())
+    shapes = {name: matrix.shape for name, matrix in observation.matrices.items()}
+    assert shapes.pop("attention/examples") == (4, 1, T)
+    assert set(shapes.values()) == {(T, T)}
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (1, 2)])
+def test_examples_are_the_first_sequences_seen_by_the_last_layer(heads: tuple[int, ...]) -> None:
+    model = of_heads(*heads)
+    watcher = watch(model, two_parents(LENGTH))
+    found = watcher.observe().matrices["attention/examples"]
+    assert torch.equal(watcher.examples, watcher.batch.tokens[:4])
+    with torch.no_grad():
+        _, cache = model.hooked.run_with_cache(watcher.examples)
+    expected = cache[f"blocks.{len(heads) - 1}.attn.hook_pattern"][:, : heads[-1], -1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_gradient_of_the_scores_is_that_of_a1() -> None:
@@ -300,7 +314,9 @@ def test_idle_heads_are_never_shown(heads: tuple[int, ...]) -> None:
     named = {name.split("/")[1] for name in observation.figures if name.startswith("blocks/A")}
     assert named == {f"A{i + 1}.{head}" for i, n in enumerate(heads) for head in range(n)}
     shape = (LENGTH, LENGTH) if heads[0] == 1 else (heads[0], LENGTH, LENGTH)
-    assert all(matrix.shape == shape for matrix in observation.matrices.values())
+    shapes = {name: matrix.shape for name, matrix in observation.matrices.items()}
+    assert shapes.pop("attention/examples") == (4, heads[-1], LENGTH)
+    assert set(shapes.values()) == {shape}
 
 
 def test_an_idle_head_lends_nothing_to_the_induction_score() -> None:

@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def test_command_exists_with_its_options(
     (tmp_path / "metrics.jsonl").touch()
     arguments = [str(tmp_path) if "<run-id>" in word else word for word in arguments]
 
+    # Imported while something is patched, these would keep what stands in its place.
+    for name in ("applications.bridge", "experiments.causal_graph", "replication.driver"):
+        import_module(f"mechcausal.{name}")
+
     def reach(*args: Any, **options: Any) -> None:
         raise ReachedError
 
@@ -116,6 +121,7 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.applications.bridge.bridge", reach)
     monkeypatch.setattr("mechcausal.applications.hugging_face.TextClassifier", reach)
     monkeypatch.setattr("mechcausal.applications.movielens.load_ratings", reach)
+    monkeypatch.setattr("mechcausal.run_folder.find_runs", reach)
     try:
         code = main(arguments)
     except ReachedError:

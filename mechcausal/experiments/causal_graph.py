@@ -87,7 +87,8 @@ class CausalGraphExperiment(Experiment):
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Attention beside the graph, gradients beside the prediction or the information."""
-        return report.heatmaps(matrices, self.theory)
+        pairs = {name: m for name, m in matrices.items() if name != "attention/examples"}
+        return report.heatmaps(pairs, self.theory)
 
     def draw_figures(
         self,
@@ -128,9 +129,10 @@ class CausalGraphExperiment(Experiment):
         }
 
     def reference_matrices(self) -> dict[str, Tensor]:
-        """Information, and the predicted gradient where there is one."""
+        """Information, the predicted gradient where there is one, and the example sequences."""
         theory = self.theory
         matrices = {"theory/chi2": theory.chi2, "theory/shannon": theory.shannon}
+        matrices["examples/tokens"] = self.observer.examples.cpu()
         if isinstance(theory, PairwiseTheory):
             matrices |= {"theory/g": theory.g, "theory/gradient": theory.predicted_gradient}
         return matrices

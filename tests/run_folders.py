@@ -1,0 +1,148 @@
+"""Run folders and runs in memory without any training, for tests of what is drawn from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
+from mechcausal.run_data import RunData
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    """A chain of eight tokens, two stages of 20 steps."""
+    base: dict[str, Any] = {
+        "name": "some",
+        "graph": {"preset": "chain", "sequence_length": 8},
+        "task": {"vocab_size": 3},
+        "training": {"stage1": {"steps": 20}, "stage2": {"steps": 20}},
+    }
+    return parse_recipe(base, source="test").with_overrides(**changes)
+
+
+def two_parents_recipe(length: int = 8) -> Recipe:
+    """Two parents, two heads in layer 1."""
+    data = {
+        "name": "two",
+        "graph": {"preset": "two_parents", "sequence_length": length},
+        "task": {"vocab_size": 3},
+        "model": {"kind": "disentangled", "heads": [2, 1], "initial_scale": 0.1},
+        "training": {"algorithm": "joint", "joint": {"steps": 40}},
+    }
+    return parse_recipe(data, source="test")
+
+
+def heads_recipe() -> Recipe:
+    """Repeated tokens, two layers of two heads."""
+    data = {
+        "name": "grown",
+        "task": {"kind": "repeated_tokens", "vocab_size": 9, "repeat_lengths": [3, 4]},
+        "model": {"kind": "standard"},
+        "training": {"algorithm": "joint", "joint": {"steps": 40}},
+    }
+    return parse_recipe(data, source="test")
+
+
+def matrices_of(recipe: Recipe, seed: int) -> dict[str, np.ndarray]:
+    """Random attention and gradients, or scores of heads, of the right shapes."""
+    generator = np.random.default_rng(seed)
+    if recipe.task.kind == "repeated_tokens":
+        kinds = ("induction", "previous_token", "duplicate_token")
+        return {f"heads/{kind}": generator.random((2, 2), dtype=np.float32) for kind in kinds}
+    length = recipe.build_graph().sequence_length
+    n_heads = recipe.model.heads[0] if recipe.model.kind == "disentangled" else 1
+    shape = (n_heads, length, length)
+    visible = np.tril(np.ones((length, length), dtype=bool))
+    weights = np.where(visible, generator.random(shape) ** 4 + 1e-6, 0)
+    found = {
+        "attention/layer0": weights / weights.sum(-1, keepdims=True),
+        "gradient/scores": np.where(visible, generator.normal(size=shape) * 1e-4, 0),
+        "gradient/pattern": np.where(visible, generator.normal(size=shape) * 1e-3, 0),
+    }
+    if n_heads == 1:
+        found = {name: matrix[0] for name, matrix in found.items()}
+    asks = generator.random((4, 1, length))
+    found["attention/examples"] = asks / asks.sum(-1, keepdims=True)
+    return {name: matrix.astype(np.float32) for name, matrix in found.items()}
+
+
+def references_of(recipe: Recipe) -> dict[str, np.ndarray]:
+    """Random information, with a prediction where there is one, and example tokens."""
+    if recipe.task.kind == "repeated_tokens":
+        return {}
+    generator = np.random.default_rng(0)
+    graph = recipe.build_graph()
+    n, length = graph.n_positions, graph.sequence_length
+    tokens = generator.integers(0, recipe.task.vocab_size, (4, length))
+    found = {"theory/chi2": generator.random((n, n)), "theory/shannon": generator.random((n, n))}
+    if graph.query_parents is None:
+        gradient = generator.normal(size=(length, length)) * 1e-4
+        found |= {"theory/g": generator.random((n, n)), "theory/gradient": gradient}
+    return found | {"examples/tokens": tokens}
+
+
+def history_of(steps: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows of figures; some are null."""
+    rows: list[dict[str, Any]] = []
+    for i, step in enumerate(steps):
+        share = 1 / 3 + i / (2 * len(steps))
+        formed = next(
+            (s for n, s in enumerate(steps[: i + 1]) if 1 / 3 + n / (2 * len(steps)) >= 0.5), None
+        )
+        row: dict[str, Any] = {
+            "train/step": step,
+            "loss/train": 2 - share,
+            "loss/eval": 1.9 - share,
+        }
+        if recipe.task.kind == "repeated_tokens":
+            row |= {"loss/chance": 2.0, "loss/second_copy": 1.0 - share / 2}
+            row |= {f"heads/L0H{head}/induction": share * head for head in range(2)}
+        else:
+            row |= {"loss/bayes": 1.0, "loss/gap": 0.9 - share, "graph/recovered": share}
+            row |= {"gradient/pattern_theory_correlation": None if i % 3 else share / 7}
+            row |= {"strategy/kl_bigram": share * 1e-5}
+        rows.append(row | {"induction/score": share, "induction/formation_step": formed})
+    return rows
+
+
+def run_of(recipe: Recipe | None = None, *, n_frames: int = 4, name: str = "run") -> RunData:
+    """A run in memory."""
+    recipe = recipe or recipe_of()
+    steps = [round(step) for step in np.linspace(0, 40, n_frames)]
+    return RunData(
+        name=name,
+        recipe=recipe,
+        history=history_of(steps, recipe),
+        frames={step: matrices_of(recipe, step) for step in steps},
+        references=references_of(recipe),
+        summary={"state": "finished", "train/steps": 40},
+    )
+
+
+def write_run(folder: Path, run: RunData, *, finished: bool = True) -> Path:
+    """The run's folder, as training leaves it, or as it is in the middle of training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(recipe_to_toml(run.recipe), encoding="utf-8")
+    lines = [json.dumps(dict(row)) for row in run.history]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if finished:
+        tensors = dict(run.references) | _stepwise(run.frames)
+        save_file(tensors, folder / "matrices.safetensors")
+        (folder / "summary.json").write_text(json.dumps(dict(run.summary)), encoding="utf-8")
+    else:
+        (folder / "matrices").mkdir()
+        for step, matrices in run.frames.items():
+            save_file(dict(matrices), folder / "matrices" / f"{step:08d}.safetensors")
+        save_file(dict(run.references), folder / "matrices" / "references.safetensors")
+    return folder
+
+
+def _stepwise(frames: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {
+        f"{step:08d}/{name}": matrix
+        for step, matrices in frames.items()
+        for name, matrix in matrices.items()
+    }
