@@ -29,7 +29,7 @@ from mechcausal.run_folder import (
     read_summary,
     write_process,
 )
-from mechcausal.wandb_runs import WandbRun, fragments, sync_command, wandb_steps
+from mechcausal.wandb_runs import WandbRun, fragments, settle, sync_command, wandb_steps
 
 
 class RecordError(OSError):
@@ -107,6 +107,7 @@ class RunRecord:
                 self._in_wandb = {step for row in rows if (step := int(row[STEP] or 0)) < first}
             else:
                 for fragment in before:
+                    settle(fragment)
                     self._in_wandb.update(wandb_steps(fragment) or ())
             for row in rows:
                 self._to_wandb(int(row[STEP] or 0), row)

@@ -33,6 +33,7 @@ MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 FINISH_SECONDS = 30
 """How long finishing may take before a run ends without it."""
 _SLOW_ARTIFACT_SECONDS = 5.0
+_ORPHAN_SECONDS = 2.0
 
 
 class TrackingError(ValueError):
@@ -261,6 +262,16 @@ def wandb_steps(fragment: Path) -> list[int] | None:
         return [int(json.loads(line)["history"]["step"].get("num", 0)) for line in lines]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return None
+
+
+def settle(fragment: Path) -> None:
+    """Wait until a fragment's log is complete.
+
+    W&B's service outlives a process that was killed by a second, in which it may still write.
+    """
+    for log in fragment.glob("*.wandb"):
+        while 0 <= time.time() - log.stat().st_mtime < _ORPHAN_SECONDS:
+            time.sleep(0.1)
 
 
 def count_wandb_rows(fragment: Path) -> int | None:
