@@ -1,6 +1,5 @@
 """Attention changed by hand: exact rows, exact outputs, and a model that is whole again."""
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,31 +33,6 @@ def blank(**sizes: Any) -> HookedTransformer:
     config = {"n_layers": 1, "n_heads": 1, "n_ctx": 3, "attn_only": True, "device": "cpu"}
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         return HookedTransformer({**config, **sizes, "seed": 0})
-
-
-@pytest.fixture
-def by_hand() -> HookedTransformer:
-    """One head whose pattern is [1], [1/4, 3/4], [1/4, 1/2, 1/4], whatever the tokens.
-
-    The stream is [token (2) | position (3)];
-    logits[i] = onehot(t_i) + Σ_j pattern[i, j] onehot(t_j).
-    """
-    sizes: dict[str, Any] = {"d_model": 5, "d_head": 3, "d_vocab": 2, "use_attn_scale": False}
-    model = blank(**sizes, normalization_type=None)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    token, position = slice(0, 2), slice(2, 5)
-    attention = model.blocks[0].attn
-    model.embed.W_E.data[:, token] = torch.eye(2)
-    model.pos_embed.W_pos.data[:, position] = torch.eye(3)
-    attention.W_Q.data[0, position] = torch.tensor(
-        [[0.0, 0.0, 0.0], [0.0, math.log(3), 0.0], [0.0, math.log(2), 0.0]]
-    )
-    attention.W_K.data[0, position] = torch.eye(3)
-    attention.W_V.data[0, token, :2] = torch.eye(2)
-    attention.W_O.data[0, :2, token] = torch.eye(2)
-    model.unembed.W_U.data[token] = torch.eye(2)
-    return model
 
 
 @pytest.fixture
