@@ -83,6 +83,7 @@ def train(
     out: str | Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
+    stop: StopSignal | None = None,
 ) -> RunResult:
     """Train a recipe's model and record everything that was seen on the way.
 
@@ -91,6 +92,7 @@ def train(
         out: the run's folder; `runs/<recipe>/<run-id>` when absent.
         on_progress: called before every step.
         on_warning: told what goes wrong with recording, as it does.
+        stop: a request to stop, beside signals; for who sets its `received` while this runs.
 
     Returns:
         The run; its folder is described in `mechcausal.run_folder`.
@@ -107,7 +109,7 @@ def train(
     check(recipe)
     recipe = recipe.self_contained()
     mode = resolve_mode(recipe.wandb.mode)
-    with stop_on_signals() as stop, new_run_folder(recipe, out) as folder:
+    with stop_on_signals(stop) as stop, new_run_folder(recipe, out) as folder:
         return run(recipe, folder, mode, stop, on_progress=on_progress, on_warning=on_warning)
 
 
