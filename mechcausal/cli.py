@@ -14,7 +14,7 @@ from mechcausal.messages import printable
 from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
-COMMANDS = ("train", "resume", "runs", "sync", "theory", "detect", "replicate")
+COMMANDS = ("train", "resume", "runs", "sync", "theory", "detect", "replicate", "sweep")
 
 USAGE = """usage: mechcausal COMMAND ...
 
@@ -28,6 +28,7 @@ commands:
   theory         pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET  the induction heads of any model, verified by intervention
   replicate      the paper's figures again: its values, ours, the theory's, with a verdict
+  sweep SWEEP    many runs: axes over a recipe's fields, on cores or on a cluster
 
 options:
   -h, --help     this text; `mechcausal COMMAND --help` for a command's options

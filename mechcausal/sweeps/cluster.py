@@ -41,14 +41,14 @@ class DaskEngine:
             SweepError: dask.distributed is not installed, or no scheduler answers.
         """
         try:
-            import dask
+            import dask.config
             import distributed
         except ModuleNotFoundError:
             raise SweepError(
                 "--engine dask needs dask.distributed: pip install 'mechcausal[cluster]'"
             ) from None
         # What goes wrong on a worker becomes an outcome; the rest is for us to say, in one line.
-        dask.config.set({f"logging.{name}": "critical" for name in _SILENT})
+        dask.config.set({"logging": dict.fromkeys(_SILENT, "critical")})
         for name in _SILENT:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._cluster: Any = None
@@ -74,8 +74,9 @@ class DaskEngine:
             place = f"--address {address}" if address else f"--host {host}"
             raise SweepError(f"{place}: no Dask scheduler: {said}") from None
         self._event_name = f"mechcausal-stop-{secrets.token_hex(8)}"
-        self._event = distributed.Event(self._event_name, client=self._client)
-        self._executor = self._client.get_executor(pure=False)
+        make_event: Any = distributed.Event
+        self._event = make_event(self._event_name, client=self._client)
+        self._executor: Any = self._client.get_executor(pure=False)
         self._lost_since: float | None = None
 
     @property
@@ -84,7 +85,7 @@ class DaskEngine:
         if self._client.status != "running":
             return 1
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
-        return max(1, sum(worker["nthreads"] for worker in workers))
+        return max(1, sum(int(worker["nthreads"]) for worker in workers))
 
     def submit(self, job: Job) -> "Future[Done]":
         """Hand a job to the scheduler."""
@@ -144,8 +145,9 @@ def _on_worker(job: Job, event_name: str) -> Done:
 
 
 def _stop_asked(event_name: str) -> Callable[[], bool]:
-    from distributed import Event, get_client
+    import distributed
 
+    make_event: Any = distributed.Event
     event: Any = None
     asked, answer = 0.0, False
 
@@ -154,7 +156,7 @@ def _stop_asked(event_name: str) -> Callable[[], bool]:
         if answer or time.monotonic() - asked < _POLL_SECONDS:
             return answer
         try:
-            event = event or Event(event_name, client=get_client())
+            event = event or make_event(event_name, client=distributed.get_client())
             answer = bool(event.is_set())
         except Exception:  # without a scheduler nobody waits for the result
             answer = True

@@ -118,7 +118,7 @@ class Sweep:
         pictures: drawn at the end.
         search: see `--as-wandb`.
         source: file it was read from.
-        recipe_source: name or file of the base recipe; empty where it is written in the sweep.
+        recipe_source: name of the base recipe, where that comes along and nothing is changed.
     """
 
     name: str
@@ -171,7 +171,7 @@ def load_sweep(target: str | Path) -> Sweep:
         pictures=file.pictures,
         search=file.search,
         source=str(path),
-        recipe_source=file.recipe if isinstance(file.recipe, str) and not file.changes else "",
+        recipe_source=_packaged(file, path),
     )
 
 
@@ -268,7 +268,8 @@ _RANGE: TypeAdapter[Range] = TypeAdapter(Range)
 def _parse(data: dict[str, Any], source: str) -> _File:
     if "base" in data and "recipe" not in data:
         raise SweepError(f"{source}: base: unknown key, did you mean recipe?")
-    return _checked(_ADAPTER, data, source)
+    checked: _File = _checked(_ADAPTER, data, source)
+    return checked
 
 
 def _checked(adapter: TypeAdapter[Any], data: Any, source: str) -> Any:
@@ -318,6 +319,13 @@ def _base(file: _File, path: Path) -> Recipe:
     except ValueError as error:  # an edge list that is no graph
         raise SweepError(f"{path}: recipe: {error}") from None
     return recipe
+
+
+def _packaged(file: _File, path: Path) -> str:
+    known = isinstance(file.recipe, str) and file.recipe in packaged_recipes()
+    if not known or file.changes or (path.parent / str(file.recipe)).is_file():
+        return ""
+    return str(file.recipe)
 
 
 def flatten(table: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError
 from mechcausal.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import COPY_FILE, Sweep, SweepError, sweep_to_dict
-from mechcausal.sweeps.engines import Engine, EngineLostError, EngineName, LocalEngine
+from mechcausal.sweeps.engine_names import EngineName
+from mechcausal.sweeps.engines import Engine, EngineLostError, LocalEngine
 from mechcausal.sweeps.member import Done, Job, has_finished, one_line
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member, plan
@@ -122,7 +123,8 @@ def run_sweep(
         missing = [member for member in members if member.name not in outcomes]
         signal, problem = None, ""
         if missing:
-            with _engine(engine, missing, workers, address, host) as running:
+            running = _engine(engine, missing, workers, address, host)
+            with running:
                 write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
                 lots = _lots(missing, engine, running.n_workers)
                 progress = SweepProgress(total=len(members), skipped=len(outcomes))
@@ -181,7 +183,9 @@ def _run(
                     problem = problem or engine.problem() or "the engine can run no more jobs"
                     ended_early = True
                     continue
-                except Exception as error:  # the engine gave a job up, as Dask does after some tries
+                except (
+                    Exception
+                ) as error:  # the engine gave a job up, as Dask does after some tries
                     results = [Outcome("failed", one_line(error))] * len(lot)
                 outcomes |= {m.name: o for m, o in zip(lot, results, strict=True)}
             states = Counter(outcome.state for outcome in outcomes.values())

@@ -10,12 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.outcome import Outcome
 
-EngineName = Literal["local", "batched", "dask"]
 _ATTEMPTS = 2
 
 
@@ -26,8 +25,9 @@ class EngineLostError(RuntimeError):
 class Engine(Protocol):
     """Runs jobs somewhere, several at a time."""
 
-    n_workers: int
-    """Jobs that can run at a time."""
+    @property
+    def n_workers(self) -> int:
+        """Jobs that can run at a time."""
 
     def submit(self, job: Job) -> "Future[Done]":
         """Run a job; a failing member is an outcome, never an exception.
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def problem(self) -> str:
         """Why no job comes to an end; empty where nothing is wrong."""
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> object:
         """Start the workers."""
 
     def __exit__(
@@ -67,13 +67,18 @@ class LocalEngine:
             n_workers: processes.
             uses_cuda: start each from nothing; CUDA does not survive a fork.
         """
-        self.n_workers = n_workers
+        self._n_workers = n_workers
         self._context = _context(uses_cuda)
         self._stop = self._context.Event()
         self._pools: SimpleQueue[ProcessPoolExecutor | None] = SimpleQueue()
         self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="sweep")
         for _ in range(n_workers):
             self._pools.put(None)
+
+    @property
+    def n_workers(self) -> int:
+        """The processes."""
+        return self._n_workers
 
     def submit(self, job: Job) -> "Future[Done]":
         """Run a job in the next process that is free."""

@@ -12,7 +12,7 @@ from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member
 
 # Of a summary: not figures, or the same in every member.
-_LEFT_OUT = ("state", "rows", "warnings", "recipe", "plateaus", "drops")
+_LEFT_OUT = ("state", "rows", "warnings", "recipe", "plateaus", "drops", "steepest_drop")
 
 
 def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) -> pd.DataFrame:
