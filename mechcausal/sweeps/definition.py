@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -23,6 +23,7 @@ from mechcausal.recipes import (
     load_recipe,
     packaged_recipes,
     parse_recipe,
+    recipe_fields,
     recipe_to_dict,
 )
 
@@ -204,18 +205,6 @@ def packaged_sweeps() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def recipe_fields(section: Any = Recipe, prefix: str = "") -> dict[str, Any]:
-    """The type of every field and section of a recipe, by dotted path."""
-    found = {}
-    hints = get_type_hints(section)
-    for item in fields(section):
-        path = prefix + item.name
-        found[path] = hints[item.name]
-        if is_dataclass(hints[item.name]):
-            found |= recipe_fields(hints[item.name], f"{path}.")
-    return found
-
-
 def _find(target: str | Path) -> Path:
     path = Path(target)
     try:
@@ -272,7 +261,7 @@ def _parse(data: dict[str, Any], source: str) -> _File:
     return checked
 
 
-def _checked(adapter: TypeAdapter[Any], data: Any, source: str) -> Any:
+def _checked(adapter: Any, data: Any, source: str) -> Any:
     """What an adapter makes of plain data.
 
     Raises:
@@ -311,7 +300,7 @@ def _base(file: _File, path: Path) -> Recipe:
             recipe = parse_recipe({"name": file.name, **file.recipe}, source=f"{path}: recipe")
         if file.changes:
             values = recipe_to_dict(recipe)
-            for field_, value in flatten(file.changes, set(recipe_fields())).items():
+            for field_, value in flatten(file.changes).items():
                 overlay(values, field_, value)
             recipe = parse_recipe(values, source=f"{path}: changes")
     except (RecipeError, OSError) as error:
@@ -328,16 +317,16 @@ def _packaged(file: _File, path: Path) -> str:
     return str(file.recipe)
 
 
-def flatten(table: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
-    """Tables within tables as dotted paths, down to the first that is no section of a recipe.
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Tables within tables as dotted paths, as deep as a recipe has sections.
 
-    `a.b = 1` and `"a.b" = 1` mean the same; a table that holds anything but fields is a value.
+    So `a.b = 1` and `"a.b" = 1` mean the same.
     """
-    flat: dict[str, Any] = {}
+    known, flat = recipe_fields(), {}
     for key, value in table.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict) and value and all(f"{path}.{name}" in known for name in value):
-            flat |= flatten(value, known, f"{path}.")
+        if isinstance(value, dict) and is_dataclass(known.get(path)):
+            flat |= flatten(value, f"{path}.")
         else:
             flat[path] = value
     return flat
@@ -357,7 +346,7 @@ def overlay(values: dict[str, Any], path: str, value: Any) -> None:
 def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
     known = recipe_fields()
     axes: dict[str, tuple[Any, ...] | Range] = {}
-    for path, given in flatten(file.axes, set(known)).items():
+    for path, given in flatten(file.axes).items():
         where = f"{source}: axes.{excerpt(path)}"
         if path not in known:
             close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.outcome import Outcome
@@ -22,6 +22,7 @@ class EngineLostError(RuntimeError):
     """The engine can run no more jobs; the message is one line for the user."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs jobs somewhere, several at a time."""
 

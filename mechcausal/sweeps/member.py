@@ -86,19 +86,37 @@ def _run(job: Job, folders: Sequence[str], should_stop: Callable[[], bool]) -> l
     recipes = [parse_recipe(dict(values), source="sweep") for values in job.recipes]
     if job.wandb_mode is not None:
         recipes = [recipe.with_overrides(wandb__mode=job.wandb_mode) for recipe in recipes]
-    if not job.batched:
-        return [
-            run_member(recipe, Path(folder), wandb_mode=job.wandb_mode, should_stop=should_stop)
-            for recipe, folder in zip(recipes, folders, strict=True)
-        ]
+    places = [Path(folder) for folder in folders]
+    outcomes: dict[int, Outcome] = {}
+    if job.batched:
+        # What was begun, also by a worker that died, is gone on with by itself.
+        fresh = [n for n, place in enumerate(places) if not (place / RECIPE_FILE).is_file()]
+        outcomes = _run_batch(recipes, places, fresh, should_stop)
+    for number, (recipe, place) in enumerate(zip(recipes, places, strict=True)):
+        if number not in outcomes:
+            outcomes[number] = run_member(
+                recipe, place, wandb_mode=job.wandb_mode, should_stop=should_stop
+            )
+    return [outcomes[number] for number in range(len(recipes))]
+
+
+def _run_batch(
+    recipes: Sequence[Recipe],
+    folders: Sequence[Path],
+    numbers: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> dict[int, Outcome]:
     from mechcausal.sweeps.batched import train_batched
 
+    own = [recipes[number] for number in numbers]
+    places = [folders[number] for number in numbers]
     try:
-        return train_batched(recipes, [Path(folder) for folder in folders], stop=should_stop)
+        outcomes = train_batched(own, places, stop=should_stop)
     except KeyboardInterrupt:
-        return [Outcome("interrupted")] * len(recipes)
+        outcomes = [Outcome("interrupted")] * len(own)
     except Exception as error:  # a batch that breaks must not end the sweep
-        return [Outcome("failed", one_line(error))] * len(recipes)
+        outcomes = [Outcome("failed", one_line(error))] * len(own)
+    return dict(zip(numbers, outcomes, strict=True))
 
 
 def run_member(
