@@ -7,8 +7,9 @@ import difflib
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,7 +94,7 @@ class _File:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     recipe: str | dict[str, Any]
-    axes: dict[str, Any]
+    axes: dict[str, Any] = field(default_factory=dict)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
     kind: Literal["grid", "list", "random"] = "grid"
     changes: dict[str, Any] | None = None
@@ -357,7 +358,7 @@ def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
         if isinstance(given, dict):
             axes[path] = _range(given, where, file.kind)
         elif isinstance(given, list):
-            axes[path] = _values(given, where)
+            axes[path] = _values(given, where, file.kind)
         else:
             allowed = "a list of values, or with kind random also { low, high }"
             raise SweepError(f"{where}: {allowed}, found {excerpt(json.dumps(given, default=str))}")
@@ -374,18 +375,15 @@ def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
     return axes
 
 
-def _values(given: list[Any], where: str) -> tuple[Any, ...]:
+def _values(given: list[Any], where: str, kind: str) -> tuple[Any, ...]:
     if not given:
         raise SweepError(f"{where}: is empty")
-    texts = [json.dumps(value, default=str) for value in given]
-    twice = next((text for text in texts if texts.count(text) > 1), None) if _repeats(texts) else ""
-    if twice:
-        raise SweepError(f"{where}: {excerpt(twice)} is there twice")
+    # Side by side, or drawn, a value may well come more than once.
+    texts = Counter(json.dumps(value, default=str) for value in given)
+    text, count = texts.most_common(1)[0]
+    if count > 1 and kind == "grid":
+        raise SweepError(f"{where}: {excerpt(text)} is there twice")
     return tuple(given)
-
-
-def _repeats(texts: list[str]) -> bool:
-    return len(set(texts)) < len(texts)
 
 
 def _range(given: dict[str, Any], where: str, kind: str) -> Range:
