@@ -39,6 +39,7 @@ class Album:
         stage_starts: list[int],
         start: int = 0,
         rows: Sequence[dict[str, Value]] = (),
+        durable: bool = True,
     ) -> None:
         """Open the album of a run.
 
@@ -50,8 +51,10 @@ class Album:
             start: first step that is trained now, more than 0 when the run is resumed.
             rows: what is on disk already. Rows of steps from `start` on are seen anew, and only
                 compared with what is there.
+            durable: wait until the matrices of a step are on the disk.
         """
         self._record = record
+        self._durable = durable
         self._experiment = experiment
         self._probing = experiment.recipe.probing
         self._stage_starts = stage_starts
@@ -147,7 +150,7 @@ class Album:
         path = self._folder / f"{step:08d}.safetensors"
         with writing(path):
             self._folder.mkdir(exist_ok=True)
-            write_atomically(path, save(_contiguous(matrices)))
+            write_atomically(path, save(_contiguous(matrices)), durable=self._durable)
         self._matrices[step] = matrices
 
     def _draw(self) -> dict[str, Path]:

@@ -164,13 +164,13 @@ def run(
             experiment = build_experiment(recipe, generators)
         except BaseException as error:
             opening.result().finish({}, "interrupted" if stop.received else "failed")
-            raise _explained(error, folder, recipe, "before the first step") from None
+            raise explained(error, folder, recipe, "before the first step") from None
         # From here on a signal waits for the end of a step, and of what follows the last one.
         stop.waits = True
         try:
             record = opening.result()
         except RecordError as error:
-            raise _explained(error, folder, recipe, "before the first step") from None
+            raise explained(error, folder, recipe, "before the first step") from None
         album = Album(
             record,
             experiment,
@@ -183,7 +183,7 @@ def run(
         state: State = "failed"
         step = start
         try:
-            for step, stage, optimizer in _schedule(plan, experiment, start):
+            for step, stage, optimizer in schedule(plan, experiment, start):
                 if step == start and checkpoint is not None:
                     checkpoint.restore(experiment, optimizer, generators)
                 is_last = step == recipe.n_steps
@@ -194,7 +194,7 @@ def run(
                     checkpointer.save(step, stage.name, optimizer)
                 optimizer.zero_grad()
                 loss = _accumulate(experiment)
-                _check_finite(loss, optimizer, step, stage, folder)
+                check_finite(loss, optimizer, step, stage, folder)
                 if step in album.steps:
                     album.add(step, loss)
                 checkpointer.publish(step)
@@ -212,7 +212,7 @@ def run(
                 experiment.save_model(place)
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            raise _explained(error, folder, recipe, f"at step {step}") from None
+            raise explained(error, folder, recipe, f"at step {step}") from None
         finally:
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
@@ -230,7 +230,7 @@ def run(
     )
 
 
-def _schedule(
+def schedule(
     plan: list[Stage], experiment: Experiment, start: int
 ) -> Iterator[tuple[int, Stage, torch.optim.Optimizer]]:
     """Number, stage and optimizer of every step from `start` on.
@@ -274,7 +274,7 @@ def _optimizer(
     return optimizer
 
 
-def _check_finite(
+def check_finite(
     loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
 ) -> None:
     """Stop before weights are spoiled.
@@ -297,7 +297,7 @@ def _check_finite(
     )
 
 
-def _explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
+def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
     """The error as the user should read it: what happened, and how to go on."""
     again = f"mechcausal resume {folder}"
     if isinstance(error, StopRequested):

@@ -1,20 +1,22 @@
 """Simplified models of equal size, trained as one: their closed form along a leading run axis.
 
-With the matches `m_kb = A2[x_kb, q_b]`, `a = softmax(A1)`, `z = a m`, `p = softmax(z)` over
-positions and the prediction `f_sb = sum_k p_kb [x_kb = s]`, the loss
-`L = -mean_b sum_s y_sb log(f_sb + epsilon)` has the gradients
+With the matches `m_bk = A2[x_bk, q_b]`, `a = softmax(A1)`, `z = m a^T`, `p = softmax(z)` and the
+prediction `f_bs = sum_k p_bk [x_bk = s]`, the loss `L = -mean_b sum_s y_bs log(f_bs + epsilon)` has
+the gradients
 
-    w_sb  = dL/df_sb = -y_sb / (B (f_sb + epsilon))
-    dz_kb = dL/dz_kb = p_kb (w[x_kb, b] - sum_s f_sb w_sb)
-    dL/da_ik = sum_b dz_ib m_kb,       dL/dA1 = a (dL/da - its mean over the row under a)
-    dL/dA2_xq = sum_b [q_b = q] sum_k [x_kb = x] sum_i a_ik dz_ib
+    w_bs  = dL/df_bs = -y_bs / (B (f_bs + epsilon))
+    dz_bk = dL/dz_bk = p_bk (w[b, x_bk] - sum_j p_bj w[b, x_bj])
+    dL/da = dz^T m,     dL/dA1 = a (dL/da - its mean over the row under a)
+    dL/dA2_xq = sum_bk [x_bk = x] [q_b = q] (dz a)_bk
 
-which cost two products of T x T with T x B and three look-ups, for every run at once.
+The operations and their order are those of `SimplifiedTransformer` and of its backward pass: on
+the CPU every run gets, bit by bit, the gradients that it would get alone.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,12 +39,12 @@ class ClosedForm:
         gradient: dz, with respect to layer 2's scores of the query.
     """
 
-    prediction: Float[Tensor, "run vocab batch"]
+    prediction: Float[Tensor, "run batch vocab"]
     loss: Float[Tensor, "run"]
     attention1: Float[Tensor, "run query key"]
-    attention2: Float[Tensor, "run pos batch"]
-    matches: Float[Tensor, "run pos batch"]
-    gradient: Float[Tensor, "run pos batch"]
+    attention2: Float[Tensor, "run batch pos"]
+    matches: Float[Tensor, "run batch pos"]
+    gradient: Float[Tensor, "run batch pos"]
 
 
 class BatchedSimplified:
@@ -57,9 +59,9 @@ class BatchedSimplified:
         ...     model.initialise(beta0=1.0 + number)
         >>> batched = BatchedSimplified(models)
         >>> tokens = torch.tensor([[0, 1, 2, 0, 1, 0]])
-        >>> batch = RunsBatch(tokens.T.repeat(2, 1, 1), torch.full((2, 3, 1), 1 / 3))
+        >>> batch = RunsBatch(tokens.repeat(2, 1, 1), torch.full((2, 1, 3), 1 / 3))
         >>> together = batched.closed_form(batch, epsilon=torch.zeros(2)).prediction
-        >>> bool(torch.allclose(together[1].T, models[1](tokens)))
+        >>> torch.equal(together[1], models[1](tokens))
         True
     """
 
@@ -90,42 +92,43 @@ class BatchedSimplified:
         return self._token_block(self._weights["A2"])
 
     @torch.no_grad()
-    def closed_form(self, batch: RunsBatch, *, epsilon: Float[Tensor, "run"]) -> ClosedForm:
-        """Prediction, loss and the gradient at layer 2's scores, of every run."""
+    def closed_form(
+        self, batch: RunsBatch, *, epsilon: Float[Tensor, "run"], share: float = 1.0
+    ) -> ClosedForm:
+        """Prediction, loss and the gradient at layer 2's scores, of every run.
+
+        Args:
+            batch: of all runs.
+            epsilon: of each run.
+            share: factor of the gradient.
+        """
         tokens, target = batch.tokens, batch.target
-        runs, _, n_sequences = tokens.shape
-        smoothing = epsilon.view(runs, 1, 1)
-        attention1 = self.attention1()
-        matches = self._matches(tokens)
-        attention2 = (attention1 @ matches).softmax(1)
-        prediction = attention2.new_zeros(runs, self._vocab, n_sequences)
-        prediction.scatter_add_(1, tokens, attention2)
-        smoothed = prediction + smoothing
-        loss = torch.log1p(self._vocab * epsilon) - (target * smoothed.log()).sum(1).mean(1)
-        by_token = (target / smoothed).mul_(-1 / n_sequences)
-        mean = (prediction * by_token).sum(1, keepdim=True)
-        gradient = by_token.gather(1, tokens).sub_(mean).mul_(attention2)
+        runs, n_sequences, _ = tokens.shape
+        attention1, matches = self.attention1(), self._matches(tokens)
+        attention2 = (matches @ attention1.mT).softmax(-1)
+        prediction = attention2.new_zeros(runs, n_sequences, self._vocab)
+        prediction.scatter_add_(2, tokens, attention2)
+        smoothed = prediction + epsilon.view(runs, 1, 1)
+        loss = torch.log1p(self._vocab * epsilon) - (target * smoothed.log()).sum(-1).mean(-1)
+        by_token = target * -(epsilon.new_tensor(share) / n_sequences) / smoothed
+        gradient = through_softmax(by_token.gather(2, tokens), attention2)
         return ClosedForm(prediction, loss, attention1, attention2, matches, gradient)
 
     @torch.no_grad()
-    def add_gradients(
-        self, found: ClosedForm, batch: RunsBatch, names: Sequence[str], *, share: float = 1.0
-    ) -> None:
-        """Add the gradients of these parameters to those of the models, times `share`."""
+    def add_gradients(self, found: ClosedForm, batch: RunsBatch, names: Sequence[str]) -> None:
+        """Add the gradients of these parameters to those of the models."""
         if "A1" in names:
-            pattern = found.attention1
-            upstream = found.gradient @ found.matches.mT
-            centred = upstream - (upstream * pattern).sum(-1, keepdim=True)
+            upstream = found.gradient.mT @ found.matches
             block = self._position_block(self._gradients["A1"])
-            block.add_(pattern * centred, alpha=share)
+            block.add_(through_softmax(upstream, found.attention1))
         if "A2" in names:
-            tokens, query = batch.tokens, batch.tokens[:, -1]
-            reached = found.attention1.mT @ found.gradient
-            by_copy = torch.zeros_like(found.prediction).scatter_add_(1, tokens, reached)
-            vocab = torch.arange(self._vocab, device=tokens.device).view(-1, 1)
-            asked = (query.unsqueeze(1) == vocab).to(by_copy.dtype)
+            upstream = found.gradient @ found.attention1
+            runs, vocab = len(upstream), self._vocab
+            cells = (batch.tokens * vocab + batch.tokens[:, :, -1:]).view(runs, -1)
+            total = upstream.new_zeros(runs, vocab**2)
+            total.scatter_add_(1, cells, upstream.view(runs, -1))
             block = self._token_block(self._gradients["A2"])
-            block.add_(by_copy @ asked.mT, alpha=share)
+            block.add_(total.view(runs, vocab, vocab))
 
     def zero_gradients(self) -> None:
         """Set the gradients of all models to 0."""
@@ -136,25 +139,30 @@ class BatchedSimplified:
         """Whether no gradient of any model is NaN or infinite."""
         return all(bool(gradient.isfinite().all()) for gradient in self._gradients.values())
 
+    @torch.no_grad()
+    def descend(
+        self,
+        names: Sequence[str],
+        *,
+        rates: Float[Tensor, "run"],
+        weight_decay: Float[Tensor, "run"],
+    ) -> None:
+        """A step of gradient descent, as `torch.optim.SGD` takes it for each model."""
+        shape = (-1, 1, 1, 1)
+        for name in names:
+            weights, gradients = self._weights[name], self._gradients[name]
+            if bool(weight_decay.any()):
+                gradients = gradients.addcmul(weights, weight_decay.view(shape))
+            weights.addcmul_(gradients, -rates.view(shape))
+
     def attention1(self) -> Float[Tensor, "run query key"]:
         """Layer 1's attention patterns, the same for every sequence of a run."""
         return self.A1.masked_fill(self._future, -math.inf).softmax(-1)
 
-    def layer2_attention(
-        self, tokens: Int[Tensor, "run batch pos"]
-    ) -> Float[Tensor, "run batch query key"]:
-        """Layer 2's patterns of every query, on sequences that may be shorter."""
-        length = tokens.shape[2]
-        one_hot = torch.nn.functional.one_hot(tokens, self._vocab).to(self.A1.dtype)
-        future = self._future[:length, :length]
-        first = self.A1[:, :length, :length].masked_fill(future, -math.inf).softmax(-1)
-        copied = first.unsqueeze(1) @ one_hot
-        scores = one_hot @ self.A2.mT.unsqueeze(1) @ copied.mT
-        return scores.masked_fill(future, -math.inf).softmax(-1)
-
-    def _matches(self, tokens: Int[Tensor, "run pos batch"]) -> Float[Tensor, "run pos batch"]:
-        query = tokens[:, -1:].expand(-1, self._vocab, -1)
-        return self.A2.gather(2, query).gather(1, tokens)
+    def _matches(self, tokens: Int[Tensor, "run batch pos"]) -> Float[Tensor, "run batch pos"]:
+        runs = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+        by_copy = self.A2.mT[runs, tokens[:, :, -1]]
+        return by_copy.gather(2, tokens)
 
     def _position_block(self, weight: Tensor) -> Tensor:
         s, t = self._vocab, self._length
@@ -163,3 +171,10 @@ class BatchedSimplified:
     def _token_block(self, weight: Tensor) -> Tensor:
         s = self._vocab
         return weight[:, 0, :s, :s].mT
+
+
+def through_softmax(gradient: Tensor, pattern: Tensor) -> Tensor:
+    """The gradient before a softmax over the last axis, from that after it."""
+    backward: Any = torch.ops.aten._softmax_backward_data
+    before: Tensor = backward(gradient, pattern, -1, pattern.dtype)
+    return before

@@ -27,15 +27,15 @@ from mechcausal.tasks.single_parent import SingleParentTask
 
 @dataclass(frozen=True)
 class RunsBatch:
-    """Sequences of several runs, positions before sequences.
+    """Sequences of several runs, as `Batch` has them of one.
 
     Attributes:
         tokens: the last position is the query.
         target: soft labels.
     """
 
-    tokens: Int[Tensor, "run pos batch"]
-    target: Float[Tensor, "run vocab batch"]
+    tokens: Int[Tensor, "run batch pos"]
+    target: Float[Tensor, "run batch vocab"]
 
 
 class BatchedTask:
@@ -48,7 +48,7 @@ class BatchedTask:
         >>> sources = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         >>> together = BatchedTask(tasks, sources).sample(4).tokens
         >>> alone = tasks[1].sample(4, generator=torch.Generator().manual_seed(1)).tokens
-        >>> bool((together[1] == alone.T).all())
+        >>> torch.equal(together[1], alone)
         True
     """
 
@@ -93,17 +93,19 @@ class BatchedTask:
         sequence = torch.arange(runs * n_sequences, device=self._device).view(runs, -1)
         offsets = sequence * vocab
         for number, (run, position, parent) in enumerate(self._levels):
-            table, rows = root_thresholds, sequence[run]
+            table, rows = root_thresholds, sequence.index_select(0, run)
             if number > 0:
-                table, rows = thresholds, tokens[parent] + offsets[run]
-            tokens[position] = _token(uniform[position], table, rows)
+                table, rows = thresholds, offsets.index_select(0, run)
+                rows += tokens.index_select(0, parent)
+            drawn = _token(uniform.index_select(0, position), table, rows)
+            tokens.index_copy_(0, position, drawn)
         query = torch.empty(runs, n_sequences, dtype=torch.int64, device=self._device)
         for row, generator in zip(query, self._generators, strict=True):
             torch.randint(vocab, row.shape, generator=generator, out=row)
         tokens = tokens.view(runs, length, n_sequences)
         tokens[:, -1] = query
         target = transition.view(-1, vocab)[query + offsets]
-        return RunsBatch(tokens, target.mT.contiguous())
+        return RunsBatch(tokens.mT.contiguous(), target)
 
     def _transitions(self, n_sequences: int) -> Float[Tensor, "run batch vocab vocab"]:
         if self._fixed is not None:
