@@ -39,8 +39,7 @@ def draw(
     columns = [c for c in (picture.figure, picture.x, picture.y, picture.by) if c is not None]
     if any(column not in done for column in columns):
         return None
-    done = done[pd.to_numeric(done[picture.figure], errors="coerce").notna()]
-    if done.empty:
+    if not pd.to_numeric(done[picture.figure], errors="coerce").notna().any():
         return None
     if picture.y is not None:
         return phase_diagram(picture, done, title=title)

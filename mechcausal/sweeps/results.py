@@ -39,7 +39,8 @@ def write_results(
 def picture_name(picture: Picture) -> str:
     """The file name of a picture, without its ending."""
     axes = [picture.x, picture.y or "", picture.by or ""]
-    parts = [picture.figure, *(axis.rsplit(".", 1)[-1] for axis in axes if axis)]
+    figure = f"one-minus-{picture.figure}" if picture.complement else picture.figure
+    parts = [figure, *(axis.rsplit(".", 1)[-1] for axis in axes if axis)]
     return "_".join(parts).replace("/", "-").replace(".", "-")[:100]
 
 
