@@ -111,6 +111,8 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
     monkeypatch.setattr("mechcausal.targets.load_target", reach)
     monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)
+    monkeypatch.setattr("mechcausal.sweeps.driver.run_sweep", reach)
+    monkeypatch.setattr("mechcausal.sweeps.wandb_sweep.write_wandb_sweep", reach)
     try:
         code = main(arguments)
     except ReachedError:

@@ -46,7 +46,7 @@ def rows_once(folder: Path) -> None:
     assert len(members) == 6
     for member in members:
         assert run_info(member).state == "finished"
-        steps = [row["train/step"] for row in read_metrics(member)]
+        steps = [int(row["train/step"] or 0) for row in read_metrics(member)]
         assert steps == sorted(set(steps))
         found = fragments(member, str(read_process(member)["wandb_id"]))
         assert sorted(s for f in found for s in wandb_steps(f) or ()) == steps
@@ -72,7 +72,8 @@ def busy_member(folder: Path, rows: int = 3) -> dict[str, object]:
 def test_local_a_killed_worker_takes_no_other_member_with_it(
     sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    out, killed = tmp_path / "out", []
+    out = tmp_path / "out"
+    killed: list[object] = []
 
     def kill_once(progress: SweepProgress) -> None:
         process = busy_member(out)
@@ -155,7 +156,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_dask_a_killed_worker_loses_and_repeats_nothing(
     cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    out, killed = tmp_path / "out", []
+    out = tmp_path / "out"
+    killed: list[object] = []
 
     def kill_once(progress: SweepProgress) -> None:
         pid = busy_member(out).get("pid")
@@ -185,7 +187,7 @@ def test_dask_without_its_scheduler_says_so_and_the_rest_is_finished_later(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     out, file = tmp_path / "out", str(sweep_file(300))
-    ended = []
+    ended: list[int] = []
 
     def lose(progress: SweepProgress) -> None:
         if progress.done and not ended:

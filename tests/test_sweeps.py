@@ -1,9 +1,8 @@
-"""Sweeps: what is planned, refused, skipped, resumed, tabulated; engines have tests of their own."""
+"""Sweeps: what is planned, refused, skipped, resumed and tabulated."""
 
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,13 @@ from mechcausal.recipes import recipe_to_dict
 from mechcausal.run_folder import RunFolderError, find_runs, read_summary, run_info
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
-from mechcausal.sweeps.definition import Sweep, SweepError, load_sweep, packaged_sweeps
+from mechcausal.sweeps.definition import (
+    Sweep,
+    SweepError,
+    load_sweep,
+    packaged_sweeps,
+    sweep_to_dict,
+)
 from mechcausal.sweeps.driver import run_sweep
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
@@ -64,10 +69,10 @@ class InlineEngine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[InlineEngine]:
+def engine(monkeypatch: pytest.MonkeyPatch) -> InlineEngine:
     engine = InlineEngine()
     monkeypatch.setattr(driver, "_engine", lambda *args: engine)
-    yield engine
+    return engine
 
 
 def write(folder: Path, text: str, name: str = "s.toml") -> Path:
@@ -244,7 +249,9 @@ def test_every_member_is_an_ordinary_run_and_a_row_of_the_table(
     assert run_info(result.members[0].folder).recipe == result.members[0].recipe
     table = pd.read_csv(result.files["table"])
     assert table["member"].tolist() == [member.name for member in result.members]
-    assert list(table.columns[:6]) == "member state error seed task.alpha training.beta0".split()
+    assert list(table.columns[:6]) == [
+        *("member", "state", "error", "seed", "task.alpha", "training.beta0")
+    ]
     summary = read_summary(result.members[3].folder)
     assert table["loss/eval"][3] == pytest.approx(summary["loss/eval"])
     key = "gradient/theory_correlation"
@@ -306,7 +313,7 @@ def test_a_failing_member_is_reported_and_stops_no_other(
     out.mkdir()
     file = write(tmp_path, text)
     blocked = plan(load_sweep(file), out)[0]
-    (out / "sweep.json").write_text(json.dumps(driver.sweep_to_dict(load_sweep(file))))
+    (out / "sweep.json").write_text(json.dumps(sweep_to_dict(load_sweep(file))))
     blocked.folder.write_text("a file where a folder should be")
     assert main(["sweep", str(file), "--out", str(out)]) == 1
     said = capsys.readouterr()
@@ -394,7 +401,7 @@ def schema() -> object:
 
 
 WANDB = {
-    "grid": "task.alpha = [0.00001, 1.0]\nprobing.enabled = [true, false]\ngraph.query_parents = []",
+    "grid": "task.alpha = [0.00001, 1.0]\nprobing.enabled = [true, false]",
     "random": "task.alpha = {low = 1e-5, high = 1.0, log = true}\ntask.vocab_size={low=2, high=4}",
     "bayes": "task.alpha = {low = 0.1, high = 1.0}\ntraining.stage1.optimizer = ['sgd', 'adam']",
 }
@@ -404,7 +411,7 @@ WANDB = {
 def test_wandbs_own_form_is_valid_and_its_agents_call_train(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axes = WANDB[method].replace("\ngraph.query_parents = []", "")
+    axes = WANDB[method]
     head = "seeds = 2\n" + ("" if method == "grid" else 'kind = "random"\nsamples = 5\n')
     search = f'[search]\nmethod = "{method}"\n'
     file = write(tmp_path, f"{head}{TINY}\n[axes]\n{axes}\n{search}")

@@ -76,8 +76,8 @@ class DaskEngine:
         self._event_name = f"mechcausal-stop-{secrets.token_hex(8)}"
         make_event: Any = distributed.Event
         self._event = make_event(self._event_name, client=self._client)
-        self._executor: Any = self._client.get_executor(pure=False)
-        self._lost_since: float | None = None
+        executor: Any = self._client
+        self._executor: Any = executor.get_executor(pure=False)
 
     @property
     def n_workers(self) -> int:

@@ -323,7 +323,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     So `a.b = 1` and `"a.b" = 1` mean the same.
     """
-    known, flat = recipe_fields(), {}
+    known = recipe_fields()
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and is_dataclass(known.get(path)):

@@ -87,10 +87,12 @@ def line(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
         axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         if not numeric:
             axis.set_xticks(places, [str(value) for value in where], rotation=30, ha="right")
-        elif _spans(places):
-            axis.set_xscale("log")
         if picture.fit and numeric:
             _fit(axis, places, mean.to_numpy(), colour)
+        if numeric and (picture.fit or _spans(places)) and places.min() > 0:
+            axis.set_xscale("log")
+            axis.set_xticks(places, [_text(value) for value in where])
+            axis.set_xticks([], minor=True)
     axis.set(xlabel=picture.x, ylabel=_name(picture))
     if len(axis.get_legend_handles_labels()[1]):
         axis.legend(title=picture.by, fontsize="small", frameon=False)
@@ -208,7 +210,7 @@ def _fit(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: Any) -> None:
     k, error, c = power_law(x[good], y[good])
     said = f"∝ x^{k:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
     axis.plot(x[good], c * x[good] ** k, "--", color=colour, linewidth=1, label=said)
-    axis.set(xscale="log", yscale="log")
+    axis.set_yscale("log")
 
 
 def _spans(places: np.ndarray) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,7 @@ def overhead(folder: Path) -> None:
             ends += [time.perf_counter()] * (progress.done - len(ends))
 
         run_sweep(sweep, folder / f"sweep{turn}", workers=1, wandb_mode="offline", on_progress=look)
-        paces += [after - before for before, after in zip(ends[3:], ends[4:], strict=False)]
+        paces += [after - before for before, after in pairwise(ends[3:])]
     pace, run = statistics.median(paces), statistics.median(own)
     print(f"a member of `local`, W&B offline: {1e3 * pace:.0f} ms; the run by itself, without W&B:")
     print(f"{1e3 * run:.0f} ms; overhead {1e3 * (pace - run):.0f} ms (at most 50 on idle cores)")
