@@ -1,5 +1,6 @@
 """The looks taken at a model in training, and what is kept of them."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class Album:
             images |= self._draw()
         if step not in self._on_disk:
             self._record.log(step, figures, images)
-        elif self._on_disk[step] != table_row(step, figures):
+        elif not self._is_on_disk(table_row(step, figures)):
             self._record.warn(
                 f"the row of step {step} came out differently when it was computed again; "
                 "the first one is kept"
@@ -152,6 +153,17 @@ class Album:
             self._folder.mkdir(exist_ok=True)
             write_atomically(path, save(_contiguous(matrices)), durable=self._durable)
         self._matrices[step] = matrices
+
+    def _is_on_disk(self, row: Mapping[str, Value]) -> bool:
+        """Whether the row that is on disk is this one; up to rounding, if a batch wrote it."""
+        before = self._on_disk[row[STEP]]
+        if not self._record.lean:
+            return before == row
+        return before.keys() == row.keys() and all(
+            (value is None) == (row[name] is None)
+            and math.isclose(value or 0.0, row[name] or 0.0, rel_tol=1e-5, abs_tol=1e-5)
+            for name, value in before.items()
+        )
 
     def _draw(self) -> dict[str, Path]:
         if not self._matrices:

@@ -55,6 +55,7 @@ class RunRecord:
         mode: resolved W&B mode; falls back to offline when online cannot be had.
         warnings: what went wrong with recording, for the user to read.
         rows: rows in metrics.jsonl.
+        lean: whether the run began as a lean one, in a batch.
     """
 
     def __init__(
@@ -96,6 +97,9 @@ class RunRecord:
             "recipe": recipe_to_dict(recipe),
             "environment": dict(environment or {}),
         }
+        self.lean = lean or process.get("lean") is True
+        if self.lean:
+            self._values["lean"] = True
         self._wandb: WandbRun | None = None
         self._in_wandb: set[int] = set()
         with writing(folder / METRICS_FILE):
