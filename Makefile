@@ -68,4 +68,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(STAMP)
 	@$(PIP) pip setuptools hatchling
 	@$(PIP) --no-build-isolation -e ".[dev]"
+	@$(PIP) --no-deps sweeps # for the schema in it; what its code needs does not go with numpy 2
 	@echo "$(CURDIR)" > $(STAMP)

@@ -1,5 +1,6 @@
 """The looks taken at a model in training, and what is kept of them."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class Album:
         stage_starts: list[int],
         start: int = 0,
         rows: Sequence[dict[str, Value]] = (),
+        durable: bool = True,
     ) -> None:
         """Open the album of a run.
 
@@ -51,8 +53,10 @@ class Album:
             start: first step that is trained now, more than 0 when the run is resumed.
             rows: what is on disk already. Rows of steps from `start` on are seen anew, and only
                 compared with what is there.
+            durable: wait until the matrices of a step are on the disk.
         """
         self._record = record
+        self._durable = durable
         self._experiment = experiment
         self._probing = experiment.recipe.probing
         self._stage_starts = stage_starts
@@ -108,7 +112,7 @@ class Album:
             images |= self._draw()
         if step not in self._on_disk:
             self._record.log(step, figures, images)
-        elif self._on_disk[step] != table_row(step, figures):
+        elif not self._is_on_disk(table_row(step, figures)):
             self._record.warn(
                 f"the row of step {step} came out differently when it was computed again; "
                 "the first one is kept"
@@ -156,7 +160,18 @@ class Album:
         path = self._folder / f"{name}.safetensors"
         with writing(path):
             self._folder.mkdir(exist_ok=True)
-            write_atomically(path, save(_contiguous(matrices)))
+            write_atomically(path, save(_contiguous(matrices)), durable=self._durable)
+
+    def _is_on_disk(self, row: Mapping[str, Value]) -> bool:
+        """Whether the row that is on disk is this one; up to rounding, if a batch wrote it."""
+        before = self._on_disk[row[STEP]]
+        if not self._record.lean:
+            return before == row
+        return before.keys() == row.keys() and all(
+            (value is None) == (row[name] is None)
+            and math.isclose(value or 0.0, row[name] or 0.0, rel_tol=1e-5, abs_tol=1e-5)
+            for name, value in before.items()
+        )
 
     def _draw(self) -> dict[str, Path]:
         if not self._matrices:

@@ -15,7 +15,7 @@ from mechcausal.recipes import packaged_recipes
 
 BAD_INPUT = 2
 COMMANDS = (
-    *("train", "resume", "runs", "report", "sync"),
+    *("train", "resume", "sweep", "runs", "report", "sync"),
     *("theory", "detect", "discover", "explain", "replicate"),
 )
 
@@ -26,6 +26,7 @@ Watch a transformer learn causal structure.
 commands:
   train RECIPE     train a recipe's model, watched by hooks, recorded to W&B and files
   resume RUN       go on with a run that was interrupted, killed or failed
+  sweep SWEEP      many runs: axes over a recipe's fields, on cores or on a cluster
   runs [FOLDER]    list runs: recipe, state, step, figures
   report RUN ...   the page of a run, or the comparison of several
   sync RUN         upload a run's offline W&B fragments in order

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) -> None:
     """Write a file that is found with its old content or its new one, never in between.
 
     Written under another name, synced to disk, then renamed.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        durable: wait for the disk, which takes milliseconds. Without, the file outlives this
+            process, but may be damaged where the machine fails.
 
     Raises:
         OSError: it cannot be written; the old file is left as it was.
@@ -23,9 +29,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -4,7 +4,10 @@ The hooked model runs on a fixed evaluation batch, so that consecutive figures d
 model learned and not by what it was shown.
 """
 
+from dataclasses import dataclass
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal import metrics, predictors
@@ -34,6 +37,31 @@ _MAX_ENTRIES = 4_000_000
 _N_EXAMPLES = 4
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the probes read in one look, on the CPU but for the prediction.
+
+    Attributes:
+        attention: layer 1's patterns, mean over sequences.
+        scores: descent direction on layer 1's scores.
+        pattern: descent direction on layer 1's patterns, centred by row.
+        pattern_stderr: standard error of `pattern`.
+        induction: attention of the last layer's heads where an induction head should look.
+        matching: their prefix-matching scores on repeated tokens.
+        examples: attention of the last position in the last layer on a few sequences.
+        prediction: the model's output on the evaluation batch.
+    """
+
+    attention: Float[Tensor, "head query key"]
+    scores: Float[Tensor, "head query key"]
+    pattern: Float[Tensor, "head query key"]
+    pattern_stderr: Float[Tensor, "head query key"]
+    induction: Float[Tensor, "last_head"]
+    matching: Float[Tensor, "last_head"]
+    examples: Float[Tensor, "example last_head key"]
+    prediction: Float[Tensor, "batch vocab"]
+
+
 class Observer:
     """Looks at the same sequences again and again.
 
@@ -42,6 +70,7 @@ class Observer:
         examples: the first few of them, whose attention is kept sequence by sequence.
         bayes_loss: cross entropy of the Bayes predictor on them, nats.
         strategy_losses: cross entropy of every strategy on them, nats.
+        repeated: sequences of random tokens, repeated.
     """
 
     def __init__(
@@ -80,7 +109,7 @@ class Observer:
             name: soft_cross_entropy(prediction, target).item()
             for name, prediction in self._strategies.items()
         }
-        self._repeated = repeated_tokens(
+        self.repeated = repeated_tokens(
             64, task.sequence_length // 2, task.vocab_size, generator=generator
         )
 
@@ -109,36 +138,50 @@ class Observer:
                 prediction = self._backward()
             repeated = InductionScores(last)
             with torch.no_grad(), attach(model.hooked, repeated):
-                model.hooked(self._repeated, return_type=None)
+                model.hooked(self.repeated, return_type=None)
             last_pattern = AttentionPattern(last)
             with torch.no_grad(), attach(model.hooked, last_pattern):
                 model.hooked(self.examples, return_type=None)
         heads = slice(model.heads[0])
+        last_heads = slice(model.heads[last])
+        scores = induction.reading().sel(layer=last).values[:, last_heads]
+        matching = repeated.reading().sel(score="prefix_matching", layer=last).values[:, last_heads]
+        look = Look(
+            attention=pattern.reading().sel(layer=0).values[heads].cpu(),
+            scores=-by_scores.reading().sel(layer=0).values[heads].cpu(),
+            pattern=-by_pattern.reading().sel(layer=0).values[heads].cpu(),
+            pattern_stderr=by_pattern.stderr().sel(layer=0).values[heads].cpu(),
+            induction=scores.nanmean(0),
+            matching=matching.nanmean(0),
+            examples=last_pattern.reading().sel(layer=last).values[:, last_heads, -1].cpu(),
+            prediction=prediction,
+        )
+        return self.figures_of(look)
+
+    def figures_of(self, look: Look) -> Observation:
+        """The figures that follow from what the probes read, see `observe`."""
+        model, last = self.model, len(self.model.heads) - 1
         matrices = {
-            "attention/layer0": pattern.reading().sel(layer=0).values[heads].cpu(),
-            "gradient/scores": -by_scores.reading().sel(layer=0).values[heads].cpu(),
-            "gradient/pattern": -by_pattern.reading().sel(layer=0).values[heads].cpu(),
+            "attention/layer0": look.attention,
+            "gradient/scores": look.scores,
+            "gradient/pattern": look.pattern,
         }
-        spread = by_pattern.stderr().sel(layer=0).values[heads].cpu()
-        figures = self._losses(prediction)
-        figures |= matching_figures(matrices["attention/layer0"], graph)
-        figures |= self._gradient_figures(matrices, spread)
-        heads = slice(model.heads[last])
-        scores = induction.reading().sel(layer=last).values[:, heads]
-        matching = repeated.reading().sel(score="prefix_matching", layer=last).values[:, heads]
+        figures = self._losses(look.prediction)
+        figures |= matching_figures(look.attention, self.task.graph)
+        figures |= self._gradient_figures(matrices, look.pattern_stderr)
         figures |= {  # of the head that does it best
-            "induction/score": scores.nanmean(0).max().item(),
-            "induction/prefix_matching": matching.nanmean(0).max().item(),
-            "induction/copying": copying_score(model.hooked, last)[heads].max().item(),
+            "induction/score": look.induction.max().item(),
+            "induction/prefix_matching": look.matching.max().item(),
+            "induction/copying": copying_score(model.hooked, last)[: model.heads[last]]
+            .max()
+            .item(),
         }
-        figures |= metrics.strategy_figures(prediction, self._strategies, epsilon=self.epsilon)
+        figures |= metrics.strategy_figures(look.prediction, self._strategies, epsilon=self.epsilon)
         figures |= self._weight_figures()
         if model.heads[0] == 1:
             matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}
-        matrices["attention/examples"] = (
-            last_pattern.reading().sel(layer=last).values[:, : model.heads[last], -1].cpu()
-        )
-        return Observation(figures, matrices, prediction)
+        matrices["attention/examples"] = look.examples
+        return Observation(figures, matrices, look.prediction)
 
     def _backward(self) -> Tensor:
         """Forward and backward pass over the evaluation batch, in parts; the predictions."""

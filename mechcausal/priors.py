@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 # Dirichlet rows of a tiny concentration underflow to exact zeros, which would make chains
@@ -95,38 +96,67 @@ def sample_log_gamma(
         shape: of the draws.
         generator: source of randomness.
     """
-    scale = torch.where(concentration < 1, concentration + 1, concentration) - 1 / 3
-    log_draw, accepted = _propose(scale, shape, generator)
+
+    def propose(scale: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        options: Any = {"generator": generator, "dtype": scale.dtype, "device": generator.device}
+        normal = torch.randn(shape, **options)
+        return propose_log_gamma(scale, normal, torch.rand(shape, **options))
+
+    scale = log_gamma_scale(concentration)
+    log_draw, accepted = propose(scale, shape)
     rejected = (~accepted).nonzero(as_tuple=True)
     everywhere = scale.expand(shape)
     while len(rejected[0]):  # one proposal in twenty at first
-        proposal, accepted = _propose(everywhere[rejected], rejected[0].shape, generator)
+        proposal, accepted = propose(everywhere[rejected], rejected[0].shape)
         log_draw[rejected] = proposal
         rejected = tuple(index[~accepted] for index in rejected)
     if bool((concentration < 1).any()):
-        log_uniform = _uniform(concentration, shape, generator).log_()
-        inverse = torch.where(concentration < 1, 1 / concentration, 0.0)
-        log_draw += log_uniform.mul_(inverse)
+        uniform = torch.rand(
+            shape, generator=generator, dtype=concentration.dtype, device=generator.device
+        )
+        log_draw += log_gamma_correction(concentration, uniform)
     return log_draw
 
 
-def _propose(
-    scale: Tensor, shape: Sequence[int], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Candidates for log Gamma(scale + 1/3), and which of them are accepted."""
-    normal = torch.randn(shape, generator=generator, dtype=scale.dtype, device=generator.device)
+def log_gamma_scale(concentration: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What `propose_log_gamma` needs for a concentration."""
+    return torch.where(concentration < 1, concentration + 1, concentration) - 1 / 3
+
+
+def propose_log_gamma(
+    scale: Float[Tensor, "*any"], normal: Float[Tensor, "*shape"], uniform: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
+    """Candidates for log Gamma(scale + 1/3), and which of them are accepted.
+
+    Args:
+        scale: broadcast to the draws.
+        normal: standard normal draws, overwritten.
+        uniform: draws from [0, 1), overwritten.
+    """
     root = (normal / (9 * scale).sqrt()).add_(1)
     log_cube = root.log().mul_(3)  # NaN where the root is negative: no comparison accepts that
     bound = root.pow_(3).neg_().add_(log_cube).add_(1).mul_(scale)
     bound += normal.square_().mul_(0.5)
-    accepted = _uniform(scale, shape, generator).log_() < bound
+    accepted = _log_of_complement(uniform) < bound
     return log_cube.add_(scale.log()), accepted
 
 
-def _uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Uniform on (0, 1]: its logarithm is finite."""
-    draw = torch.rand(shape, generator=generator, dtype=like.dtype, device=generator.device)
-    return draw.neg_().add_(1)
+def log_gamma_correction(
+    concentration: Float[Tensor, "*any"], uniform: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """What takes log Gamma(a + 1) to log Gamma(a): `log(U) / a` for a < 1, else 0.
+
+    Args:
+        concentration: a, broadcast to the draws.
+        uniform: draws from [0, 1), overwritten.
+    """
+    inverse = torch.where(concentration < 1, 1 / concentration, 0.0)
+    return _log_of_complement(uniform).mul_(inverse)
+
+
+def _log_of_complement(uniform: Tensor) -> Tensor:
+    """The logarithm of uniform draws from (0, 1]: finite."""
+    return uniform.neg_().add_(1).log_()
 
 
 def sample_dirichlet(

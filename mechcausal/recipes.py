@@ -381,6 +381,18 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return dict(clean(asdict(recipe)))
 
 
+def recipe_fields(section: Any = Recipe, prefix: str = "") -> dict[str, Any]:
+    """The type of every field and section of a recipe, by dotted path."""
+    found = {}
+    hints = get_type_hints(section)
+    for item in fields(section):
+        path = prefix + item.name
+        found[path] = hints[item.name]
+        if is_dataclass(hints[item.name]):
+            found |= recipe_fields(hints[item.name], f"{path}.")
+    return found
+
+
 def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
     """Check nested plain data and make a recipe of it.
 

@@ -32,7 +32,7 @@ from mechcausal.run_folder import (
     read_process,
     read_summary,
 )
-from mechcausal.signals import stop_on_signals
+from mechcausal.signals import StopSignal, stop_on_signals
 from mechcausal.stages import stages
 from mechcausal.tracking import writing
 from mechcausal.training import Progress, RunResult, check, computing_on, device_named, run
@@ -47,6 +47,7 @@ def resume(
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
+    stop: StopSignal | None = None,
 ) -> RunResult:
     """Go on with a run that was interrupted, killed or failed, as if it had never stopped.
 
@@ -61,6 +62,7 @@ def resume(
         wandb_mode: instead of the recipe's.
         on_progress: called before every step.
         on_warning: told what goes wrong, as it does.
+        stop: see `mechcausal.train`.
 
     Returns:
         The run.
@@ -77,7 +79,7 @@ def resume(
     recipe = recipe or load_recipe(folder / RECIPE_FILE)
     check(recipe)
     mode = resolve_mode(wandb_mode or recipe.wandb.mode)
-    with stop_on_signals() as stop, hold(folder):
+    with stop_on_signals(stop) as stop, hold(folder):
         warnings: list[str] = []
         checkpoint = newest_checkpoint(folder, warnings)
         for warning in warnings:

@@ -36,12 +36,15 @@ class StopSignal:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopSignal]:
+def stop_on_signals(stop: StopSignal | None = None) -> Iterator[StopSignal]:
     """Turn the first SIGTERM or SIGINT into a request to stop; a second SIGINT interrupts at once.
 
     Outside the main thread, where Python takes no signals, nothing is changed.
+
+    Args:
+        stop: takes the request; a new one when absent.
     """
-    stop = StopSignal()
+    stop = stop or StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

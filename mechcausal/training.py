@@ -84,6 +84,7 @@ def train(
     out: str | Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
+    stop: StopSignal | None = None,
 ) -> RunResult:
     """Train a recipe's model and record everything that was seen on the way.
 
@@ -92,6 +93,7 @@ def train(
         out: the run's folder; `runs/<recipe>/<run-id>` when absent.
         on_progress: called before every step.
         on_warning: told what goes wrong with recording, as it does.
+        stop: a request to stop, beside signals; for who sets its `received` while this runs.
 
     Returns:
         The run; its folder is described in `mechcausal.run_folder`.
@@ -108,7 +110,7 @@ def train(
     check(recipe)
     recipe = recipe.self_contained()
     mode = resolve_mode(recipe.wandb.mode)
-    with stop_on_signals() as stop, new_run_folder(recipe, out) as folder:
+    with stop_on_signals(stop) as stop, new_run_folder(recipe, out) as folder:
         return run(recipe, folder, mode, stop, on_progress=on_progress, on_warning=on_warning)
 
 
@@ -163,13 +165,13 @@ def run(
             experiment = build_experiment(recipe, generators)
         except BaseException as error:
             opening.result().finish({}, "interrupted" if stop.received else "failed")
-            raise _explained(error, folder, recipe, "before the first step") from None
+            raise explained(error, folder, recipe, "before the first step") from None
         # From here on a signal waits for the end of a step, and of what follows the last one.
         stop.waits = True
         try:
             record = opening.result()
         except RecordError as error:
-            raise _explained(error, folder, recipe, "before the first step") from None
+            raise explained(error, folder, recipe, "before the first step") from None
         album = Album(
             record,
             experiment,
@@ -182,7 +184,7 @@ def run(
         state: State = "failed"
         step = start
         try:
-            for step, stage, optimizer in _schedule(plan, experiment, start):
+            for step, stage, optimizer in schedule(plan, experiment, start):
                 if step == start and checkpoint is not None:
                     checkpoint.restore(experiment, optimizer, generators)
                 is_last = step == recipe.n_steps
@@ -193,7 +195,7 @@ def run(
                     checkpointer.save(step, stage.name, optimizer)
                 optimizer.zero_grad()
                 loss = _accumulate(experiment)
-                _check_finite(loss, optimizer, step, stage, folder)
+                check_finite(loss, optimizer, step, stage, folder)
                 if step in album.steps:
                     album.add(step, loss)
                 checkpointer.publish(step)
@@ -211,7 +213,7 @@ def run(
                 experiment.save_model(place)
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            raise _explained(error, folder, recipe, f"at step {step}") from None
+            raise explained(error, folder, recipe, f"at step {step}") from None
         finally:
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             record.finish(summary, state)
@@ -232,7 +234,7 @@ def run(
     )
 
 
-def _schedule(
+def schedule(
     plan: list[Stage], experiment: Experiment, start: int
 ) -> Iterator[tuple[int, Stage, torch.optim.Optimizer]]:
     """Number, stage and optimizer of every step from `start` on.
@@ -276,7 +278,7 @@ def _optimizer(
     return optimizer
 
 
-def _check_finite(
+def check_finite(
     loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
 ) -> None:
     """Stop before weights are spoiled.
@@ -299,7 +301,7 @@ def _check_finite(
     )
 
 
-def _explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
+def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
     """The error as the user should read it: what happened, and how to go on."""
     again = f"mechcausal resume {folder}"
     if isinstance(error, StopRequested):

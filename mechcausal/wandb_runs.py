@@ -34,6 +34,14 @@ FINISH_SECONDS = 30
 """How long finishing may take before a run ends without it."""
 _SLOW_ARTIFACT_SECONDS = 5.0
 _ORPHAN_SECONDS = 2.0
+_LEAN: Mapping[str, Any] = {
+    "reinit": "create_new",
+    "disable_git": True,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
 
 
 class TrackingError(ValueError):
@@ -69,7 +77,7 @@ def _key_configured() -> bool:
 
 
 def start_wandb(
-    mode: WandbMode, folder: Path, warnings: list[str], **options: Any
+    mode: WandbMode, folder: Path, warnings: list[str], *, lean: bool = False, **options: Any
 ) -> "tuple[Run | None, WandbMode]":
     """Start a W&B run in a folder: offline where online cannot be had, none where neither can.
 
@@ -79,6 +87,8 @@ def start_wandb(
         mode: online or offline.
         folder: W&B's files go below it.
         warnings: what went wrong is added here.
+        lean: say nothing of the machine, the packages and the repository; several such runs may be
+            open at a time.
         **options: further arguments of `wandb.init`.
 
     Returns:
@@ -95,6 +105,7 @@ def start_wandb(
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
         x_transaction_log_flush_interval=1,
+        **(_LEAN if lean else {}),
     )
     # Absolute: W&B's service may have been started in another folder.
     folder = folder.resolve()

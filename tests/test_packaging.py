@@ -48,6 +48,9 @@ def source(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "runs").mkdir()
     for recipe in (repository / "runs").glob("*.toml"):
         shutil.copy(recipe, source / "runs")
+    (source / "runs" / "sweeps").mkdir()
+    for sweep in (repository / "runs" / "sweeps").glob("*.toml"):
+        shutil.copy(sweep, source / "runs" / "sweeps")
     for path in repository.iterdir():
         if path.is_file():
             shutil.copy(path, source)
@@ -87,8 +90,10 @@ def test_wheel_holds_the_recipes_of_the_checkout_and_no_records(
             for name in archive.namelist()
             if name.startswith("mechcausal/_recipes/")
         }
-    tracked = {path.name: path.read_bytes() for path in (repository / "runs").glob("*.toml")}
-    assert "markov_chain.toml" in tracked
+    runs = repository / "runs"
+    found = [*runs.glob("*.toml"), *runs.glob("sweeps/*.toml")]
+    tracked = {path.relative_to(runs).as_posix(): path.read_bytes() for path in found}
+    assert {"markov_chain.toml", "sweeps/recovery.toml"} <= set(tracked)
     assert shipped == tracked
 
 
@@ -121,10 +126,11 @@ def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) 
 def test_every_import_is_declared(repository: Path) -> None:
     """An import that only some dependency of a dependency brings breaks when that one drops it."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    declared = {Requirement(line).name.replace("-", "_") for line in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["cluster"]]
+    declared = {Requirement(line).name.replace("-", "_") for line in lines}
     # An optional extra, imported where it is asked for alone.
-    extra = {Requirement(line).name for line in project["optional-dependencies"]["discovery"]}
-    assert extra == {"causal-learn"}
+    assert {Requirement(line).name for line in extras["discovery"]} == {"causal-learn"}
     declared.add("causallearn")
     undeclared = {
         f"{path.relative_to(repository)}: {module}"

@@ -18,6 +18,7 @@ from mechcausal.recipes import (
     load_recipe,
     packaged_recipes,
     parse_recipe,
+    recipe_fields,
     recipe_to_dict,
 )
 
@@ -43,6 +44,7 @@ class Train:
 def main(arguments: list[str]) -> int:
     """Run the command; the exit code is 0, 1 when the run failed, or 128 + signal."""
     # Values on the command line override those of the recipe: read which recipe it is first.
+    arguments = _with_flags(arguments)
     target = parse(Train, arguments, command="train").recipe
     if not target:
         raise RefusedError(f"train needs a recipe: a file, or {', '.join(packaged_recipes())}")
@@ -55,6 +57,19 @@ def main(arguments: list[str]) -> int:
     except RecipeError as error:
         raise RefusedError(str(error)) from None
     return _run_training(recipe, target, options.out, quiet=options.quiet)
+
+
+def _with_flags(arguments: list[str]) -> list[str]:
+    """W&B's agents write a flag as --probing.enabled=False: as --probing.no-enabled it is known."""
+    flags = {path for path, kind in recipe_fields().items() if kind is bool}
+    changed = []
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").replace("-", "_").partition("=")
+        if name in flags and value in ("True", "False"):
+            section, _, last = name.rpartition(".")
+            argument = f"--{section}.{last if value == 'True' else f'no-{last}'}".replace("_", "-")
+        changed.append(argument)
+    return changed
 
 
 def recipe_of(parsed: Recipe) -> Recipe:

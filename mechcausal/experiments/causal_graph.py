@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class CausalGraphExperiment(Experiment):
         observer: looks at it on a fixed evaluation batch.
     """
 
+    observer_type: ClassVar[type[Observer]] = Observer
+
     def __init__(self, recipe: Recipe, generators: Generators) -> None:
         """Build the task, its theory, the model at its start, and the observer."""
         training, evaluation = recipe.training, recipe.evaluation
@@ -43,7 +45,7 @@ class CausalGraphExperiment(Experiment):
         self.model = build_model(
             recipe, self.task, seed=generators.init, device=generators.data.device
         )
-        self.observer = Observer(
+        self.observer = self.observer_type(
             self.model,
             self.task,
             self.theory,

@@ -1,0 +1,411 @@
+"""A sweep as typed data: a base recipe, axes over its fields, seeds.
+
+Importing this module is cheap (no torch): a sweep is checked and planned before anything heavy.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from mechcausal.messages import excerpt
+from mechcausal.recipes import (
+    MAX_FILE_BYTES,
+    Recipe,
+    RecipeError,
+    Seed,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    recipe_fields,
+    recipe_to_dict,
+)
+
+MAX_MEMBERS = 1_000_000
+COPY_FILE = "sweep.json"
+"""A sweep folder's copy of the sweep, the whole base recipe in it."""
+
+Count = Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be read, planned or run; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Values of a random axis between two ends, whole numbers where both ends are."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    low: int | Annotated[float, Field(allow_inf_nan=False)]
+    """Smallest value."""
+    high: int | Annotated[float, Field(allow_inf_nan=False)]
+    """Largest value."""
+    log: bool = False
+    """Uniform in the logarithm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture of a finished sweep: mean and spread of a figure over all other axes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    figure: str
+    """Name of the figure, as in metrics.jsonl; `first/...` for the first probe step's."""
+    x: str
+    """Axis from left to right: a recipe field, or `train/step` for curves over training."""
+    y: str | None = None
+    """Axis from bottom to top, which makes a phase diagram."""
+    by: str | None = None
+    """A field whose values get a line of their own (without `y`)."""
+    complement: bool = False
+    """Draw one minus the figure."""
+    fit: bool = False
+    """Fit a power law to the means, and say its exponent (without `y`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How W&B's own sweep is to search; see `--as-wandb`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    method: Literal["grid", "random", "bayes"] | None = None
+    """When absent: as the sweep."""
+    metric: str = "loss/eval"
+    """Figure that bayes improves."""
+    goal: Literal["minimize", "maximize"] = "minimize"
+    """What better means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """What a sweep file may hold."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    recipe: str | dict[str, Any]
+    axes: dict[str, Any] = field(default_factory=dict)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    kind: Literal["grid", "list", "random"] = "grid"
+    changes: dict[str, Any] | None = None
+    seeds: Count | Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    samples: Count | None = None
+    sampling_seed: Seed | None = None
+    pictures: tuple[Picture, ...] = ()
+    search: Search = Search()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep, completely described.
+
+    Attributes:
+        name: of its folder and its W&B group.
+        base: the recipe that all members share, but for their axes.
+        kind: grid: every combination. list: the axes side by side. random: drawn from ranges.
+        axes: values, or the range of a random axis, by dotted path.
+        seeds: every point is run with each of these.
+        samples: points of a random sweep.
+        sampling_seed: they follow from it.
+        pictures: drawn at the end.
+        search: see `--as-wandb`.
+        source: file it was read from.
+        recipe_source: name of the base recipe, where that comes along and nothing is changed.
+    """
+
+    name: str
+    base: Recipe
+    kind: Literal["grid", "list", "random"]
+    axes: Mapping[str, tuple[Any, ...] | Range]
+    seeds: tuple[int, ...]
+    samples: int
+    sampling_seed: int
+    pictures: tuple[Picture, ...]
+    search: Search
+    source: str
+    recipe_source: str = ""
+
+
+def load_sweep(target: str | Path) -> Sweep:
+    """Read a sweep from a TOML file, by the name of one that comes along, or from a sweep's folder.
+
+    Raises:
+        SweepError: no such file, not a sweep, or axes that are none; one line that names the file.
+    """
+    path = _find(target)
+    data = _read(path)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "sweep"
+    data.setdefault("name", name)
+    file = _parse(data, str(path))
+    base = _base(file, path)
+    axes = _axes(file, str(path))
+    if "seed" in axes and file.seeds is not None:
+        raise SweepError(f"{path}: seeds: found beside an axis `seed`; one of them is enough")
+    seeds = file.seeds if file.seeds is not None else (base.seed,)
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else seeds
+    if len(set(seeds)) < len(seeds):
+        raise SweepError(f"{path}: seeds: a seed is there twice, found {excerpt(list(seeds))}")
+    if (file.kind == "random") != (file.samples is not None):
+        verb = "needed by" if file.kind == "random" else "belongs to"
+        raise SweepError(f"{path}: samples: {verb} kind random")
+    if file.kind != "random" and file.sampling_seed is not None:
+        raise SweepError(f"{path}: sampling_seed: belongs to kind random")
+    for number, picture in enumerate(file.pictures):
+        _check_picture(picture, f"{path}: pictures.{number}")
+    return Sweep(
+        name=file.name,
+        base=base,
+        kind=file.kind,
+        axes=axes,
+        seeds=seeds,
+        samples=file.samples or 0,
+        sampling_seed=file.sampling_seed or 0,
+        pictures=file.pictures,
+        search=file.search,
+        source=str(path),
+        recipe_source=_packaged(file, path),
+    )
+
+
+def sweep_to_dict(sweep: Sweep) -> dict[str, Any]:
+    """Plain data that `load_sweep` reads back as the same sweep, its base recipe written out."""
+    data: dict[str, Any] = {
+        "name": sweep.name,
+        "kind": sweep.kind,
+        "recipe": recipe_to_dict(sweep.base),
+        "axes": {
+            path: asdict(axis) if isinstance(axis, Range) else list(axis)
+            for path, axis in sweep.axes.items()
+        },
+        "search": {key: value for key, value in asdict(sweep.search).items() if value is not None},
+        "pictures": [
+            {key: value for key, value in asdict(picture).items() if value is not None}
+            for picture in sweep.pictures
+        ],
+    }
+    if "seed" not in sweep.axes:
+        data["seeds"] = list(sweep.seeds)
+    if sweep.kind == "random":
+        data |= {"samples": sweep.samples, "sampling_seed": sweep.sampling_seed}
+    return data
+
+
+def packaged_sweeps() -> dict[str, Path]:
+    """Sweeps that come with the package, by name."""
+    folder = next(iter(packaged_recipes().values())).parent / "sweeps"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _find(target: str | Path) -> Path:
+    path = Path(target)
+    try:
+        if path.is_dir():
+            if (path / COPY_FILE).is_file():
+                return path / COPY_FILE
+            raise SweepError(f"{path}: no sweep's folder: no {COPY_FILE} in it")
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise SweepError(f"{path}: {error.strerror or error}") from None
+    packaged = packaged_sweeps()
+    if str(target) in packaged:
+        return packaged[str(target)]
+    close = difflib.get_close_matches(str(target), packaged, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    raise SweepError(
+        f"{path}: no such file or sweep{hint}; sweeps that come along: {', '.join(packaged)}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise SweepError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most a sweep may have")
+        text = content.decode("utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise SweepError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SweepError(f"{path}: not a text file") from None
+    except RecursionError:
+        raise SweepError(f"{path}: nested too deeply") from None
+    except SweepError:
+        raise
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise SweepError(f"{path}: not valid {kind}: {excerpt(error, 100)}") from None
+    if not isinstance(data, dict):
+        raise SweepError(f"{path}: not a sweep")
+    return data
+
+
+_ADAPTER: TypeAdapter[_File] = TypeAdapter(_File)
+_RANGE: TypeAdapter[Range] = TypeAdapter(Range)
+
+
+def _parse(data: dict[str, Any], source: str) -> _File:
+    if "base" in data and "recipe" not in data:
+        raise SweepError(f"{source}: base: unknown key, did you mean recipe?")
+    checked: _File = _checked(_ADAPTER, data, source)
+    return checked
+
+
+def _checked(adapter: Any, data: Any, source: str) -> Any:
+    """What an adapter makes of plain data.
+
+    Raises:
+        SweepError: it refuses; the first reason.
+    """
+    try:
+        return adapter.validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        known = {item.name for kind in (_File, Range, Picture, Search) for item in fields(kind)}
+        place = [p for p in first["loc"] if isinstance(p, int) or p in known]
+        where = ".".join(map(str, place)) or excerpt(first["loc"][0] if first["loc"] else "sweep")
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = str(first["loc"][-1])
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise SweepError(f"{source}: {excerpt(key)}: unknown key{hint}") from None
+        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            raise SweepError(f"{source}: {where}: is needed") from None
+        found = excerpt(json.dumps(first["input"], default=str))
+        raise SweepError(f"{source}: {where}: {first['msg'].lower()}, found {found}") from None
+    except RecursionError:
+        raise SweepError(f"{source}: nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise SweepError(f"{source}: not plain data: {excerpt(error)}") from None
+
+
+def _base(file: _File, path: Path) -> Recipe:
+    try:
+        if isinstance(file.recipe, str):
+            beside = path.parent / file.recipe
+            recipe = load_recipe(beside if beside.is_file() else file.recipe)
+            # An edge list lies beside the recipe, which a worker elsewhere does not have.
+            recipe = recipe.self_contained()
+        else:
+            recipe = parse_recipe({"name": file.name, **file.recipe}, source=f"{path}: recipe")
+        if file.changes:
+            values = recipe_to_dict(recipe)
+            for field_, value in flatten(file.changes).items():
+                overlay(values, field_, value)
+            recipe = parse_recipe(values, source=f"{path}: changes")
+    except (RecipeError, OSError) as error:
+        raise SweepError(str(error)) from None
+    except ValueError as error:  # an edge list that is no graph
+        raise SweepError(f"{path}: recipe: {error}") from None
+    return recipe
+
+
+def _packaged(file: _File, path: Path) -> str:
+    known = isinstance(file.recipe, str) and file.recipe in packaged_recipes()
+    if not known or file.changes or (path.parent / str(file.recipe)).is_file():
+        return ""
+    return str(file.recipe)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Tables within tables as dotted paths, as deep as a recipe has sections.
+
+    So `a.b = 1` and `"a.b" = 1` mean the same.
+    """
+    known = recipe_fields()
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and is_dataclass(known.get(path)):
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def overlay(values: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value at a dotted path; a table is laid over the section there."""
+    *parents, last = path.split(".")
+    for part in parents:
+        inner = values.get(part)
+        values[part] = values = dict(inner) if isinstance(inner, dict) else {}
+    if isinstance(value, dict) and isinstance(values.get(last), dict):
+        value = {**values[last], **value}
+    values[last] = value
+
+
+def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
+    known = recipe_fields()
+    axes: dict[str, tuple[Any, ...] | Range] = {}
+    for path, given in flatten(file.axes).items():
+        where = f"{source}: axes.{excerpt(path)}"
+        if path not in known:
+            close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+            hint = f", did you mean {close[0]}?" if close else "; see mechcausal train --help"
+            raise SweepError(f"{where}: no field of a recipe{hint}")
+        if path in ("name", "wandb", "wandb.group"):
+            raise SweepError(f"{where}: is set by the sweep")
+        if isinstance(given, dict):
+            axes[path] = _range(given, where, file.kind)
+        elif isinstance(given, list):
+            axes[path] = _values(given, where, file.kind)
+        else:
+            allowed = "a list of values, or with kind random also { low, high }"
+            raise SweepError(f"{where}: {allowed}, found {excerpt(json.dumps(given, default=str))}")
+    if not axes and file.seeds is None:
+        raise SweepError(f"{source}: axes: no axis, and no seeds: nothing to vary")
+    for path in axes:
+        inner = next((other for other in axes if other.startswith(f"{path}.")), None)
+        if inner:
+            raise SweepError(f"{source}: axes.{inner}: lies within the axis {path}")
+    lengths = {path: len(axis) for path, axis in axes.items() if not isinstance(axis, Range)}
+    if file.kind == "list" and len(set(lengths.values())) > 1:
+        said = ", ".join(f"{path} has {length}" for path, length in lengths.items())
+        raise SweepError(f"{source}: axes: kind list needs axes of equal lengths; {said}")
+    return axes
+
+
+def _values(given: list[Any], where: str, kind: str) -> tuple[Any, ...]:
+    if not given:
+        raise SweepError(f"{where}: is empty")
+    # Side by side, or drawn, a value may well come more than once.
+    texts = Counter(json.dumps(value, default=str) for value in given)
+    text, count = texts.most_common(1)[0]
+    if count > 1 and kind == "grid":
+        raise SweepError(f"{where}: {excerpt(text)} is there twice")
+    return tuple(given)
+
+
+def _range(given: dict[str, Any], where: str, kind: str) -> Range:
+    if kind != "random":
+        raise SweepError(f"{where}: a range belongs to kind random; kind {kind} takes a list")
+    checked: Range = _checked(_RANGE, given, where)
+    if not checked.low < checked.high:
+        raise SweepError(f"{where}: low is {checked.low}, not below high, {checked.high}")
+    if checked.log and checked.low <= 0:
+        raise SweepError(f"{where}: low is {checked.low}: a logarithmic range starts above 0")
+    return checked
+
+
+def _check_picture(picture: Picture, where: str) -> None:
+    known = recipe_fields()
+    for role in ("x", "y", "by"):
+        path = getattr(picture, role)
+        if path is None or path in known or (role == "x" and path == "train/step"):
+            continue
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise SweepError(f"{where}.{role}: {excerpt(path)}: no field of a recipe{hint}")
+    if picture.y is not None and (picture.by or picture.fit or picture.x == "train/step"):
+        raise SweepError(f"{where}: by, fit and train/step do not go with y")

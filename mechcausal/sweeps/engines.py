@@ -1,0 +1,186 @@
+"""What runs the jobs of a sweep: one seam, a `submit` like that of `concurrent.futures`."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from mechcausal.sweeps.member import Done, Job, run_job
+from mechcausal.sweeps.outcome import Outcome
+
+_ATTEMPTS = 2
+
+
+class EngineLostError(RuntimeError):
+    """The engine can run no more jobs; the message is one line for the user."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs jobs somewhere, several at a time."""
+
+    @property
+    def n_workers(self) -> int:
+        """Jobs that can run at a time."""
+
+    def submit(self, job: Job) -> "Future[Done]":
+        """Run a job; a failing member is an outcome, never an exception.
+
+        The future raises EngineLostError, or is cancelled, when the engine can run no more jobs.
+        """
+
+    def stop(self) -> None:
+        """Ask every running member to stop; returns at once."""
+
+    def problem(self) -> str:
+        """Why no job comes to an end; empty where nothing is wrong."""
+
+    def __enter__(self) -> object:
+        """Start the workers."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the workers, once the members that they run have ended."""
+
+
+class LocalEngine:
+    """Processes of this machine, each of which runs one job after another.
+
+    Every process has a pool of its own, so that one that is killed takes only its job with it,
+    which another then goes on with.
+    """
+
+    def __init__(self, n_workers: int, *, uses_cuda: bool = False) -> None:
+        """Say how many.
+
+        Args:
+            n_workers: processes.
+            uses_cuda: start each from nothing; CUDA does not survive a fork.
+        """
+        self._n_workers = n_workers
+        self._context = _context(uses_cuda)
+        self._stop = self._context.Event()
+        self._pools: SimpleQueue[ProcessPoolExecutor | None] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="sweep")
+        for _ in range(n_workers):
+            self._pools.put(None)
+
+    @property
+    def n_workers(self) -> int:
+        """The processes."""
+        return self._n_workers
+
+    def submit(self, job: Job) -> "Future[Done]":
+        """Run a job in the next process that is free."""
+        return self._threads.submit(self._run, job)
+
+    def stop(self) -> None:
+        """Ask every running member to stop."""
+        self._stop.set()
+
+    def problem(self) -> str:
+        """Nothing ever is."""
+        return ""
+
+    def __enter__(self) -> "LocalEngine":
+        """Processes start with their first jobs."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Wait for the members that run, and end the processes."""
+        if kind is not None:
+            self.stop()
+        self._threads.shutdown(cancel_futures=True)
+        while not self._pools.empty():
+            pool = self._pools.get()
+            if pool is not None:
+                pool.shutdown()
+
+    def _run(self, job: Job) -> Done:
+        pool = self._pools.get()
+        try:
+            for _ in range(_ATTEMPTS):
+                if self._stop.is_set():
+                    return Done([Outcome("interrupted")] * len(job.folders))
+                pool = pool or self._new_pool()
+                try:
+                    return pool.submit(_in_worker, job).result()
+                except BrokenProcessPool:
+                    pool.shutdown(wait=False)
+                    pool = None
+        finally:
+            self._pools.put(pool)
+        reason = f"its process died {_ATTEMPTS} times: killed, or out of memory"
+        return Done([Outcome("failed", reason)] * len(job.folders))
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, mp_context=self._context, initializer=_start_worker, initargs=(self._stop,)
+        )
+
+
+def _context(uses_cuda: bool) -> BaseContext:
+    if uses_cuda or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, in a process that has no threads yet; workers are its copies.
+    context.set_forkserver_preload(["mechcausal.sweeps.preload"])
+    return context
+
+
+_should_stop: Callable[[], bool] = lambda: False  # noqa: E731  of this worker process
+
+
+def _start_worker(stop: Any) -> None:
+    """Make a process a worker: deaf to Ctrl-C, which the sweep passes on, and mortal with it."""
+    global _should_stop
+    # A terminal sends Ctrl-C to its whole group: a member must not be stopped twice.
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    orphaned = threading.Event()
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            orphaned.set()
+            if not _busy.is_set():
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _should_stop = lambda: bool(orphaned.is_set() or stop.is_set())  # noqa: E731
+
+    import torch
+
+    torch.set_num_threads(1)
+
+
+_busy = threading.Event()
+
+
+def _in_worker(job: Job) -> Done:
+    _busy.set()
+    try:
+        return run_job(job, _should_stop)
+    finally:
+        _busy.clear()
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)

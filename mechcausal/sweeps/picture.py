@@ -1,0 +1,232 @@
+"""Pictures of a sweep: a figure over two axes, over one with a band, or over training."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from mechcausal.drawing import CYCLE, new_figure
+from mechcausal.sweeps.definition import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# A scale is logarithmic from this ratio of its ends on.
+_LOG_RATIO = 20.0
+
+
+def draw(
+    picture: Picture,
+    table: pd.DataFrame,
+    curves: Mapping[str, pd.DataFrame] | None = None,
+    *,
+    title: str = "",
+) -> "Figure | None":
+    """Draw what a picture asks for; None where the table has nothing for it.
+
+    Args:
+        picture: which figure, over which axes.
+        table: see `results_table`; finished members are drawn.
+        curves: `train/step` and `value` of every member, for a picture over training.
+        title: put before the figure's name.
+    """
+    done = table[table["state"] == "finished"]
+    if picture.x == "train/step":
+        return curves_with_bands(picture, done, curves or {}, title=title)
+    columns = [c for c in (picture.figure, picture.x, picture.y, picture.by) if c is not None]
+    if any(column not in done for column in columns):
+        return None
+    if not pd.to_numeric(done[picture.figure], errors="coerce").notna().any():
+        return None
+    if picture.y is not None:
+        return phase_diagram(picture, done, title=title)
+    return line(picture, done, title=title)
+
+
+def phase_diagram(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
+    """Mean of a figure over two axes, and beside it the spread (standard deviation) of the rest."""
+    assert picture.y is not None
+    values = table.assign(value=_values(table, picture))
+    groups = values.groupby([picture.y, picture.x], sort=True)["value"]
+    mean = groups.mean().unstack()
+    count = groups.count()
+    spread = groups.std().unstack()
+    several = int(count.max()) > 1
+    figure, axes = new_figure(1, 1 + several)
+    figure.set_size_inches(*_size(mean.shape, 1 + several))
+    figure.subplots_adjust(wspace=0.45, left=0.09, right=0.96, bottom=0.16, top=0.84)
+    name = _name(picture)
+    _heatmap(axes[0], mean, f"{name}: mean", picture)
+    if several:
+        low, high = int(count.min()), int(count.max())
+        rest = f"{low}" if low == high else f"{low}–{high}"
+        _heatmap(axes[1], spread, f"spread (sd) over {rest} runs a cell", picture)
+    figure.suptitle(title)
+    return figure
+
+
+def line(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
+    """Mean of a figure over one axis, with a band of one standard deviation."""
+    figure, (axis,) = new_figure(1, 1)
+    _room(figure)
+    values = table.assign(value=_values(table, picture))
+    for index, (label, part) in enumerate(_parts(values, picture.by)):
+        groups = part.groupby(picture.x, sort=True)["value"]
+        mean, spread = groups.mean(), groups.std().fillna(0.0)
+        where = mean.index.to_numpy()
+        numeric = pd.api.types.is_numeric_dtype(mean.index)
+        places = where.astype(float) if numeric else np.arange(len(where), dtype=float)
+        colour = _colour(index, picture.by, values)
+        axis.plot(places, mean, "o-", color=colour, label=label, markersize=4)
+        low, high = mean - spread, mean + spread
+        if picture.fit and (mean > 0).all():
+            low = low.clip(lower=mean.min() / 10)
+        axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+        if not numeric:
+            axis.set_xticks(places, [str(value) for value in where], rotation=30, ha="right")
+        if picture.fit and numeric:
+            _fit(axis, places, mean.to_numpy(), colour)
+        if numeric and (picture.fit or _spans(places)) and places.min() > 0:
+            axis.set_xscale("log")
+            axis.set_xticks(places, [_text(value) for value in where])
+            axis.set_xticks([], minor=True)
+    axis.set(xlabel=picture.x, ylabel=_name(picture))
+    if len(axis.get_legend_handles_labels()[1]):
+        axis.legend(title=picture.by, fontsize="small", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def curves_with_bands(
+    picture: Picture,
+    table: pd.DataFrame,
+    curves: Mapping[str, pd.DataFrame],
+    *,
+    title: str = "",
+) -> "Figure | None":
+    """A figure against the training step: mean and a band from the 10th to the 90th percentile."""
+    if picture.by is not None and picture.by not in table:
+        return None
+    figure, (axis,) = new_figure(1, 1)
+    _room(figure)
+    drawn = 0
+    for index, (label, part) in enumerate(_parts(table, picture.by)):
+        rows = [curves[name] for name in part["member"] if name in curves]
+        rows = [row for row in rows if len(row)]
+        if not rows:
+            continue
+        joined = pd.concat(rows)
+        value = 1 - joined["value"] if picture.complement else joined["value"]
+        groups = value.groupby(joined["train/step"], sort=True)
+        mean = groups.mean()
+        colour = _colour(index, picture.by, table)
+        axis.plot(mean.index, mean, color=colour, label=label, linewidth=1.5)
+        if len(rows) > 1:
+            low, high = groups.quantile(0.1), groups.quantile(0.9)
+            axis.fill_between(mean.index, low, high, color=colour, alpha=0.15, linewidth=0)
+        drawn += 1
+    if not drawn:
+        return None
+    axis.set(xlabel="train/step", ylabel=_name(picture))
+    if drawn > 1:
+        axis.legend(title=picture.by, fontsize="small", frameon=False, ncols=1 + drawn // 8)
+    figure.suptitle(title)
+    return figure
+
+
+def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Least squares of `log y = log c + k log x`: k, its standard error, c.
+
+    NaN for the error with fewer than three points.
+
+    Example:
+        >>> k, error, c = power_law(np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.5, 0.75]))
+        >>> round(k, 6), round(c, 6)
+        (-1.0, 3.0)
+    """
+    log_x, log_y = np.log(x), np.log(y)
+    centred = log_x - log_x.mean()
+    k = float((centred * log_y).sum() / (centred**2).sum())
+    rest = log_y - log_y.mean() - k * centred
+    error = math.nan
+    if len(x) > 2:
+        error = float(np.sqrt((rest**2).sum() / (len(x) - 2) / (centred**2).sum()))
+    return k, error, float(np.exp(log_y.mean() - k * log_x.mean()))
+
+
+def _values(table: pd.DataFrame, picture: Picture) -> pd.Series:
+    values = pd.to_numeric(table[picture.figure], errors="coerce")
+    return 1 - values if picture.complement else values
+
+
+def _name(picture: Picture) -> str:
+    return f"1 − {picture.figure}" if picture.complement else picture.figure
+
+
+def _parts(table: pd.DataFrame, by: str | None) -> "list[tuple[str, pd.DataFrame]]":
+    if by is None:
+        return [("", table)]
+    return [(_text(value), part) for value, part in table.groupby(by, sort=True)]
+
+
+def _colour(index: int, by: str | None, table: pd.DataFrame) -> Any:
+    """Few lines get distinct colours, many the order of their values."""
+    count = 1 if by is None else table[by].nunique()
+    if count <= len(CYCLE):
+        return CYCLE[index]
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](index / (count - 1) * 0.9)
+
+
+def _heatmap(axis: "Axes", grid: pd.DataFrame, title: str, picture: Picture) -> None:
+    values = grid.to_numpy(dtype=float)
+    image = axis.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    axis.figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
+    axis.set_xticks(range(grid.shape[1]), [_text(v) for v in grid.columns], rotation=45, ha="right")
+    axis.set_yticks(range(grid.shape[0]), [_text(v) for v in grid.index])
+    axis.set(xlabel=picture.x, ylabel=picture.y, title=title)
+    if values.size > 150:
+        return
+    finite = values[np.isfinite(values)]
+    middle = (finite.min() + finite.max()) / 2 if finite.size else 0.0
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            colour = "black" if value > middle else "white"
+            axis.text(
+                column, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=7
+            )
+        else:
+            axis.text(column, row, "–", ha="center", va="center", color="grey")
+
+
+def _fit(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: Any) -> None:
+    good = (x > 0) & (y > 0)
+    if good.sum() < 2:
+        return
+    k, error, c = power_law(x[good], y[good])
+    said = f"∝ x^{k:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    axis.plot(x[good], c * x[good] ** k, "--", color=colour, linewidth=1, label=said)
+    axis.set_yscale("log")
+
+
+def _spans(places: np.ndarray) -> bool:
+    return bool(places.min() > 0 and places.max() / places.min() >= _LOG_RATIO)
+
+
+def _size(shape: tuple[int, int], n_panels: int) -> tuple[float, float]:
+    rows, columns = shape
+    width = n_panels * min(10.0, max(4.6, 0.5 * columns + 2.2))
+    return width, min(10.0, max(4.0, 0.38 * rows + 2.0))
+
+
+def _room(figure: "Figure") -> None:
+    figure.set_size_inches(6.4, 4.4)
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.16, top=0.9)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,73 @@
+"""Every member of a sweep as a row: what varies, how it ended, its figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mechcausal.recipes import recipe_to_dict
+from mechcausal.run_folder import read_summary
+from mechcausal.sweeps.outcome import Outcome
+from mechcausal.sweeps.plan import Member
+
+# Of a summary: not figures, or the same in every member.
+_LEFT_OUT = ("state", "rows", "warnings", "recipe", "plateaus", "drops", "steepest_drop")
+
+
+def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) -> pd.DataFrame:
+    """A row for every member, in their order.
+
+    Columns: `member`, `state` (`waiting` for one that was not begun), `error`; the recipe's fields
+    that are not the same in all members, by dotted path; the figures of the summary,
+    `first/...` for those of the first probe step. Lists are written as JSON.
+    """
+    rows: list[dict[str, Any]] = []
+    recipes = [_flat(recipe_to_dict(member.recipe), ".") for member in members]
+    fields = varying(recipes)
+    for member, recipe in zip(members, recipes, strict=True):
+        outcome = outcomes.get(member.name)
+        row = {
+            "member": member.name,
+            "state": outcome.state if outcome else "waiting",
+            "error": outcome.error if outcome else "",
+            **{path: recipe.get(path) for path in fields},
+        }
+        try:
+            summary = read_summary(member.folder)
+        except (OSError, ValueError, RecursionError):
+            summary = {}
+        figures = _flat({k: v for k, v in summary.items() if k not in _LEFT_OUT}, "/")
+        rows.append(row | {k: v for k, v in figures.items() if not isinstance(v, str)})
+    table = pd.DataFrame(rows)
+    for name in table.columns:
+        if table[name].map(lambda value: isinstance(value, str)).any() and name not in ("error",):
+            table[name] = table[name].map(lambda v: v if v is None or _is_nan(v) else str(v))
+    return table
+
+
+def varying(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields in which flat recipes differ, in the recipe's order."""
+    if not recipes:
+        return []
+    names = list(dict.fromkeys(name for recipe in recipes for name in recipe))
+    first = recipes[0]
+    return [
+        name for name in names if any(recipe.get(name) != first.get(name) for recipe in recipes)
+    ]
+
+
+def _flat(values: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator, f"{prefix}{key}{separator}")
+        elif isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = json.dumps(value)
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value

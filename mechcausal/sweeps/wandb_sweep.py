@@ -1,0 +1,114 @@
+"""A sweep in W&B's own form, for its server to hand out and its agents to run.
+
+https://docs.wandb.ai/guides/sweeps/define-sweep-configuration
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mechcausal.files import write_atomically
+from mechcausal.recipes import recipe_to_toml
+from mechcausal.sweeps.definition import Range, Sweep, SweepError
+
+
+def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
+    """The configuration that `wandb sweep` takes; its agents call `mechcausal train`.
+
+    Args:
+        sweep: grid or random.
+        recipe: name or path of the base recipe, as agents will find it.
+
+    Raises:
+        SweepError: an axis that W&B's agents cannot put on a command line, or a kind that they do
+            not have.
+    """
+    method = sweep.search.method or ("random" if sweep.kind == "random" else "grid")
+    if sweep.kind == "list":
+        raise SweepError(f"{sweep.source}: kind list: W&B has grid, random and bayes alone")
+    ranges = [path for path, axis in sweep.axes.items() if isinstance(axis, Range)]
+    if method == "grid" and ranges:
+        raise SweepError(f"{sweep.source}: axes.{ranges[0]}: a range has no grid")
+    wandb = sweep.base.wandb
+    config: dict[str, Any] = {
+        "name": sweep.name,
+        "project": wandb.project,
+        **({"entity": wandb.entity} if wandb.entity else {}),
+        "program": "mechcausal",
+        "method": method,
+        "metric": {"name": sweep.search.metric, "goal": sweep.search.goal},
+        "command": [
+            *("${env}", "mechcausal", "train", recipe, f"--wandb.group={sweep.name}", "--quiet"),
+            "${args}",
+        ],
+        "parameters": {path: _parameter(path, axis, sweep) for path, axis in sweep.axes.items()},
+    }
+    if "seed" not in sweep.axes:
+        config["parameters"]["seed"] = {"values": list(sweep.seeds)}
+    if method != "grid" and sweep.samples:
+        config["run_cap"] = sweep.samples * (1 if "seed" in sweep.axes else len(sweep.seeds))
+    return config
+
+
+def write_wandb_sweep(sweep: Sweep, file: Path) -> list[Path]:
+    """Write the YAML file, and beside it the base recipe where that has no name of its own.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SweepError: see `wandb_config`.
+        OSError: not writable.
+    """
+    recipe = file.with_name(f"{file.stem}.recipe.toml")
+    config = wandb_config(sweep, sweep.recipe_source or str(recipe))
+    written = [file]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not sweep.recipe_source:
+        write_atomically(recipe, recipe_to_toml(sweep.base))
+        written.append(recipe)
+    write_atomically(file, to_yaml(config))
+    return written
+
+
+def to_yaml(values: Mapping[str, Any], indent: str = "") -> str:
+    """Nested plain data as YAML: tables as blocks, lists of plain values on a line.
+
+    Example:
+        >>> print(to_yaml({"a": {"b": [1e-05, "x", True]}}), end="")
+        a:
+          b: [1.0e-05, "x", true]
+    """
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}:\n", to_yaml(value, f"{indent}  ")]
+        elif isinstance(value, list):
+            lines.append(f"{indent}{key}: [{', '.join(map(_scalar, value))}]\n")
+        else:
+            lines.append(f"{indent}{key}: {_scalar(value)}\n")
+    return "".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    text = json.dumps(value)
+    # Without a dot YAML 1.1 reads 1e-05 as a word.
+    if isinstance(value, float) and "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return text
+
+
+def _parameter(path: str, axis: "tuple[Any, ...] | Range", sweep: Sweep) -> dict[str, Any]:
+    where = f"{sweep.source}: axes.{path}"
+    if not isinstance(axis, Range):
+        if any(isinstance(value, dict | list) for value in axis):
+            raise SweepError(f"{where}: W&B's agents take numbers, words and booleans alone")
+        return {"values": list(axis)}
+    whole = isinstance(axis.low, int) and isinstance(axis.high, int)
+    if whole and axis.log:
+        raise SweepError(f"{where}: W&B has no logarithmic range of whole numbers; list the values")
+    if whole:
+        return {"distribution": "int_uniform", "min": axis.low, "max": axis.high}
+    name = "log_uniform_values" if axis.log else "uniform"
+    return {"distribution": name, "min": float(axis.low), "max": float(axis.high)}

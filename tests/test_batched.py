@@ -1,0 +1,364 @@
+"""Runs trained as one batch are the runs they would have been alone."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mechcausal.album import MATRICES_FILE
+from mechcausal.graphs import chain, manual, star
+from mechcausal.models.batched_simplified import BatchedSimplified
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.priors import DirichletPrior, FixedTransition
+from mechcausal.recipes import Recipe, parse_recipe
+from mechcausal.resuming import resume
+from mechcausal.run_folder import is_held, read_metrics, read_summary, run_info
+from mechcausal.sweeps.batched import batchable, groups, obstacle, train_batched
+from mechcausal.sweeps.outcome import Outcome
+from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from mechcausal.tasks.batched import BatchedTask, RunsBatch
+from mechcausal.training import Progress, train
+from mechcausal.wandb_runs import fragments, wandb_steps
+
+Folders = list[Path]
+
+
+def tiny(**overrides: Any) -> Recipe:
+    """S = 3, T = 8, a random forest; a dozen steps, W&B off."""
+    data = {
+        "name": "tiny",
+        "graph": {"preset": "random_forest", "sequence_length": 8, "edge_probability": 0.6},
+        "task": {"vocab_size": 3, "alpha": 0.3},
+        "training": {
+            "batch_size": 64,
+            "stage1": {"steps": 8, "lr": 100.0},
+            "stage2": {"steps": 4, "lr": 10.0},
+            "joint": {"steps": 8, "optimizer": "adam", "lr": 0.05},
+        },
+        "evaluation": {"n_sequences": 64, "bayes_draws": 8, "theory_priors": 50},
+        "probing": {"every": 4, "dense": 2, "images": 2},
+        "checkpoints": {"every": 5},
+        "wandb": {"mode": "disabled"},
+    }
+    return parse_recipe(data, source="test").with_overrides(**overrides)
+
+
+def various() -> list[Recipe]:
+    """Recipes of one shape that differ in all that may differ."""
+    several_roots = {"preset": "manual", "parents": [-1, -1, 0, 1, -1, 4, 2]}
+    return [
+        tiny(),
+        tiny(seed=1),
+        tiny(seed=2, task__alpha=1.5),
+        tiny(seed=3, graph=several_roots, training__epsilon=0.01),
+        tiny(seed=4, graph={"preset": "chain", "sequence_length": 8}, training__beta0=2.0),
+        tiny(seed=5, training__stage1__lr=30.0, training__stage1__schedule="cosine"),
+        tiny(seed=6, graph={"preset": "manual", "parents": [-1] * 7}),
+        tiny(seed=7, task__alpha=[0.2, 1.0, 3.0], training__stage2__weight_decay=0.01),
+        tiny(seed=8, training__stage2__warmup=3, checkpoints__schedule="formation"),
+    ]
+
+
+def train_in(folder: Path, recipes: list[Recipe], **options: Any) -> tuple[Folders, list[Outcome]]:
+    folders = [folder / f"member{number}" for number in range(len(recipes))]
+    return folders, train_batched(recipes, folders, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, *, tolerance: float = 1e-5) -> None:
+    """Equal weights, rows and matrices of equal value, the same summary."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    rows, expected = read_metrics(one), read_metrics(other)
+    assert [list(row) for row in rows] == [list(row) for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        for name, value in wanted.items():
+            found = row[name]
+            assert (found is None) == (value is None), name
+            if found is not None and value is not None:
+                assert math.isclose(found, value, rel_tol=0, abs_tol=tolerance), name
+    seen, frames = load_file(one / MATRICES_FILE), load_file(other / MATRICES_FILE)
+    assert seen.keys() == frames.keys()
+    for name in seen:
+        torch.testing.assert_close(seen[name], frames[name], rtol=1e-5, atol=1e-6)
+    summary, wanted_summary = read_summary(one), read_summary(other)
+    assert list(summary) == list(wanted_summary)
+    assert summary["state"] == wanted_summary["state"] == "finished"
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single runs draw nothing here: that takes longer than all the rest of them."""
+    monkeypatch.setattr("mechcausal.report.draw_figures", lambda *_, **__: {})
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folders, outcomes = train_in(tmp_path_factory.mktemp("batch"), various())
+    assert outcomes == [Outcome("finished")] * len(folders)
+    return folders
+
+
+# --- Equal to the single run ---
+
+
+@pytest.mark.parametrize("number", range(len(various())))
+def test_a_member_is_its_single_run(batch: Folders, tmp_path: Path, number: int) -> None:
+    train(various()[number], out=tmp_path / "single")
+    assert_same_run(batch[number], tmp_path / "single")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"training__algorithm": "joint"},
+        {"training__algorithm": "joint", "training__joint__optimizer": "adamw"},
+        {"training__accumulation": 3, "training__batch_size": 63},
+        {"probing__enabled": False},
+        {"task__transition": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]},
+        {"graph__sequence_length": 2},
+        {"task__vocab_size": 12, "evaluation__n_sequences": 7},
+        {"training__stage1__steps": 0},
+    ],
+    ids=str,
+)
+def test_whatever_the_recipe_says(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    recipes = [tiny(seed=seed, **overrides) for seed in (0, 1)]
+    folders, outcomes = train_in(tmp_path, recipes)
+    assert outcomes == [Outcome("finished")] * 2
+    single = train(recipes[1], out=tmp_path / "single")
+    if recipes[0].probing.enabled:
+        assert_same_run(folders[1], single.folder)
+    else:
+        assert torch.equal(
+            weights(folders[1])["unembed.W_U"], weights(single.folder)["unembed.W_U"]
+        )
+        assert read_metrics(folders[1])[-1] == pytest.approx(read_metrics(single.folder)[-1])
+
+
+def test_company_changes_nothing(batch: Folders, tmp_path: Path) -> None:
+    recipes = various()
+    for number, company in ((3, [3]), (1, [8, 1, 0]), (0, [2, 6, 0])):
+        folders, _ = train_in(tmp_path / str(number), [recipes[i] for i in company])
+        ours = folders[company.index(number)]
+        for name in ("metrics.jsonl", "model/model.safetensors", MATRICES_FILE):
+            assert (ours / name).read_bytes() == (batch[number] / name).read_bytes()
+
+
+def test_several_workers_and_small_lots_change_nothing(
+    batch: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.sweeps.batched._MOST_AT_ONCE", 2)
+    told: list[tuple[int, Outcome]] = []
+    folders, _ = train_in(
+        tmp_path, various(), workers=3, on_outcome=lambda *what: told.append(what)
+    )
+    assert sorted(number for number, _ in told) == list(range(len(folders)))
+    for ours, theirs in zip(folders, batch, strict=True):
+        assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+
+
+# --- An ordinary run ---
+
+
+def test_a_member_is_an_ordinary_finished_run(batch: Folders) -> None:
+    info = run_info(batch[0])
+    assert (info.state, info.step, info.problem) == ("finished", 12, "")
+    summary = read_summary(batch[0])
+    assert summary["rows"] == len(read_metrics(batch[0]))
+    assert summary["warnings"] == []
+    assert sorted(path.name for path in (batch[0] / "checkpoints").iterdir())[-1] == "00000012"
+    assert not is_held(batch[0])
+
+
+@pytest.mark.slow
+def test_every_member_has_its_wandb_run(tmp_path: Path) -> None:
+    recipes = [tiny(seed=seed, wandb__mode="offline") for seed in range(3)]
+    folders, outcomes = train_in(tmp_path, recipes, workers=2)
+    assert outcomes == [Outcome("finished")] * 3
+    for folder in folders:
+        summary = read_summary(folder)
+        assert summary["warnings"] == []
+        (fragment,) = (folder / "wandb").glob("offline-run-*")
+        steps = [row["train/step"] for row in read_metrics(folder)]
+        assert wandb_steps(fragment) == steps
+        assert fragments(folder, fragment.name.split("-", 4)[-1]) == [fragment]
+
+
+def test_progress_is_told_at_probe_steps(tmp_path: Path) -> None:
+    told: list[tuple[int, Progress]] = []
+    train_in(tmp_path, various()[:2], on_progress=lambda *what: told.append(what))
+    steps = [row["train/step"] for row in read_metrics(tmp_path / "member1")]
+    assert [progress.step for number, progress in told if number == 1] == steps
+
+
+# --- Interrupted, failed ---
+
+
+def stop_after(count: int) -> Callable[[], bool]:
+    """Say stop when asked for that many times."""
+    asked = iter(range(10**6))
+    return lambda: next(asked) >= count
+
+
+@pytest.mark.parametrize("asked", [3, 9, 13])
+def test_an_interrupted_member_is_resumed_to_its_single_run(
+    batch: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    monkeypatch.setattr("mechcausal.sweeps.batched._POLL_SECONDS", 0.0)
+    recipes = various()[:2]
+    folders, outcomes = train_in(tmp_path, recipes, stop=stop_after(asked))
+    assert {outcome.state for outcome in outcomes} == {"interrupted"}
+    for number, folder in enumerate(folders):
+        assert read_summary(folder)["state"] == "interrupted"
+        result = resume(folder)
+        assert result.state == "finished"
+        assert result.warnings == []
+        assert 0 <= result.start < 12
+        assert_same_run(folder, batch[number])
+
+
+def test_a_killed_member_is_resumed_to_its_single_run(batch: Folders, tmp_path: Path) -> None:
+    (folder,), _ = train_in(tmp_path, [tiny()])
+    for lost in ("checkpoints/00000012", "checkpoints/00000010", "model"):
+        shutil.rmtree(folder / lost)
+    for lost in ("summary.json", MATRICES_FILE):
+        (folder / lost).unlink()
+    result = resume(folder)
+    assert result.start == 5
+    assert not any("came out differently" in warning for warning in result.warnings)
+    for name, value in weights(folder).items():
+        assert torch.equal(value, weights(batch[0])[name])
+
+
+def test_members_that_were_not_begun_leave_nothing(tmp_path: Path) -> None:
+    folders, outcomes = train_in(tmp_path, various()[:2], stop=lambda: True)
+    assert outcomes == [Outcome("interrupted")] * 2
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_member_that_fails_does_not_disturb_the_others(batch: Folders, tmp_path: Path) -> None:
+    recipes = various()
+    diverging = tiny(seed=9, training__stage1__lr=1e9, training__epsilon=0.0)
+    taken = tmp_path / "member2"
+    taken.mkdir()
+    (taken / "metrics.jsonl").write_text("")
+    several = tiny(graph={"preset": "two_parents", "sequence_length": 8})
+    company = [recipes[0], diverging, recipes[1], several, recipes[3]]
+    folders, outcomes = train_in(tmp_path, company)
+    assert [outcome.state for outcome in outcomes] == [
+        *("finished", "failed", "failed", "failed", "finished")
+    ]
+    assert "at step" in outcomes[1].error
+    assert "mechcausal resume" in outcomes[1].error
+    assert "already holds a run" in outcomes[2].error
+    assert "model.kind" in outcomes[3].error
+    assert all("\n" not in outcome.error for outcome in outcomes)
+    assert read_summary(folders[1])["state"] == "failed"
+    assert not is_held(folders[1])
+    for ours, theirs in ((folders[0], batch[0]), (folders[4], batch[3])):
+        assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+
+
+def test_a_batch_that_breaks_fails_its_members_and_lets_go_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(BatchedTask, "sample", full)
+    folders, outcomes = train_in(tmp_path, various()[:2])
+    assert {outcome.state for outcome in outcomes} == {"failed"}
+    assert "out of memory" in outcomes[0].error
+    assert not any(is_held(folder) for folder in folders)
+
+
+# --- What can be batched ---
+
+
+def test_recipes_are_grouped_by_their_shape() -> None:
+    other = tiny(graph__sequence_length=9)
+    assert groups([tiny(), other, tiny(seed=3, task__alpha=2.0), tiny(task__vocab_size=4)]) == [
+        [0, 2],
+        [1],
+        [3],
+    ]
+    for change in ("training__batch_size", "training__stage1__steps", "evaluation__n_sequences"):
+        assert len(groups([tiny(), tiny(**{change: 32})])) == 2
+    assert groups([]) == []
+
+
+def test_other_models_are_refused() -> None:
+    assert batchable(tiny())
+    assert obstacle(tiny()) == ""
+    for kind in ("disentangled", "standard"):
+        recipe = tiny(model__kind=kind, training__algorithm="joint")
+        assert not batchable(recipe)
+        assert kind in obstacle(recipe)
+
+
+def test_shapes_of_all_kinds_in_one_call(tmp_path: Path) -> None:
+    recipes = [tiny(), tiny(graph__sequence_length=5), tiny(seed=1), tiny(threads=2)]
+    _, outcomes = train_in(tmp_path, recipes)
+    assert outcomes == [Outcome("finished")] * 4
+
+
+# --- The parts ---
+
+
+@pytest.mark.parametrize("n_sequences", [1, 7, 64])
+def test_sequences_are_those_of_each_task(n_sequences: int) -> None:
+    graphs = [chain(6), star(6), manual([-1, -1, 0, 1, -1, 4])]
+    priors = [DirichletPrior.symmetric(alpha, 4) for alpha in (0.1, 1.0, 5.0)]
+    tasks = [SingleParentTask(g, p) for g, p in zip(graphs, priors, strict=True)]
+    together, alone = ([torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
+    task = BatchedTask(tasks, together)
+    for _ in range(3):
+        batch = task.sample(n_sequences)
+        for run, (one, generator) in enumerate(zip(tasks, alone, strict=True)):
+            expected = one.sample(n_sequences, generator=generator)
+            assert torch.equal(batch.tokens[run], expected.tokens)
+            assert torch.equal(batch.target[run], expected.target)
+
+
+def test_tasks_of_unequal_size_are_refused() -> None:
+    prior = DirichletPrior.symmetric(0.1, 3)
+    fixed = FixedTransition(((0.5, 0.25, 0.25),) * 3)
+    tasks = [SingleParentTask(chain(4), prior), SingleParentTask(chain(4), fixed)]
+    with pytest.raises(ValueError, match="one vocabulary, length and kind of prior"):
+        BatchedTask(tasks, [torch.Generator() for _ in tasks])
+
+
+@pytest.mark.parametrize(("vocab", "length"), [(2, 2), (3, 8), (10, 20), (5, 60)])
+def test_gradients_are_those_of_autograd(vocab: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    models = [SimplifiedTransformer(vocab, length) for _ in range(3)]
+    for model in models:
+        with torch.no_grad():
+            for block in (model.A1, model.A2):
+                block.copy_(torch.randn(block.shape, generator=generator))
+    tokens = torch.randint(vocab, (3, 48, length), generator=generator)
+    target = torch.rand(3, 48, vocab, generator=generator).softmax(-1)
+    epsilons = [1e-3, 0.01, 0.5]
+    expected = []
+    for model, x, y, epsilon in zip(models, tokens, target, epsilons, strict=True):
+        loss = soft_cross_entropy(model(x), y, epsilon=epsilon)
+        parameters = list(model.parameters_by_name.values())
+        expected.append((loss.item(), torch.autograd.grad(loss, parameters)))
+    batched, batch = BatchedSimplified(models), RunsBatch(tokens, target)
+    found = batched.closed_form(batch, epsilon=torch.tensor(epsilons))
+    batched.add_gradients(found, batch, ("A1", "A2"))
+    for model, loss, (wanted, gradients) in zip(models, found.loss, expected, strict=True):
+        assert loss.item() == pytest.approx(wanted, abs=1e-6)
+        for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
