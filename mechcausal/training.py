@@ -1,7 +1,7 @@
 """The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from mechcausal.experiments import Experiment, Generators, build_experiment, che
 from mechcausal.files import write_folder_atomically
 from mechcausal.pages import report_warnings
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
-from mechcausal.run_folder import MODEL_FOLDER, State, Value, new_run_folder
+from mechcausal.run_folder import MODEL_FOLDER, History, State, Value, new_run_folder
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
 from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.tracking import RecordError, RunRecord, writing
@@ -41,12 +41,16 @@ class Progress:
         n_steps: steps of the whole run.
         stage: what is being trained.
         figures: of the last probe step.
+        matrices: of the last probe step, by name, on the CPU.
+        history: a row of figures for every probe step so far; grows while the run goes on.
     """
 
     step: int
     n_steps: int
     stage: str
     figures: dict[str, Value]
+    matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    history: History = ()
 
 
 @dataclass
@@ -198,7 +202,16 @@ def run(
                     album.add(step, loss)
                 checkpointer.publish(step)
                 if on_progress is not None:
-                    on_progress(Progress(step, recipe.n_steps, stage.name, album.latest))
+                    on_progress(
+                        Progress(
+                            step=step,
+                            n_steps=recipe.n_steps,
+                            stage=stage.name,
+                            figures=album.latest,
+                            matrices=album.latest_matrices,
+                            history=album.history,
+                        )
+                    )
                 if is_last:
                     album.close()
                     state = "finished"
