@@ -28,6 +28,7 @@ class Album:
     Attributes:
         history: a row of figures for every probe step so far.
         latest: the last row's figures.
+        latest_matrices: what was seen at the last look, or kept of one before a run was resumed.
         steps: at which the model is looked at.
         last_step: the last of them.
     """
@@ -79,6 +80,9 @@ class Album:
         if start:
             frames = read_frames(record.folder, record.warn)
             self._matrices = {step: frames[step] for step in frames if step < start}
+        self.latest_matrices: dict[str, Tensor] = self._matrices.get(
+            max(self._matrices, default=0), {}
+        )
 
         # Beside the matrices of single steps, so that an unfinished run can be drawn.
         if self._probing.enabled:
@@ -94,6 +98,7 @@ class Album:
         images: dict[str, np.ndarray | Path] = {}
         if self._probing.enabled:
             observation = self._experiment.observe()
+            self.latest_matrices = observation.matrices
             figures |= observation.figures
             if self._formation_step is None and (
                 observation.figures["induction/score"] >= FORMATION_THRESHOLD

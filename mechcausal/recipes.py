@@ -267,6 +267,10 @@ class WandbSection:
     """W&B group; the recipe's name when absent."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """W&B tags, beside the graph preset and the model kind."""
+    panels: bool = True
+    """False leaves out the pictures and tables that W&B gets when the run ends."""
+    page: bool = True
+    """False leaves out report.html among them: 5 MB for every run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mechcausal.album import MATRICES_FILE, MATRICES_FOLDER
 from mechcausal.checkpoints import Checkpoint, differences, environment, newest_checkpoint
+from mechcausal.devices import computing_on, device_named
 from mechcausal.files import write_atomically
 from mechcausal.messages import excerpt
 from mechcausal.recipes import (
@@ -35,7 +36,7 @@ from mechcausal.run_folder import (
 from mechcausal.signals import StopSignal, stop_on_signals
 from mechcausal.stages import stages
 from mechcausal.tracking import writing
-from mechcausal.training import Progress, RunResult, check, computing_on, device_named, run
+from mechcausal.training import Progress, RunResult, check, run
 from mechcausal.wandb_runs import resolve_mode
 
 

@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from mechcausal.run_folder import (
     write_process,
 )
 from mechcausal.wandb_runs import WandbRun, fragments, settle, sync_command, wandb_steps
+
+if TYPE_CHECKING:
+    from mechcausal.wandb_panels import Panel
 
 
 class RecordError(OSError):
@@ -102,6 +106,10 @@ class RunRecord:
             self._values["lean"] = True
         self._wandb: WandbRun | None = None
         self._in_wandb: set[int] = set()
+        # W&B takes no more of a step once its row is committed: that of the last step waits for
+        # the panels, which are drawn from all that was recorded.
+        self._last_step = recipe.n_steps
+        self._waiting: Callable[[Mapping[str, Panel]], None] | None = None
         with writing(folder / METRICS_FILE):
             self._metrics = JsonLines(folder / METRICS_FILE)
             write_process(folder, self._values)
@@ -169,10 +177,24 @@ class RunRecord:
         with writing(self.folder / METRICS_FILE):
             self._metrics.sync()
 
-    def finish(self, summary: Mapping[str, Any], state: State) -> None:
+    def closing(self, summary: Mapping[str, Any], state: State) -> dict[str, Any]:
+        """What summary.json would hold if the run ended now."""
+        return {**summary, "state": state, "rows": self.rows, "warnings": list(self.warnings)}
+
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        state: State,
+        panels: "Mapping[str, Panel] | None" = None,
+    ) -> None:
         """Close the W&B run, check that no row was lost, and write summary.json.
 
         Whatever cannot be written becomes a warning: this is called when all else has failed, too.
+
+        Args:
+            summary: what came out.
+            state: how the run ended.
+            panels: for W&B, beside the row of the last step.
         """
         try:
             self.sync()
@@ -184,20 +206,16 @@ class RunRecord:
                 self._open_wandb(*self._at_end, read_metrics(self.folder), lean=True)
             except (OSError, ValueError) as error:
                 self.warn(f"the run is recorded in metrics.jsonl alone: {error}")
+        if self._waiting is not None:
+            self._waiting(panels or {})
         if self._wandb is not None:
             self._wandb.finish(
                 _flat({**summary, "state": state}), exit_code=0 if state == "finished" else 1
             )
             self._compare_rows()
-        content = {
-            **summary,
-            "state": state,
-            "rows": self.rows,
-            "warnings": self.warnings,
-        }
         try:
             with writing(self.folder / SUMMARY_FILE):
-                text = json.dumps(_json_ready(content), indent=2) + "\n"
+                text = json.dumps(_json_ready(self.closing(summary, state)), indent=2) + "\n"
                 write_atomically(self.folder / SUMMARY_FILE, text)
         except RecordError as error:
             self.warn(str(error))
@@ -256,9 +274,14 @@ class RunRecord:
         row: Mapping[str, Value],
         images: Mapping[str, np.ndarray | Path] | None = None,
     ) -> None:
-        if self._wandb is not None and step not in self._in_wandb:
-            self._in_wandb.add(step)
-            self._wandb.log(step, row, images)
+        if self._wandb is None or step in self._in_wandb:
+            return
+        self._in_wandb.add(step)
+        send = partial(self._wandb.log, step, row, images)
+        if step == self._last_step:
+            self._waiting = send
+        else:
+            send({})
 
     def _compare_rows(self) -> None:
         assert self._wandb is not None

@@ -1,9 +1,8 @@
 """The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 from mechcausal.album import Album
 from mechcausal.checkpointing import Checkpointer
 from mechcausal.checkpoints import Checkpoint, CheckpointError, environment
+from mechcausal.devices import computing_on, device_named
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
 from mechcausal.files import write_folder_atomically
-from mechcausal.pages import report_warnings
+from mechcausal.last_pictures import draw_page, draw_panels
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
-from mechcausal.run_folder import MODEL_FOLDER, State, Value, new_run_folder
+from mechcausal.run_folder import MODEL_FOLDER, History, State, Value, new_run_folder
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
 from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.tracking import RecordError, RunRecord, writing
@@ -41,12 +41,16 @@ class Progress:
         n_steps: steps of the whole run.
         stage: what is being trained.
         figures: of the last probe step.
+        matrices: of the last probe step, by name, on the CPU.
+        history: a row of figures for every probe step so far; grows while the run goes on.
     """
 
     step: int
     n_steps: int
     stage: str
     figures: dict[str, Value]
+    matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    history: History = ()
 
 
 @dataclass
@@ -200,7 +204,16 @@ def run(
                     album.add(step, loss)
                 checkpointer.publish(step)
                 if on_progress is not None:
-                    on_progress(Progress(step, recipe.n_steps, stage.name, album.latest))
+                    on_progress(
+                        Progress(
+                            step=step,
+                            n_steps=recipe.n_steps,
+                            stage=stage.name,
+                            figures=album.latest,
+                            matrices=album.latest_matrices,
+                            history=album.history,
+                        )
+                    )
                 if is_last:
                     album.close()
                     state = "finished"
@@ -216,10 +229,15 @@ def run(
             raise explained(error, folder, recipe, f"at step {step}") from None
         finally:
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
-            record.finish(summary, state)
-            if state == "finished" and recipe.probing.report:
-                for warning in report_warnings(folder):
-                    record.warn(warning)
+            if state == "finished":
+                draw_page(record, recipe, summary)
+                panels = draw_panels(record, recipe, summary, stop)
+                n_warnings = len(record.warnings)
+                record.finish(summary, state, panels)
+                if len(record.warnings) > n_warnings:  # the page lists them
+                    draw_page(record, recipe, summary)
+            else:
+                record.finish(summary, state)
     return RunResult(
         folder=folder,
         state=state,
@@ -325,35 +343,3 @@ def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> 
             "or the sizes of graph, task and model; what was written before is kept"
         )
     return error
-
-
-@contextmanager
-def computing_on(count: int) -> Iterator[None]:
-    """Compute on that many threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def device_named(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        RecipeError: no such name, or the device is not there.
-    """
-    unknown = f"device: {name} is no device; allowed: cpu, cuda, cuda:N"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(unknown) from None
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(unknown)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-            raise RecipeError(f"device: {name} is not there; available: {there}")
-    return device

@@ -29,6 +29,8 @@ from mechcausal.recipes import WandbMode
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
+    from mechcausal.wandb_panels import Panel
+
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 FINISH_SECONDS = 30
 """How long finishing may take before a run ends without it."""
@@ -166,8 +168,9 @@ class WandbRun:
         step: int,
         row: Mapping[str, Any],
         images: Mapping[str, np.ndarray | Path] | None = None,
+        panels: "Mapping[str, Panel] | None" = None,
     ) -> None:
-        """Commit a row; None values are left out."""
+        """Commit a row; None values, and panels that W&B does not take, are left out."""
         content: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
 
         def send(run: "Run") -> None:
@@ -177,9 +180,15 @@ class WandbRun:
                 name: wandb.Image(str(image) if isinstance(image, Path) else image)
                 for name, image in (images or {}).items()
             }
-            run.log(content | pictures, step=step, commit=True)
+            run.log(content | pictures, step=step, commit=not panels)
 
         self._guarded(f"at step {step}", send)
+        if panels and self._run is not None:
+            from mechcausal.wandb_panels import log_panels
+
+            with _environment("WANDB_DATA_DIR", str(self._data)):  # tables become artifacts
+                log_panels(self._run, step, panels, self._warn, tables=self._artifacts)
+            self._guarded(f"at step {step}", lambda run: run.log({}, step=step, commit=True))
 
     def define_metric(self, name: str, **options: Any) -> None:
         """See `wandb.Run.define_metric`."""

@@ -14,7 +14,8 @@ import pytest
 from mechcausal.cli import main
 from mechcausal.commands.parsing import parse
 from mechcausal.commands.train import Train
-from mechcausal.pages import report_warnings, write_comparison, write_report
+from mechcausal.last_pictures import draw_page
+from mechcausal.pages import write_comparison, write_report
 from mechcausal.pages.captions import frame_captions
 from mechcausal.pages.comparison_page import differing_keys, group_labels
 from mechcausal.pages.packing import LEVELS, pack_frames, quantise, unpack
@@ -23,6 +24,7 @@ from mechcausal.pages.run_page import render
 from mechcausal.plot.comparison import groups
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_data import RunData
+from mechcausal.tracking import RunRecord
 from mechcausal.training import train
 from tests.run_folders import (
     heads_recipe,
@@ -112,12 +114,17 @@ def test_a_trained_run_has_its_page(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
-    (warning,) = report_warnings(tmp_path)
+    recipe = recipe_of()
+    record = RunRecord(write_run(tmp_path / "run", run_of(recipe)), recipe, "disabled")
+    (tmp_path / "run" / "report.html").mkdir()
+    draw_page(record, recipe, {})
+    (warning,) = record.warnings
     assert warning.startswith("report.html could not be drawn: ")
-    folder = write_run(tmp_path / "run", run_of())
-    (folder / "report.html").mkdir()
-    (warning,) = report_warnings(folder)
     assert "\n" not in warning
+    (tmp_path / "run" / "recipe.toml").write_text("odd")
+    draw_page(record, recipe, {})
+    assert record.warnings[1].startswith("report.html could not be drawn: ")
+    record.finish({}, "finished")
 
 
 @pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])

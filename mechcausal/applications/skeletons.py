@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechcausal.devices import device_named
 from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.recipes import Recipe
 from mechcausal.tasks import soft_cross_entropy
 from mechcausal.theory import named_edges
-from mechcausal.training import device_named
 from probes import AttentionGradient, AttentionPattern, attach
 from probes.causal_discovery import discover_attention
 

@@ -71,9 +71,9 @@ def main(arguments: list[str]) -> int:
         if not options.heatmap.parent.is_dir():
             raise RefusedError(f"--heatmap: {options.heatmap.parent} is no folder")
     from mechcausal.detection import detect, draw_heatmap, log_to_wandb
+    from mechcausal.devices import device_named
     from mechcausal.recipes import RecipeError
     from mechcausal.targets import TargetError, load_target
-    from mechcausal.training import device_named
     from mechcausal.wandb_runs import TrackingError, resolve_mode
     from probes import ProbeError
 

@@ -195,8 +195,8 @@ def _from_matrix(options: Discover) -> _Prepared:
 
 
 def _from_model(options: Discover) -> _Prepared:
+    from mechcausal.devices import device_named
     from mechcausal.targets import load_target
-    from mechcausal.training import device_named
     from probes import discover
 
     target = load_target(

@@ -140,7 +140,7 @@ def _compare(options: Explain) -> int:
     from mechcausal.applications.reviews import ReviewRule
     from mechcausal.applications.sentiment import ClassifierSettings
     from mechcausal.applications.sessions import SessionSource, ThemeRule
-    from mechcausal.training import device_named
+    from mechcausal.devices import device_named
 
     device = str(device_named(options.device))
     application: catalogue.Recommendation | catalogue.Sentiment
@@ -199,7 +199,7 @@ def _bridge(options: Explain) -> int:
 
 def _explain_texts(options: Explain, folder: Path) -> int:
     from mechcausal.applications.hugging_face import TextClassifier
-    from mechcausal.training import device_named
+    from mechcausal.devices import device_named
     from probes.causal_discovery.explain import METHODS
 
     classifier = TextClassifier(folder, device=str(device_named(options.device)))

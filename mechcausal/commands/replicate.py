@@ -50,11 +50,11 @@ def main(arguments: list[str]) -> int:
     if figures and "all" in options.figures:
         raise RefusedError(f"all stands for every figure: found {figures[0]} beside it")
     folder = options.out or Path("runs") / ("replication-quick" if options.quick else "replication")
+    from mechcausal.devices import device_named
     from mechcausal.recipes import RecipeError
     from mechcausal.replication.driver import ReplicationError, check_figures, replicate
     from mechcausal.replication.page import publish
     from mechcausal.run_folder import RunFolderError
-    from mechcausal.training import device_named
     from mechcausal.wandb_runs import TrackingError, resolve_mode
 
     try:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from mechcausal.commands.display import display
 from mechcausal.commands.parsing import RefusedError, parse
-from mechcausal.commands.train import ProgressBar, recipe_of, run_shown
+from mechcausal.commands.train import recipe_of, run_shown
 from mechcausal.recipes import Recipe, RecipeError, WandbMode, load_recipe
 from mechcausal.run_folder import RECIPE_FILE
 
@@ -27,6 +28,8 @@ class Resume:
     """W&B mode, instead of the recipe's."""
     quiet: bool = False
     """No progress bar."""
+    watch: bool = False
+    """Attention beside the graph, and curves, live in the terminal in place of the bar."""
     values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
@@ -41,17 +44,18 @@ def main(arguments: list[str]) -> int:
         recipe = recipe_of(options.values)
     except RecipeError as error:
         raise RefusedError(str(error)) from None
+    shown = display(recipe, quiet=options.quiet, watch=options.watch)
     print(f"mechcausal resume {folder} ({recipe.name}, seed {recipe.seed})", flush=True)
     from mechcausal.resuming import resume
 
-    def start(bar: ProgressBar) -> "RunResult":
+    def start() -> "RunResult":
         return resume(
             folder,
             recipe=recipe,
             allow_change=options.allow_change,
             wandb_mode=options.wandb_mode,
-            on_progress=bar.show,
-            on_warning=bar.warn,
+            on_progress=shown.show,
+            on_warning=shown.warn,
         )
 
-    return run_shown(start, str(folder), quiet=options.quiet)
+    return run_shown(start, str(folder), shown)

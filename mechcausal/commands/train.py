@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from mechcausal.commands.display import Display, display
 from mechcausal.commands.parsing import RefusedError, parse
-from mechcausal.messages import printable
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -23,7 +23,7 @@ from mechcausal.recipes import (
 )
 
 if TYPE_CHECKING:
-    from mechcausal.training import Progress, RunResult
+    from mechcausal.training import RunResult
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Train:
     """Short for --wandb.mode."""
     quiet: bool = False
     """No progress bar."""
+    watch: bool = False
+    """Attention beside the graph, and curves, live in the terminal in place of the bar."""
     values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
@@ -56,7 +58,8 @@ def main(arguments: list[str]) -> int:
             recipe = recipe.with_overrides(wandb__mode=options.wandb_mode)
     except RecipeError as error:
         raise RefusedError(str(error)) from None
-    return _run_training(recipe, target, options.out, quiet=options.quiet)
+    shown = display(recipe, quiet=options.quiet, watch=options.watch)
+    return _run_training(recipe, target, options.out, shown)
 
 
 def _with_flags(arguments: list[str]) -> list[str]:
@@ -86,18 +89,18 @@ def recipe_of(parsed: Recipe) -> Recipe:
     return parse_recipe(values, source="command line")
 
 
-def _run_training(recipe: Recipe, source: str, out: Path | None, *, quiet: bool) -> int:
+def _run_training(recipe: Recipe, source: str, out: Path | None, shown: Display) -> int:
     print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
     from mechcausal.training import train
 
-    def start(bar: "ProgressBar") -> "RunResult":
-        return train(recipe, out=out, on_progress=bar.show, on_warning=bar.warn)
+    def start() -> "RunResult":
+        return train(recipe, out=out, on_progress=shown.show, on_warning=shown.warn)
 
-    return run_shown(start, source, quiet=quiet)
+    return run_shown(start, source, shown)
 
 
-def run_shown(start: "Callable[[ProgressBar], RunResult]", source: str, *, quiet: bool) -> int:
-    """Run a training under a progress bar and print what came out; the command's exit code.
+def run_shown(start: "Callable[[], RunResult]", source: str, shown: Display) -> int:
+    """Run a training that is displayed and print what came out; the command's exit code.
 
     Raises:
         RefusedError: bad input, before anything was trained.
@@ -108,69 +111,20 @@ def run_shown(start: "Callable[[ProgressBar], RunResult]", source: str, *, quiet
     from mechcausal.training import TrainingError
     from mechcausal.wandb_runs import TrackingError
 
-    bar = ProgressBar(quiet=quiet)
     try:
-        result = start(bar)
+        result = start()
     except (GraphError, PriorError) as error:
         raise RefusedError(f"{source}: {error}") from None
     except (RecipeError, RunFolderError, TrackingError) as error:
         raise RefusedError(str(error)) from None
     except TrainingError as error:
-        bar.close()
+        shown.close()
         print(f"mechcausal: {error}", file=sys.stderr)
         return 1
     finally:
-        bar.close()
+        shown.close()
     _print_result(result)
     return 128 + result.signal if result.signal is not None else 0
-
-
-class ProgressBar:
-    """Loss, gap and recovered edges beside the steps; nothing where stderr is no terminal."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-
-    def show(self, progress: "Progress") -> None:
-        """Before every step."""
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=progress.n_steps,
-                disable=True if self._quiet else None,
-                unit="step",
-                dynamic_ncols=True,
-            )
-        bar = self._bar
-        if bar.disable:
-            return
-        figures = progress.figures
-        shown = {
-            "loss": figures.get("loss/eval"),
-            "gap": figures.get("loss/gap"),
-            "edges": figures.get("graph/recovered"),
-        }
-        formats = {"loss": "{:.3f}", "gap": "{:.3f}", "edges": "{:.0%}"}
-        texts = {key: formats[key].format(v) for key, v in shown.items() if v is not None}
-        bar.set_description(progress.stage, refresh=False)
-        bar.set_postfix(texts, refresh=False)
-        bar.update(progress.step - bar.n)
-
-    def warn(self, message: str) -> None:
-        """A line above the bar."""
-        line = f"mechcausal: warning: {printable(message)}"
-        if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the bar as it is; a second time does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 # Rows of the closing table: figure, whether the first probe step is what counts, what it means.

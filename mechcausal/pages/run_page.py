@@ -49,22 +49,21 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         RunDataError: no run, or one that cannot be read.
         OSError: the page cannot be written.
     """
-    run = RunData.load(folder)
     path = Path(folder) / REPORT_FILE if out is None else Path(out)
-    content = render(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    write_page(RunData.load(folder), path)
     return path
 
 
-def report_warnings(folder: Path) -> list[str]:
-    """Draw a run's page at its end; what went wrong, which must not fail the run."""
-    try:
-        write_report(folder)
-    except Exception as error:  # whatever it is: the run itself is safe
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return [f"{REPORT_FILE} could not be drawn: {reason}"]
-    return []
+def write_page(run: RunData, path: Path) -> None:
+    """Draw the page of a run that was read already.
+
+    Raises:
+        RunDataError: the run's graph or matrices cannot be read.
+        OSError: the page cannot be written.
+    """
+    content = render(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
 
 
 def render(run: RunData) -> str:

@@ -84,7 +84,12 @@ def replicate(
     group = group or folder.resolve().name
 
     def prepared(recipe: Recipe) -> Recipe:
-        changes = {"device": device, "wandb__mode": mode, "wandb__group": group}
+        changes = {
+            "device": device,
+            "wandb__mode": mode,
+            "wandb__group": group,
+            "wandb__page": False,
+        }
         return adjust(recipe.with_overrides(**changes))
 
     needed = [member for figure in chosen.values() for member in figure.members(quick)]

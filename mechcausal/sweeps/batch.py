@@ -19,6 +19,7 @@ from mechcausal.album import Album
 from mechcausal.checkpointing import Checkpointer
 from mechcausal.checkpoints import environment
 from mechcausal.closed_form_observer import ClosedFormObserver
+from mechcausal.devices import device_named
 from mechcausal.experiments import Generators
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.files import write_folder_atomically
@@ -32,7 +33,7 @@ from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.batched import BatchedTask
 from mechcausal.tracking import RunRecord, writing
-from mechcausal.training import Progress, check_finite, device_named, explained, schedule
+from mechcausal.training import Progress, check_finite, explained, schedule
 
 P = ParamSpec("P")
 Tell = Callable[[Progress | Outcome], None]

@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from mechcausal.devices import computing_on
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.signals import stop_on_signals
 from mechcausal.stages import probe_steps, stages
 from mechcausal.sweeps.batch import BatchMember, train_batch
 from mechcausal.sweeps.member import one_line
 from mechcausal.sweeps.outcome import Outcome
-from mechcausal.training import Progress, check, computing_on
+from mechcausal.training import Progress, check
 from mechcausal.wandb_runs import resolve_mode
 
 # Members trained at a time, by the numbers that a step of one holds: what fits into the processor's
