@@ -322,7 +322,7 @@ def test_a_failing_member_is_reported_and_stops_no_other(
     table = pd.read_csv(out / "results.csv")
     assert table["state"].tolist() == ["failed", "finished", "failed"]
     assert "File exists" in table["error"][0]
-    assert "became NaN" in table["error"][2] or "became nan" in table["error"][2]
+    assert "the loss became inf at step 0" in table["error"][2]
     blocked.folder.unlink()
     assert main(["sweep", str(out)]) == 1
     assert "2 of 3 finished, 1 failed" in capsys.readouterr().out

@@ -1,19 +1,19 @@
 """The runs that figures are measured on: trained in parallel, or found where they were left."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.models.base import GraphModel
 from mechcausal.models.loading import load_graph_model
-from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
-from mechcausal.run_folder import RECIPE_FILE, Value, read_metrics, read_summary, run_info
+from mechcausal.recipes import Recipe, load_recipe, recipe_to_dict
+from mechcausal.run_folder import Value, read_metrics, read_summary, run_info
+from mechcausal.sweeps.engines import LocalEngine
+from mechcausal.sweeps.member import Job
 from mechcausal.tasks import Task, build_task
 
 
@@ -115,46 +115,27 @@ def run_all(
     failed: dict[str, str] = {}
     if not missing:
         return runs, failed
-    # Fresh processes: forked ones would share torch's and W&B's threads.
-    pool = ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn"))
-    try:
-        # Long runs first, so that none is left over at the end.
-        order = sorted(missing, key=lambda name: -_cost(recipes[name]))
+    # Long runs first, so that none is left over at the end.
+    order = sorted(missing, key=lambda name: -_cost(recipes[name]))
+    uses_cuda = any(recipes[name].device.startswith("cuda") for name in missing)
+    # The models are small: several runs of one thread each beat one run of several.
+    with LocalEngine(min(workers, len(missing)), uses_cuda=uses_cuda) as engine:
         futures = {
-            pool.submit(_train, recipe_to_dict(recipes[name]), str(missing[name])): name
+            engine.submit(
+                Job([recipe_to_dict(recipes[name])], [str(missing[name].resolve())])
+            ): name
             for name in order
         }
         for future in as_completed(futures):
             name = futures[future]
-            error = future.exception()
-            outcome = str(error) if error is not None else future.result()
-            if outcome:
-                failed[name] = outcome.splitlines()[0]
+            (outcome,) = future.result().outcomes
+            if outcome.state != "finished":
+                failed[name] = outcome.error or f"the run was {outcome.state}"
                 on_done(name, f"failed: {failed[name]}")
             else:
                 runs[name] = Run(by_name[name], missing[name], recipes[name], reused=False)
                 on_done(name, "trained")
-    finally:
-        # After Ctrl-C, which the workers get too, no further run is begun.
-        pool.shutdown(cancel_futures=True)
     return runs, failed
-
-
-def _train(values: dict[str, Any], folder: str) -> str:
-    """Train one member in a worker process; empty, or what went wrong."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-
-    from mechcausal.resuming import resume
-    from mechcausal.training import train
-
-    # The models are small: several runs of one thread each beat one run of several.
-    torch.set_num_threads(1)
-    if (Path(folder) / RECIPE_FILE).exists():
-        result = resume(folder)
-    else:
-        result = train(parse_recipe(values, source="replicate"), out=folder)
-    return "" if result.state == "finished" else f"the run was {result.state}"
 
 
 def _place(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from mechcausal.files import write_atomically
 from mechcausal.run_folder import read_metrics
-from mechcausal.sweeps.definition import Picture, Sweep
+from mechcausal.sweeps.definition import Picture, Sweep, load_sweep
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.picture import draw
 from mechcausal.sweeps.plan import Member
 from mechcausal.sweeps.table import results_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_results(
@@ -26,14 +30,30 @@ def write_results(
     files = {"table": folder / "results.csv", "parquet": folder / "results.parquet"}
     write_atomically(files["table"], table.to_csv(index=False))
     write_atomically(files["parquet"], table.to_parquet(index=False))
+    for name, figure in _figures(sweep, table, folder).items():
+        (folder / "figures").mkdir(exist_ok=True)
+        files[name] = folder / "figures" / f"{name}.png"
+        figure.savefig(files[name], dpi=110)
+    return files
+
+
+def read_results(folder: str | Path) -> tuple[pd.DataFrame, dict[str, "Figure"]]:
+    """The table of a sweep's folder and its pictures, drawn anew, by name.
+
+    Raises:
+        SweepError, OSError: no sweep, or one that has not come to an end yet.
+    """
+    table = pd.read_parquet(Path(folder) / "results.parquet")
+    return table, _figures(load_sweep(folder), table, Path(folder))
+
+
+def _figures(sweep: Sweep, table: pd.DataFrame, folder: Path) -> dict[str, "Figure"]:
+    found = {}
     for picture in sweep.pictures or default_pictures(table):
         figure = draw(picture, table, curves(picture, table, folder), title=sweep.name)
         if figure is not None:
-            name = picture_name(picture)
-            (folder / "figures").mkdir(exist_ok=True)
-            files[name] = folder / "figures" / f"{name}.png"
-            figure.savefig(files[name], dpi=110)
-    return files
+            found[picture_name(picture)] = figure
+    return found
 
 
 def picture_name(picture: Picture) -> str:

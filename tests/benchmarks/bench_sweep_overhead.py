@@ -89,13 +89,16 @@ def memory(folder: Path) -> None:
     process, seen = psutil.Process(), []
 
     def look(progress: SweepProgress) -> None:
-        seen.append((progress.done, process.memory_info().rss / 2**20))
+        workers = [child.memory_info().rss for child in process.children(recursive=True)]
+        largest = max(workers, default=0) / 2**20
+        seen.append((progress.done, process.memory_info().rss / 2**20, largest))
 
     count = int(os.environ.get("MEMBERS", "2000"))
     run_sweep(load_sweep(_file(folder, count)), folder / "out", workers=2, on_progress=look)
     marks = [count * part // 4 or 20 for part in range(5)]
-    at = [min(seen, key=lambda pair: abs(pair[0] - mark)) for mark in marks]
-    print("MiB of the parent after " + ", ".join(f"{n:,} members: {m:.0f}" for n, m in at))
+    at = [min(seen, key=lambda row: abs(row[0] - mark)) for mark in marks]
+    said = ", ".join(f"{n:,} members: {own:.0f} ({worker:.0f})" for n, own, worker in at)
+    print(f"MiB of the parent (and of the largest process it started) after {said}")
 
 
 if __name__ == "__main__":
