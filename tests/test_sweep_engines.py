@@ -216,6 +216,7 @@ def test_dask_collect_brings_folders_back(
     rows_once(out)
 
 
+@pytest.mark.slow
 def test_an_unreachable_scheduler_is_one_line_and_nothing_is_started(
     sweep_file: Callable[[int], Path],
     tmp_path: Path,

@@ -53,6 +53,12 @@ class DaskEngine:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._cluster: Any = None
         self.address = address or ""
+        make_security: Any = distributed.Security
+        if self.address.startswith("tls://") and not _has_certificates(make_security()):
+            raise SweepError(
+                f"--address {address}: no Dask scheduler: TLS needs Dask's settings, "
+                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY"
+            )
         try:
             if address is None:
                 self._cluster = distributed.LocalCluster(  # type: ignore[no-untyped-call]
@@ -127,6 +133,10 @@ class DaskEngine:
     def _close_cluster(self) -> None:
         if self._cluster is not None:
             self._cluster.close(timeout=10)
+
+
+def _has_certificates(security: Any) -> bool:
+    return security.get_connection_args("client").get("ssl_context") is not None
 
 
 def dask_setup(worker: object) -> None:

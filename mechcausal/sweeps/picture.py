@@ -197,10 +197,14 @@ def _heatmap(axis: "Axes", grid: pd.DataFrame, title: str, picture: Picture) -> 
         if math.isfinite(value):
             colour = "black" if value > middle else "white"
             axis.text(
-                column, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=7
+                column, row, _short(value), ha="center", va="center", color=colour, fontsize=7
             )
         else:
             axis.text(column, row, "–", ha="center", va="center", color="grey")
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 100 <= abs(value) < 10_000 else f"{value:.2g}"
 
 
 def _fit(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: Any) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,8 +90,11 @@ def memory(folder: Path) -> None:
     process, seen = psutil.Process(), []
 
     def look(progress: SweepProgress) -> None:
-        workers = [child.memory_info().rss for child in process.children(recursive=True)]
-        largest = max(workers, default=0) / 2**20
+        workers = [0]
+        for child in process.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                workers.append(child.memory_info().rss)
+        largest = max(workers) / 2**20
         seen.append((progress.done, process.memory_info().rss / 2**20, largest))
 
     count = int(os.environ.get("MEMBERS", "2000"))
