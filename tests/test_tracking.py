@@ -377,7 +377,7 @@ def long_run(tmp_path: Path, repository: Path) -> Iterator[subprocess.Popen[str]
         '[graph]\npreset = "chain"\nsequence_length = 5\n[task]\nvocab_size = 3\n'
         "[training]\nbatch_size = 16\n[training.stage1]\nsteps = 100000000\nlr = 0.1\n"
         "[evaluation]\nn_sequences = 16\nbayes_draws = 4\ntheory_priors = 10\n"
-        "[probing]\nevery = 50\nimages = 2\n"
+        "[probing]\nevery = 200\nimages = 2\n"
     )
     command = [sys.executable, "-m", "mechcausal.cli", "train", str(path)]
     process = subprocess.Popen(
