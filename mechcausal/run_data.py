@@ -204,15 +204,15 @@ class RunData:
         return found
 
     def comparable(self) -> dict[str, Any]:
-        """The recipe as dotted keys, without what changes no number: W&B, pictures."""
+        """The recipe as dotted keys, without what changes no number: W&B, pictures, checkpoints."""
         return {
             key: value
             for key, value in flat(recipe_to_dict(self.recipe)).items()
-            if not key.startswith("wandb.") and key not in _OUTWARD
+            if not key.startswith(("wandb.", "checkpoints.")) and key not in _OUTWARD
         }
 
 
-_OUTWARD = ("name", "probing.images", "probing.report", "probing.frames", "probing.checkpoints")
+_OUTWARD = ("name", "probing.images", "probing.report", "probing.frames")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

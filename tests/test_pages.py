@@ -243,7 +243,7 @@ def test_a_run_without_matrices_or_rows_has_a_page() -> None:
     "changes",
     [
         {},
-        {"seed": 7, "training__stage1__lr": 0.25, "probing__checkpoints": True},
+        {"seed": 7, "training__stage1__lr": 0.25, "checkpoints__every": 50},
         {"task__alpha": [1.0, 2.0, 3.0, *[1.0] * 7]},
         {"graph__lag": 2, "graph__preset": "lag_chain"},
         {"wandb__group": "other"},
