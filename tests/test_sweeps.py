@@ -326,6 +326,11 @@ def test_a_failing_member_is_reported_and_stops_no_other(
     blocked.folder.unlink()
     assert main(["sweep", str(out)]) == 1
     assert "2 of 3 finished, 1 failed" in capsys.readouterr().out
+    # The page of the sweep shows its pictures and names who failed.
+    assert main(["report", str(out)]) == 0
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(list((out / "figures").iterdir())) > 0
+    assert "the loss became inf at step 0" in page
 
 
 def test_the_folder_of_another_sweep_is_refused(tmp_path: Path, engine: InlineEngine) -> None:

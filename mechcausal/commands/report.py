@@ -8,13 +8,16 @@ import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
 
+SWEEP_FILE = "sweep.json"
+_MOST_RUNS = 200
+
 
 @dataclass
 class Report:
     """Draw the page of a run, report.html, or the comparison of several."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders, finished or not, or folders of runs."""
+    """Run folders, finished or not, folders of runs, or a sweep's folder."""
     out: Path | None = None
     """The file; report.html in the run's folder, or comparison.html in the folder of runs (of
     several arguments: in the current folder) when absent."""
@@ -37,7 +40,14 @@ def main(arguments: list[str]) -> int:
             print(f"page: {path}")
             return 0
         folders = dict.fromkeys(found for path in options.runs for found in find_runs(path))
-        runs, notes = [], []
+        runs: list[RunData] = []
+        notes: list[str] = []
+        pictures: dict[str, bytes] = {}
+        if len(options.runs) == 1 and (options.runs[0] / SWEEP_FILE).is_file():
+            pictures, notes = _sweep(options.runs[0])
+            if len(folders) > _MOST_RUNS:
+                notes.append(f"Curves and table: the first {_MOST_RUNS} of {len(folders)} members.")
+                folders = dict.fromkeys(list(folders)[:_MOST_RUNS])
         for folder in folders:
             try:
                 runs.append(RunData.load(folder))
@@ -50,9 +60,21 @@ def main(arguments: list[str]) -> int:
             raise RefusedError(f"{options.runs[0]}: no run in it can be read")
         if out is None:
             out = (options.runs[0] if len(options.runs) == 1 else Path()) / "comparison.html"
-        print(f"page: {write_comparison(runs, out, notes=notes)} ({len(runs)} runs)")
+        written = write_comparison(runs, out, notes=notes, pictures=pictures)
+        print(f"page: {written} ({len(runs)} runs)")
     except RunDataError as error:
         raise RefusedError(str(error)) from None
     except OSError as error:
         raise RefusedError(f"{error.filename or out}: {error.strerror or error}") from None
     return 0
+
+
+def _sweep(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Pictures of a sweep, and what the reader should know of its members."""
+    from mechcausal.sweeps.definition import SweepError
+    from mechcausal.sweeps.results import describe_results
+
+    try:
+        return describe_results(folder)
+    except (OSError, SweepError) as error:
+        return {}, [f"the sweep has no pictures yet: {error}"]

@@ -1,9 +1,11 @@
 """Several runs on one page: curves with a band over seeds, summaries, and how recipes differ."""
 
+import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -41,24 +43,37 @@ _COLUMNS = (
 )
 
 
-def write_comparison(runs: Sequence[RunData], out: Path, *, notes: Sequence[str] = ()) -> Path:
+def write_comparison(
+    runs: Sequence[RunData],
+    out: Path,
+    *,
+    notes: Sequence[str] = (),
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Draw the page of several runs.
 
     Args:
         runs: at least one.
         out: the file.
         notes: what the reader should know, as plain text.
+        pictures: PNG files to begin with, by what they show.
 
     Raises:
         OSError: the page cannot be written.
     """
-    content = render(runs, out.parent, notes=notes)
+    content = render(runs, out.parent, notes=notes, pictures=pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(content, encoding="utf-8")
     return out
 
 
-def render(runs: Sequence[RunData], beside: Path, *, notes: Sequence[str] = ()) -> str:
+def render(
+    runs: Sequence[RunData],
+    beside: Path,
+    *,
+    notes: Sequence[str] = (),
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
+) -> str:
     """The page as HTML; links to the runs' own pages are relative to the folder `beside`."""
     grouped = groups(runs)
     differences = differing_keys(grouped)
@@ -84,6 +99,7 @@ def render(runs: Sequence[RunData], beside: Path, *, notes: Sequence[str] = ()) 
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
     body = [
         top(title, f"{seeds}; runs that differ by their seed alone are one curve with a band"),
+        _pictures(pictures),
         f'<section class="panels" aria-label="Curves">{"".join(html)}</section>',
         '<h2 class="part">Summaries</h2>',
         _summaries(grouped, labels, beside),
@@ -94,6 +110,16 @@ def render(runs: Sequence[RunData], beside: Path, *, notes: Sequence[str] = ()) 
         f"</p>{f'<ul>{listed}</ul>' if notes else ''}</footer>",
     ]
     return page(f"{title}: mechcausal", "\n".join(body), data, scripts=("table.js",))
+
+
+def _pictures(pictures: Mapping[str, bytes]) -> str:
+    cards = "".join(
+        f'<figure class="card"><img alt="{text(name)}" style="max-width: 100%" '
+        f'src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{text(name)}</figcaption></figure>"
+        for name, content in pictures.items()
+    )
+    return f'<section aria-label="Pictures of the sweep">{cards}</section>' if cards else ""
 
 
 def differing_keys(grouped: Sequence[Sequence[RunData]]) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """What a sweep leaves in its folder beside its members: the table and the pictures."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,26 @@ def read_results(folder: str | Path) -> tuple[pd.DataFrame, dict[str, "Figure"]]
     """
     table = pd.read_parquet(Path(folder) / "results.parquet")
     return table, _figures(load_sweep(folder), table, Path(folder))
+
+
+def describe_results(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+    """For the page of a sweep: its pictures as PNG, and what became of members that failed.
+
+    Raises:
+        SweepError, OSError: see `read_results`.
+    """
+    table, figures = read_results(folder)
+    pictures = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        pictures[name] = buffer.getvalue()
+    unfinished = table[table["state"] != "finished"]
+    notes = [
+        f"{row.member}: {row.state}{f': {row.error}' if isinstance(row.error, str) else ''}"
+        for row in unfinished.itertuples()
+    ]
+    return pictures, notes
 
 
 def _figures(sweep: Sweep, table: pd.DataFrame, folder: Path) -> dict[str, "Figure"]:
