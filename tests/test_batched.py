@@ -168,6 +168,17 @@ def test_several_workers_and_small_lots_change_nothing(
         assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_on_a_gpu(tmp_path: Path) -> None:
+    recipes = [tiny(seed=seed, device="cuda") for seed in range(3)]
+    folders, outcomes = train_in(tmp_path, recipes)
+    assert outcomes == [Outcome("finished")] * 3
+    train(recipes[1], out=tmp_path / "single")
+    ours, theirs = weights(folders[1]), weights(tmp_path / "single")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
 # --- An ordinary run ---
 
 

@@ -58,16 +58,21 @@ def groups(recipes: Sequence[Recipe]) -> list[list[int]]:
 
 def _shape(recipe: Recipe) -> Hashable:
     """What has to be equal in a batch: sizes, and what happens at which step."""
-    length = recipe.graph.sequence_length or recipe.build_graph().sequence_length
     training = recipe.training
     plan = [(s.name, s.start, s.section.steps, s.section.optimizer) for s in stages(recipe)]
     return (
         (recipe.model.kind, recipe.device, recipe.threads),
-        (length, recipe.task.vocab_size, recipe.task.transition is None),
+        (_length(recipe), recipe.task.vocab_size, recipe.task.transition is None),
         (training.batch_size, training.accumulation, tuple(plan)),
         (recipe.evaluation.n_sequences, recipe.probing.enabled),
         tuple(probe_steps(recipe.probing, stages(recipe))),
     )
+
+
+def _length(recipe: Recipe) -> int:
+    if recipe.task.kind != "causal_graph":
+        return 0
+    return recipe.graph.sequence_length or recipe.build_graph().sequence_length
 
 
 def train_batched(
@@ -160,7 +165,7 @@ class _Asked:
 
 def _at_once(recipe: Recipe, n_members: int, workers: int) -> int:
     """How many members are trained at a time, in lots of about equal size."""
-    vocab, length = recipe.task.vocab_size, recipe.graph.sequence_length or 1
+    vocab, length = recipe.task.vocab_size, _length(recipe)
     training, evaluation = recipe.training, recipe.evaluation
     n_sequences = max(training.batch_size // training.accumulation, evaluation.n_sequences)
     numbers = n_sequences * (length + 3 * vocab**2)
