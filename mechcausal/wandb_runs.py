@@ -111,22 +111,28 @@ def start_wandb(
     )
     # Absolute: W&B's service may have been started in another folder.
     folder = folder.resolve()
-    attempts: tuple[WandbMode, ...] = ("online", "offline") if mode == "online" else ("offline",)
+    # Offline twice: an id may still count as in use by a process that was killed a moment ago.
+    attempts: list[WandbMode] = ["offline", "offline"]
+    if mode == "online":
+        attempts.insert(0, "online")
+    said: list[str] = []
     for attempt in attempts:
         before = set((folder / "wandb").glob("run-*"))
         try:
             run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
         except Exception as error:  # whatever W&B raises, the training goes on
-            warnings.append(f"W&B could not start {attempt}: {_first_line(error)}")
+            said.append(f"W&B could not start {attempt}: {_first_line(error)}")
             # Else it takes the id for one in use, and leaves a fragment without a row.
             _abandon_service()
             for leftover in set((folder / "wandb").glob("run-*")) - before:
                 shutil.rmtree(leftover, ignore_errors=True)
             continue
+        warnings += [line for line in said if not line.startswith("W&B could not start offline")]
         actual = Path(run.settings.sync_dir).resolve()
         if not actual.is_relative_to(folder):
             warnings.append(f"W&B writes to {actual}, not into the run folder")
         return run, attempt
+    warnings += dict.fromkeys(said)
     return None, "disabled"
 
 
