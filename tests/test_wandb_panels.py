@@ -65,7 +65,8 @@ def test_the_gradient_is_that_of_the_first_step_that_has_one() -> None:
     first, second = run.steps[:2]
     empty = {**run.frames[first], "gradient/pattern": np.zeros((8, 8), dtype=np.float32)}
     panel = draw_panels(replace(run, frames={**run.frames, first: empty}))["panels/first_gradient"]
-    drawn = np.array(panel.data[0].z, dtype=float)
+    assert isinstance(panel, go.Figure)
+    drawn = np.array(panel.data[0].z, dtype=np.float64)
     expected = run.frames[second]["gradient/pattern"]
     rows, columns = np.tril_indices(8)
     assert drawn[rows, columns] == pytest.approx(expected[rows, columns], rel=1e-4)
