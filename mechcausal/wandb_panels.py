@@ -33,8 +33,12 @@ _DIGITS = 5
 _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
     ("attention", plot.attention, "attention/layer0"),
     ("graph", plot.causal_graph, "attention/layer0"),
-    ("gradient", plot.gradient, "gradient/pattern"),
-    ("gradient_against_theory", plot.gradient_scatter, "gradient/pattern"),
+    ("first_gradient", lambda r: plot.gradient(r, _first(r)), "gradient/pattern"),
+    (
+        "first_gradient_against_theory",
+        lambda r: plot.gradient_scatter(r, _first(r)),
+        "gradient/pattern",
+    ),
     ("heads", plot.heads, "heads/induction"),
     ("loss", plot.loss, None),
     ("recovery", plot.recovery, None),
@@ -177,6 +181,12 @@ def portable(figure: go.Figure) -> go.Figure:
     for name in ("width", "height", "meta"):
         content["layout"].pop(name, None)
     return go.Figure(content)
+
+
+def _first(run: RunData) -> int:
+    """The first step with a gradient: theory speaks of the start, where it names the edges."""
+    found = (step for step in run.steps if run.frames[step]["gradient/pattern"].any())
+    return next(found, run.steps[0])
 
 
 def _ranks(gradient: np.ndarray, rows: np.ndarray, parents: np.ndarray) -> list[float]:

@@ -79,6 +79,8 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
         wandb.teardown()  # which a process does at its exit; os._exit would leave it out
         os._exit(0 if result.state == "finished" else 128 + (result.signal or 0))
 
+    # A service of ours, which the process would share, would keep a killed run's id for in use.
+    wandb.teardown()
     process = FORK.Process(target=work)
     process.start()
     return process

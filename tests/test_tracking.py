@@ -34,8 +34,9 @@ def made(values: Recipe, out: Path | None) -> Path:
 def inspect(folder: Path) -> list[dict[str, Any]]:
     """Every record of a W&B run's log, read by wandb's own tool."""
     (log,) = folder.glob("*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log.resolve())]
+    # It leaves a log where it is run.
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

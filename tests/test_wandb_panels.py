@@ -46,8 +46,11 @@ def tiny(**changes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (recipe_of(), {"attention", "graph", "gradient_against_theory", "formation", "edges"}),
-        (two_parents_recipe(), {"attention", "graph", "gradient_against_theory", "edges"}),
+        (
+            recipe_of(),
+            {"attention", "graph", "first_gradient_against_theory", "formation", "edges"},
+        ),
+        (two_parents_recipe(), {"attention", "graph", "first_gradient_against_theory", "edges"}),
         (heads_recipe(), {"heads", "formation", "head_scores", "loss"}),
     ],
 )
@@ -55,6 +58,18 @@ def test_every_kind_of_run_has_its_panels(recipe: Recipe, expected: set[str]) ->
     panels = draw_panels(run_of(recipe))
     assert {f"panels/{name}" for name in expected} <= set(panels)
     assert ("panels/attention" in panels) != ("panels/heads" in panels)
+
+
+def test_the_gradient_is_that_of_the_first_step_that_has_one() -> None:
+    run = run_of()
+    first, second = run.steps[:2]
+    empty = {**run.frames[first], "gradient/pattern": np.zeros((8, 8), dtype=np.float32)}
+    panel = draw_panels(replace(run, frames={**run.frames, first: empty}))["panels/first_gradient"]
+    assert isinstance(panel, go.Figure)
+    drawn = np.array(panel.data[0].z, dtype=np.float64)
+    expected = run.frames[second]["gradient/pattern"]
+    rows, columns = np.tril_indices(8)
+    assert drawn[rows, columns] == pytest.approx(expected[rows, columns], rel=1e-4)
 
 
 def test_a_run_without_matrices_has_its_curves() -> None:

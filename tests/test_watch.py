@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.color import Color
 from rich.console import Console
 from rich.text import Text
 
@@ -90,15 +91,16 @@ def test_a_cell_is_half_a_character_in_colour() -> None:
 
 def test_colours_say_how_large_an_entry_is() -> None:
     recipe = recipe_of()
-    matrix = torch.eye(8)
-    console = Console(
-        file=io.StringIO(), force_terminal=True, width=30, height=40, color_system="truecolor"
-    )
-    progress = progress_of(recipe, matrices={"attention/layer0": matrix})
-    with console.capture() as capture:
-        console.print(Watched(RunData(name="", recipe=recipe), progress))
-    assert "38;2;253;231;36" in capture.get()  # yellow: 1
-    assert "38;2;68;1;84" in capture.get()  # violet: 0
+    console = Console(file=io.StringIO(), force_terminal=True, width=30, height=40)
+    progress = progress_of(recipe, matrices={"attention/layer0": torch.eye(8)})
+    drawn = [
+        (segment.style.color, segment.style.bgcolor)
+        for segment in console.render(Watched(RunData(name="", recipe=recipe), progress))
+        if segment.style is not None and segment.text.startswith("▀")
+    ]
+    yellow, violet = (Color.from_rgb(*rgb) for rgb in ((253, 231, 36), (68, 1, 84)))  # 1 and 0
+    assert drawn[0] == (yellow, violet)
+    assert {colour for pair in drawn for colour in pair} == {yellow, violet}
 
 
 @pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])

@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import plot
+from mechcausal.files import write_atomically
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pages.reproduce import reproduce_command
@@ -63,7 +64,7 @@ def write_page(run: RunData, path: Path) -> None:
     """
     content = render(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    write_atomically(path, content)
 
 
 def render(run: RunData) -> str:
