@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import wandb
+
 from mechcausal.album import Album
 from mechcausal.checkpointing import Checkpointer
 from mechcausal.recipes import Recipe, parse_recipe

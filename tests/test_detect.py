@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
-import wandb
 from mechcausal.cli import main
 from mechcausal.detection import Detection, detect
 from mechcausal.models.adapter import save_model

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import wandb  # noqa: F401
+
 import mechcausal.resuming
 import mechcausal.training  # noqa: F401
-import wandb  # noqa: F401
