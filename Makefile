@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check-format check-lint check-types format bench wheel clean venv $(VENV)
+.PHONY: help demo test soak lint check-format check-lint check-types format bench wheel clean venv $(VENV)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 
 test: $(STAMP) ## run the whole default test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(STAMP) ## what the default suite leaves out: killed runs and workers, a W&B server
+	$(BIN)/python -m pytest -m soak
 
 lint: check-format check-lint check-types ## check format, lint and types
 

@@ -330,7 +330,7 @@ def online(folder: Path, **options: Any) -> RunResult:
     return train(tiny(wandb__mode="online"), out=folder, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_online_run_arrives_with_its_checkpoints(server: WandbServer, tmp_path: Path) -> None:
     result = online(tmp_path / "run")
     assert result.warnings == []
@@ -356,7 +356,7 @@ def test_a_network_that_goes_does_not_stop_the_run_and_is_said(
     assert run.steps == steps_of(result.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_is_gone_from_the_start_means_offline(
     server: WandbServer, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ JOINT = {"algorithm": "joint"}
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_inputs_are_valid_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     """Of the 2,000 inputs that `python tests/fuzz_inputs.py` tries."""
-    for _, seed in [found for found in plan(400) if found[0] == kind][:40]:
+    for _, seed in [found for found in plan(400) if found[0] == kind][:25]:
         try_input(kind, random.Random(seed), tmp_path)
 
 

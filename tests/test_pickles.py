@@ -223,8 +223,9 @@ def _calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
 @pytest.mark.parametrize("name", ["pickle.load", "pickle.loads", "np.load", "joblib.load", "eval"])
 def test_nothing_that_runs_what_it_reads_is_called(name: str) -> None:
     ours = [(path, ast.unparse(call)) for path, call in _calls(name)]
-    # model.eval() takes no arguments.
-    assert [(path, text) for path, text in ours if not text.endswith(".eval()")] == []
+    # model.eval() takes no arguments; numpy reads plain arrays where it is told to.
+    harmless = (".eval()", "allow_pickle=False)")
+    assert [(path, text) for path, text in ours if not text.endswith(harmless)] == []
 
 
 def test_torch_loads_weights_alone() -> None:

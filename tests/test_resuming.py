@@ -381,7 +381,7 @@ def test_rows_that_wandb_lost_are_logged_again(tmp_path: Path) -> None:
 # --- Interruptions at any moment ---
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_runs_end_the_same(repository: Path) -> None:
     """A few of the trials of `python tests/kill_runs.py`."""
     done = subprocess.run(

@@ -68,7 +68,7 @@ def busy_member(folder: Path, rows: int = 3) -> dict[str, object]:
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_local_a_killed_worker_takes_no_other_member_with_it(
     sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_local_a_killed_worker_takes_no_other_member_with_it(
     rows_once(out)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("engine", ["local", "dask"])
 def test_ctrl_c_leaves_members_that_can_be_gone_on_with(
     engine: str, sweep_file: Callable[[int], Path], tmp_path: Path
@@ -179,7 +179,7 @@ def test_dask_a_killed_worker_loses_and_repeats_nothing(
     rows_once(out)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_dask_without_its_scheduler_says_so_and_the_rest_is_finished_later(
     cluster: Cluster,
     sweep_file: Callable[[int], Path],
@@ -204,7 +204,7 @@ def test_dask_without_its_scheduler_says_so_and_the_rest_is_finished_later(
     rows_once(out)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_dask_collect_brings_folders_back(
     cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -216,7 +216,7 @@ def test_dask_collect_brings_folders_back(
     rows_once(out)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_unreachable_scheduler_is_one_line_and_nothing_is_started(
     sweep_file: Callable[[int], Path],
     tmp_path: Path,

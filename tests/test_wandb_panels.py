@@ -196,7 +196,7 @@ def test_panels_are_the_run(trained: RunResult) -> None:
     assert go.Figure(figure).data
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_panels_that_wandb_refuses_cost_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +234,7 @@ def test_an_interrupted_run_has_none_and_the_resumed_one_has_them(tmp_path: Path
     assert "panels/page._type" in rows[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_killed_before_wandb_got_its_last_row_gives_it_with_the_panels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from tests.wandb_server import WandbServer
 
+pytestmark = pytest.mark.soak
+
 START = """
     import sys
     import numpy as np, wandb
