@@ -292,7 +292,7 @@ class RunRecord:
         is_online = not own.name.startswith("offline-")
         places = {own} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
         arrived = [step for step in self._in_wandb if step < first_step]
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + 6
         while True:  # its service may write the last of them a moment after it has finished
             found = {place: wandb_steps(place) for place in sorted(places)}
             logged = Counter(arrived + [step for steps in found.values() for step in steps or ()])

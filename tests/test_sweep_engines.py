@@ -152,7 +152,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         made.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_dask_a_killed_worker_loses_and_repeats_nothing(
     cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
