@@ -1,6 +1,9 @@
 """A model's fingerprint: whatever a probe may leave behind shows in it."""
 
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,3 +59,31 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         for model, found in zip(models, before, strict=True):
             now = fingerprint(model)
             assert {key: now[key] for key in now if now[key] != found.get(key)} == {}
+
+
+def interrupted(work: Callable[[], object], *, after: float) -> bool:
+    """Do some work over and over until Ctrl-C comes after some seconds; whether it was met.
+
+    Python itself drops an interrupt that meets a finalizer or the callback of a weak reference:
+    the work then goes on to its end.
+    """
+    sent = threading.Event()
+
+    def press() -> None:
+        time.sleep(after)
+        signal.raise_signal(signal.SIGINT)
+        sent.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=press)
+    try:
+        thread.start()
+        while not sent.is_set():
+            work()
+        thread.join()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    return False

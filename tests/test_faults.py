@@ -120,15 +120,19 @@ def test_a_folder_that_becomes_read_only_stops_the_run() -> None:
         try:
             train(tiny(), out=folder, on_progress=at(25, lambda: read_only(folder)))
             seen.put("the run did not notice")
-        except TrainingError as error:
-            seen.put(str(error))
+        except BaseException as error:
+            seen.put(f"{type(error).__name__}: {error}")
 
     place.chmod(0o777)
+    # What a run imports on its way is then there: a checkout may lie where others cannot read.
+    train(tiny(), out=place / "before")
     try:
         process = kill_runs.FORK.Process(target=work)
         process.start()
         process.join()
+        assert not seen.empty(), process.exitcode
         text = seen.get()
+        assert text.startswith("TrainingError"), text
         assert "Permission denied" in text
         assert f"mechcausal resume {folder}" in text
         assert 20 <= steps_of(folder)[-1] <= 30

@@ -3,11 +3,8 @@
 import contextlib
 import gc
 import random
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,7 +37,7 @@ from probes import (
 )
 from probes.attach import Probe
 from probes.hook_names import pattern, z
-from tests.left_as_found import fingerprint, left_as_found
+from tests.left_as_found import fingerprint, interrupted, left_as_found
 from tests.probes.test_attach import Broken
 
 Work = Callable[[HookedTransformer, Tensor], Any]
@@ -282,59 +279,35 @@ def test_a_block_that_is_thrown_away_leaves_nothing(
 # --- Ctrl-C ---
 
 
-@pytest.fixture
-def interrupting() -> Iterator[Callable[[float], None]]:
-    """Send SIGINT to this process after some seconds, as Ctrl-C does."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threads: list[threading.Thread] = []
-
-    def send(after: float) -> None:
-        def wait() -> None:
-            time.sleep(after)
-            signal.raise_signal(signal.SIGINT)
-
-        threads.append(threading.Thread(target=wait))
-        threads[-1].start()
-
-    yield send
-    for thread in threads:
-        thread.join()
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("name", ["attach", "score_heads", "mean_ablate", "edit_attention"])
 def test_ctrl_c_at_random_moments_leaves_nothing(
-    used: HookedTransformer,
-    tokens: Tensor,
-    interrupting: Callable[[float], None],
-    name: str,
+    used: HookedTransformer, tokens: Tensor, name: str
 ) -> None:
     source = random.Random(1)
+    met = 0
     for _ in range(20):
         before = fingerprint(used)
-        with contextlib.suppress(KeyboardInterrupt):
-            interrupting(source.uniform(0.001, 0.03))
-            while True:
-                WORKS[name](used, tokens)
+        met += interrupted(lambda: WORKS[name](used, tokens), after=source.uniform(0.001, 0.03))
         torch.set_grad_enabled(True)  # torch's own blocks are not safe from Ctrl-C
         used.train()
         now = fingerprint(used)
         assert {key: now[key] for key in now if now[key] != before[key]} == {}
+    assert met >= 10
 
 
-def test_ctrl_c_at_the_edges_of_a_block_leaves_no_hook(
-    used: HookedTransformer, interrupting: Callable[[float], None]
-) -> None:
+def test_ctrl_c_at_the_edges_of_a_block_leaves_no_hook(used: HookedTransformer) -> None:
     """Blocks without anything in them: nearly every moment is one of entering or leaving."""
     source = random.Random(2)
+    met = 0
     for _ in range(40):
         probes = all_probes()
+
+        def enter_and_leave(probes: tuple[Probe, ...] = probes) -> None:
+            with attach(used, *probes), edit_attention(used, {0: make_uniform([2])}):
+                pass
+
         before = fingerprint(used)
-        with contextlib.suppress(KeyboardInterrupt):
-            interrupting(source.uniform(0.0005, 0.005))
-            while True:
-                with attach(used, *probes), edit_attention(used, {0: make_uniform([2])}):
-                    pass
+        met += interrupted(enter_and_leave, after=source.uniform(0.0005, 0.005))
         now = fingerprint(used)
         assert {key: now[key] for key in now if now[key] != before[key]} == {}
         with attach(used, *probes):
