@@ -14,12 +14,10 @@ from torch import Tensor
 from mechcausal.experiments import Experiment
 from mechcausal.files import write_atomically
 from mechcausal.messages import excerpt
-from mechcausal.run_folder import STEP, Value
+from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value
 from mechcausal.tracking import RunRecord, table_row, writing
 
 FORMATION_THRESHOLD = 0.5
-MATRICES_FILE = "matrices.safetensors"
-MATRICES_FOLDER = "matrices"
 
 
 class Album:

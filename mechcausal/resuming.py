@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mechcausal.album import MATRICES_FILE, MATRICES_FOLDER
 from mechcausal.checkpoints import Checkpoint, differences, environment, newest_checkpoint
 from mechcausal.devices import computing_on, device_named
 from mechcausal.files import write_atomically
@@ -22,16 +21,18 @@ from mechcausal.recipes import (
     recipe_to_toml,
 )
 from mechcausal.run_folder import (
+    MATRICES_FILE,
+    MATRICES_FOLDER,
     METRICS_FILE,
     RECIPE_FILE,
     STEP,
     SUMMARY_FILE,
     RunFolderError,
     Value,
+    has_finished,
     hold,
     read_metrics,
     read_process,
-    read_summary,
 )
 from mechcausal.signals import StopSignal, stop_on_signals
 from mechcausal.stages import stages
@@ -88,7 +89,7 @@ def resume(
                 on_warning(warning)
         rows = _rows(folder)
         changed = _changes(folder, recipe, checkpoint)
-        if _has_finished(folder) and not changed:
+        if has_finished(folder) and not changed:
             raise RunFolderError(f"{folder}: has finished; there is nothing to resume")
         start = checkpoint.step if checkpoint else 0
         if changed and not allow_change:
@@ -159,13 +160,6 @@ def _changes(
         with computing_on(recipe.threads):
             changed |= differences(around, environment(device_named(recipe.device)))
     return changed
-
-
-def _has_finished(folder: Path) -> bool:
-    try:
-        return read_summary(folder).get("state") == "finished"
-    except (OSError, ValueError):
-        return False
 
 
 def _check_place(checkpoint: Checkpoint, recipe: Recipe) -> None:

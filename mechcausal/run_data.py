@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 
 from mechcausal import run_folder
 from mechcausal.graphs import CausalGraph, GraphError
+from mechcausal.nested import flat
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
 from mechcausal.run_files import (
-    FACTS_FILE,
     Frames,
     Matrices,
     RunDataError,
@@ -25,10 +25,17 @@ from mechcausal.run_files import (
     read_history,
     read_json,
 )
-from mechcausal.run_folder import METRICS_FILE, RECIPE_FILE, STEP, SUMMARY_FILE, Value
+from mechcausal.run_folder import (
+    METRICS_FILE,
+    PROCESS_FILE,
+    RECIPE_FILE,
+    STEP,
+    SUMMARY_FILE,
+    Value,
+)
 from mechcausal.stages import stages
 
-__all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "flat", "is_run"]
+__all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "is_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +87,7 @@ class RunData:
             frames=Frames(sources),
             references=references,
             summary=read_json(folder / SUMMARY_FILE),
-            facts=read_json(folder / FACTS_FILE),
+            facts=read_json(folder / PROCESS_FILE),
             folder=folder,
             notes=(*notes, *torn),
         )
@@ -213,22 +220,6 @@ class RunData:
 
 
 _OUTWARD = ("name", "probing.images", "probing.report", "probing.frames")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys.
-
-    Example:
-        >>> flat({"seed": 0, "graph": {"preset": "chain"}})
-        {'seed': 0, 'graph.preset': 'chain'}
-    """
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def is_run(folder: Path) -> bool:

@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechcausal.run_folder import STEP, Value
-
-MATRICES_FILE = "matrices.safetensors"
-MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
-FACTS_FILE = "run.json"
+from mechcausal.files import read_json_lines
+from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value
 
 Matrices = Mapping[str, np.ndarray]
 
@@ -46,21 +43,18 @@ class Frames(Mapping[int, Matrices]):
 def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
     """Rows of figures, and what was left out: a last line that was torn when the run was killed."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = path.read_bytes()
+        rows = read_json_lines(path)
     except OSError as error:
         raise RunDataError(f"{path}: {error.strerror or error}") from None
-    rows: list[dict[str, Value]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get(STEP), int):
-                raise ValueError
-        except ValueError:
-            if number == len(lines):
-                return rows, [f"{path.name}: the last line is torn, and left out"]
-            raise RunDataError(f"{path}: line {number} is no row of figures") from None
-        rows.append({key: value for key, value in row.items() if _is_figure(value)})
-    return rows, []
+    except ValueError as error:
+        raise RunDataError(str(error)) from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(STEP), int):
+            raise RunDataError(f"{path}, line {number}: not a row of figures")
+    is_torn = content[-1:] not in (b"", b"\n")
+    notes = [f"{path.name}: the last line is torn, and left out"] if is_torn else []
+    return [{k: v for k, v in row.items() if _is_figure(v)} for row in rows], notes
 
 
 def _is_figure(value: object) -> bool:

@@ -31,8 +31,10 @@ RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 PROCESS_FILE = "run.json"
-LOCK_FILE = ".lock"
+MATRICES_FILE = "matrices.safetensors"
+MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
 MODEL_FOLDER = "model"
+LOCK_FILE = ".lock"
 STEP = "train/step"
 
 Value = float | int | None
@@ -149,6 +151,14 @@ def read_process(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def has_finished(folder: str | Path) -> bool:
+    """Whether a run folder holds a run that has come to its end."""
+    try:
+        return bool(read_summary(folder).get("state") == "finished")
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def write_process(folder: Path, values: Mapping[str, Any]) -> None:

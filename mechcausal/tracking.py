@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechcausal.files import JsonLines, write_atomically
+from mechcausal.nested import flat
 from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
 from mechcausal.run_folder import (
     METRICS_FILE,
@@ -210,7 +211,7 @@ class RunRecord:
             self._waiting(panels or {})
         if self._wandb is not None:
             self._wandb.finish(
-                _flat({**summary, "state": state}), exit_code=0 if state == "finished" else 1
+                flat({**summary, "state": state}, "/"), exit_code=0 if state == "finished" else 1
             )
             self._compare_rows()
         try:
@@ -350,13 +351,3 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_ready(item) for item in value]
     return _finite(value) if isinstance(value, float) else value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

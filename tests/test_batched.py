@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.album import MATRICES_FILE
 from mechcausal.graphs import chain, manual, star
 from mechcausal.models.batched_simplified import BatchedSimplified
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.resuming import resume
-from mechcausal.run_folder import is_held, read_metrics, read_summary, run_info
+from mechcausal.run_folder import MATRICES_FILE, is_held, read_metrics, read_summary, run_info
 from mechcausal.sweeps.batched import batchable, groups, obstacle, train_batched
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask, soft_cross_entropy

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.album import MATRICES_FILE
 from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
@@ -22,7 +21,7 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
-from mechcausal.run_folder import read_metrics, read_summary
+from mechcausal.run_folder import MATRICES_FILE, read_metrics, read_summary
 from mechcausal.stages import stages
 from mechcausal.targets import load_target
 from mechcausal.training import RunResult, train

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.album import MATRICES_FILE
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
@@ -31,7 +30,7 @@ from mechcausal.recipes import (
     load_recipe,
     parse_recipe,
 )
-from mechcausal.run_folder import RunFolderError, read_metrics, read_summary
+from mechcausal.run_folder import MATRICES_FILE, RunFolderError, read_metrics, read_summary
 from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.targets import load_target
 from mechcausal.tasks import SeveralParentsTask, soft_cross_entropy

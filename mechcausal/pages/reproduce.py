@@ -2,8 +2,8 @@
 
 import shlex
 
+from mechcausal.nested import flat
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, packaged_recipes, recipe_to_dict
-from mechcausal.run_data import flat
 
 
 def reproduce_command(recipe: Recipe) -> str:

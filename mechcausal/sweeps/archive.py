@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+from mechcausal.files import write_atomically
 from mechcausal.run_folder import LOCK_FILE, SUMMARY_FILE, RunFolderError
 
 MAX_BYTES = 2**31
@@ -48,9 +49,7 @@ def unpack(content: bytes, folder: Path) -> None:
                 assert source is not None  # a regular file
                 place = root / entry.name
                 place.parent.mkdir(parents=True, exist_ok=True)
-                partial = place.with_name(f".{place.name}.partial")
-                partial.write_bytes(source.read())
-                partial.replace(place)
+                write_atomically(place, source.read(), durable=False)
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, RunFolderError):
             raise

@@ -14,13 +14,13 @@ from filelock import FileLock, Timeout
 
 from mechcausal.files import write_atomically
 from mechcausal.recipes import Recipe, RecipeError, WandbMode, recipe_to_dict
-from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError
+from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
 from mechcausal.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import COPY_FILE, Sweep, SweepError, sweep_to_dict
 from mechcausal.sweeps.engine_names import EngineName
 from mechcausal.sweeps.engines import Engine, EngineLostError, LocalEngine
-from mechcausal.sweeps.member import Done, Job, has_finished, one_line
+from mechcausal.sweeps.member import Done, Job, one_line
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member, plan
 from mechcausal.wandb_runs import TrackingError, resolve_mode

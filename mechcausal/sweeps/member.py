@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechcausal.recipes import Recipe, WandbMode, parse_recipe
-from mechcausal.run_folder import RECIPE_FILE, is_held, read_summary
+from mechcausal.run_folder import RECIPE_FILE, has_finished, is_held
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.outcome import Outcome
 
@@ -72,14 +72,6 @@ def run_job(job: Job, should_stop: Callable[[], bool]) -> Done:
                 unpack(archive, Path(folder))
         outcomes = _run(job, folders, should_stop)
         return Done(outcomes, [pack(Path(folder)) for folder in folders])
-
-
-def has_finished(folder: Path) -> bool:
-    """Whether a member's run is there whole."""
-    try:
-        return read_summary(folder).get("state") == "finished"
-    except (OSError, ValueError, RecursionError):
-        return False
 
 
 def _run(job: Job, folders: Sequence[str], should_stop: Callable[[], bool]) -> list[Outcome]:

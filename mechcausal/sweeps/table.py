@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechcausal.nested import flat
 from mechcausal.recipes import recipe_to_dict
 from mechcausal.run_folder import read_summary
 from mechcausal.sweeps.outcome import Outcome
@@ -23,7 +24,7 @@ def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) ->
     `first/...` for those of the first probe step. Lists are written as JSON.
     """
     rows: list[dict[str, Any]] = []
-    recipes = [_flat(recipe_to_dict(member.recipe), ".") for member in members]
+    recipes = [_cells(recipe_to_dict(member.recipe), ".") for member in members]
     fields = varying(recipes)
     for member, recipe in zip(members, recipes, strict=True):
         outcome = outcomes.get(member.name)
@@ -37,7 +38,7 @@ def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) ->
             summary = read_summary(member.folder)
         except (OSError, ValueError, RecursionError):
             summary = {}
-        figures = _flat({k: v for k, v in summary.items() if k not in _LEFT_OUT}, "/")
+        figures = _cells({k: v for k, v in summary.items() if k not in _LEFT_OUT}, "/")
         rows.append(row | {k: v for k, v in figures.items() if not isinstance(v, str)})
     table = pd.DataFrame(rows)
     for name in table.columns:
@@ -57,16 +58,9 @@ def varying(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _flat(values: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, separator, f"{prefix}{key}{separator}")
-        elif isinstance(value, list | tuple):
-            flat[f"{prefix}{key}"] = json.dumps(value)
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _cells(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    listed = flat(values, separator).items()
+    return {k: json.dumps(v) if isinstance(v, list | tuple) else v for k, v in listed}
 
 
 def _is_nan(value: Any) -> bool:

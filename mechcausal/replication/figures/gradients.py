@@ -78,7 +78,7 @@ def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     import torch
     from safetensors.torch import load_file
 
-    from mechcausal.album import MATRICES_FILE
+    from mechcausal.run_folder import MATRICES_FILE
 
     del quick
     (run,) = (run for run in runs if run.member.label)
