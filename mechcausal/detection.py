@@ -11,7 +11,7 @@ import torch
 from mechcausal.recipes import WandbMode
 from mechcausal.report import HEAD_SCORES, head_heatmap
 from mechcausal.targets import Target
-from mechcausal.wandb_runs import start_wandb
+from mechcausal.wandb_runs import finish_wandb, start_wandb
 from probes import (
     AblationEffect,
     HeadScores,
@@ -186,5 +186,5 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
         rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
     run.log(rows)
     place = run.url if mode == "online" else str(run.settings.sync_dir)
-    run.finish()
+    finish_wandb(run, warnings)
     return str(place)

@@ -31,7 +31,8 @@ from mechcausal.run_folder import (
     read_summary,
     write_process,
 )
-from mechcausal.wandb_runs import WandbRun, fragments, settle, sync_command, wandb_steps
+from mechcausal.wandb_fragments import fragments, settle, sync_command, wandb_steps
+from mechcausal.wandb_runs import WandbRun
 
 if TYPE_CHECKING:
     from mechcausal.wandb_panels import Panel

@@ -1,28 +1,23 @@
-"""W&B runs that never stand in the way: opened, fed, finished, read back, uploaded.
+"""W&B runs that never stand in the way: opened, fed, finished.
 
 W&B offline loses rows without a word when the disk is full or the folder not writable, and up to a
 second of them when the process is killed. So its folder is checked to be where it was asked to be,
 its rows are counted, and whatever it raises becomes a warning while the run goes on.
-
-A run that is resumed keeps its id; every time it was begun or resumed left a fragment, a folder
-`wandb/offline-run-<time>-<id>` or `wandb/run-<time>-<id>`.
 """
 
-import json
 import netrc
 import os
-import re
 import shutil
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
+import psutil
 
 from mechcausal.recipes import WandbMode
 
@@ -34,8 +29,9 @@ if TYPE_CHECKING:
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 FINISH_SECONDS = 30
 """How long finishing may take before a run ends without it."""
+PATIENCE_SECONDS = 10
+"""How long W&B may take beyond its own limit, before its service is ended."""
 _SLOW_ARTIFACT_SECONDS = 5.0
-_ORPHAN_SECONDS = 2.0
 _LEAN: Mapping[str, Any] = {
     "reinit": "create_new",
     "disable_git": True,
@@ -136,6 +132,20 @@ def start_wandb(
     return None, "disabled"
 
 
+def finish_wandb(run: "Run", warnings: list[str], *, exit_code: int = 0) -> None:
+    """Close a run of `start_wandb`; a warning says so where W&B fails or takes too long."""
+    try:
+        _finish(run, exit_code)
+    except Exception as error:  # whatever W&B raises, what was computed is not lost
+        _abandon_service()
+        warnings.append(f"W&B failed at its end: {_first_line(error)}")
+
+
+def _finish(run: "Run", exit_code: int) -> None:
+    with _service_ends_after(FINISH_SECONDS + PATIENCE_SECONDS):
+        run.finish(exit_code=exit_code)
+
+
 class WandbRun:
     """A W&B run that turns into a warning when it fails.
 
@@ -233,7 +243,7 @@ class WandbRun:
 
         def close(run: "Run") -> None:
             run.summary.update(dict(summary))
-            run.finish(exit_code=exit_code)
+            _finish(run, exit_code)
 
         self._guarded("at its end", close)
 
@@ -254,107 +264,6 @@ class WandbRun:
         self._warn(message)
 
 
-def fragments(run: Path, run_id: str) -> list[Path]:
-    """The fragments of a run in a run folder, oldest first."""
-    if not re.fullmatch(r"[\w-]+", run_id):
-        return []  # what mechcausal never wrote
-    return sorted(
-        (
-            path
-            for end in ("", "-[0-9]")  # the second of one second
-            for path in (run / "wandb").glob(f"*run-*-{run_id}{end}")
-            if path.is_dir()
-        ),
-        key=lambda path: path.name.removeprefix("offline-"),
-    )
-
-
-def wandb_steps(fragment: Path) -> list[int] | None:
-    """The steps of the history rows in a fragment's log, in order; None if it cannot be read.
-
-    Uses the log reader that ships with wandb (what `wandb leet inspect --json` runs).
-    """
-    from wandb.util import get_core_path
-
-    logs = list(fragment.glob("*.wandb"))
-    if len(logs) != 1:
-        return None
-    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(logs[0].resolve())]
-    try:
-        result = subprocess.run(
-            [*command, str(fragment.resolve().parent)], capture_output=True, timeout=60, check=True
-        )
-        lines = (line for line in result.stdout.splitlines() if b'"type":"history"' in line)
-        return [int(json.loads(line)["history"]["step"].get("num", 0)) for line in lines]
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
-        return None
-
-
-def settle(fragment: Path) -> None:
-    """Wait until a fragment's log is complete.
-
-    W&B's service outlives a process that was killed by a second, in which it may still write.
-    """
-    for log in fragment.glob("*.wandb"):
-        while 0 <= time.time() - log.stat().st_mtime < _ORPHAN_SECONDS:
-            time.sleep(0.1)
-
-
-def count_wandb_rows(fragment: Path) -> int | None:
-    """History rows in a fragment's log; None if it cannot be read."""
-    steps = wandb_steps(fragment)
-    return None if steps is None else len(steps)
-
-
-def sync_command(fragment: Path) -> list[str]:
-    """The command that uploads one fragment."""
-    return ["wandb", "sync", str(fragment)]
-
-
-def is_uploaded(fragment: Path) -> bool:
-    """Whether W&B marked the fragment as uploaded."""
-    return any(fragment.glob("*.wandb.synced"))
-
-
-def sync(fragment: Path) -> str:
-    """Upload a fragment; what went wrong, empty when all of it arrived.
-
-    W&B's exit code is 0 in either case, and it may mark as uploaded what the server refused: what
-    counts is its mark and that it named no error.
-    """
-    command = [sys.executable, "-m", *sync_command(fragment)]
-    retries = {
-        f"WANDB_X_{part}_{name}": value
-        for part in ("GRAPHQL", "FILE_STREAM")
-        for name, value in (
-            ("RETRY_MAX", "3"),
-            ("RETRY_WAIT_MAX_SECONDS", "3"),
-            ("TIMEOUT_SECONDS", "10"),
-        )
-    }
-    around = {**os.environ, **retries, "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
-    around.pop("WANDB_SILENT", None)  # it would hide the errors
-    around.pop("WANDB_MODE", None)
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=around, timeout=600
-        )
-    except subprocess.TimeoutExpired:
-        _unmark(fragment)
-        return "gave up after 10 minutes"
-    said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-    errors = [line for line in said if "ERROR" in line or "rror while" in line]
-    if is_uploaded(fragment) and not errors:
-        return ""
-    _unmark(fragment)
-    return (errors or said or [f"exit code {result.returncode}"])[0]
-
-
-def _unmark(fragment: Path) -> None:
-    for mark in fragment.glob("*.wandb.synced"):
-        mark.unlink(missing_ok=True)
-
-
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
@@ -372,10 +281,31 @@ def _abandon_service() -> None:
     """Let go of a service that died, so that W&B does not stumble over it when Python exits."""
     import wandb
 
-    try:
+    with _service_ends_after(PATIENCE_SECONDS), suppress(Exception):  # gone is what it is to be
         wandb.teardown(exit_code=1)
-    except Exception:  # it is gone: that is what was wanted
-        return
+
+
+@contextmanager
+def _service_ends_after(seconds: int) -> Iterator[None]:
+    """End W&B's service if the block takes longer, which ends every wait for it with an error.
+
+    W&B's limits do not hold of the upload of an artifact: where the network has gone in the midst
+    of one, it is tried again for twenty minutes.
+    """
+
+    def end() -> None:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if child.name().startswith("wandb-core"):
+                    child.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _first_line(error: BaseException) -> str:

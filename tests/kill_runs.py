@@ -35,7 +35,8 @@ from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.resuming import resume
 from mechcausal.run_folder import STEP, read_metrics, read_process, read_summary
 from mechcausal.training import train
-from mechcausal.wandb_runs import WandbRun, fragments, wandb_steps
+from mechcausal.wandb_fragments import fragments, wandb_steps
+from mechcausal.wandb_runs import WandbRun
 
 PHASES = ("anywhere", "probe step", "checkpoint", "W&B")
 COMPARED = ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors")

@@ -22,7 +22,7 @@ from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask, soft_cross_entropy
 from mechcausal.tasks.batched import BatchedTask, RunsBatch
 from mechcausal.training import Progress, train
-from mechcausal.wandb_runs import fragments, wandb_steps
+from mechcausal.wandb_fragments import fragments, wandb_steps
 
 Folders = list[Path]
 

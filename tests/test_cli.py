@@ -16,7 +16,7 @@ from mechcausal import __version__
 from mechcausal.cli import main
 from mechcausal.recipes import load_recipe, packaged_recipes
 from mechcausal.run_folder import read_metrics, read_summary
-from mechcausal.wandb_runs import count_wandb_rows
+from mechcausal.wandb_fragments import count_wandb_rows
 
 # A run of a few steps, S = 3, T = 6.
 LEAN = """

@@ -19,7 +19,7 @@ from mechcausal.models.adapter import save_model
 from mechcausal.recipes import parse_recipe
 from mechcausal.targets import load_target
 from mechcausal.training import train
-from mechcausal.wandb_runs import count_wandb_rows
+from mechcausal.wandb_fragments import count_wandb_rows
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
 from tests.test_targets import LEAN

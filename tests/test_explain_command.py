@@ -11,7 +11,7 @@ from mechcausal.applications import catalogue
 from mechcausal.applications.recommender import RecommenderSettings, train_recommender
 from mechcausal.applications.sessions import ThemeRule
 from mechcausal.cli import main
-from mechcausal.wandb_runs import count_wandb_rows
+from mechcausal.wandb_fragments import count_wandb_rows
 from probes.causal_discovery.explain import METHODS
 from tests.test_sentiment import TEXT, save_bert
 

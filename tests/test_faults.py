@@ -20,7 +20,7 @@ from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
 from mechcausal.resuming import resume
 from mechcausal.run_folder import STEP, read_metrics, read_process, read_summary
 from mechcausal.training import NonFiniteLossError, Progress, RunResult, TrainingError, train
-from mechcausal.wandb_runs import fragments, wandb_steps
+from mechcausal.wandb_fragments import fragments, wandb_steps
 from tests import kill_runs
 from tests.wandb_server import WandbServer
 
@@ -327,7 +327,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.setattr(wandb_runs, "FINISH_SECONDS", 4)
         yield server
-    wandb.teardown()
+        wandb.teardown()
 
 
 def online(folder: Path, **options: Any) -> RunResult:
@@ -355,6 +355,22 @@ def test_a_network_that_goes_does_not_stop_the_run_and_is_said(
     assert said == result.warnings
     assert len(steps_of(result.folder)) == len(result.history)
     server.start()
+    assert cli.main(["sync", str(result.folder)]) == 0
+    run = server.run(read_process(result.folder)["wandb_id"])
+    assert run.steps == steps_of(result.folder)
+
+
+@pytest.mark.slow
+def test_files_that_cannot_be_uploaded_do_not_keep_the_run_from_ending(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B tries them again for twenty minutes, whatever the limit that it was given."""
+    monkeypatch.setattr(wandb_runs, "PATIENCE_SECONDS", 2)
+    server.refuse_uploads()
+    result = online(tmp_path / "run")
+    assert result.state == "finished"
+    assert any("W&B failed at its end" in line for line in result.warnings)
+    server.answer()
     assert cli.main(["sync", str(result.folder)]) == 0
     run = server.run(read_process(result.folder)["wandb_id"])
     assert run.steps == steps_of(result.folder)

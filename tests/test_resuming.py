@@ -32,7 +32,7 @@ from mechcausal.run_folder import (
 )
 from mechcausal.signals import StopRequested
 from mechcausal.training import Progress, RunResult, TrainingError, train
-from mechcausal.wandb_runs import fragments, wandb_steps
+from mechcausal.wandb_fragments import fragments, wandb_steps
 from tests import kill_runs
 
 COMPARED = kill_runs.COMPARED

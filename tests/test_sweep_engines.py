@@ -16,7 +16,7 @@ from mechcausal.cli import main
 from mechcausal.run_folder import read_metrics, read_process, run_info
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepProgress, run_sweep
-from mechcausal.wandb_runs import fragments, wandb_steps
+from mechcausal.wandb_fragments import fragments, wandb_steps
 
 SWEEP = """
 recipe = "manual"

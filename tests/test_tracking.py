@@ -17,7 +17,8 @@ from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
 from mechcausal.signals import StopRequested, stop_on_signals
 from mechcausal.tracking import RunRecord
-from mechcausal.wandb_runs import TrackingError, count_wandb_rows, resolve_mode
+from mechcausal.wandb_fragments import count_wandb_rows
+from mechcausal.wandb_runs import TrackingError, resolve_mode
 
 
 def recipe(**overrides: Any) -> Recipe:

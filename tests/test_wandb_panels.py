@@ -20,8 +20,8 @@ from mechcausal.run_folder import STEP, read_metrics, read_summary
 from mechcausal.signals import StopSignal
 from mechcausal.tracking import RunRecord
 from mechcausal.training import Progress, RunResult, train
+from mechcausal.wandb_fragments import fragments, wandb_steps
 from mechcausal.wandb_panels import draw_panels, edge_table, head_table, portable
-from mechcausal.wandb_runs import fragments, wandb_steps
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 from tests.test_tracking import inspect, kind
 

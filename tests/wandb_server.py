@@ -30,6 +30,7 @@ class WandbServer:
         self._port = 0
         self._status: int | None = None
         self._hanging = False
+        self.takes_files = True
         self._wake = threading.Event()
         self._rows_left: int | None = None
         self._failure: Callable[[], None] = self.stop
@@ -89,6 +90,7 @@ class WandbServer:
     def answer(self) -> None:
         """Answer again, after `hang` or `reject`."""
         self._status, self._hanging, self._rows_left = None, False, None
+        self.takes_files = True
         self._wake.set()
 
     def hang(self) -> None:
@@ -101,6 +103,10 @@ class WandbServer:
         """Answer every request from now on with an HTTP error."""
         self._status, self._hanging = status, False
         self._wake.set()
+
+    def refuse_uploads(self) -> None:
+        """Take everything but files, which are to be tried again, until `answer`."""
+        self.takes_files = False
 
     def fail(self, after: int, how: Callable[[], None] | None = None) -> None:
         """Fail once so many further history rows have arrived.
@@ -190,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(200, {"exitcode": None, "limits": {}})
             else:
                 self._reply(owner.failing or 500, {"error": "refused"})
+        elif path.startswith("/upload/") and not owner.takes_files:
+            self._reply(503, {"error": "try again"})
         elif path.startswith("/upload/"):
             owner.received.store(path.removeprefix("/upload/"), body)
             self._reply(200, {}, digest=hashlib.md5(body).digest())

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 def _sync_run(run: Path, *, dry_run: bool) -> bool:
     """Upload one run's fragments up to the first that fails; whether all were uploaded."""
     from mechcausal.tracking import send_again
-    from mechcausal.wandb_runs import fragments, is_uploaded, sync, sync_command, wandb_steps
+    from mechcausal.wandb_fragments import fragments, is_uploaded, sync, sync_command, wandb_steps
 
     if is_held(run):
         print(f"{run}: still running; left for later")

@@ -10,7 +10,7 @@ from mechcausal.replication.figures import FIGURES, Figure
 from mechcausal.replication.page import write_page, write_table
 from mechcausal.replication.rows import Row
 from mechcausal.replication.runs import Run, run_all
-from mechcausal.wandb_runs import resolve_mode, start_wandb
+from mechcausal.wandb_runs import finish_wandb, resolve_mode, start_wandb
 
 TABLE_FILE = "replication.json"
 PAGE_FILE = "replication.md"
@@ -166,4 +166,4 @@ def _log(replication: Replication, mode: WandbMode, group: str) -> None:
     run.log({"replication": wandb.Table(columns=columns, data=data), **pictures})
     run.summary["holds"] = sum(row.holds is True for row in replication.rows)
     run.summary["does_not_hold"] = sum(row.holds is False for row in replication.rows)
-    run.finish()
+    finish_wandb(run, replication.warnings)

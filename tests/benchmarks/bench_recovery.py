@@ -11,7 +11,7 @@ import pytest
 
 from mechcausal.recipes import load_recipe, packaged_recipes
 from mechcausal.run_folder import read_metrics, read_summary
-from mechcausal.wandb_runs import count_wandb_rows
+from mechcausal.wandb_fragments import count_wandb_rows
 
 pytestmark = pytest.mark.benchmark
 
