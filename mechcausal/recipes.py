@@ -417,12 +417,10 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
         raise RecipeError(f"{source}: nested too deeply") from None
     except (TypeError, ValueError) as error:  # a key that is no text, a number of many digits
         raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
-    if recipe.task.kind == "repeated_tokens":
-        _check_repeated_tokens(recipe, source)
-    else:
-        _check_graph(recipe.graph, source)
-        _check_task(recipe.task, source)
-    _check_model(recipe, source)
+    try:
+        _check_together(recipe.graph, recipe.task, recipe.model, recipe.training)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
     return recipe
 
 
@@ -601,59 +599,75 @@ def _suggestion(word: str, allowed: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def _check_graph(graph: GraphSection, source: str) -> None:
+def _check_together(
+    graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
+) -> None:
+    """Whether the options of these sections go together.
+
+    Raises:
+        RecipeError: they do not; the first reason.
+    """
+    if task.kind == "repeated_tokens":
+        _check_repeated_tokens(graph, task, model, training)
+    else:
+        _check_graph(graph)
+        _check_task(task)
+    _check_model(model, training)
+
+
+def _check_graph(graph: GraphSection) -> None:
     wanted = _GRAPH_OPTIONS.get(graph.preset, ())
     for name in sorted({name for names in _GRAPH_OPTIONS.values() for name in names}):
         given = getattr(graph, name) is not None
         if given and name not in wanted:
             owners = [preset for preset, names in _GRAPH_OPTIONS.items() if name in names]
             raise RecipeError(
-                f"{source}: graph.{name}: not an option of preset {graph.preset} "
+                f"graph.{name}: not an option of preset {graph.preset} "
                 f"(it belongs to {', '.join(owners)})"
             )
         if not given and name in wanted and name not in _OPTIONAL_GRAPH_OPTIONS:
-            raise RecipeError(f"{source}: graph.{name}: needed by preset {graph.preset}")
+            raise RecipeError(f"graph.{name}: needed by preset {graph.preset}")
     sized = graph.preset not in ("manual", "edge_list")
     if sized and graph.sequence_length is None:
-        raise RecipeError(f"{source}: graph.sequence_length: needed by preset {graph.preset}")
+        raise RecipeError(f"graph.sequence_length: needed by preset {graph.preset}")
     if not sized and graph.sequence_length is not None:
         raise RecipeError(
-            f"{source}: graph.sequence_length: follows from the graph with preset {graph.preset}"
+            f"graph.sequence_length: follows from the graph with preset {graph.preset}"
         )
 
 
-def _check_task(task: TaskSection, source: str) -> None:
+def _check_task(task: TaskSection) -> None:
     if isinstance(task.alpha, tuple) and len(task.alpha) != task.vocab_size:
         raise RecipeError(
-            f"{source}: task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
+            f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
         )
     if task.repeat_lengths is not None:
-        raise RecipeError(f"{source}: task.repeat_lengths: belongs to kind repeated_tokens")
+        raise RecipeError("task.repeat_lengths: belongs to kind repeated_tokens")
     if task.transition is not None and len(task.transition) != task.vocab_size:
         raise RecipeError(
-            f"{source}: task.transition: {len(task.transition)} rows "
-            f"for a vocabulary of {task.vocab_size}"
+            f"task.transition: {len(task.transition)} rows for a vocabulary of {task.vocab_size}"
         )
 
 
-def _check_repeated_tokens(recipe: Recipe, source: str) -> None:
-    task = recipe.task
-    if recipe.model.kind != "standard":
-        raise RecipeError(f"{source}: model.kind: repeated_tokens is learned by standard")
-    if recipe.graph != GraphSection():
-        raise RecipeError(f"{source}: graph: repeated_tokens has no graph")
+def _check_repeated_tokens(
+    graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
+) -> None:
+    if model.kind != "standard":
+        raise RecipeError("model.kind: repeated_tokens is learned by standard")
+    if graph != GraphSection():
+        raise RecipeError("graph: repeated_tokens has no graph")
     if task.repeat_lengths is None:
-        raise RecipeError(f"{source}: task.repeat_lengths: needed by repeated_tokens")
+        raise RecipeError("task.repeat_lengths: needed by repeated_tokens")
     low, high = task.repeat_lengths
     if not (2 <= low <= high and 3 <= high <= 5_000):  # the probes need a block of three
         raise RecipeError(
-            f"{source}: task.repeat_lengths: shortest (at least 2) and longest (3 to 5000), "
+            "task.repeat_lengths: shortest (at least 2) and longest (3 to 5000), "
             f"found [{low}, {high}]"
         )
     if task.transition is not None:
-        raise RecipeError(f"{source}: task.transition: belongs to kind causal_graph")
-    if recipe.training.target != "sampled":
-        raise RecipeError(f"{source}: training.target: repeated_tokens has sampled targets alone")
+        raise RecipeError("task.transition: belongs to kind causal_graph")
+    if training.target != "sampled":
+        raise RecipeError("training.target: repeated_tokens has sampled targets alone")
 
 
 # Which options of the model section a kind takes.
@@ -673,38 +687,34 @@ _MODEL_OPTIONS = {
 }
 
 
-def _check_model(recipe: Recipe, source: str) -> None:
-    model, training = recipe.model, recipe.training
+def _check_model(model: ModelSection, training: TrainingSection) -> None:
     for item in fields(ModelSection):
         takes = item.name == "kind" or item.name in _MODEL_OPTIONS[model.kind]
         if not takes and getattr(model, item.name) != item.default:
             owner = next(kind for kind, names in _MODEL_OPTIONS.items() if item.name in names)
             raise RecipeError(
-                f"{source}: model.{item.name}: not an option of kind {model.kind} "
-                f"(it belongs to {owner})"
+                f"model.{item.name}: not an option of kind {model.kind} (it belongs to {owner})"
             )
     if model.kind != "simplified" and training.algorithm != "joint":
         raise RecipeError(
-            f"{source}: training.algorithm: two_stage is for kind simplified; "
+            "training.algorithm: two_stage is for kind simplified; "
             f"{model.kind} is trained by joint"
         )
     if model.kind == "disentangled" and max(model.heads) > 1 and model.initial_scale == 0:
         raise RecipeError(
-            f"{source}: model.initial_scale: must be above 0 with several heads in a layer, "
+            "model.initial_scale: must be above 0 with several heads in a layer, "
             "since equal heads stay equal"
         )
     if model.kind == "standard" and model.d_model % model.n_heads:
-        raise RecipeError(
-            f"{source}: model.d_model: {model.d_model} is no multiple of {model.n_heads} heads"
-        )
+        raise RecipeError(f"model.d_model: {model.d_model} is no multiple of {model.n_heads} heads")
     widening = math.prod(n_heads + 1 for n_heads in model.heads)
     if model.kind == "disentangled" and widening > 1024:
         raise RecipeError(
-            f"{source}: model.heads: {list(model.heads)} widen the residual stream "
+            f"model.heads: {list(model.heads)} widen the residual stream "
             f"{widening:,} times; at most 1024 times is possible"
         )
     if training.batch_size % training.accumulation:
         raise RecipeError(
-            f"{source}: training.accumulation: {training.accumulation} parts do not divide "
+            f"training.accumulation: {training.accumulation} parts do not divide "
             f"a batch of {training.batch_size}"
         )
