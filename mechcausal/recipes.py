@@ -615,16 +615,19 @@ def _check_together(
     _check_model(model, training)
 
 
+def _not_an_option(
+    section: str, name: str, choice: str, options: dict[str, tuple[str, ...]]
+) -> RecipeError:
+    owners = ", ".join(owner for owner, names in options.items() if name in names)
+    return RecipeError(f"{section}.{name}: not an option of {choice} (it belongs to {owners})")
+
+
 def _check_graph(graph: GraphSection) -> None:
     wanted = _GRAPH_OPTIONS.get(graph.preset, ())
     for name in sorted({name for names in _GRAPH_OPTIONS.values() for name in names}):
         given = getattr(graph, name) is not None
         if given and name not in wanted:
-            owners = [preset for preset, names in _GRAPH_OPTIONS.items() if name in names]
-            raise RecipeError(
-                f"graph.{name}: not an option of preset {graph.preset} "
-                f"(it belongs to {', '.join(owners)})"
-            )
+            raise _not_an_option("graph", name, f"preset {graph.preset}", _GRAPH_OPTIONS)
         if not given and name in wanted and name not in _OPTIONAL_GRAPH_OPTIONS:
             raise RecipeError(f"graph.{name}: needed by preset {graph.preset}")
     sized = graph.preset not in ("manual", "edge_list")
@@ -671,7 +674,7 @@ def _check_repeated_tokens(
 
 
 # Which options of the model section a kind takes.
-_MODEL_OPTIONS = {
+_MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "simplified": (),
     "disentangled": ("heads", "initial_scale"),
     "standard": (
@@ -691,10 +694,7 @@ def _check_model(model: ModelSection, training: TrainingSection) -> None:
     for item in fields(ModelSection):
         takes = item.name == "kind" or item.name in _MODEL_OPTIONS[model.kind]
         if not takes and getattr(model, item.name) != item.default:
-            owner = next(kind for kind, names in _MODEL_OPTIONS.items() if item.name in names)
-            raise RecipeError(
-                f"model.{item.name}: not an option of kind {model.kind} (it belongs to {owner})"
-            )
+            raise _not_an_option("model", item.name, f"kind {model.kind}", _MODEL_OPTIONS)
     if model.kind != "simplified" and training.algorithm != "joint":
         raise RecipeError(
             "training.algorithm: two_stage is for kind simplified; "

@@ -486,7 +486,7 @@ def test_every_new_key_survives_the_round_trip(values: dict[str, Any], tmp_path:
         ),
         (DISENTANGLED | {"model__initial_scale": -1.0}, ["model.initial_scale", "-1.0"]),
         ({"model__heads": [1, 2]}, ["model.heads", "kind simplified", "to disentangled"]),
-        ({"model__initial_scale": 0.1}, ["model.initial_scale", "belongs to disentangled"]),
+        ({"model__initial_scale": 0.1}, ["model.initial_scale", "to disentangled, standard)"]),
         ({"model__embeddings": "fixed"}, ["model.embeddings", "belongs to standard"]),
         (DISENTANGLED | {"model__d_model": 32}, ["model.d_model", "belongs to standard"]),
         (DISENTANGLED | {"model__layer_norm": True}, ["model.layer_norm", "to standard"]),
