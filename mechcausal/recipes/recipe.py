@@ -63,6 +63,17 @@ class Recipe:
             return training.joint.steps
         return training.stage1.steps + training.stage2.steps
 
+    @property
+    def n_training_sequences(self) -> int:
+        """Fresh sequences that all steps together train on, `n_steps * batch_size`.
+
+        Example:
+            >>> training = TrainingSection(algorithm="joint", batch_size=10)
+            >>> Recipe(training=training).n_training_sequences
+            6000
+        """
+        return self.n_steps * self.training.batch_size
+
     def with_overrides(self, **changes: Any) -> "Recipe":
         """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
 
