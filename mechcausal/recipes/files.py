@@ -34,9 +34,9 @@ def load_recipe(target: str | Path) -> Recipe:
     except RecursionError:
         raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
     data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "run")
-    edge_list = data.get("graph", {}).get("edge_list") if isinstance(data.get("graph"), dict) else 0
-    if isinstance(edge_list, str):
-        data["graph"]["edge_list"] = str(_beside(path, edge_list))
+    match data:
+        case {"graph": {"edge_list": str(edge_list)}}:
+            data["graph"]["edge_list"] = str(_beside(path, edge_list))
     return parse_recipe(data, source=str(path))
 
 
