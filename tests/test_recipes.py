@@ -694,6 +694,19 @@ def test_overrides_are_as_strict_as_files() -> None:
         assert next(iter(change)).replace("__", ".") in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["seed__x", "seed__x__y", "task__alpha__x"])
+def test_an_override_within_a_value_is_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"override: {key.split('__')[0]}"):
+        load_recipe("markov_chain").with_overrides(**{key: 1})
+
+
+def test_overrides_leave_the_values_they_are_given_as_they_are() -> None:
+    stage = {"steps": 3}
+    recipe = load_recipe("markov_chain")
+    changed = recipe.with_overrides(training__stage1=stage, training__stage1__lr=2.0)
+    assert (changed.training.stage1.lr, stage) == (2.0, {"steps": 3})
+
+
 def test_an_override_of_none_takes_an_option_away() -> None:
     recipe = load_recipe("lag_two")
     assert recipe.with_overrides(graph__preset="chain", graph__lag=None).build_graph().edges

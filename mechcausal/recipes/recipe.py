@@ -77,6 +77,9 @@ class Recipe:
     def with_overrides(self, **changes: Any) -> "Recipe":
         """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
 
+        Raises:
+            RecipeError: see `parse_recipe`.
+
         Example:
             >>> from mechcausal.recipes import load_recipe
             >>> recipe = load_recipe("markov_chain")
@@ -88,7 +91,8 @@ class Recipe:
             *path, last = key.split("__")
             section = data
             for part in path:
-                section = section.setdefault(part, {})
+                inner = section.get(part)
+                section[part] = section = dict(inner) if isinstance(inner, dict) else {}
             section[last] = value
         return parse_recipe(data, source="override")
 
