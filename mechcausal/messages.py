@@ -3,6 +3,9 @@
 A file's content may hold anything, escape sequences that steer a terminal among it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     r"""The text with every character that does not print, a blank aside, as its escape.
@@ -30,3 +33,14 @@ def excerpt(value: object, limit: int = 60) -> str:
     # Cut first: what is escaped or split may be large.
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 3] + "..."
+
+
+def suggestion(word: str, allowed: Iterable[str]) -> str:
+    """What may have been meant by a word that is not allowed; empty where nothing is close.
+
+    Example:
+        >>> suggestion("batchsize", ["batch_size", "beta0"])
+        ', did you mean batch_size?'
+    """
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f", did you mean {close[0]}?" if close else ""

@@ -486,7 +486,7 @@ def test_every_new_key_survives_the_round_trip(values: dict[str, Any], tmp_path:
         ),
         (DISENTANGLED | {"model__initial_scale": -1.0}, ["model.initial_scale", "-1.0"]),
         ({"model__heads": [1, 2]}, ["model.heads", "kind simplified", "to disentangled"]),
-        ({"model__initial_scale": 0.1}, ["model.initial_scale", "belongs to disentangled"]),
+        ({"model__initial_scale": 0.1}, ["model.initial_scale", "to disentangled, standard)"]),
         ({"model__embeddings": "fixed"}, ["model.embeddings", "belongs to standard"]),
         (DISENTANGLED | {"model__d_model": 32}, ["model.d_model", "belongs to standard"]),
         (DISENTANGLED | {"model__layer_norm": True}, ["model.layer_norm", "to standard"]),
@@ -692,6 +692,19 @@ def test_overrides_are_as_strict_as_files() -> None:
         with pytest.raises(RecipeError) as caught:
             recipe.with_overrides(**change)
         assert next(iter(change)).replace("__", ".") in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["seed__x", "seed__x__y", "task__alpha__x"])
+def test_an_override_within_a_value_is_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"override: {key.split('__')[0]}"):
+        load_recipe("markov_chain").with_overrides(**{key: 1})
+
+
+def test_overrides_leave_the_values_they_are_given_as_they_are() -> None:
+    stage = {"steps": 3}
+    recipe = load_recipe("markov_chain")
+    changed = recipe.with_overrides(training__stage1=stage, training__stage1__lr=2.0)
+    assert (changed.training.stage1.lr, stage) == (2.0, {"steps": 3})
 
 
 def test_an_override_of_none_takes_an_option_away() -> None:

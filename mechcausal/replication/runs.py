@@ -116,7 +116,7 @@ def run_all(
     if not missing:
         return runs, failed
     # Long runs first, so that none is left over at the end.
-    order = sorted(missing, key=lambda name: -_cost(recipes[name]))
+    order = sorted(missing, key=lambda name: -recipes[name].n_training_sequences)
     uses_cuda = any(recipes[name].device.startswith("cuda") for name in missing)
     # The models are small: several runs of one thread each beat one run of several.
     with LocalEngine(min(workers, len(missing)), uses_cuda=uses_cuda) as engine:
@@ -154,9 +154,3 @@ def _place(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:
 def _comparable(recipe: Recipe) -> dict[str, Any]:
     values = recipe_to_dict(recipe)
     return {key: value for key, value in values.items() if key not in ("wandb", "name")}
-
-
-def _cost(recipe: Recipe) -> float:
-    training = recipe.training
-    stages = (training.joint,) if training.algorithm == "joint" else (training.stage1,)
-    return float(sum(stage.steps for stage in stages) * training.batch_size)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mechcausal.files import write_atomically
-from mechcausal.recipes import Recipe, RecipeError, WandbMode, recipe_to_dict
+from mechcausal.recipes import RecipeError, WandbMode, recipe_to_dict
 from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
 from mechcausal.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
@@ -233,7 +233,7 @@ def _lots(members: Sequence[Member], engine: EngineName, n_workers: int) -> list
             for start in range(0, len(group), size):
                 lots.append([fresh[index] for index in group[start : start + size]])
     lots += [[member] for member in singles]
-    return sorted(lots, key=lambda lot: -sum(_cost(member.recipe) for member in lot))
+    return sorted(lots, key=lambda lot: -sum(member.recipe.n_training_sequences for member in lot))
 
 
 def _job(lot: Sequence[Member], wandb_mode: WandbMode | None, collect: bool) -> Job:
@@ -248,10 +248,6 @@ def _job(lot: Sequence[Member], wandb_mode: WandbMode | None, collect: bool) -> 
         batched=len(lot) > 1,
         archives=archives,
     )
-
-
-def _cost(recipe: Recipe) -> int:
-    return recipe.n_steps * recipe.training.batch_size
 
 
 def _check(members: Sequence[Member], *, everywhere: bool, wandb_mode: WandbMode | None) -> None:

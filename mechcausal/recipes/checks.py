@@ -1,0 +1,135 @@
+"""Which settings of a recipe go together."""
+
+import math
+from dataclasses import fields
+
+from mechcausal.recipes.errors import RecipeError
+from mechcausal.recipes.sections import (
+    GRAPH_OPTIONS,
+    GraphSection,
+    ModelSection,
+    TaskSection,
+    TrainingSection,
+)
+
+# Options of the graph section that may be left out even where the preset takes them.
+_OPTIONAL_GRAPH_OPTIONS = ("seed", "query_parents")
+# Which options of the model section a kind takes.
+_MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
+    "simplified": (),
+    "disentangled": ("heads", "initial_scale"),
+    "standard": (
+        "initial_scale",
+        "n_layers",
+        "n_heads",
+        "d_model",
+        "d_mlp",
+        "layer_norm",
+        "embeddings",
+        "positions",
+    ),
+}
+
+
+def check_together(
+    graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
+) -> None:
+    """Whether the options of these sections go together.
+
+    Raises:
+        RecipeError: they do not; the first reason.
+    """
+    if task.kind == "repeated_tokens":
+        _check_repeated_tokens(graph, task, model, training)
+    else:
+        _check_graph(graph)
+        _check_task(task)
+    _check_model(model, training)
+
+
+def _not_an_option(
+    section: str, name: str, choice: str, options: dict[str, tuple[str, ...]]
+) -> RecipeError:
+    owners = ", ".join(owner for owner, names in options.items() if name in names)
+    return RecipeError(f"{section}.{name}: not an option of {choice} (it belongs to {owners})")
+
+
+def _check_graph(graph: GraphSection) -> None:
+    wanted = GRAPH_OPTIONS.get(graph.preset, ())
+    for name in sorted({name for names in GRAPH_OPTIONS.values() for name in names}):
+        given = getattr(graph, name) is not None
+        if given and name not in wanted:
+            raise _not_an_option("graph", name, f"preset {graph.preset}", GRAPH_OPTIONS)
+        if not given and name in wanted and name not in _OPTIONAL_GRAPH_OPTIONS:
+            raise RecipeError(f"graph.{name}: needed by preset {graph.preset}")
+    sized = graph.preset not in ("manual", "edge_list")
+    if sized and graph.sequence_length is None:
+        raise RecipeError(f"graph.sequence_length: needed by preset {graph.preset}")
+    if not sized and graph.sequence_length is not None:
+        raise RecipeError(
+            f"graph.sequence_length: follows from the graph with preset {graph.preset}"
+        )
+
+
+def _check_task(task: TaskSection) -> None:
+    if isinstance(task.alpha, tuple) and len(task.alpha) != task.vocab_size:
+        raise RecipeError(
+            f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
+        )
+    if task.repeat_lengths is not None:
+        raise RecipeError("task.repeat_lengths: belongs to kind repeated_tokens")
+    if task.transition is not None and len(task.transition) != task.vocab_size:
+        raise RecipeError(
+            f"task.transition: {len(task.transition)} rows for a vocabulary of {task.vocab_size}"
+        )
+
+
+def _check_repeated_tokens(
+    graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
+) -> None:
+    if model.kind != "standard":
+        raise RecipeError("model.kind: repeated_tokens is learned by standard")
+    if graph != GraphSection():
+        raise RecipeError("graph: repeated_tokens has no graph")
+    if task.repeat_lengths is None:
+        raise RecipeError("task.repeat_lengths: needed by repeated_tokens")
+    low, high = task.repeat_lengths
+    if not (2 <= low <= high and 3 <= high <= 5_000):  # the probes need a block of three
+        raise RecipeError(
+            "task.repeat_lengths: shortest (at least 2) and longest (3 to 5000), "
+            f"found [{low}, {high}]"
+        )
+    if task.transition is not None:
+        raise RecipeError("task.transition: belongs to kind causal_graph")
+    if training.target != "sampled":
+        raise RecipeError("training.target: repeated_tokens has sampled targets alone")
+
+
+def _check_model(model: ModelSection, training: TrainingSection) -> None:
+    for item in fields(ModelSection):
+        takes = item.name == "kind" or item.name in _MODEL_OPTIONS[model.kind]
+        if not takes and getattr(model, item.name) != item.default:
+            raise _not_an_option("model", item.name, f"kind {model.kind}", _MODEL_OPTIONS)
+    if model.kind != "simplified" and training.algorithm != "joint":
+        raise RecipeError(
+            "training.algorithm: two_stage is for kind simplified; "
+            f"{model.kind} is trained by joint"
+        )
+    if model.kind == "disentangled" and max(model.heads) > 1 and model.initial_scale == 0:
+        raise RecipeError(
+            "model.initial_scale: must be above 0 with several heads in a layer, "
+            "since equal heads stay equal"
+        )
+    if model.kind == "standard" and model.d_model % model.n_heads:
+        raise RecipeError(f"model.d_model: {model.d_model} is no multiple of {model.n_heads} heads")
+    widening = math.prod(n_heads + 1 for n_heads in model.heads)
+    if model.kind == "disentangled" and widening > 1024:
+        raise RecipeError(
+            f"model.heads: {list(model.heads)} widen the residual stream "
+            f"{widening:,} times; at most 1024 times is possible"
+        )
+    if training.batch_size % training.accumulation:
+        raise RecipeError(
+            f"training.accumulation: {training.accumulation} parts do not divide "
+            f"a batch of {training.batch_size}"
+        )

@@ -1,0 +1,130 @@
+"""Recipes as TOML files: found by path or name, read, and written out."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mechcausal.messages import excerpt, suggestion
+from mechcausal.recipes.errors import RecipeError
+from mechcausal.recipes.recipe import Recipe, parse_recipe, recipe_to_dict
+
+MAX_FILE_BYTES = 4 * 2**20
+"""The largest recipe file read."""
+
+
+def load_recipe(target: str | Path) -> Recipe:
+    """Read a recipe from a TOML file, or by the name of one that comes with the package.
+
+    Args:
+        target: a path (`runs/markov_chain.toml`) or a name (`markov_chain`).
+
+    Raises:
+        RecipeError: no such file, not TOML, or not a valid recipe; one line that names the file.
+    """
+    path = find_recipe(target)
+    text = _read_text(path)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {excerpt(error, 100)}") from None
+    except ValueError:  # what int() says of a number of thousands of digits
+        raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "run")
+    match data:
+        case {"graph": {"edge_list": str(edge_list)}}:
+            data["graph"]["edge_list"] = str(_beside(path, edge_list))
+    return parse_recipe(data, source=str(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise RecipeError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most a recipe may have")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file") from None
+
+
+def _beside(recipe: Path, name: str) -> Path:
+    """A file that a recipe names: relative to it, in its folder or below.
+
+    Raises:
+        RecipeError: it lies elsewhere. A recipe that came from someone else must not make us read,
+            and by way of an error message show, any file there is.
+    """
+    inside, path = name.isprintable() and len(name) <= 200, recipe.parent / name
+    try:
+        inside = inside and not Path(name).is_absolute() and ".." not in Path(name).parts
+        # A link may lead out too.
+        inside = inside and path.resolve().is_relative_to(recipe.parent.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
+        inside = False
+    if not inside:
+        raise RecipeError(
+            f"{recipe}: graph.edge_list: must be a file in the recipe's folder or below, found "
+            f'"{excerpt(name)}" (on the command line --graph.edge-list takes any file)'
+        )
+    return path
+
+
+def find_recipe(target: str | Path) -> Path:
+    """The file that a path or the name of a packaged recipe stands for.
+
+    Raises:
+        RecipeError: neither a file nor a packaged recipe.
+    """
+    path = Path(target)
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # too long a name, a folder that may not be entered
+        raise RecipeError(f"{path}: {error.strerror or error}") from None
+    packaged = packaged_recipes()
+    if str(target) in packaged:
+        return packaged[str(target)]
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        reason = "is a folder" if path.is_dir() else "no such file"
+        raise RecipeError(f"{path}: {reason}; recipes that come along: {', '.join(packaged)}")
+    raise RecipeError(
+        f"{target}: no such file or recipe{suggestion(str(target), packaged)}; "
+        f"recipes that come along: {', '.join(packaged)}"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package / "_recipes"  # in a wheel
+    if not folder.is_dir():
+        folder = package.parent / "runs"  # in a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML; `load_recipe` reads back an equal one."""
+    lines: list[str] = []
+
+    def write(table: dict[str, Any], path: tuple[str, ...]) -> None:
+        if path:
+            lines.extend(["", f"[{'.'.join(path)}]"])
+        for key, value in table.items():
+            if not isinstance(value, dict):
+                # Strings, numbers, booleans and nested arrays are written alike in JSON and TOML,
+                # but for surrogate pairs and the delete character.
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{key} = {text}")
+        for key, value in table.items():
+            if isinstance(value, dict):
+                write(value, (*path, key))
+
+    write(recipe_to_dict(recipe), ())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,199 @@
+"""The whole recipe: one strict type for TOML, command line, Python, W&B and resume."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from mechcausal.graphs import CausalGraph, build_preset
+from mechcausal.messages import excerpt
+from mechcausal.recipes.checks import check_together
+from mechcausal.recipes.errors import RecipeError, first_error
+from mechcausal.recipes.sections import (
+    GRAPH_OPTIONS,
+    CheckpointsSection,
+    EvaluationSection,
+    GraphSection,
+    ModelSection,
+    ProbingSection,
+    Seed,
+    TaskSection,
+    TrainingSection,
+    WandbSection,
+)
+
+if TYPE_CHECKING:
+    from mechcausal.priors import Prior
+
+# Presets in which the predicted token has parents of its own: no query token is added.
+_WITHOUT_QUERY = ("two_parents", "k_gram")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, completely described."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] = "run"
+    """Names the run's folder and its W&B group."""
+    seed: Seed = 0
+    """Seed from which initialisation, training data, evaluation and a random graph follow."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Threads on the CPU. One repeats bit by bit and is fastest for small models; with several the
+    order in which they add up may differ from run to run."""
+    graph: GraphSection = field(default_factory=GraphSection)
+    task: TaskSection = field(default_factory=TaskSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    probing: ProbingSection = field(default_factory=ProbingSection)
+    checkpoints: CheckpointsSection = field(default_factory=CheckpointsSection)
+    wandb: WandbSection = field(default_factory=WandbSection)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of all stages together."""
+        training = self.training
+        if training.algorithm == "joint":
+            return training.joint.steps
+        return training.stage1.steps + training.stage2.steps
+
+    @property
+    def n_training_sequences(self) -> int:
+        """Fresh sequences that all steps together train on, `n_steps * batch_size`.
+
+        Example:
+            >>> training = TrainingSection(algorithm="joint", batch_size=10)
+            >>> Recipe(training=training).n_training_sequences
+            6000
+        """
+        return self.n_steps * self.training.batch_size
+
+    def with_overrides(self, **changes: Any) -> "Recipe":
+        """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
+
+        Raises:
+            RecipeError: see `parse_recipe`.
+
+        Example:
+            >>> from mechcausal.recipes import load_recipe
+            >>> recipe = load_recipe("markov_chain")
+            >>> recipe.with_overrides(seed=3, training__stage1__steps=10).training.stage1.steps
+            10
+        """
+        data = recipe_to_dict(self)
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            section = data
+            for part in path:
+                inner = section.get(part)
+                section[part] = section = dict(inner) if isinstance(inner, dict) else {}
+            section[last] = value
+        return parse_recipe(data, source="override")
+
+    def build_graph(self) -> CausalGraph:
+        """The causal graph; random presets follow `graph.seed`, else the run's seed.
+
+        Raises:
+            GraphError: a graph that is not one (cycle, forward edge, unreadable edge list).
+        """
+        import torch
+
+        section = self.graph
+        if section.preset == "manual":
+            parents = section.parents or ()
+            return CausalGraph.from_parents(parents, query_parents=section.query_parents)
+        if section.preset == "edge_list":
+            return CausalGraph.from_edge_list(Path(section.edge_list or ""))
+        names = GRAPH_OPTIONS.get(section.preset, ())
+        options = {name: getattr(section, name) for name in names if name != "seed"}
+        if "seed" in names:
+            seed = self.seed if section.seed is None else section.seed
+            options["generator"] = torch.Generator().manual_seed(seed)
+        assert section.sequence_length is not None  # checked when the recipe was parsed
+        n_positions = section.sequence_length - (section.preset not in _WITHOUT_QUERY)
+        return build_preset(section.preset, n_positions, **options)
+
+    def self_contained(self) -> "Recipe":
+        """The same recipe without a file that it depends on: an edge list becomes its parents.
+
+        Raises:
+            GraphError: see `build_graph`.
+        """
+        if self.graph.preset != "edge_list" or self.task.kind != "causal_graph":
+            return self
+        graph = self.build_graph()
+        values = recipe_to_dict(self)
+        parents = [list(row) if len(row) > 1 else (row or (-1,))[0] for row in graph.parents]
+        values["graph"] = {"preset": "manual", "parents": parents}
+        if graph.query_parents is not None:
+            values["graph"]["query_parents"] = list(graph.query_parents)
+        return parse_recipe(values, source=self.graph.edge_list or self.name)
+
+    def build_prior(self) -> "Prior":
+        """The prior over transition matrices, or the fixed matrix."""
+        from mechcausal.priors import DirichletPrior, FixedTransition
+
+        if self.task.transition is not None:
+            return FixedTransition(self.task.transition)
+        if isinstance(self.task.alpha, tuple):
+            return DirichletPrior(self.task.alpha)
+        return DirichletPrior.symmetric(self.task.alpha, self.task.vocab_size)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested dict of plain JSON values, `None` entries left out."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, tuple) else value
+
+    return dict(clean(asdict(recipe)))
+
+
+def recipe_fields(section: Any = Recipe, prefix: str = "") -> dict[str, Any]:
+    """The type of every field and section of a recipe, by dotted path."""
+    found = {}
+    hints = get_type_hints(section)
+    for item in fields(section):
+        path = prefix + item.name
+        found[path] = hints[item.name]
+        if is_dataclass(hints[item.name]):
+            found |= recipe_fields(hints[item.name], f"{path}.")
+    return found
+
+
+def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
+    """Check nested plain data and make a recipe of it.
+
+    Args:
+        data: as read from TOML.
+        source: named in the error, a file or "command line".
+
+    Raises:
+        RecipeError: unknown key (with a suggestion), wrong type, value out of range, or options
+            that do not go together.
+    """
+    try:
+        # JSON mode: strict on types, but an array may fill a tuple and a table a dataclass.
+        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {first_error(Recipe, error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: nested too deeply") from None
+    except (TypeError, ValueError) as error:  # a key that is no text, a number of many digits
+        raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
+    try:
+        check_together(recipe.graph, recipe.task, recipe.model, recipe.training)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    return recipe
+
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -1,0 +1,245 @@
+"""The sections of a recipe: every setting with its type, its bounds and its default."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+# Bounds far above any use: what they keep out would fill memory, or a terminal.
+MAX_COUNT = 10**9
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Position = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+WandbMode = Literal["online", "offline", "disabled"]
+
+PresetName = Literal[
+    "chain",
+    "lag_chain",
+    "icl_pairs",
+    "random_tree",
+    "random_forest",
+    "random_parents",
+    "star",
+    "binary_tree",
+    "interleaved_chains",
+    "two_parents",
+    "k_gram",
+    "manual",
+    "edge_list",
+]
+# Which options of the graph section a preset takes, beside the sequence length.
+GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
+    "lag_chain": ("lag",),
+    "random_tree": ("seed",),
+    "random_forest": ("edge_probability", "seed"),
+    "random_parents": ("seed",),
+    "interleaved_chains": ("n_chains", "seed"),
+    "k_gram": ("k",),
+    "manual": ("parents", "query_parents"),
+    "edge_list": ("edge_list",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSection:
+    """The causal graph of the sequences."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    preset: PresetName = "chain"
+    """Shape of the graph."""
+    sequence_length: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    """Tokens of a sequence, T, the query included; follows from `parents` or `edge_list`."""
+    lag: PositiveInt | None = None
+    """Distance to the parent (lag_chain)."""
+    edge_probability: Probability | None = None
+    """Probability that an edge is kept (random_forest)."""
+    n_chains: PositiveInt | None = None
+    """Number of chains (interleaved_chains)."""
+    k: PositiveInt | None = None
+    """Number of parents, the k positions before (k_gram)."""
+    parents: tuple[Position | tuple[Position, ...], ...] | None = None
+    """Parent of every position, -1 for a root; in a file also a list of several (manual)."""
+    query_parents: tuple[Position, ...] | None = None
+    """Parents of the predicted token; without them a uniform query token is added (manual)."""
+    edge_list: str | None = None
+    """File with a line `parent child` for every edge (edge_list); a recipe file names one in its
+    own folder or below."""
+    seed: Seed | None = None
+    """Seed of a random graph; follows the run's seed when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSection:
+    """What the sequences are drawn from."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["causal_graph", "repeated_tokens"] = "causal_graph"
+    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random."""
+    vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
+    """Number of tokens, S; token 0 is the BOS of repeated_tokens."""
+    alpha: PositiveFloat | tuple[PositiveFloat, ...] = 0.1
+    """Dirichlet concentration of every row of the transition matrix, or one for each token."""
+    transition: tuple[tuple[NonNegativeFloat, ...], ...] | None = None
+    """A fixed transition matrix in place of the prior."""
+    repeat_lengths: tuple[PositiveInt, PositiveInt] | None = None
+    """Shortest and longest block that is repeated, drawn for every batch (repeated_tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model that is trained."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["simplified", "disentangled", "standard"] = "simplified"
+    """simplified: the paper's two-layer transformer with A1 and A2 alone, one parent a position.
+    disentangled: the paper's whole one, nothing in its residual stream is added up.
+    standard: an ordinary transformer, for repeated_tokens too."""
+    heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
+    """Heads of each layer (disentangled)."""
+    initial_scale: NonNegativeFloat = 0.0
+    """Standard deviation at the start, of the attention matrices (disentangled), or of all weights,
+    TransformerLens's 0.8 / sqrt(d_model) when 0 (standard)."""
+    n_layers: Annotated[int, Field(ge=1, le=100)] = 2
+    """Layers (standard)."""
+    n_heads: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Heads of every layer (standard)."""
+    d_model: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Width of the residual stream, a multiple of n_heads (standard)."""
+    d_mlp: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Width of the ReLU MLPs; attention alone when absent (standard)."""
+    layer_norm: bool = False
+    """LayerNorm before every part (standard)."""
+    embeddings: Literal["learned", "fixed"] = "learned"
+    """fixed: one-hot tokens and positions, not trained (standard)."""
+    positions: Literal["standard", "shortformer"] = "standard"
+    """Positions added to the residual stream, or to queries and keys alone (standard)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSection:
+    """One stage of gradient descent."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: NonNegativeInt = 300
+    """Number of steps, each on a fresh batch."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Gradient descent, or Adam or AdamW with torch's defaults."""
+    lr: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """Learning rate, at the start where the schedule changes it."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the learning rate falls to 0 along half a cosine over the stage."""
+    warmup: NonNegativeInt = 0
+    """Steps over which the learning rate rises from 0, in a straight line."""
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty; decoupled from the gradient with adamw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSection:
+    """Algorithm 1 of the paper, or joint training."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    algorithm: Literal["two_stage", "joint"] = "two_stage"
+    """two_stage: stage1 trains A1, then stage2 trains A2. joint: `joint` trains everything."""
+    batch_size: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
+    """Fresh sequences for every step."""
+    accumulation: PositiveInt = 1
+    """Parts into which a step's batch is divided to save memory; their gradients are added up."""
+    target: Literal["sampled", "posterior"] = "sampled"
+    """What predictions are trained on: the row drawn with the sequence, or its mean given the
+    sequence, which has the same expected gradient and less noise (graphs of several parents)."""
+    epsilon: NonNegativeFloat = 1e-3
+    """Added to predicted probabilities inside the logarithm of the loss."""
+    beta0: PositiveFloat = 1.0
+    """Initial scale of A2 = beta0 I (simplified)."""
+    stage1: StageSection = StageSection(steps=300, lr=200.0)
+    """First stage of two_stage: A1 alone."""
+    stage2: StageSection = StageSection(steps=300, lr=10.0)
+    """Second stage of two_stage: A2 alone."""
+    joint: StageSection = StageSection(steps=600, optimizer="adam", lr=0.05)
+    """The only stage of joint: all parameters together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """The fixed sequences on which a run is watched, and what it is compared with."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    n_sequences: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1024
+    """Sequences of the evaluation batch, which the probes see too."""
+    bayes_draws: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 128
+    """Draws for each sequence that integrate over what the roots say about the matrix."""
+    theory_priors: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1000
+    """Transition matrices over which information and predicted gradient are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingSection:
+    """When the hooked model is looked at."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    enabled: bool = True
+    """False trains without a look inside: only the losses at the first and last step."""
+    schedule: Literal["every", "geometric"] = "every"
+    """every: each `every` steps. geometric: steps 1, 2, 4, 8, ... of each stage."""
+    every: PositiveInt = 200
+    """Steps between probe steps (schedule every)."""
+    dense: NonNegativeInt = 5
+    """Probe steps at the start of each stage, one a step."""
+    frames: NonNegativeInt = 200
+    """Probe steps, spread over the run, whose attention and gradients are kept in full."""
+    images: NonNegativeInt = 12
+    """Probe steps, spread over the run, whose heatmaps go to W&B."""
+    report: bool = True
+    """False leaves out report.html, the page that is drawn when a run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsSection:
+    """What the run can go on from after a crash."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    schedule: Literal["every", "formation", "probes", "none"] = "every"
+    """every: each `every` steps, and at the end. formation: also at every probe step while the
+    induction score lies between 0.1 and 0.9. probes: also at every probe step. What formation and
+    probes add is kept. none: none."""
+    every: PositiveInt = 200
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept, beside the one with the lowest loss."""
+    artifacts: bool = True
+    """True logs each to W&B as an artifact, with the aliases latest, best and step-N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSection:
+    """The W&B run that records everything."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    mode: WandbMode | None = None
+    """When absent: WANDB_MODE, else online if a key is configured, else offline."""
+    project: str = "mechcausal"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+    group: str | None = None
+    """W&B group; the recipe's name when absent."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """W&B tags, beside the graph preset and the model kind."""
+    panels: bool = True
+    """False leaves out the pictures and tables that W&B gets when the run ends."""
+    page: bool = True
+    """False leaves out report.html among them: 5 MB for every run."""
