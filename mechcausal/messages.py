@@ -35,12 +35,17 @@ def excerpt(value: object, limit: int = 60) -> str:
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 3] + "..."
 
 
-def suggestion(word: str, allowed: Iterable[str]) -> str:
+def suggestion(word: str, allowed: Iterable[str], *, closeness: float = 0.6) -> str:
     """What may have been meant by a word that is not allowed; empty where nothing is close.
+
+    Args:
+        word: as it was found.
+        allowed: words that it may stand for.
+        closeness: how like it the word must be, from 0 to 1.
 
     Example:
         >>> suggestion("batchsize", ["batch_size", "beta0"])
         ', did you mean batch_size?'
     """
-    close = difflib.get_close_matches(word, list(allowed), n=1)
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=closeness)
     return f", did you mean {close[0]}?" if close else ""

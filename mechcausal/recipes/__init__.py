@@ -5,7 +5,6 @@ Importing this package is cheap (no torch): the command line prints its help fro
 
 from mechcausal.recipes.errors import RecipeError
 from mechcausal.recipes.files import (
-    MAX_FILE_BYTES,
     find_recipe,
     load_recipe,
     packaged_recipes,
@@ -27,7 +26,6 @@ from mechcausal.recipes.sections import (
 )
 
 __all__ = [
-    "MAX_FILE_BYTES",
     "CheckpointsSection",
     "EvaluationSection",
     "GraphSection",

@@ -24,7 +24,10 @@ def load_recipe(target: str | Path) -> Recipe:
         RecipeError: no such file, not TOML, or not a valid recipe; one line that names the file.
     """
     path = find_recipe(target)
-    text = _read_text(path)
+    try:
+        text = read_text(path, "a recipe")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -33,25 +36,39 @@ def load_recipe(target: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
-    data.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "run")
+    data.setdefault("name", name_after(path) or "run")
     match data:
         case {"graph": {"edge_list": str(edge_list)}}:
             data["graph"]["edge_list"] = str(_beside(path, edge_list))
     return parse_recipe(data, source=str(path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, what: str) -> str:
+    """The text of a file that a person wrote.
+
+    Args:
+        path: of the file.
+        what: it is to be, for the message.
+
+    Raises:
+        ValueError: it cannot be read, is too large or no text; one line that names it.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or error}") from None
+        raise ValueError(f"{path}: {error.strerror or error}") from None
     if len(content) > MAX_FILE_BYTES:
-        raise RecipeError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most a recipe may have")
+        raise ValueError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most {what} may have")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file") from None
+        raise ValueError(f"{path}: not a text file") from None
+
+
+def name_after(path: Path) -> str:
+    """The name of what a file without a `name` describes; empty where its own has no letter."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100]
 
 
 def _beside(recipe: Path, name: str) -> Path:

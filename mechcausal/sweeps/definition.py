@@ -3,9 +3,7 @@
 Importing this module is cheap (no torch): a sweep is checked and planned before anything heavy.
 """
 
-import difflib
 import json
-import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -15,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mechcausal.messages import excerpt
+from mechcausal.messages import excerpt, suggestion
 from mechcausal.recipes import (
-    MAX_FILE_BYTES,
     Recipe,
     RecipeError,
     Seed,
@@ -27,6 +24,7 @@ from mechcausal.recipes import (
     recipe_fields,
     recipe_to_dict,
 )
+from mechcausal.recipes.files import name_after, read_text
 
 MAX_MEMBERS = 1_000_000
 COPY_FILE = "sweep.json"
@@ -144,8 +142,7 @@ def load_sweep(target: str | Path) -> Sweep:
     """
     path = _find(target)
     data = _read(path)
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100] or "sweep"
-    data.setdefault("name", name)
+    data.setdefault("name", name_after(path) or "sweep")
     file = _parse(data, str(path))
     base = _base(file, path)
     axes = _axes(file, str(path))
@@ -220,31 +217,23 @@ def _find(target: str | Path) -> Path:
     packaged = packaged_sweeps()
     if str(target) in packaged:
         return packaged[str(target)]
-    close = difflib.get_close_matches(str(target), packaged, n=1)
-    hint = f", did you mean {close[0]}?" if close else ""
     raise SweepError(
-        f"{path}: no such file or sweep{hint}; sweeps that come along: {', '.join(packaged)}"
+        f"{path}: no such file or sweep{suggestion(str(target), packaged)}; "
+        f"sweeps that come along: {', '.join(packaged)}"
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise SweepError(f"{path}: more than {MAX_FILE_BYTES} bytes, the most a sweep may have")
-        text = content.decode("utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise SweepError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise SweepError(f"{path}: not a text file") from None
+        text = read_text(path, "a sweep")
+    except ValueError as error:
+        raise SweepError(str(error)) from None
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
+    try:
+        data = parse(text)
     except RecursionError:
         raise SweepError(f"{path}: nested too deeply") from None
-    except SweepError:
-        raise
     except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SweepError(f"{path}: not valid {kind}: {excerpt(error, 100)}") from None
     if not isinstance(data, dict):
         raise SweepError(f"{path}: not a sweep")
@@ -277,8 +266,7 @@ def _checked(adapter: Any, data: Any, source: str) -> Any:
         where = ".".join(map(str, place)) or excerpt(first["loc"][0] if first["loc"] else "sweep")
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             key = str(first["loc"][-1])
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
+            hint = suggestion(key, known)
             raise SweepError(f"{source}: {excerpt(key)}: unknown key{hint}") from None
         if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             raise SweepError(f"{source}: {where}: is needed") from None
@@ -351,8 +339,7 @@ def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
     for path, given in flatten(file.axes).items():
         where = f"{source}: axes.{excerpt(path)}"
         if path not in known:
-            close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-            hint = f", did you mean {close[0]}?" if close else "; see mechcausal train --help"
+            hint = suggestion(path, known, closeness=0.5) or "; see mechcausal train --help"
             raise SweepError(f"{where}: no field of a recipe{hint}")
         if path in ("name", "wandb", "wandb.group"):
             raise SweepError(f"{where}: is set by the sweep")
@@ -404,8 +391,7 @@ def _check_picture(picture: Picture, where: str) -> None:
         path = getattr(picture, role)
         if path is None or path in known or (role == "x" and path == "train/step"):
             continue
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-        hint = f", did you mean {close[0]}?" if close else ""
+        hint = suggestion(path, known, closeness=0.5)
         raise SweepError(f"{where}.{role}: {excerpt(path)}: no field of a recipe{hint}")
     if picture.y is not None and (picture.by or picture.fit or picture.x == "train/step"):
         raise SweepError(f"{where}: by, fit and train/step do not go with y")
