@@ -18,17 +18,12 @@ from mechcausal.recipes import recipe_to_dict
 from mechcausal.run_folder import RunFolderError, find_runs, read_summary, run_info
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
-from mechcausal.sweeps.definition import (
-    Sweep,
-    SweepError,
-    load_sweep,
-    packaged_sweeps,
-    sweep_to_dict,
-)
+from mechcausal.sweeps.definition import load_sweep, packaged_sweeps, sweep_to_dict
 from mechcausal.sweeps.driver import run_sweep
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
 from mechcausal.sweeps.plan import plan, size
+from mechcausal.sweeps.sweep import Sweep, SweepError
 
 TINY = """
 recipe = "manual"

@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> int:
 
 def _sweep(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     """Pictures of a sweep, and what the reader should know of its members."""
-    from mechcausal.sweeps.definition import SweepError
     from mechcausal.sweeps.results import describe_results
+    from mechcausal.sweeps.sweep import SweepError
 
     try:
         return describe_results(folder)

@@ -10,9 +10,10 @@ import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
 from mechcausal.recipes import WandbMode
-from mechcausal.sweeps.definition import Sweep, SweepError, load_sweep, packaged_sweeps
+from mechcausal.sweeps.definition import load_sweep, packaged_sweeps
 from mechcausal.sweeps.engine_names import EngineName
 from mechcausal.sweeps.plan import plan, size
+from mechcausal.sweeps.sweep import Sweep, SweepError
 
 if TYPE_CHECKING:
     from mechcausal.sweeps.driver import SweepProgress, SweepResult

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from mechcausal.sweeps.definition import SweepError
 from mechcausal.sweeps.engines import EngineLostError
 from mechcausal.sweeps.member import Done, Job, run_job
+from mechcausal.sweeps.sweep import SweepError
 
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""

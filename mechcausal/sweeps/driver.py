@@ -17,12 +17,13 @@ from mechcausal.recipes import RecipeError, WandbMode, recipe_to_dict
 from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
 from mechcausal.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
-from mechcausal.sweeps.definition import COPY_FILE, Sweep, SweepError, sweep_to_dict
+from mechcausal.sweeps.definition import sweep_to_dict
 from mechcausal.sweeps.engine_names import EngineName
 from mechcausal.sweeps.engines import Engine, EngineLostError, LocalEngine
 from mechcausal.sweeps.member import Done, Job, one_line
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member, plan
+from mechcausal.sweeps.sweep import COPY_FILE, Sweep, SweepError
 from mechcausal.wandb_runs import TrackingError, resolve_mode
 
 # Parts of a sweep that may change without its members changing.

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mechcausal.drawing import CYCLE, new_figure
-from mechcausal.sweeps.definition import Picture
+from mechcausal.sweeps.sweep import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

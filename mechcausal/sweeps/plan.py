@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mechcausal.recipes import Recipe, RecipeError, parse_recipe, recipe_to_dict
-from mechcausal.sweeps.definition import MAX_MEMBERS, Range, Sweep, SweepError, overlay
+from mechcausal.sweeps.definition import overlay
+from mechcausal.sweeps.sweep import MAX_MEMBERS, Range, Sweep, SweepError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import pandas as pd
 
 from mechcausal.files import write_atomically
 from mechcausal.run_folder import read_metrics
-from mechcausal.sweeps.definition import Picture, Sweep, load_sweep
+from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.picture import draw
 from mechcausal.sweeps.plan import Member
+from mechcausal.sweeps.sweep import Picture, Sweep
 from mechcausal.sweeps.table import results_table
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mechcausal.files import write_atomically
 from mechcausal.recipes import recipe_to_toml
-from mechcausal.sweeps.definition import Range, Sweep, SweepError
+from mechcausal.sweeps.sweep import Range, Sweep, SweepError
 
 
 def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
