@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from plotly.subplots import make_subplots
 
 from mechcausal.drawing import EDGE_COLOUR
@@ -34,6 +34,15 @@ INFORMATION_SCALE = (
 MARK_COLOUR = "#00a08a"
 MOST_HEADS = 8  # with more only their largest attention, or the sum of their gradients, is drawn
 LARGE = 60  # positions from which on marks would hide what they mark
+COLORBAR = {
+    "orientation": "h",
+    "thickness": 8,
+    "len": 0.8,
+    "y": -0.16,
+    "yanchor": "top",
+    "outlinewidth": 0,
+    "tickfont": {"size": 10},
+}
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -80,10 +89,8 @@ def by_head(matrices: Matrices, name: str) -> Float[np.ndarray, "head query key"
     return matrix[None] if matrix.ndim == 2 else matrix
 
 
-def head_choices(run: RunData, name: str) -> list[int | str]:
+def head_choices(n_heads: int, name: str) -> list[int | str]:
     """Heads to draw one by one; of more than `MOST_HEADS` their maximum, or a gradient's sum."""
-    _, matrices = run.frame()
-    n_heads = len(by_head(matrices, name))
     if n_heads > MOST_HEADS:
         return ["max" if name.startswith("attention") else "sum"]
     return list(range(n_heads))
@@ -155,17 +162,7 @@ def draw_matrix(
         ygap=1 if length <= 40 else 0,
         hoverongaps=False,
         hovertemplate=f"query %{{y}}, key %{{x}}<br>{unit} %{{z:.4g}}<extra></extra>",
-        colorbar={
-            "orientation": "h",
-            "thickness": 8,
-            "len": 0.8,
-            "y": -0.16,
-            "yanchor": "top",
-            "outlinewidth": 0,
-            "tickfont": {"size": 10},
-            "nticks": 5,
-            "exponentformat": "power",
-        },
+        colorbar=COLORBAR | {"nticks": 5, "exponentformat": "power"},
         meta=meta,
     )
     square_axes(figure, length)
@@ -204,19 +201,34 @@ def mark_parents(
     length = run.graph.sequence_length
     if length > LARGE or not len(children):
         return
+    size, line = float(np.clip(190 / length, 5, 18)), 2 if length <= 24 else 1
+    add_squares(figure, children, parents, "parent", size=size, colour=colour, line=line)
+
+
+def add_squares(
+    figure: go.Figure,
+    rows: Int[np.ndarray, "square"],
+    columns: Int[np.ndarray, "square"],
+    name: str,
+    *,
+    size: float,
+    colour: str = EDGE_COLOUR,
+    line: int = 2,
+) -> None:
+    """Put open squares on entries of a matrix; sizes are in pixels."""
     figure.add_scatter(
-        x=parents.tolist(),
-        y=children.tolist(),
+        x=columns.tolist(),
+        y=rows.tolist(),
         mode="markers",
         marker={
             "symbol": "square-open",
-            "size": float(np.clip(190 / length, 5, 18)),
+            "size": size,
             "color": colour,
-            "line": {"width": 2 if length <= 24 else 1},
+            "line": {"width": line},
         },
         hoverinfo="skip",
         showlegend=False,
-        name="parent",
+        name=name,
     )
 
 
