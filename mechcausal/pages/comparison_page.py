@@ -15,7 +15,7 @@ from mechcausal import plot
 from mechcausal.pages.captions import number
 from mechcausal.pages.packing import pack_history
 from mechcausal.pages.run_page import REPORT_FILE
-from mechcausal.pages.shell import figure_json, page, panel, text, top
+from mechcausal.pages.shell import figure_json, page, panel, text, top, write
 from mechcausal.plot.comparison import escaped, groups
 from mechcausal.run_data import RunData
 from mechcausal.run_folder import Value
@@ -61,9 +61,7 @@ def write_comparison(
     Raises:
         OSError: the page cannot be written.
     """
-    content = render(runs, out.parent, notes=notes, pictures=pictures)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(content, encoding="utf-8")
+    write(out, render(runs, out.parent, notes=notes, pictures=pictures))
     return out
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import plot
-from mechcausal.files import write_atomically
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pages.reproduce import reproduce_command
-from mechcausal.pages.shell import figure_json, page, pairs_table, panel, text, tiles, top
+from mechcausal.pages.shell import figure_json, page, pairs_table, panel, text, tiles, top, write
 from mechcausal.plot.film import thinned
 from mechcausal.plot.matrices import (
     attention_of_heads,
@@ -62,9 +61,7 @@ def write_page(run: RunData, path: Path) -> None:
         RunDataError: the run's graph or matrices cannot be read.
         OSError: the page cannot be written.
     """
-    content = render(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    write(path, render(run))
 
 
 def render(run: RunData) -> str:
