@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mechcausal.messages import first_line
 from mechcausal.recipes import Recipe
 from mechcausal.signals import StopSignal
 from mechcausal.tracking import RunRecord
@@ -32,7 +33,7 @@ def draw_page(record: RunRecord, recipe: Recipe, summary: Mapping[str, Any]) -> 
     try:
         write_page(_run_data(record, summary), record.folder / REPORT_FILE)
     except Exception as error:
-        record.warn(f"{REPORT_FILE} could not be drawn: {_reason(error)}")
+        record.warn(f"{REPORT_FILE} could not be drawn: {first_line(error)}")
 
 
 def draw_panels(
@@ -60,7 +61,7 @@ def draw_panels(
         run = _run_data(record, summary)
         return wandb_panels.draw_panels(run, page=page if wants_page else None)
     except Exception as error:
-        record.warn(f"the panels for W&B could not be drawn: {_reason(error)}")
+        record.warn(f"the panels for W&B could not be drawn: {first_line(error)}")
         return {}
 
 
@@ -69,7 +70,3 @@ def _run_data(record: RunRecord, summary: Mapping[str, Any]) -> "RunData":
     from mechcausal.run_data import RunData
 
     return replace(RunData.load(record.folder), summary=record.closing(summary, "finished"))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechcausal import plot
+from mechcausal.messages import first_line
 from mechcausal.plot.film import thinned
 from mechcausal.plot.matrices import HEAD_SCORES
 from mechcausal.plot.style import by_head
@@ -96,8 +97,7 @@ def log_panels(
         try:
             run.log({name: as_media(panel)}, step=step, commit=False)
         except Exception as error:  # whatever W&B raises, the row is what counts
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            warn(f"W&B did not take {name}: {lines[0]}")
+            warn(f"W&B did not take {name}: {first_line(error)}")
 
 
 def as_media(panel: Panel) -> "WBValue":

@@ -24,6 +24,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from mechcausal.messages import first_line
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def start_wandb(
         try:
             run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
         except Exception as error:  # whatever W&B raises, the training goes on
-            said.append(f"W&B could not start {attempt}: {_first_line(error)}")
+            said.append(f"W&B could not start {attempt}: {first_line(error)}")
             # Else it takes the id for one in use, and leaves a fragment without a row.
             _abandon_service()
             for leftover in set((folder / "wandb").glob("run-*")) - before:
@@ -221,7 +222,7 @@ class WandbRun:
                     artifact.add_file(str(path))
                 self._run.log_artifact(artifact, aliases=aliases)
         except Exception as error:  # whatever W&B raises, the training goes on
-            problem = _first_line(error)
+            problem = first_line(error)
         if not problem and time.monotonic() - began > _SLOW_ARTIFACT_SECONDS:
             problem = f"it took {time.monotonic() - began:.0f} s"
         if problem:
@@ -244,7 +245,7 @@ class WandbRun:
             action(self._run)
         except Exception as error:  # whatever W&B raises, the training goes on
             self._fail(
-                f"W&B failed {when}: {_first_line(error)}; the run goes on without it, "
+                f"W&B failed {when}: {first_line(error)}; the run goes on without it, "
                 "every row is in metrics.jsonl"
             )
 
@@ -376,8 +377,3 @@ def _abandon_service() -> None:
         wandb.teardown(exit_code=1)
     except Exception:  # it is gone: that is what was wanted
         return
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
