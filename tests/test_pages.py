@@ -14,7 +14,7 @@ import pytest
 from mechcausal.cli import main
 from mechcausal.commands.parsing import parse
 from mechcausal.commands.train import Train
-from mechcausal.last_pictures import draw_page
+from mechcausal.last_pictures import LastPictures
 from mechcausal.pages import write_comparison, write_report
 from mechcausal.pages.captions import frame_captions
 from mechcausal.pages.comparison_page import differing_keys, group_labels
@@ -24,6 +24,7 @@ from mechcausal.pages.run_page import render
 from mechcausal.plot.comparison import groups
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_data import RunData
+from mechcausal.signals import StopSignal
 from mechcausal.tracking import RunRecord
 from mechcausal.training import train
 from tests.run_folders import (
@@ -117,12 +118,12 @@ def test_a_page_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
     recipe = recipe_of()
     record = RunRecord(write_run(tmp_path / "run", run_of(recipe)), recipe, "disabled")
     (tmp_path / "run" / "report.html").mkdir()
-    draw_page(record, recipe, {})
+    LastPictures(record, recipe).draw_page({})
     (warning,) = record.warnings
     assert warning.startswith("report.html could not be drawn: ")
     assert "\n" not in warning
     (tmp_path / "run" / "recipe.toml").write_text("odd")
-    draw_page(record, recipe, {})
+    LastPictures(record, recipe).draw_page({})
     assert record.warnings[1].startswith("report.html could not be drawn: ")
     record.finish({}, "finished")
 
@@ -348,3 +349,21 @@ def test_the_recipe_on_the_page_is_the_runs() -> None:
     start = text.index('name = "some"')
     toml = text[start : text.index("Matrices are rounded")]
     assert parse_recipe(tomllib.loads(toml), source="page") == recipe
+
+
+def test_the_end_of_a_run_reads_its_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of()
+    folder = write_run(tmp_path / "run", run_of(recipe))
+    record, read = RunRecord(folder, recipe, "offline"), []
+    load = RunData.load
+    monkeypatch.setattr(RunData, "load", lambda place: read.append(place) or load(place))
+    pictures = LastPictures(record, recipe)
+    pictures.draw_page({})
+    assert "panels/page" in pictures.draw_panels({}, StopSignal())
+    record.warn("odd")
+    pictures.draw_page({})
+    assert "<li>odd</li>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert read == [folder]
+    record.finish({}, "finished")
