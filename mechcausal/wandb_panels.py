@@ -14,9 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechcausal import plot
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.messages import first_line
 from mechcausal.plot.film import thinned
-from mechcausal.plot.matrices import HEAD_SCORES
 from mechcausal.plot.style import by_head
 from mechcausal.run_data import Matrices, RunData
 

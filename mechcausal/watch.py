@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.style import MOST_HEADS, by_head
 from mechcausal.run_data import RunData
 from mechcausal.run_folder import STEP, History
@@ -136,8 +137,7 @@ class Watched:
 
     def _heads(self, height: int) -> Iterator[Part]:
         """The heads with the largest induction scores."""
-        kinds = ("induction", "previous_token", "duplicate_token")
-        found = [self.progress.matrices.get(f"heads/{kind}") for kind in kinds]
+        found = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
         if found[0] is None:
             return
         scores = [None if m is None else m.float().numpy() for m in found]
@@ -146,7 +146,7 @@ class Watched:
         shown = order[: max(1, min(_MOST_LISTED, height - 2))]
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("head")
-        for kind in kinds:
+        for kind in HEAD_SCORES:
             table.add_column(kind.replace("_", " "), no_wrap=True)
         for index in shown.tolist():
             layer, head = divmod(index, scores[0].shape[1])

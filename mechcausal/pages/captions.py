@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.graph import WRONG, rows_of
 from mechcausal.plot.style import by_head
 from mechcausal.run_data import Matrices, RunData
@@ -135,7 +136,7 @@ def _examples(run: RunData, matrices: Matrices) -> str:
 
 def _heads(matrices: Matrices) -> str:
     parts = []
-    for kind in ("induction", "previous_token", "duplicate_token"):
+    for kind in HEAD_SCORES:
         values = matrices[f"heads/{kind}"]
         layer, head = np.unravel_index(int(values.argmax()), values.shape)
         best = number(float(values.max()))

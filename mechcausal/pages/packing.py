@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.film import thinned
 from mechcausal.plot.style import head_choices, reduced
 from mechcausal.run_data import RunData
@@ -29,9 +30,7 @@ PAGE_MATRICES = (
     "attention/layer0",
     "gradient/pattern",
     "attention/examples",
-    "heads/induction",
-    "heads/previous_token",
-    "heads/duplicate_token",
+    *(f"heads/{kind}" for kind in HEAD_SCORES),
 )
 """The matrices that a page shows."""
 

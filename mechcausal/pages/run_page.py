@@ -3,6 +3,7 @@
 import platform
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import plot
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pages.reproduce import reproduce_command
@@ -180,8 +182,7 @@ def _curve_panels(
         "composition": plot.composition,
     }
     if run.kind == "repeated_tokens":
-        for kind in ("induction", "previous_token", "duplicate_token"):
-            drawings[kind] = lambda r, kind=kind: plot.head_scores(r, kind)  # type: ignore[misc]
+        drawings |= {kind: partial(plot.head_scores, kind=kind) for kind in HEAD_SCORES}
     html = []
     for name, draw in drawings.items():
         figure = draw(run)

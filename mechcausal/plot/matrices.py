@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.style import (
     ATTENTION_SCALE,
     COLORBAR,
@@ -24,8 +25,6 @@ from mechcausal.plot.style import (
     side_by_side,
 )
 from mechcausal.run_data import Matrices, RunData, RunDataError
-
-HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
 
 
 def attention(run: RunData, step: int | None = None) -> go.Figure:
