@@ -3,7 +3,6 @@
 import base64
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -171,10 +170,11 @@ def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], besi
         for key, name in _COLUMNS
         if any(key in row for r in runs for row in r.history[-1:])
     ]
+    numeric = ' class="number"'
     headings = ["run", "recipe", "seed", "state", "step", *(name for _, name in columns)]
     head = "".join(
-        f'<th scope="col"{_number(i >= 4 or i == 2)}><button type="button">{text(name)}'
-        "</button></th>"
+        f'<th scope="col"{numeric if i >= 4 or i == 2 else ""}><button type="button">'
+        f"{text(name)}</button></th>"
         for i, name in enumerate(headings)
     )
     rows = []
@@ -204,10 +204,6 @@ def _cell(value: Value) -> str:
     return f'<td class="number" data-value="{value!r}">{text(number(value))}</td>'
 
 
-def _number(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
-
-
 def _link(run: RunData, beside: Path) -> str:
     if run.folder is None or not (run.folder / REPORT_FILE).is_file():
         return text(run.name)
@@ -215,7 +211,7 @@ def _link(run: RunData, beside: Path) -> str:
         place = os.path.relpath(run.folder / REPORT_FILE, beside)
     except ValueError:  # on another drive
         return text(run.name)
-    return f'<a href="{escape(quote(Path(place).as_posix()), quote=True)}">{text(run.name)}</a>'
+    return f'<a href="{text(quote(Path(place).as_posix()))}">{text(run.name)}</a>'
 
 
 def _differences(

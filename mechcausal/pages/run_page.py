@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mechcausal import plot
+from mechcausal import __version__, plot
 from mechcausal.drawing import HEAD_SCORES
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
@@ -318,8 +318,6 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        from mechcausal import __version__
-
         return __version__ if name == "mechcausal" else "not installed"
 
 
