@@ -13,6 +13,7 @@ from mechcausal.plot.style import (
     INFORMATION_SCALE,
     LARGE,
     MARK_COLOUR,
+    MOST_HEADS,
     add_squares,
     by_head,
     causal,
@@ -121,7 +122,7 @@ def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     values, tokens = matrices["attention/examples"], run.examples
     if tokens is None:
         raise RunDataError(f"{run.folder or run.name}: the tokens of its examples were not kept")
-    n_heads = min(values.shape[1], 8)
+    n_heads = min(values.shape[1], MOST_HEADS)
     return [_example_figure(run, values[:, head], tokens, head, n_heads) for head in range(n_heads)]
 
 

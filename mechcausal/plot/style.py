@@ -132,7 +132,6 @@ def draw_matrix(
     title: str,
     *,
     signed: bool = False,
-    low: float = 0.0,
     high: float | None = None,
     unit: str = "",
     scale: Any = None,
@@ -144,7 +143,6 @@ def draw_matrix(
         matrix: what is drawn.
         title: of the picture.
         signed: colours are symmetric about 0.
-        low: value of the first colour.
         high: value of the last colour; the largest entry when absent.
         unit: named on hover.
         scale: colours; attention's when absent.
@@ -155,7 +153,7 @@ def draw_matrix(
     figure = new_figure(title)
     figure.add_heatmap(
         z=matrix,
-        zmin=-limit if signed else low,
+        zmin=-limit if signed else 0.0,
         zmax=limit,
         colorscale=scale or (SIGNED_SCALE if signed else ATTENTION_SCALE),
         xgap=1 if length <= 40 else 0,
