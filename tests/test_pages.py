@@ -343,6 +343,18 @@ def test_the_page_names_the_wandb_run(tmp_path: Path) -> None:
     assert "W&B runrun-a1b2" in text
 
 
+def test_the_page_says_once_what_run_json_repeats() -> None:
+    recipe = recipe_of()
+    facts = {"wandb_id": "id7", "recipe": recipe_to_dict(recipe), "sync": ["one", "two"]}
+    words = Page(
+        render(replace(run_of(recipe), facts=facts | {"environment": {"torch": "2"}}))
+    ).text
+    assert words.count("sequence_length") == 1
+    assert "id7" not in words
+    assert "environment: torch2" in words
+    assert "syncone, two" in words
+
+
 def test_the_recipe_on_the_page_is_the_runs() -> None:
     recipe = recipe_of(wandb__tags=["a<b", 'c"d'])
     text = Page(render(run_of(recipe))).text
@@ -358,7 +370,12 @@ def test_the_end_of_a_run_reads_its_folder_once(
     folder = write_run(tmp_path / "run", run_of(recipe))
     record, read = RunRecord(folder, recipe, "offline"), []
     load = RunData.load
-    monkeypatch.setattr(RunData, "load", lambda place: read.append(place) or load(place))
+
+    def load_counted(place: Path) -> RunData:
+        read.append(place)
+        return load(place)
+
+    monkeypatch.setattr(RunData, "load", load_counted)
     pictures = LastPictures(record, recipe)
     pictures.draw_page({})
     assert "panels/page" in pictures.draw_panels({}, StopSignal())

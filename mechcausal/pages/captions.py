@@ -120,8 +120,8 @@ def _examples(run: RunData, matrices: Matrices) -> str:
     if targets is None:
         return ""
     shares = [
-        f"{number(float(values[i, :, mask].sum(0).max()))} ({int(mask.sum())} positions)"
-        for i, mask in enumerate(targets)
+        f"{number(float(values[i, :, mask].sum(0).max()))} ({n} position{'' if n == 1 else 's'})"
+        for i, (mask, n) in enumerate(zip(targets, targets.sum(1).tolist(), strict=True))
     ]
     return (
         "Attention on positions whose parent holds the query's token (squares), "

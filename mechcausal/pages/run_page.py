@@ -32,6 +32,7 @@ from mechcausal.run_folder import STEP
 
 REPORT_FILE = "report.html"
 _MOST_STEPS = 200  # of a slider that has no matrices to show
+_ELSEWHERE = ("recipe", "wandb_id")  # facts that the page shows under a name of its own
 _SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
 
 Draw = Callable[[RunData], list[go.Figure]]
@@ -281,7 +282,7 @@ def _details(run: RunData) -> str:
     ids = _wandb_ids(run.folder)
     if ids:
         about["W&B run"] = ", ".join(ids)
-    about |= _facts(run.facts)
+    about |= _facts({key: value for key, value in run.facts.items() if key not in _ELSEWHERE})
     drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
     drawn = {"Python": platform.python_version()} | drawn
     command = reproduce_command(recipe)
@@ -310,7 +311,8 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         if isinstance(value, Mapping):
             found |= _facts(value, f"{prefix}{key}: ")
         elif value is not None:
-            found[prefix + key] = value
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            found[prefix + key] = shown
     return found
 
 
