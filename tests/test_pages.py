@@ -1,6 +1,7 @@
 """Pages: what they hold is what the run holds, whatever its strings say, and they stay small."""
 
 import base64
+import errno
 import json
 import tomllib
 from dataclasses import replace
@@ -323,6 +324,26 @@ def test_the_command_draws_one_run_where_it_lies_or_where_it_is_told(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_would_be_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "runs" / "one", run_of())
+    for command, page in ((folder, folder / "report.html"), (folder.parent, "comparison.html")):
+        place = folder.parent / page
+        place.mkdir()
+        assert main(["report", str(command)]) == 2
+        assert capsys.readouterr().err == f"mechcausal: {place}: Is a directory\n"
+        place.rmdir()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"mechcausal: {folder / 'report.html'}: No space left on device\n"
 
 
 def test_a_broken_run_in_a_folder_is_left_out_with_a_warning(
