@@ -129,6 +129,7 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
     """
     rows, parents = np.nonzero(run.truth)
     steps = thinned(run.steps, max(2, most_rows // max(len(rows), 1)))
+    g, chi2 = (_of_theory(run, name, rows, parents) for name in ("theory/g", "theory/chi2"))
     tables = []
     for step in steps:
         matrices = run.frames[step]
@@ -142,8 +143,8 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
                     "parent": parents,
                     "attention": attention[rows, parents],
                     "gradient rank": _ranks(gradient, rows, parents),
-                    "g": _of_theory(run, "theory/g", rows, parents),
-                    "chi2": _of_theory(run, "theory/chi2", rows, parents),
+                    "g": g,
+                    "chi2": chi2,
                 }
             )
         )
