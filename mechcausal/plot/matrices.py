@@ -113,7 +113,7 @@ def examples(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: no such matrices were kept.
     """
-    return side_by_side(examples_of_heads(run, step))
+    return side_by_side(examples_of_heads(run, step), width=760)
 
 
 def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:

@@ -230,10 +230,11 @@ def add_squares(
     )
 
 
-def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
-    """Pictures with one pair of axes each, in a row; the first one's legend is kept."""
+def side_by_side(figures: Sequence[go.Figure], width: int = 380) -> go.Figure:
+    """Pictures with one pair of axes each, in a row, so many pixels wide; a name is given once."""
     row = make_subplots(1, len(figures), subplot_titles=[f.layout.title.text for f in figures])
-    row.update_layout(template=template(), height=420, width=max(460, 380 * len(figures)))
+    row.update_layout(template=template(), height=420, width=max(460, width * len(figures)))
+    named: set[str] = set()
     for column, figure in enumerate(figures, 1):
         name = "" if column == 1 else str(column)
         target = row.layout[f"xaxis{name}"]
@@ -245,6 +246,9 @@ def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
                     x=(left + right) / 2, xanchor="center", len=0.8 * (right - left)
                 )
             row.add_trace(trace, row=1, col=column)
+            if trace.name in named:
+                row.data[-1].showlegend = False
+            named |= {trace.name} - {None}
         for axis, other in (("xaxis", f"y{name}"), ("yaxis", f"x{name}")):
             settings = figure.layout[axis].to_plotly_json()
             if "scaleanchor" in settings:
