@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.recipes import WandbMode
-from mechcausal.report import HEAD_SCORES, head_heatmap
+from mechcausal.report import head_heatmap
 from mechcausal.targets import Target
 from mechcausal.wandb_runs import finish_wandb, start_wandb
 from probes import (

@@ -13,6 +13,8 @@ ATTENTION_COLOURS = "viridis"
 GRADIENT_COLOURS = "PuOr_r"
 EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
+"""The scores of a head that are drawn, by layer and head or along training."""
 
 
 def new_figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":

@@ -21,7 +21,8 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) 
             process, but may be damaged where the machine fails.
 
     Raises:
-        OSError: it cannot be written; the old file is left as it was.
+        OSError: it cannot be written; the old file is left as it was. It names the file, never
+            the temporary one.
     """
     temporary = path.with_name(f".{path.name}.partial")
     data = content.encode() if isinstance(content, str) else content
@@ -34,10 +35,10 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) 
         temporary.replace(path)
         if durable:
             _sync_folder(path.parent)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager

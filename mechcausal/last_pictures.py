@@ -6,8 +6,10 @@ warning: the run itself is safe.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mechcausal.messages import first_line
 from mechcausal.recipes import Recipe
 from mechcausal.signals import StopSignal
 from mechcausal.tracking import RunRecord
@@ -17,59 +19,63 @@ if TYPE_CHECKING:
     from mechcausal.wandb_panels import Panel
 
 
-def draw_page(record: RunRecord, recipe: Recipe, summary: Mapping[str, Any]) -> None:
-    """Write report.html, unless the recipe leaves it out.
+class LastPictures:
+    """Draws a run that has ended; its folder is read once, when something is first wanted of it.
 
-    Args:
+    Attributes:
         record: of the run, its rows and matrices written.
-        recipe: says whether it is wanted.
-        summary: as it will be written.
-    """
-    if not recipe.probing.report:
-        return
-    from mechcausal.pages import REPORT_FILE, write_page
-
-    try:
-        write_page(_run_data(record, summary), record.folder / REPORT_FILE)
-    except Exception as error:
-        record.warn(f"{REPORT_FILE} could not be drawn: {_reason(error)}")
-
-
-def draw_panels(
-    record: RunRecord, recipe: Recipe, summary: Mapping[str, Any], stop: StopSignal
-) -> "dict[str, Panel]":
-    """What W&B gets beside the last row; nothing when the process was asked to stop.
-
-    Args:
-        record: of the run, its rows, matrices and page written.
         recipe: says what is wanted.
-        summary: as it will be written.
-        stop: whether the process was asked to stop.
     """
-    if not recipe.wandb.panels or record.mode == "disabled":
-        return {}
-    if stop.received is not None:
-        record.warn("the panels for W&B were left out: the process was asked to stop")
-        return {}
-    from mechcausal import wandb_panels
-    from mechcausal.pages import REPORT_FILE
 
-    page = record.folder / REPORT_FILE
-    wants_page = recipe.probing.report and recipe.wandb.page
-    try:
-        run = _run_data(record, summary)
-        return wandb_panels.draw_panels(run, page=page if wants_page else None)
-    except Exception as error:
-        record.warn(f"the panels for W&B could not be drawn: {_reason(error)}")
-        return {}
+    def __init__(self, record: RunRecord, recipe: Recipe) -> None:
+        self.record = record
+        self.recipe = recipe
 
+    def draw_page(self, summary: Mapping[str, Any]) -> None:
+        """Write report.html, unless the recipe leaves it out.
 
-def _run_data(record: RunRecord, summary: Mapping[str, Any]) -> "RunData":
-    """The run as it lies in its folder, with the summary that is still to be written."""
-    from mechcausal.run_data import RunData
+        Args:
+            summary: as it will be written.
+        """
+        if not self.recipe.probing.report:
+            return
+        from mechcausal.pages import REPORT_FILE, write_page
 
-    return replace(RunData.load(record.folder), summary=record.closing(summary, "finished"))
+        try:
+            write_page(self._run(summary), self.record.folder / REPORT_FILE)
+        except Exception as error:
+            self.record.warn(f"{REPORT_FILE} could not be drawn: {first_line(error)}")
 
+    def draw_panels(self, summary: Mapping[str, Any], stop: StopSignal) -> "dict[str, Panel]":
+        """What W&B gets beside the last row; nothing when the process was asked to stop.
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        Args:
+            summary: as it will be written.
+            stop: whether the process was asked to stop.
+        """
+        recipe, record = self.recipe, self.record
+        if not recipe.wandb.panels or record.mode == "disabled":
+            return {}
+        if stop.received is not None:
+            record.warn("the panels for W&B were left out: the process was asked to stop")
+            return {}
+        from mechcausal import wandb_panels
+        from mechcausal.pages import REPORT_FILE
+
+        page = record.folder / REPORT_FILE
+        wants_page = recipe.probing.report and recipe.wandb.page
+        try:
+            return wandb_panels.draw_panels(self._run(summary), page=page if wants_page else None)
+        except Exception as error:
+            record.warn(f"the panels for W&B could not be drawn: {first_line(error)}")
+            return {}
+
+    def _run(self, summary: Mapping[str, Any]) -> "RunData":
+        """The run as it lies in its folder, with the summary that is still to be written."""
+        return replace(self._read, summary=self.record.closing(summary, "finished"))
+
+    @cached_property
+    def _read(self) -> "RunData":
+        from mechcausal.run_data import RunData
+
+        return RunData.load(self.record.folder)

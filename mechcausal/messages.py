@@ -1,4 +1,4 @@
-"""What a file says, made fit for an error message: short, and without control characters.
+"""What a file or an error says, made fit for a message: short, and without control characters.
 
 A file's content may hold anything, escape sequences that steer a terminal among it.
 """
@@ -20,6 +20,17 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of what an error says; the name of its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("odd\nand more")), first_line(MemoryError())
+        ('odd', 'MemoryError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def excerpt(value: object, limit: int = 60) -> str:

@@ -16,6 +16,7 @@ from mechcausal.drawing import (
     CYCLE,
     EDGE_COLOUR,
     GRADIENT_COLOURS,
+    HEAD_SCORES,
     OTHER_COLOUR,
     REFERENCE_COLOUR,
     label_positions,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
-"""The scores of a head that are drawn, by layer and head or along training."""
 _PIXELS = 320  # width and height of a W&B heatmap, at least
 
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]

@@ -15,7 +15,7 @@ from mechcausal.checkpoints import Checkpoint, CheckpointError, environment
 from mechcausal.devices import computing_on, device_named
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
 from mechcausal.files import write_folder_atomically
-from mechcausal.last_pictures import draw_page, draw_panels
+from mechcausal.last_pictures import LastPictures
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
 from mechcausal.run_folder import MODEL_FOLDER, History, State, Value, new_run_folder
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
@@ -230,12 +230,13 @@ def run(
         finally:
             summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
             if state == "finished":
-                draw_page(record, recipe, summary)
-                panels = draw_panels(record, recipe, summary, stop)
+                pictures = LastPictures(record, recipe)
+                pictures.draw_page(summary)
+                panels = pictures.draw_panels(summary, stop)
                 n_warnings = len(record.warnings)
                 record.finish(summary, state, panels)
                 if len(record.warnings) > n_warnings:  # the page lists them
-                    draw_page(record, recipe, summary)
+                    pictures.draw_page(summary)
             else:
                 record.finish(summary, state)
     return RunResult(

@@ -14,8 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechcausal import plot
+from mechcausal.drawing import HEAD_SCORES
+from mechcausal.messages import first_line
 from mechcausal.plot.film import thinned
-from mechcausal.plot.matrices import HEAD_SCORES
 from mechcausal.plot.style import by_head
 from mechcausal.run_data import Matrices, RunData
 
@@ -96,8 +97,7 @@ def log_panels(
         try:
             run.log({name: as_media(panel)}, step=step, commit=False)
         except Exception as error:  # whatever W&B raises, the row is what counts
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            warn(f"W&B did not take {name}: {lines[0]}")
+            warn(f"W&B did not take {name}: {first_line(error)}")
 
 
 def as_media(panel: Panel) -> "WBValue":
@@ -129,6 +129,7 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
     """
     rows, parents = np.nonzero(run.truth)
     steps = thinned(run.steps, max(2, most_rows // max(len(rows), 1)))
+    g, chi2 = (_of_theory(run, name, rows, parents) for name in ("theory/g", "theory/chi2"))
     tables = []
     for step in steps:
         matrices = run.frames[step]
@@ -142,8 +143,8 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
                     "parent": parents,
                     "attention": attention[rows, parents],
                     "gradient rank": _ranks(gradient, rows, parents),
-                    "g": _of_theory(run, "theory/g", rows, parents),
-                    "chi2": _of_theory(run, "theory/chi2", rows, parents),
+                    "g": g,
+                    "chi2": chi2,
                 }
             )
         )

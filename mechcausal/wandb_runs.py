@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 import numpy as np
 import psutil
 
+from mechcausal.messages import first_line
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def start_wandb(
         try:
             run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
         except Exception as error:  # whatever W&B raises, the training goes on
-            said.append(f"W&B could not start {attempt}: {_first_line(error)}")
+            said.append(f"W&B could not start {attempt}: {first_line(error)}")
             # Else it takes the id for one in use, and leaves a fragment without a row.
             _abandon_service()
             for leftover in set((folder / "wandb").glob("run-*")) - before:
@@ -138,7 +139,7 @@ def finish_wandb(run: "Run", warnings: list[str], *, exit_code: int = 0) -> None
         _finish(run, exit_code)
     except Exception as error:  # whatever W&B raises, what was computed is not lost
         _abandon_service()
-        warnings.append(f"W&B failed at its end: {_first_line(error)}")
+        warnings.append(f"W&B failed at its end: {first_line(error)}")
 
 
 def _finish(run: "Run", exit_code: int) -> None:
@@ -231,7 +232,7 @@ class WandbRun:
                     artifact.add_file(str(path))
                 self._run.log_artifact(artifact, aliases=aliases)
         except Exception as error:  # whatever W&B raises, the training goes on
-            problem = _first_line(error)
+            problem = first_line(error)
         if not problem and time.monotonic() - began > _SLOW_ARTIFACT_SECONDS:
             problem = f"it took {time.monotonic() - began:.0f} s"
         if problem:
@@ -254,7 +255,7 @@ class WandbRun:
             action(self._run)
         except Exception as error:  # whatever W&B raises, the training goes on
             self._fail(
-                f"W&B failed {when}: {_first_line(error)}; the run goes on without it, "
+                f"W&B failed {when}: {first_line(error)}; the run goes on without it, "
                 "every row is in metrics.jsonl"
             )
 
@@ -306,8 +307,3 @@ def _service_ends_after(seconds: int) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,39 +1,31 @@
-"""A training run as text in a terminal: attention beside the graph, sparklines, time left.
-
-A cell of a matrix is half a character high: a character is about twice as high as wide. Where the
-terminal has too few colours, a cell is two characters wide and its shade says how large it is.
-"""
+"""A training run as text in a terminal: attention beside the graph, sparklines, time left."""
 
 import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from rich.color import Color
 from rich.console import Console, ConsoleOptions
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mechcausal.drawing import ATTENTION_COLOURS
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.style import MOST_HEADS, by_head
 from mechcausal.run_data import RunData
 from mechcausal.run_folder import STEP, History
+from mechcausal.text_matrix import half_blocks, pooled, shaded
 
 if TYPE_CHECKING:
     from mechcausal.training import Progress
 
 Part = Text | Table | ProgressBar | Segment
 
-SHADES = " ░▒▓█"
 SPARKS = "▁▂▃▄▅▆▇█"
-_LEVELS = 32  # colours of a matrix
 _GAP = 3
 _LINES = 8  # beside the matrices: heading, bar, titles, note, and four curves
 _LARGEST = 44  # characters that a matrix is stretched to
@@ -126,7 +118,7 @@ class Watched:
         lines, titles = [], []
         for name, matrix in panels.items():
             values = pooled(np.asarray(matrix, dtype=np.float64), block)
-            lines.append(list(_half_blocks(values, scale) if self.colours else _shaded(values)))
+            lines.append(list(half_blocks(values, scale) if self.colours else shaded(values)))
             size = len(values) * cell * scale
             titles.append(name[:size].ljust(size + _GAP))
         yield Text("".join(titles).rstrip(), style="bold", no_wrap=True, overflow="ellipsis")
@@ -145,8 +137,7 @@ class Watched:
 
     def _heads(self, height: int) -> Iterator[Part]:
         """The heads with the largest induction scores."""
-        kinds = ("induction", "previous_token", "duplicate_token")
-        found = [self.progress.matrices.get(f"heads/{kind}") for kind in kinds]
+        found = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
         if found[0] is None:
             return
         scores = [None if m is None else m.float().numpy() for m in found]
@@ -155,7 +146,7 @@ class Watched:
         shown = order[: max(1, min(_MOST_LISTED, height - 2))]
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("head")
-        for kind in kinds:
+        for kind in HEAD_SCORES:
             table.add_column(kind.replace("_", " "), no_wrap=True)
         for index in shown.tolist():
             layer, head = divmod(index, scores[0].shape[1])
@@ -267,25 +258,6 @@ def sparkline(
     )
 
 
-def pooled(
-    matrix: Float[np.ndarray, "query key"], block: int
-) -> Float[np.ndarray, "query_block key_block"]:
-    """The largest entry of every square of so many positions; NaN where all keys follow the query.
-
-    Example:
-        >>> pooled(np.array([[1.0, 0, 0], [0.2, 0.8, 0], [0, 0.3, 0.7]]), 2)
-        array([[1. , nan],
-               [0.3, 0.7]])
-    """
-    length = len(matrix)
-    visible = np.where(np.tril(np.ones((length, length), dtype=bool)), matrix, -np.inf)
-    n = math.ceil(length / block)
-    padded = np.full((n * block, n * block), -np.inf)
-    padded[:length, :length] = visible
-    largest = padded.reshape(n, block, n, block).max((1, 3))
-    return np.where(np.isneginf(largest), np.nan, largest)
-
-
 def duration(seconds: float) -> str:
     """Seconds as a clock shows them.
 
@@ -303,54 +275,6 @@ def duration(seconds: float) -> str:
 def _room(n_panels: int, width: int, height: int, cell: int, rows: int) -> int:
     """Cells of a side that fit."""
     return min((width - n_panels * _GAP) // n_panels // cell, height * rows)
-
-
-def _half_blocks(values: Float[np.ndarray, "row column"], scale: int) -> Iterator[list[Segment]]:
-    """Lines of segments: two rows of cells a line, none where a cell is NaN."""
-    shares = np.clip(values, 0, 1) * (_LEVELS - 1)
-    levels = np.where(np.isnan(values), -1, np.nan_to_num(shares).round()).astype(int)
-    levels = levels.repeat(scale, 0).repeat(scale, 1)
-    if len(levels) % 2:
-        levels = np.vstack([levels, np.full(levels.shape[1], -1)])
-    for top, bottom in zip(levels[::2].tolist(), levels[1::2].tolist(), strict=True):
-        line: list[Segment] = []
-        start = 0
-        for end in range(1, len(top) + 1):  # runs of equal cells are one segment
-            if end == len(top) or (top[end], bottom[end]) != (top[start], bottom[start]):
-                line.append(_segment(top[start], bottom[start], end - start))
-                start = end
-        yield line
-
-
-def _segment(top: int, bottom: int, count: int) -> Segment:
-    if top < 0 and bottom < 0:
-        return Segment(" " * count)
-    return Segment(("▄" if top < 0 else "▀") * count, _style(top, bottom))
-
-
-@cache
-def _style(top: int, bottom: int) -> Style:
-    if top < 0:
-        return Style(color=_colour(bottom))
-    return Style(color=_colour(top), bgcolor=None if bottom < 0 else _colour(bottom))
-
-
-@cache
-def _colour(level: int) -> Color:
-    from matplotlib import colormaps
-
-    red, green, blue, _ = colormaps[ATTENTION_COLOURS](level / (_LEVELS - 1), bytes=True)
-    return Color.from_rgb(int(red), int(green), int(blue))
-
-
-def _shaded(values: Float[np.ndarray, "row column"]) -> Iterator[list[Segment]]:
-    for row in values.tolist():
-        cells = (" " if math.isnan(v) else SHADES[_shade(v)] for v in row)
-        yield [Segment("".join(2 * cell for cell in cells))]
-
-
-def _shade(value: float) -> int:
-    return min(max(int(value * len(SHADES)), 0), len(SHADES) - 1)
 
 
 def _gauge(score: float | None) -> str:

@@ -1,6 +1,7 @@
 """Pages: what they hold is what the run holds, whatever its strings say, and they stay small."""
 
 import base64
+import errno
 import json
 import tomllib
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from mechcausal.cli import main
 from mechcausal.commands.parsing import parse
 from mechcausal.commands.train import Train
-from mechcausal.last_pictures import draw_page
+from mechcausal.last_pictures import LastPictures
 from mechcausal.pages import write_comparison, write_report
 from mechcausal.pages.captions import frame_captions
 from mechcausal.pages.comparison_page import differing_keys, group_labels
@@ -24,6 +25,7 @@ from mechcausal.pages.run_page import render
 from mechcausal.plot.comparison import groups
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_data import RunData
+from mechcausal.signals import StopSignal
 from mechcausal.tracking import RunRecord
 from mechcausal.training import train
 from tests.run_folders import (
@@ -117,12 +119,12 @@ def test_a_page_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
     recipe = recipe_of()
     record = RunRecord(write_run(tmp_path / "run", run_of(recipe)), recipe, "disabled")
     (tmp_path / "run" / "report.html").mkdir()
-    draw_page(record, recipe, {})
+    LastPictures(record, recipe).draw_page({})
     (warning,) = record.warnings
     assert warning.startswith("report.html could not be drawn: ")
     assert "\n" not in warning
     (tmp_path / "run" / "recipe.toml").write_text("odd")
-    draw_page(record, recipe, {})
+    LastPictures(record, recipe).draw_page({})
     assert record.warnings[1].startswith("report.html could not be drawn: ")
     record.finish({}, "finished")
 
@@ -324,6 +326,26 @@ def test_the_command_draws_one_run_where_it_lies_or_where_it_is_told(
         assert error.count("\n") == 1
 
 
+def test_a_page_that_cannot_be_written_is_named_as_it_would_be_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "runs" / "one", run_of())
+    for command, page in ((folder, folder / "report.html"), (folder.parent, "comparison.html")):
+        place = folder.parent / page
+        place.mkdir()
+        assert main(["report", str(command)]) == 2
+        assert capsys.readouterr().err == f"mechcausal: {place}: Is a directory\n"
+        place.rmdir()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"mechcausal: {folder / 'report.html'}: No space left on device\n"
+
+
 def test_a_broken_run_in_a_folder_is_left_out_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,9 +364,44 @@ def test_the_page_names_the_wandb_run(tmp_path: Path) -> None:
     assert "W&B runrun-a1b2" in text
 
 
+def test_the_page_says_once_what_run_json_repeats() -> None:
+    recipe = recipe_of()
+    facts = {"wandb_id": "id7", "recipe": recipe_to_dict(recipe), "sync": ["one", "two"]}
+    words = Page(
+        render(replace(run_of(recipe), facts=facts | {"environment": {"torch": "2"}}))
+    ).text
+    assert words.count("sequence_length") == 1
+    assert "id7" not in words
+    assert "environment: torch2" in words
+    assert "syncone, two" in words
+
+
 def test_the_recipe_on_the_page_is_the_runs() -> None:
     recipe = recipe_of(wandb__tags=["a<b", 'c"d'])
     text = Page(render(run_of(recipe))).text
     start = text.index('name = "some"')
     toml = text[start : text.index("Matrices are rounded")]
     assert parse_recipe(tomllib.loads(toml), source="page") == recipe
+
+
+def test_the_end_of_a_run_reads_its_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of()
+    folder = write_run(tmp_path / "run", run_of(recipe))
+    record, read = RunRecord(folder, recipe, "offline"), []
+    load = RunData.load
+
+    def load_counted(place: Path) -> RunData:
+        read.append(place)
+        return load(place)
+
+    monkeypatch.setattr(RunData, "load", load_counted)
+    pictures = LastPictures(record, recipe)
+    pictures.draw_page({})
+    assert "panels/page" in pictures.draw_panels({}, StopSignal())
+    record.warn("odd")
+    pictures.draw_page({})
+    assert "<li>odd</li>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert read == [folder]
+    record.finish({}, "finished")

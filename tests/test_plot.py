@@ -120,6 +120,23 @@ def test_the_scatter_pairs_gradient_and_prediction() -> None:
         assert y == pytest.approx(gradient[query, key] / (query + 1), rel=1e-6)
 
 
+def test_pictures_in_a_row_name_a_kind_of_mark_once() -> None:
+    shown = [t.name for t in plot.gradient_scatter(run_of(), 13).data if t.showlegend is not False]
+    assert shown == ["other pairs", "edges", "equal"]
+
+
+def test_a_film_holds_the_points_of_every_step() -> None:
+    run = run_of()
+    first = run.steps[0]
+    still = {name: np.zeros_like(matrix) for name, matrix in run.frames[first].items()}
+    film = plot.film(replace(run, frames={**run.frames, first: still}), plot.gradient_scatter)
+    for axis, name in ((film.layout.yaxis, "y"), (film.layout.yaxis2, "y2")):
+        points = [t.y for frame in film.frames for t in frame.data if (t.yaxis or "y") == name]
+        values = np.concatenate(points)
+        assert axis.range[0] < values.min() < values.max() < axis.range[1]
+        assert np.ptp(axis.range) < 1.2 * np.ptp(values)
+
+
 def traces(figure: go.Figure, kind: str, mark: str) -> list[go.Scatter]:
     return [
         t for t in figure.data if t.meta and t.meta["as"] == kind and t.meta.get("kind") == mark

@@ -1,10 +1,12 @@
 """Runs read back: finished, unfinished, torn, broken, and folders that are none."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mechcausal.pages import write_report
 from mechcausal.run_data import RunData, RunDataError, find_runs
 from mechcausal.stages import stages
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
@@ -37,6 +39,19 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     run = RunData.load(folder)
     assert len(run.history) == 3
     assert "torn" in run.notes[0]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" * 400])
+def test_a_figure_that_is_no_finite_number_is_none(number: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, run_of())
+    path = folder / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines()
+    changed = re.sub(r'"loss/train": [^,}]+', f'"loss/train": {number}', first)
+    assert changed != first
+    path.write_text("\n".join([changed, *rest]) + "\n")
+    run = RunData.load(folder)
+    assert run.row(0)["loss/train"] is None
+    write_report(folder)
 
 
 def test_a_matrix_that_is_being_written_is_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 
 from mechcausal import plot, wandb_panels
-from mechcausal.last_pictures import draw_panels as draw_last_panels
+from mechcausal.last_pictures import LastPictures
 from mechcausal.recipes import Recipe
 from mechcausal.resuming import resume
 from mechcausal.run_data import RunData
@@ -245,7 +245,7 @@ def test_a_run_killed_before_wandb_got_its_last_row_gives_it_with_the_panels(
         raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr("mechcausal.training.draw_page", killed)
+        patched.setattr("mechcausal.training.LastPictures.draw_page", killed)
         with pytest.raises(KilledError):
             train(tiny(), out=tmp_path / "run")
     folder = tmp_path / "run"
@@ -271,21 +271,23 @@ def test_what_is_wanted_is_drawn_and_what_fails_is_said(
     folder = write_run(tmp_path / "run", run_of(recipe))
     (folder / "report.html").touch()
     record, stop = RunRecord(folder, recipe, "offline"), StopSignal()
-    assert {"panels/edges", "panels/page"} <= set(draw_last_panels(record, recipe, {}, stop))
-    found = draw_last_panels(record, recipe_of(wandb__page=False), {}, stop)
+    assert {"panels/edges", "panels/page"} <= set(
+        LastPictures(record, recipe).draw_panels({}, stop)
+    )
+    found = LastPictures(record, recipe_of(wandb__page=False)).draw_panels({}, stop)
     assert "panels/edges" in found
     assert "panels/page" not in found
-    assert draw_last_panels(record, recipe_of(wandb__panels=False), {}, stop) == {}
+    assert LastPictures(record, recipe_of(wandb__panels=False)).draw_panels({}, stop) == {}
     assert record.warnings == []
     stop.received = signal.SIGTERM
-    assert draw_last_panels(record, recipe, {}, stop) == {}
+    assert LastPictures(record, recipe).draw_panels({}, stop) == {}
     stop.received = None
 
     def fail(run: RunData, **options: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(wandb_panels, "draw_panels", fail)
-    assert draw_last_panels(record, recipe, {}, stop) == {}
+    assert LastPictures(record, recipe).draw_panels({}, stop) == {}
     assert [w.removeprefix("the panels for W&B ") for w in record.warnings] == [
         "were left out: the process was asked to stop",
         "could not be drawn: MemoryError",

@@ -27,8 +27,9 @@ from mechcausal.commands.display import LiveView, ProgressBar, display
 from mechcausal.commands.parsing import RefusedError
 from mechcausal.recipes import Recipe, recipe_to_toml
 from mechcausal.run_data import RunData
+from mechcausal.text_matrix import pooled
 from mechcausal.training import Progress
-from mechcausal.watch import Clock, Watched, along_steps, duration, pooled, sparkline
+from mechcausal.watch import Clock, Watched, along_steps, duration, sparkline
 from tests.run_folders import (
     heads_recipe,
     history_of,

@@ -8,7 +8,6 @@ import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
 
-SWEEP_FILE = "sweep.json"
 _MOST_RUNS = 200
 
 
@@ -30,6 +29,7 @@ def main(arguments: list[str]) -> int:
         raise RefusedError("report needs a run: its folder, or a folder of runs")
     from mechcausal.pages import write_comparison, write_report
     from mechcausal.run_data import RunData, RunDataError, find_runs, is_run
+    from mechcausal.sweeps.sweep import COPY_FILE
 
     out: Path | None = options.out
     if out is not None and out.is_dir():
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         runs: list[RunData] = []
         notes: list[str] = []
         pictures: dict[str, bytes] = {}
-        if len(options.runs) == 1 and (options.runs[0] / SWEEP_FILE).is_file():
+        if len(options.runs) == 1 and (options.runs[0] / COPY_FILE).is_file():
             pictures, notes = _sweep(options.runs[0])
             if len(folders) > _MOST_RUNS:
                 notes.append(f"Curves and table: the first {_MOST_RUNS} of {len(folders)} members.")

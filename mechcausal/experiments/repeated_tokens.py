@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal import report
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.experiments.base import Experiment, Generators, Observation
 from mechcausal.experiments.models import build_standard
 from mechcausal.models.adapter import save_model
@@ -93,7 +94,7 @@ class RepeatedTokens(Experiment):
         figures["induction/positional_control"] = scores.positional_control[best].item()
         figures["induction/copying"] = scores.copying[best].item()
         matrices = {}
-        for kind in report.HEAD_SCORES:
+        for kind in HEAD_SCORES:
             values = getattr(scores, kind).float().cpu()
             matrices[f"heads/{kind}"] = values
             for layer, row in enumerate(values.tolist()):

@@ -1,8 +1,11 @@
 """What each picture shows, in words and numbers: for who cannot see it, and for who can."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Float
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.graph import WRONG, rows_of
 from mechcausal.plot.style import by_head
 from mechcausal.run_data import Matrices, RunData
@@ -48,15 +51,11 @@ def number(value: Value) -> str:
     return f"{value:.3f}" if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
-def _rows(run: RunData) -> list[int]:
-    return [i for i in range(run.graph.sequence_length) if run.truth[i].any()][
-        : run.graph.n_positions
-    ]
-
-
-def _hits(run: RunData, matrix: Float[np.ndarray, "query key"]) -> tuple[int, int]:
-    """Rows whose largest entry is a parent, of those with parents."""
-    rows = _rows(run)
+def _hits(
+    run: RunData, matrix: Float[np.ndarray, "query key"], n_rows: int | None = None
+) -> tuple[int, int]:
+    """Rows whose largest entry is a parent, of those with parents among the first so many."""
+    rows = np.flatnonzero(run.truth[:n_rows].any(1)).tolist()
     hits = sum(bool(run.truth[i, int(np.argmax(matrix[i, : i + 1]))]) for i in rows)
     return hits, len(rows)
 
@@ -93,26 +92,23 @@ def _graph(run: RunData, matrices: Matrices) -> str:
 
 def _gradient(run: RunData, matrices: Matrices) -> str:
     total = by_head(matrices, "gradient/pattern").sum(0)
-    n = run.n_graph_rows
-    rows = [i for i in _rows(run) if i < n]
-    hits = sum(bool(run.truth[i, int(np.argmax(total[i, : i + 1]))]) for i in rows)
+    hits, rows = _hits(run, total, run.n_graph_rows)
     return (
-        f"The gradient's largest entry is a parent in {hits} of {len(rows)} rows; "
+        f"The gradient's largest entry is a parent in {hits} of {rows} rows; "
         f"the largest of all is {number(float(np.abs(total).max()))}. "
         "Each picture has its own scale; squares are the true edges."
     )
 
 
-def _scatter(row: dict[str, Value] | object) -> str:
-    values = row if isinstance(row, dict) else {}
+def _scatter(row: Mapping[str, Value]) -> str:
     parts = [
-        f"{number(values[key])} with {label}"
+        f"{number(row[key])} with {label}"
         for key, label in (
             ("gradient/pattern_theory_correlation", "the prediction"),
             ("gradient/pattern_chi2_correlation", "χ²-information"),
             ("gradient/pattern_shannon_correlation", "Shannon information"),
         )
-        if key in values
+        if key in row
     ]
     listed = ", ".join(parts) or "not recorded"
     return f"Correlation of the gradient: {listed}. Diamonds are true edges."
@@ -124,8 +120,8 @@ def _examples(run: RunData, matrices: Matrices) -> str:
     if targets is None:
         return ""
     shares = [
-        f"{number(float(values[i, :, mask].sum(0).max()))} ({int(mask.sum())} positions)"
-        for i, mask in enumerate(targets)
+        f"{number(float(values[i, :, mask].sum(0).max()))} ({n} position{'' if n == 1 else 's'})"
+        for i, (mask, n) in enumerate(zip(targets, targets.sum(1).tolist(), strict=True))
     ]
     return (
         "Attention on positions whose parent holds the query's token (squares), "
@@ -135,7 +131,7 @@ def _examples(run: RunData, matrices: Matrices) -> str:
 
 def _heads(matrices: Matrices) -> str:
     parts = []
-    for kind in ("induction", "previous_token", "duplicate_token"):
+    for kind in HEAD_SCORES:
         values = matrices[f"heads/{kind}"]
         layer, head = np.unravel_index(int(values.argmax()), values.shape)
         best = number(float(values.max()))

@@ -3,7 +3,6 @@
 import base64
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from mechcausal import plot
 from mechcausal.pages.captions import number
 from mechcausal.pages.packing import pack_history
 from mechcausal.pages.run_page import REPORT_FILE
-from mechcausal.pages.shell import figure_json, page, panel, text, top
+from mechcausal.pages.shell import figure_json, page, panel, text, top, write
 from mechcausal.plot.comparison import escaped, groups
 from mechcausal.run_data import RunData
 from mechcausal.run_folder import Value
@@ -61,9 +60,7 @@ def write_comparison(
     Raises:
         OSError: the page cannot be written.
     """
-    content = render(runs, out.parent, notes=notes, pictures=pictures)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(content, encoding="utf-8")
+    write(out, render(runs, out.parent, notes=notes, pictures=pictures))
     return out
 
 
@@ -173,10 +170,11 @@ def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], besi
         for key, name in _COLUMNS
         if any(key in row for r in runs for row in r.history[-1:])
     ]
+    numeric = ' class="number"'
     headings = ["run", "recipe", "seed", "state", "step", *(name for _, name in columns)]
     head = "".join(
-        f'<th scope="col"{_number(i >= 4 or i == 2)}><button type="button">{text(name)}'
-        "</button></th>"
+        f'<th scope="col"{numeric if i >= 4 or i == 2 else ""}><button type="button">'
+        f"{text(name)}</button></th>"
         for i, name in enumerate(headings)
     )
     rows = []
@@ -206,10 +204,6 @@ def _cell(value: Value) -> str:
     return f'<td class="number" data-value="{value!r}">{text(number(value))}</td>'
 
 
-def _number(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
-
-
 def _link(run: RunData, beside: Path) -> str:
     if run.folder is None or not (run.folder / REPORT_FILE).is_file():
         return text(run.name)
@@ -217,7 +211,7 @@ def _link(run: RunData, beside: Path) -> str:
         place = os.path.relpath(run.folder / REPORT_FILE, beside)
     except ValueError:  # on another drive
         return text(run.name)
-    return f'<a href="{escape(quote(Path(place).as_posix()), quote=True)}">{text(run.name)}</a>'
+    return f'<a href="{text(quote(Path(place).as_posix()))}">{text(run.name)}</a>'
 
 
 def _differences(

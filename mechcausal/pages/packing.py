@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.film import thinned
-from mechcausal.plot.style import MOST_HEADS
+from mechcausal.plot.style import head_choices, reduced
 from mechcausal.run_data import RunData
 from mechcausal.run_folder import STEP, Value
 
@@ -29,9 +30,7 @@ PAGE_MATRICES = (
     "attention/layer0",
     "gradient/pattern",
     "attention/examples",
-    "heads/induction",
-    "heads/previous_token",
-    "heads/duplicate_token",
+    *(f"heads/{kind}" for kind in HEAD_SCORES),
 )
 """The matrices that a page shows."""
 
@@ -124,9 +123,8 @@ def _shown(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             values = matrices[name].astype(np.float64)
             if _is_causal(name):
                 values = values[None] if values.ndim == 2 else values
-                if len(values) > MOST_HEADS:
-                    values = values.max(0) if name == "attention/layer0" else values.sum(0)
-                    values = values[None]
+                heads = head_choices(len(values), name)
+                values = np.stack([reduced(values, head) for head in heads])
             found[name] = values
     return found
 

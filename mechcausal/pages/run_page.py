@@ -3,18 +3,19 @@
 import platform
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from mechcausal import plot
-from mechcausal.files import write_atomically
+from mechcausal import __version__, plot
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pages.reproduce import reproduce_command
-from mechcausal.pages.shell import figure_json, page, pairs_table, panel, text, tiles, top
+from mechcausal.pages.shell import figure_json, page, pairs_table, panel, text, tiles, top, write
 from mechcausal.plot.film import thinned
 from mechcausal.plot.matrices import (
     attention_of_heads,
@@ -31,6 +32,7 @@ from mechcausal.run_folder import STEP
 
 REPORT_FILE = "report.html"
 _MOST_STEPS = 200  # of a slider that has no matrices to show
+_ELSEWHERE = ("recipe", "wandb_id")  # facts that the page shows under a name of its own
 _SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
 
 Draw = Callable[[RunData], list[go.Figure]]
@@ -62,9 +64,7 @@ def write_page(run: RunData, path: Path) -> None:
         RunDataError: the run's graph or matrices cannot be read.
         OSError: the page cannot be written.
     """
-    content = render(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    write(path, render(run))
 
 
 def render(run: RunData) -> str:
@@ -183,8 +183,7 @@ def _curve_panels(
         "composition": plot.composition,
     }
     if run.kind == "repeated_tokens":
-        for kind in ("induction", "previous_token", "duplicate_token"):
-            drawings[kind] = lambda r, kind=kind: plot.head_scores(r, kind)  # type: ignore[misc]
+        drawings |= {kind: partial(plot.head_scores, kind=kind) for kind in HEAD_SCORES}
     html = []
     for name, draw in drawings.items():
         figure = draw(run)
@@ -283,7 +282,7 @@ def _details(run: RunData) -> str:
     ids = _wandb_ids(run.folder)
     if ids:
         about["W&B run"] = ", ".join(ids)
-    about |= _facts(run.facts)
+    about |= _facts({key: value for key, value in run.facts.items() if key not in _ELSEWHERE})
     drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
     drawn = {"Python": platform.python_version()} | drawn
     command = reproduce_command(recipe)
@@ -312,7 +311,8 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         if isinstance(value, Mapping):
             found |= _facts(value, f"{prefix}{key}: ")
         elif value is not None:
-            found[prefix + key] = value
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            found[prefix + key] = shown
     return found
 
 
@@ -320,8 +320,6 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        from mechcausal import __version__
-
         return __version__ if name == "mechcausal" else "not installed"
 
 

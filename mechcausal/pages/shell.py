@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
+from mechcausal.files import write_atomically
 from mechcausal.plot.style import template
 
 # What a page may do: run and style itself. No request, whatever a string in it might ask for.
@@ -78,6 +80,16 @@ def page(title: str, body: str, data: Mapping[str, Any], *, scripts: Sequence[st
 </body>
 </html>
 """
+
+
+def write(path: Path, content: str) -> None:
+    """Write a page, which appears whole or not at all, and the folder that it lies in.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
 def asset(name: str) -> str:

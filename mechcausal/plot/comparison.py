@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from mechcausal.plot.curves import MOST_NAMES
+from mechcausal.plot.curves import lay_out
 from mechcausal.plot.style import REFERENCE_GREY, new_figure
 from mechcausal.run_data import RunData
 
@@ -46,9 +46,9 @@ def overlay(
         reference: key of a figure that is drawn in grey, as the Bayes loss is.
         labels: name of every group of runs, in the order of `groups`.
     """
-    figure = new_figure(title or key)
+    figure, grouped = new_figure(title or key), groups(runs)
     last = 1
-    for number, members in enumerate(groups(runs)):
+    for number, members in enumerate(grouped):
         label = labels[number] if labels else escaped(members[0].recipe.name)
         colour = _COLOURS[number % len(_COLOURS)]
         dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
@@ -99,10 +99,7 @@ def overlay(
                     line={"color": REFERENCE_GREY, "dash": "dash", "width": 1},
                     hovertemplate=f"{reference} of {label} %{{y:.4g}}<extra></extra>",
                 )
-    figure.update_xaxes(title="training step", range=[0, last], nticks=6)
-    figure.update_yaxes(nticks=6)
-    figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
-    figure.update_layout(showlegend=len(groups(runs)) <= MOST_NAMES)
+    lay_out(figure, last, len(grouped))
     return figure
 
 

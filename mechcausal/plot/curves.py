@@ -1,16 +1,18 @@
 """Figures of a run over its training steps, with the stage change and the formation step marked."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
 
 from mechcausal.plot.style import REFERENCE_GREY, new_figure
 from mechcausal.run_data import RunData
+from mechcausal.run_folder import STEP
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 REFERENCES = ("loss/bayes", "loss/chance")
-MOST_NAMES = 12
+_MOST_NAMES = 12
 SHARE = {"range": [-0.03, 1.05]}
 
 
@@ -110,7 +112,7 @@ def curves(
         **axis: further settings of the vertical axis.
     """
     figure = new_figure(title)
-    dashes = iter(_DASHES * (1 + len(labels) // len(_DASHES)))
+    dashes = cycle(_DASHES)
     for key, label in labels.items():
         steps, values = run.column(key)
         if all(value is None for value in values):
@@ -129,14 +131,20 @@ def curves(
             hovertemplate=f"{label} %{{y:.4g}}<extra></extra>",
             meta={"key": key},
         )
-    _mark_events(figure, run)
-    last = max((int(row["train/step"] or 0) for row in run.history), default=0)
+    last = max((int(row[STEP] or 0) for row in run.history), default=0)
+    _mark_events(figure, run, last)
+    lay_out(figure, last, len(figure.data))
+    figure.update_yaxes(title=unit, **axis)
+    return figure
+
+
+def lay_out(figure: go.Figure, last: int, n_names: int) -> None:
+    """Axes of curves up to the last step, with a legend of so many names below."""
     figure.update_xaxes(title="training step", range=[0, max(last, 1)], nticks=6)
-    figure.update_yaxes(title=unit, nticks=6, **axis)
+    figure.update_yaxes(nticks=6)
     figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
     # A longer legend would leave no room for the curves; hovering names them too.
-    figure.update_layout(showlegend=len(figure.data) <= MOST_NAMES)
-    return figure
+    figure.update_layout(showlegend=n_names <= _MOST_NAMES)
 
 
 def _signed(run: RunData, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -145,11 +153,10 @@ def _signed(run: RunData, labels: Mapping[str, str]) -> dict[str, Any]:
     return {"range": [min(-0.03, min(lows, default=0.0) - 0.05), 1.05]}
 
 
-def _mark_events(figure: go.Figure, run: RunData) -> None:
+def _mark_events(figure: go.Figure, run: RunData, last: int) -> None:
     events = [(start, name, "dot") for name, start in run.stage_starts.items() if start]
     if run.formation_step is not None:
         events.append((run.formation_step, "formed", "dash"))
-    last = max((int(row["train/step"] or 0) for row in run.history), default=0)
     for number, (step, label, dash) in enumerate(sorted(events)):
         # Two events may lie close together: the first one's name goes to the left of its line.
         left = (number == 0 and len(events) > 1 and step > 0.2 * last) or step > 0.85 * last

@@ -27,12 +27,14 @@ def film(
         raise RunDataError(f"{run.folder or run.name}: no matrices were kept")
     figure = draw(run, steps[0])
     figure.frames = [go.Frame(data=draw(run, step).data, name=str(step)) for step in steps]
-    at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}
+    _hold_axes(figure)
+    cut = {"transition": {"duration": 0}}  # markers that change their shape cannot be blended
+    at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, **cut}
     moves = [
         {"method": "animate", "args": [[str(step)], at_once], "label": f"{step:,}"}
         for step in steps
     ]
-    play = {"frame": {"duration": 250, "redraw": True}, "fromcurrent": True}
+    play = {"frame": {"duration": 250, "redraw": True}, "fromcurrent": True, **cut}
     figure.update_layout(
         sliders=[
             {"steps": moves, "currentvalue": {"prefix": "step "}, "y": -0.3, "pad": {"t": 30}}
@@ -52,6 +54,23 @@ def film(
     )
     figure.update_layout(height=(figure.layout.height or 450) + 100, margin={"t": 90, "b": 150})
     return figure
+
+
+def _hold_axes(figure: go.Figure) -> None:
+    """Vertical axes that hold every frame's points: Plotly would keep those of the first one."""
+    for axis in figure.select_yaxes():
+        name = axis.plotly_name.replace("axis", "")
+        drawn = [
+            np.asarray(trace.y, dtype=float)
+            for frame in figure.frames
+            for trace in frame.data
+            if trace.type == "scatter" and (trace.yaxis or "y") == name
+        ]
+        values = np.concatenate([*drawn, []])
+        values = values[np.isfinite(values)]
+        if axis.range is None and values.size:
+            room = 0.06 * (np.ptp(values) or 1.0)
+            axis.range = (values.min() - room, values.max() + room)
 
 
 def thinned(steps: tuple[int, ...], most: int) -> tuple[int, ...]:

@@ -8,12 +8,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from mechcausal.drawing import EDGE_COLOUR
-from mechcausal.plot.style import (
-    REFERENCE_GREY,
-    WRONG_COLOUR,
-    by_head,
-    new_figure,
-)
+from mechcausal.plot.style import REFERENCE_GREY, WRONG_COLOUR, by_head, new_figure
 from mechcausal.run_data import RunData, RunDataError
 
 WIDTHS = (0.6, 1.5, 2.6, 3.8, 5.2, 7.0)
@@ -22,6 +17,8 @@ WRONG = 0.1
 """Attention to a position that is no parent is drawn from here on."""
 _BEND = 0.14  # of an edge's length; without it edges along a column would cover each other
 _NAMES = {"edge": "true edge", "wrong": f"attention elsewhere, from {WRONG:g}"}
+_COLOURS = {"edge": EDGE_COLOUR, "wrong": WRONG_COLOUR}
+_DASHES = {"edge": "solid", "wrong": "dot"}
 
 Pair = tuple[int, int, int]
 
@@ -45,17 +42,15 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
         raise RunDataError(f"{run.folder or run.name}: step {found} has no attention")
     attention = by_head(matrices, "attention/layer0").max(0)
     true, wrong = _pairs(run)
+    seen = [(row, key, node) for row, key, node in wrong if attention[row, key] >= WRONG]
     places, bend = _layout(run)
+    kinds = ((true, "edge", bend), (seen, "wrong", -bend))
     figure = new_figure("attention on the causal graph")
-    for pairs, mark in ((true, "edge"), (wrong, "wrong")):
-        shares = [float(attention[row, key]) for row, key, _ in pairs]
+    for pairs, mark, side in kinds:
+        levels = [level_of(float(attention[row, key])) for row, key, _ in pairs]
         for level, width in enumerate(WIDTHS):
-            chosen = [
-                pair
-                for pair, share in zip(pairs, shares, strict=True)
-                if level_of(share) == level and (mark == "edge" or share >= WRONG)
-            ]
-            xs, ys = _lines(chosen, places, bend if mark == "edge" else -bend)
+            chosen = [p for p, found in zip(pairs, levels, strict=True) if found == level]
+            xs, ys = _lines(chosen, places, side)
             figure.add_scatter(
                 x=xs,
                 y=ys,
@@ -63,16 +58,16 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
                 line={
                     "width": width,
                     "shape": "spline",
-                    "color": EDGE_COLOUR if mark == "edge" else WRONG_COLOUR,
-                    "dash": "solid" if mark == "edge" else "dot",
+                    "color": _COLOURS[mark],
+                    "dash": _DASHES[mark],
                 },
                 opacity=0.9,
                 hoverinfo="skip",
                 showlegend=False,
                 meta={"as": "lines", "kind": mark, "level": level},
             )
-    for pairs, mark in ((true, "edge"), (wrong, "wrong")):
-        figure.add_trace(_midpoints(pairs, places, attention, mark, bend))
+    for pairs, mark, side in kinds:
+        figure.add_trace(_midpoints(pairs, places, attention, mark, side))
         figure.add_trace(_legend(mark))
     figure.add_trace(_nodes(run, places, attention))
     figure.update_xaxes(visible=False, range=[-1.15, 1.15])
@@ -158,18 +153,16 @@ def _lines(
     xs: list[float | None] = []
     ys: list[float | None] = []
     for _, key, node in pairs:
-        (x0, y0), (x1, y1) = places[key], places[node]
-        x, y = _middle(x0, y0, x1, y1, bend)
-        xs += [float(x0), x, float(x1), None]
-        ys += [float(y0), y, float(y1), None]
+        (x0, y0), (x1, y1) = start, end = places[key].tolist(), places[node].tolist()
+        x, y = _middle(start, end, bend)
+        xs += [x0, x, x1, None]
+        ys += [y0, y, y1, None]
     return xs, ys
 
 
-def _middle(x0: float, y0: float, x1: float, y1: float, bend: float) -> tuple[float, float]:
-    return (
-        float((x0 + x1) / 2 - bend * (y1 - y0)),
-        float((y0 + y1) / 2 + bend * (x1 - x0)),
-    )
+def _middle(start: Sequence[float], end: Sequence[float], bend: float) -> tuple[float, float]:
+    (x0, y0), (x1, y1) = start, end
+    return (x0 + x1) / 2 - bend * (y1 - y0), (y0 + y1) / 2 + bend * (x1 - x0)
 
 
 def _midpoints(
@@ -180,22 +173,17 @@ def _midpoints(
     bend: float,
 ) -> go.Scatter:
     """What hovering over an edge tells; crosses on wrong ones."""
-    shown = [p for p in pairs if mark == "edge" or attention[p[0], p[1]] >= WRONG]
-    side = bend if mark == "edge" else -bend
-    middles = []
-    for _, key, node in shown:
-        (x0, y0), (x1, y1) = places[key], places[node]
-        middles.append(_middle(x0, y0, x1, y1, side))
+    middles = [_middle(places[key].tolist(), places[node].tolist(), bend) for _, key, node in pairs]
     return go.Scatter(
         x=[x for x, _ in middles],
         y=[y for _, y in middles],
-        customdata=[[row, key, float(attention[row, key])] for row, key, _ in shown],
+        customdata=[[row, key, float(attention[row, key])] for row, key, _ in pairs],
         mode="markers",
         showlegend=False,
         marker={
             "symbol": "circle" if mark == "edge" else "x-thin",
             "size": 7,
-            "color": EDGE_COLOUR if mark == "edge" else WRONG_COLOUR,
+            "color": _COLOURS[mark],
             "opacity": 0 if mark == "edge" else 1,
             "line": {"width": 0 if mark == "edge" else 2, "color": WRONG_COLOUR},
         },
@@ -207,13 +195,13 @@ def _midpoints(
 
 def _legend(mark: str) -> go.Scatter:
     """What a kind of edge is called, whether or not there is one at this step."""
-    colour = EDGE_COLOUR if mark == "edge" else WRONG_COLOUR
+    colour = _COLOURS[mark]
     return go.Scatter(
         x=[None],
         y=[None],
         name=_NAMES[mark],
         mode="lines" if mark == "edge" else "lines+markers",
-        line={"color": colour, "width": 3, "dash": "solid" if mark == "edge" else "dot"},
+        line={"color": colour, "width": 3, "dash": _DASHES[mark]},
         marker={"symbol": "x-thin", "size": 7, "line": {"width": 2, "color": colour}},
         hoverinfo="skip",
     )

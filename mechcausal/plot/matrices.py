@@ -6,12 +6,15 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
-from mechcausal.drawing import EDGE_COLOUR
+from mechcausal.drawing import HEAD_SCORES
 from mechcausal.plot.style import (
     ATTENTION_SCALE,
+    COLORBAR,
     INFORMATION_SCALE,
     LARGE,
     MARK_COLOUR,
+    MOST_HEADS,
+    add_squares,
     by_head,
     causal,
     draw_matrix,
@@ -23,8 +26,6 @@ from mechcausal.plot.style import (
     side_by_side,
 )
 from mechcausal.run_data import Matrices, RunData, RunDataError
-
-HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
 
 
 def attention(run: RunData, step: int | None = None) -> go.Figure:
@@ -42,20 +43,12 @@ def attention(run: RunData, step: int | None = None) -> go.Figure:
 
 def attention_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     """Layer-1 attention, a figure for each head; parents are marked with squares."""
-    _, matrices = _frame(run, step, "attention/layer0")
-    choices = head_choices(run, "attention/layer0")
-    figures = []
-    for head in choices:
-        figure = draw_matrix(
-            causal(reduced(by_head(matrices, "attention/layer0"), head)),
-            f"layer-1 attention{head_label(head, len(choices))}",
-            high=1.0,
-            unit="attention",
-            meta={"from": "attention/layer0", "head": head, "as": "matrix"},
-        )
+    found = _of_heads(
+        run, step, "attention/layer0", "layer-1 attention", high=1.0, unit="attention"
+    )
+    for figure in found:
         mark_parents(figure, run)
-        figures.append(figure)
-    return figures
+    return found
 
 
 def true_graph(run: RunData) -> go.Figure:
@@ -83,20 +76,11 @@ def gradient(run: RunData, step: int | None = None) -> go.Figure:
 
 def gradient_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     """`-dL/dpattern` of layer 1, centred by row, a figure for each head."""
-    _, matrices = _frame(run, step, "gradient/pattern")
-    choices = head_choices(run, "gradient/pattern")
-    figures = []
-    for head in choices:
-        figure = draw_matrix(
-            causal(reduced(by_head(matrices, "gradient/pattern"), head)),
-            f"−∂L/∂pattern{head_label(head, len(choices))}",
-            signed=True,
-            unit="−∂L/∂pattern",
-            meta={"from": "gradient/pattern", "head": head, "as": "matrix", "signed": True},
-        )
+    title = "−∂L/∂pattern"
+    found = _of_heads(run, step, "gradient/pattern", title, signed=True, unit=title)
+    for figure in found:
         mark_parents(figure, run, MARK_COLOUR)
-        figures.append(figure)
-    return figures
+    return found
 
 
 def theory_matrices(run: RunData) -> list[go.Figure]:
@@ -129,7 +113,7 @@ def examples(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: no such matrices were kept.
     """
-    return side_by_side(examples_of_heads(run, step))
+    return side_by_side(examples_of_heads(run, step), width=760)
 
 
 def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
@@ -138,7 +122,7 @@ def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     values, tokens = matrices["attention/examples"], run.examples
     if tokens is None:
         raise RunDataError(f"{run.folder or run.name}: the tokens of its examples were not kept")
-    n_heads = min(values.shape[1], 8)
+    n_heads = min(values.shape[1], MOST_HEADS)
     return [_example_figure(run, values[:, head], tokens, head, n_heads) for head in range(n_heads)]
 
 
@@ -165,34 +149,14 @@ def _example_figure(
         ygap=3,
         hovertemplate="sequence %{y}, position %{x}<br>token %{text}"
         "<br>attention %{z:.4g}<extra></extra>",
-        colorbar={
-            "orientation": "h",
-            "thickness": 8,
-            "len": 0.5,
-            "y": -0.22,
-            "yanchor": "top",
-            "outlinewidth": 0,
-            "tickfont": {"size": 10},
-        },
+        colorbar=COLORBAR | {"len": 0.5, "y": -0.22},
         meta={"from": "attention/examples", "head": head, "as": "rows"},
     )
     targets = run.example_targets
     if targets is not None and shown and bool(targets.any()):
         rows, columns = np.nonzero(targets)
-        figure.add_scatter(
-            x=columns.tolist(),
-            y=rows.tolist(),
-            mode="markers",
-            marker={
-                "symbol": "square-open",
-                "size": float(np.clip(460 / length, 8, 24)),
-                "color": EDGE_COLOUR,
-                "line": {"width": 2},
-            },
-            hoverinfo="skip",
-            showlegend=False,
-            name="parent holds the query's token",
-        )
+        size = float(np.clip(460 / length, 8, 24))
+        add_squares(figure, rows, columns, "parent holds the query's token", size=size)
     figure.update_xaxes(
         title="position (the last one asks)", showgrid=False, zeroline=False, nticks=12
     )
@@ -239,15 +203,7 @@ def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
             xgap=2,
             ygap=2,
             hovertemplate="layer %{y}, head %{x}<br>score %{z:.4f}<extra></extra>",
-            colorbar={
-                "orientation": "h",
-                "thickness": 8,
-                "len": 0.8,
-                "y": -0.16,
-                "yanchor": "top",
-                "outlinewidth": 0,
-                "tickfont": {"size": 10},
-            },
+            colorbar=COLORBAR,
             meta={"from": f"heads/{kind}", "as": "plain"},
         )
         figure.update_xaxes(title="head", dtick=1 if values.shape[1] <= 16 else None, **settings)
@@ -257,6 +213,24 @@ def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
         figure.update_layout(margin={"b": 78})
         figures.append(figure)
     return figures
+
+
+def _of_heads(
+    run: RunData, step: int | None, name: str, title: str, *, signed: bool = False, **settings: Any
+) -> list[go.Figure]:
+    """A matrix of layer 1, a figure for each head."""
+    values = by_head(_frame(run, step, name)[1], name)
+    choices = head_choices(len(values), name)
+    return [
+        draw_matrix(
+            causal(reduced(values, head)),
+            title + head_label(head, len(choices)),
+            signed=signed,
+            meta={"from": name, "head": head, "as": "matrix", "signed": signed},
+            **settings,
+        )
+        for head in choices
+    ]
 
 
 def _frame(run: RunData, step: int | None, name: str) -> tuple[int, Matrices]:

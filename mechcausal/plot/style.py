@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from plotly.subplots import make_subplots
 
 from mechcausal.drawing import EDGE_COLOUR
@@ -34,6 +34,15 @@ INFORMATION_SCALE = (
 MARK_COLOUR = "#00a08a"
 MOST_HEADS = 8  # with more only their largest attention, or the sum of their gradients, is drawn
 LARGE = 60  # positions from which on marks would hide what they mark
+COLORBAR = {
+    "orientation": "h",
+    "thickness": 8,
+    "len": 0.8,
+    "y": -0.16,
+    "yanchor": "top",
+    "outlinewidth": 0,
+    "tickfont": {"size": 10},
+}
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -80,10 +89,8 @@ def by_head(matrices: Matrices, name: str) -> Float[np.ndarray, "head query key"
     return matrix[None] if matrix.ndim == 2 else matrix
 
 
-def head_choices(run: RunData, name: str) -> list[int | str]:
+def head_choices(n_heads: int, name: str) -> list[int | str]:
     """Heads to draw one by one; of more than `MOST_HEADS` their maximum, or a gradient's sum."""
-    _, matrices = run.frame()
-    n_heads = len(by_head(matrices, name))
     if n_heads > MOST_HEADS:
         return ["max" if name.startswith("attention") else "sum"]
     return list(range(n_heads))
@@ -125,7 +132,6 @@ def draw_matrix(
     title: str,
     *,
     signed: bool = False,
-    low: float = 0.0,
     high: float | None = None,
     unit: str = "",
     scale: Any = None,
@@ -137,7 +143,6 @@ def draw_matrix(
         matrix: what is drawn.
         title: of the picture.
         signed: colours are symmetric about 0.
-        low: value of the first colour.
         high: value of the last colour; the largest entry when absent.
         unit: named on hover.
         scale: colours; attention's when absent.
@@ -148,24 +153,14 @@ def draw_matrix(
     figure = new_figure(title)
     figure.add_heatmap(
         z=matrix,
-        zmin=-limit if signed else low,
+        zmin=-limit if signed else 0.0,
         zmax=limit,
         colorscale=scale or (SIGNED_SCALE if signed else ATTENTION_SCALE),
         xgap=1 if length <= 40 else 0,
         ygap=1 if length <= 40 else 0,
         hoverongaps=False,
         hovertemplate=f"query %{{y}}, key %{{x}}<br>{unit} %{{z:.4g}}<extra></extra>",
-        colorbar={
-            "orientation": "h",
-            "thickness": 8,
-            "len": 0.8,
-            "y": -0.16,
-            "yanchor": "top",
-            "outlinewidth": 0,
-            "tickfont": {"size": 10},
-            "nticks": 5,
-            "exponentformat": "power",
-        },
+        colorbar=COLORBAR | {"nticks": 5, "exponentformat": "power"},
         meta=meta,
     )
     square_axes(figure, length)
@@ -204,26 +199,42 @@ def mark_parents(
     length = run.graph.sequence_length
     if length > LARGE or not len(children):
         return
+    size, line = float(np.clip(190 / length, 5, 18)), 2 if length <= 24 else 1
+    add_squares(figure, children, parents, "parent", size=size, colour=colour, line=line)
+
+
+def add_squares(
+    figure: go.Figure,
+    rows: Int[np.ndarray, "square"],
+    columns: Int[np.ndarray, "square"],
+    name: str,
+    *,
+    size: float,
+    colour: str = EDGE_COLOUR,
+    line: int = 2,
+) -> None:
+    """Put open squares on entries of a matrix; sizes are in pixels."""
     figure.add_scatter(
-        x=parents.tolist(),
-        y=children.tolist(),
+        x=columns.tolist(),
+        y=rows.tolist(),
         mode="markers",
         marker={
             "symbol": "square-open",
-            "size": float(np.clip(190 / length, 5, 18)),
+            "size": size,
             "color": colour,
-            "line": {"width": 2 if length <= 24 else 1},
+            "line": {"width": line},
         },
         hoverinfo="skip",
         showlegend=False,
-        name="parent",
+        name=name,
     )
 
 
-def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
-    """Pictures with one pair of axes each, in a row; the first one's legend is kept."""
+def side_by_side(figures: Sequence[go.Figure], width: int = 380) -> go.Figure:
+    """Pictures with one pair of axes each, in a row, so many pixels wide; a name is given once."""
     row = make_subplots(1, len(figures), subplot_titles=[f.layout.title.text for f in figures])
-    row.update_layout(template=template(), height=420, width=max(460, 380 * len(figures)))
+    row.update_layout(template=template(), height=420, width=max(460, width * len(figures)))
+    named: set[str] = set()
     for column, figure in enumerate(figures, 1):
         name = "" if column == 1 else str(column)
         target = row.layout[f"xaxis{name}"]
@@ -235,6 +246,9 @@ def side_by_side(figures: Sequence[go.Figure]) -> go.Figure:
                     x=(left + right) / 2, xanchor="center", len=0.8 * (right - left)
                 )
             row.add_trace(trace, row=1, col=column)
+            if trace.name in named:
+                row.data[-1].showlegend = False
+            named |= {trace.name} - {None}
         for axis, other in (("xaxis", f"y{name}"), ("yaxis", f"x{name}")):
             settings = figure.layout[axis].to_plotly_json()
             if "scaleanchor" in settings:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
+from mechcausal.messages import first_line
 from mechcausal.sweeps.engines import EngineLostError
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.sweep import SweepError
@@ -76,9 +77,8 @@ class DaskEngine:
             )
         except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
             self._close_cluster()
-            said = " ".join(str(error).split())[:200] or type(error).__name__
             place = f"--address {address}" if address else f"--host {host}"
-            raise SweepError(f"{place}: no Dask scheduler: {said}") from None
+            raise SweepError(f"{place}: no Dask scheduler: {first_line(error)[:200]}") from None
         self._event_name = f"mechcausal-stop-{secrets.token_hex(8)}"
         make_event: Any = distributed.Event
         self._event = make_event(self._event_name, client=self._client)

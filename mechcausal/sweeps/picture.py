@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # A scale is logarithmic from this ratio of its ends on.
 _LOG_RATIO = 20.0
+_MOST_INSIDE, _MOST_NAMES = 6, 100  # names of a legend among the lines, and of any legend
 
 
 def draw(
@@ -33,9 +34,17 @@ def draw(
         curves: `train/step` and `value` of every member, for a picture over training.
         title: put before the figure's name.
     """
-    done = table[table["state"] == "finished"]
+    figure = _drawn(picture, table[table["state"] == "finished"], curves or {}, title)
+    if figure is not None:
+        _keep_within(figure)
+    return figure
+
+
+def _drawn(
+    picture: Picture, done: pd.DataFrame, curves: Mapping[str, pd.DataFrame], title: str
+) -> "Figure | None":
     if picture.x == "train/step":
-        return curves_with_bands(picture, done, curves or {}, title=title)
+        return curves_with_bands(picture, done, curves, title=title)
     columns = [c for c in (picture.figure, picture.x, picture.y, picture.by) if c is not None]
     if any(column not in done for column in columns):
         return None
@@ -94,8 +103,7 @@ def line(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
             axis.set_xticks(places, [_text(value) for value in where])
             axis.set_xticks([], minor=True)
     axis.set(xlabel=picture.x, ylabel=_name(picture))
-    if len(axis.get_legend_handles_labels()[1]):
-        axis.legend(title=picture.by, fontsize="small", frameon=False)
+    _legend(axis, picture.by)
     figure.suptitle(title)
     return figure
 
@@ -112,7 +120,6 @@ def curves_with_bands(
         return None
     figure, (axis,) = new_figure(1, 1)
     _room(figure)
-    drawn = 0
     for index, (label, part) in enumerate(_parts(table, picture.by)):
         rows = [curves[name] for name in part["member"] if name in curves]
         rows = [row for row in rows if len(row)]
@@ -127,12 +134,11 @@ def curves_with_bands(
         if len(rows) > 1:
             low, high = groups.quantile(0.1), groups.quantile(0.9)
             axis.fill_between(mean.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        drawn += 1
-    if not drawn:
+    if not axis.lines:
         return None
     axis.set(xlabel="train/step", ylabel=_name(picture))
-    if drawn > 1:
-        axis.legend(title=picture.by, fontsize="small", frameon=False, ncols=1 + drawn // 8)
+    if len(axis.lines) > 1:
+        _legend(axis, picture.by)
     figure.suptitle(title)
     return figure
 
@@ -230,6 +236,24 @@ def _size(shape: tuple[int, int], n_panels: int) -> tuple[float, float]:
 def _room(figure: "Figure") -> None:
     figure.set_size_inches(6.4, 4.4)
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.16, top=0.9)
+
+
+def _legend(axis: "Axes", title: str | None) -> None:
+    """Names of the lines, beside them where so many would cover them; none where nobody reads."""
+    count = len(axis.get_legend_handles_labels()[1])
+    beside: dict[str, Any] = {}
+    if count > _MOST_INSIDE:
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "ncols": 1 + count // 20}
+    if 0 < count <= _MOST_NAMES:
+        axis.legend(title=title, fontsize="small", frameon=False, **beside)
+
+
+def _keep_within(figure: "Figure") -> None:
+    """Make room for words that the margins would cut off."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height:
+        figure.set_size_inches(max(width, box.x1), height)  # a wide legend leaves the lines theirs
+        figure.tight_layout()
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ const plots = [...document.querySelectorAll(".plot")];
 // --- Light and dark -------------------------------------------------------------------------------
 
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+const themeButton = document.getElementById("theme");
 let chosen = null;
 
 function theme() {
@@ -17,10 +18,13 @@ function themed(layout, name = theme()) {
   return { ...layout, template: page.templates[name] };
 }
 
-function applyTheme(name = theme()) {
+function showTheme(name) {
   document.documentElement.dataset.theme = name;
-  const button = document.getElementById("theme");
-  if (button) button.textContent = name === "dark" ? "Light" : "Dark";
+  themeButton.textContent = name === "dark" ? "Light" : "Dark";
+}
+
+function applyTheme(name = theme()) {
+  showTheme(name);
   return Promise.all(plots.map((plot) => plot.data && Plotly.react(plot, plot.data, themed(plot.layout, name), config)));
 }
 
@@ -259,10 +263,8 @@ function play() {
 
 function onKey(event) {
   const element = document.activeElement;
-  const tag = element?.tagName;
-  if (event.ctrlKey || event.metaKey || event.altKey || tag === "TEXTAREA" || tag === "SELECT") return;
-  if (tag === "INPUT" && element !== slider) return;
-  if (event.key === " " && tag !== "BUTTON" && tag !== "SUMMARY" && tag !== "A") {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === " " && element?.tagName !== "BUTTON") {
     event.preventDefault();
     play();
   } else if (element !== slider && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
@@ -274,13 +276,16 @@ function onKey(event) {
 // --- Start ----------------------------------------------------------------------------------------
 
 async function start() {
-  document.documentElement.dataset.theme = theme();
+  showTheme(theme());
   for (const plot of plots) {
     plot.dataset.frame = current; // as which the figures come
     const { data, layout } = page.figures[plot.dataset.figure];
     await Plotly.newPlot(plot, data, themed({ ...layout, uirevision: "kept" }), config);
   }
-  applyThemeButton();
+  themeButton.addEventListener("click", () => { chosen = theme() === "dark" ? "light" : "dark"; applyTheme(); });
+  prefersDark.addEventListener("change", () => applyTheme());
+  window.addEventListener("beforeprint", () => forPaper(true));
+  window.addEventListener("afterprint", () => forPaper(false));
   if (slider && steps.length) {
     slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
     playButton.addEventListener("click", play);
@@ -290,15 +295,6 @@ async function start() {
     document.documentElement.dataset.step = steps[current];
   }
   document.documentElement.dataset.ready = "yes";
-}
-
-function applyThemeButton() {
-  const button = document.getElementById("theme");
-  button.textContent = theme() === "dark" ? "Light" : "Dark";
-  button.addEventListener("click", () => { chosen = theme() === "dark" ? "light" : "dark"; applyTheme(); });
-  prefersDark.addEventListener("change", () => applyTheme());
-  window.addEventListener("beforeprint", () => forPaper(true));
-  window.addEventListener("afterprint", () => forPaper(false));
 }
 
 start();
