@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from mechcausal import __version__, plot
 from mechcausal.drawing import HEAD_SCORES
+from mechcausal.nested import flat
 from mechcausal.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pages.reproduce import reproduce_command
@@ -32,7 +33,8 @@ from mechcausal.run_folder import STEP
 
 REPORT_FILE = "report.html"
 _MOST_STEPS = 200  # of a slider that has no matrices to show
-_ELSEWHERE = ("recipe", "wandb_id")  # facts that the page shows under a name of its own
+# Facts that the page shows under a name of its own, or that concern no one else.
+_LEFT_OUT = ("recipe", "wandb_id", "pid", "host")
 _SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
 
 Draw = Callable[[RunData], list[go.Figure]]
@@ -282,7 +284,7 @@ def _details(run: RunData) -> str:
     ids = _wandb_ids(run.folder)
     if ids:
         about["W&B run"] = ", ".join(ids)
-    about |= _facts({key: value for key, value in run.facts.items() if key not in _ELSEWHERE})
+    about |= _facts({key: value for key, value in run.facts.items() if key not in _LEFT_OUT})
     drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
     drawn = {"Python": platform.python_version()} | drawn
     command = reproduce_command(recipe)
@@ -305,15 +307,12 @@ def _wandb_ids(folder: Path | None) -> list[str]:
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
-def _facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            found |= _facts(value, f"{prefix}{key}: ")
-        elif value is not None:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            found[prefix + key] = shown
-    return found
+def _facts(facts: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in flat(facts, ": ").items()
+        if value is not None
+    }
 
 
 def _version(name: str) -> str:
