@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -291,8 +290,3 @@ def _log_table(run: Any, rows: Sequence[Row], picture: Path) -> None:
     run.log({"explanations": table, "comparison": wandb.Image(str(picture))})
     for row in content:
         run.summary.update({f"{row['method']}/{k}": v for k, v in row.items() if k != "method"})
-
-
-def generator_on(device: str, seed: int) -> torch.Generator:
-    """A generator with a seed on a device."""
-    return torch.Generator(device=device).manual_seed(seed)
