@@ -147,7 +147,13 @@ class WandbRun:
     """
 
     def __init__(
-        self, mode: WandbMode, folder: Path, warn: Callable[[str], None], **options: Any
+        self,
+        mode: WandbMode,
+        folder: Path,
+        warn: Callable[[str], None],
+        *,
+        kept: str = "every row is in metrics.jsonl",
+        **options: Any,
     ) -> None:
         """Start, or resume a run of the same id.
 
@@ -155,9 +161,11 @@ class WandbRun:
             mode: online or offline.
             folder: the run folder; W&B's files go below it.
             warn: told what goes wrong.
+            kept: where the same can be read when it has failed.
             **options: further arguments of `wandb.init`, its id among them.
         """
         self._warn = warn
+        self._kept = kept
         self._data = folder.resolve()
         warnings: list[str] = []
         self._artifacts = True
@@ -244,8 +252,7 @@ class WandbRun:
             action(self._run)
         except Exception as error:  # whatever W&B raises, the training goes on
             self._fail(
-                f"W&B failed {when}: {_first_line(error)}; the run goes on without it, "
-                "every row is in metrics.jsonl"
+                f"W&B failed {when}: {_first_line(error)}; the run goes on without it, {self._kept}"
             )
 
     def _fail(self, message: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from mechcausal.applications import catalogue
 from mechcausal.applications.recommender import RecommenderSettings, train_recommender
@@ -59,6 +60,26 @@ def test_a_comparison_is_printed_written_drawn_and_tracked(
     code, output, errors = outcome(capsys, "explain", "recommender", *sizes, "--out", "here")
     assert (code, output) == (2, "")
     assert "already holds explanations.json" in errors
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    sizes = ("--seeds", "1", "--sequences", "2", "--budget", "20", "--out", "here")
+    code, output, errors = outcome(capsys, "explain", "recommender", *sizes, "--json")
+    assert code == 0
+    assert json.loads(output) == json.loads(Path("here/explanations.json").read_text())
+    (warning,) = (line for line in errors.splitlines() if "warning" in line)
+    assert "no connection" in warning
+    assert "the result is in explanations.json" in warning
 
 
 LISTED = ("causal", "random", "occlusion", "attention", "exhaustive", "minimum")

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from mechcausal.applications.driver import make_folder
+from mechcausal.applications.recording import make_folder, place_of, start_run, table_of
 from mechcausal.applications.skeletons import READINGS, Seen, Skeleton, read_skeletons, scores
 from mechcausal.drawing import ATTENTION_COLOURS, CYCLE, new_figure
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.replication.rows import mean_and_stderr
 from mechcausal.training import train
-from mechcausal.wandb_runs import resolve_mode, start_wandb
+from mechcausal.wandb_runs import resolve_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -261,28 +261,19 @@ def _pairs(axis: "Axes", found: Sequence[Skeleton], n: int, title: str) -> None:
 
 def _log(result: Bridge, mode: WandbMode) -> str | None:
     """One more W&B run, with the table and the picture; where it is."""
-    if mode == "disabled":
-        return None
-    import wandb
-
-    run, mode = start_wandb(
+    run = start_run(
         mode,
-        result.folder,
+        result.folder / RESULT_FILE,
         result.warnings,
-        project="mechcausal",
-        group=f"bridge-{result.recipe}",
-        job_type="bridge",
-        name=f"bridge-{result.recipe}-table",
-        tags=["bridge", result.recipe],
-        config=result.settings,
+        kind="bridge",
+        subject=result.recipe,
+        name="table",
+        settings=result.settings,
     )
     if run is None:
         return None
-    columns: list[str | int] = list(BridgeRow.__dataclass_fields__)
-    table = wandb.Table(columns=columns, data=[[*row.__dict__.values()] for row in result.rows])
-    picture = wandb.Image(str(result.folder / PICTURE_FILE))
-    run.log({"bridge": table, "skeletons": picture})
-    run.summary.update({f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows})
-    place = str(run.url if mode == "online" else run.settings.sync_dir)
-    run.finish()
-    return place
+    table = table_of([row.__dict__ for row in result.rows])
+    run.log(0, {"bridge": table}, {"skeletons": result.folder / PICTURE_FILE})
+    f1 = {f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows}
+    run.finish(f1, exit_code=0)
+    return place_of(run)

@@ -135,9 +135,10 @@ def _check(options: Explain) -> None:
 
 def _compare(options: Explain) -> int:
     from mechcausal.applications import catalogue
-    from mechcausal.applications.driver import new_folder, run_application
+    from mechcausal.applications.driver import run_application
     from mechcausal.applications.movielens import load_ratings
     from mechcausal.applications.recommender import RecommenderSettings
+    from mechcausal.applications.recording import new_folder
     from mechcausal.applications.reviews import ReviewRule
     from mechcausal.applications.sentiment import ClassifierSettings
     from mechcausal.applications.sessions import SessionSource, ThemeRule
@@ -171,7 +172,7 @@ def _compare(options: Explain) -> int:
 
 def _bridge(options: Explain) -> int:
     from mechcausal.applications.bridge import bridge
-    from mechcausal.applications.driver import new_folder
+    from mechcausal.applications.recording import new_folder
     from mechcausal.recipes import load_recipe
 
     recipe = load_recipe(options.recipe or "random_tree").with_overrides(device=options.device)
