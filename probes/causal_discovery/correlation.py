@@ -8,11 +8,11 @@ parallel, A Aᵀ is nearly singular, and an inverse loses what a projection keep
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
+from scipy.linalg import qr
 from torch import Tensor
 
 RESIDUAL_TOLERANCE = 1e-12
@@ -96,24 +96,32 @@ def partial_correlation(
     Returns:
         ρ; NaN for pairs with a node that the given ones determine, themselves among them.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        residual = residual_rows(unit, given)
-        lengths = np.linalg.norm(residual, axis=1, keepdims=True)
-        residual = residual / np.where(lengths > RESIDUAL_TOLERANCE, lengths, np.nan)
-    return np.clip(residual @ residual.T, -1.0, 1.0)
+    unit = _unit_rows(residual_rows(rows, given))
+    unit[~unit.any(1)] = np.nan
+    return np.asarray(np.clip(unit @ unit.T, -1.0, 1.0))
 
 
 def residual_rows(
     rows: Float[np.ndarray, "node source"], given: Sequence[int]
 ) -> Float[np.ndarray, "node source"]:
-    """What is left of every row when the given rows are projected out."""
+    """What is left of every row when the given rows are projected out; zeros where they span it."""
     if not len(given):
         return rows
-    basis: Any = np.linalg.qr(rows[list(given)].T)[0]
+    # Pivots put rows that the others span last: they would add a direction of rounding alone.
+    directions, lengths, _ = qr(_unit_rows(rows[list(given)]).T, mode="economic", pivoting=True)
+    basis = directions[:, np.abs(lengths.diagonal()) > RESIDUAL_TOLERANCE]
     residual = rows - (rows @ basis) @ basis.T
     # A second pass takes out what rounding left of the first where little remains of a row.
-    return np.asarray(residual - (residual @ basis) @ basis.T)
+    residual = residual - (residual @ basis) @ basis.T
+    before, after = np.linalg.norm(rows, axis=1), np.linalg.norm(residual, axis=1)
+    residual[after <= RESIDUAL_TOLERANCE * before] = 0.0
+    return np.asarray(residual)
+
+
+def _unit_rows(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "node source"]:
+    """The rows with length 1; zeros stay."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))
 
 
 def without_sink(

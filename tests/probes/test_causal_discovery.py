@@ -116,6 +116,25 @@ def test_what_the_given_tokens_determine_keeps_its_edges() -> None:
     assert not found.ordered
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_given_tokens_that_span_each_other_count_once(causal: bool) -> None:
+    attention = attention_with_sink(7, causal=causal)
+    attention[4] = attention[3]
+    attention[5] = (attention[2] + 3 * attention[3]) / 4
+    once, again = (partial_correlation(attention, given) for given in ((2, 3), (2, 3, 4, 5)))
+    np.testing.assert_allclose(again, once, atol=1e-12)
+    assert np.isnan(once[4:6]).all()
+    assert np.isfinite(once[np.ix_([0, 1, 6], [0, 1, 6])]).all()
+
+
+def test_a_token_that_attends_as_the_sink_does_has_no_correlation_beside_it() -> None:
+    attention = attention_with_sink(6, causal=False)
+    attention[3] = attention[0]
+    beside = correlation(without_sink(attention, 0))
+    assert np.isnan(beside[2]).all()
+    assert np.isfinite(np.delete(np.delete(beside, 2, 0), 2, 1)).all()
+
+
 def test_n_eff_that_leaves_no_freedom_is_refused() -> None:
     assert p_value(0.0, 3, 7) == 1.0
     with pytest.raises(ValueError, match=r"n_eff is 6.*more than 6.*at most 2"):
