@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import mpmath
@@ -246,6 +247,18 @@ def test_rules_of_selection_bias_make_a_circle_of_circles_undirected() -> None:
     undirected = orient(ring, separating, selection_bias=True)
     assert (undirected[ring > 0] == Mark.TAIL).all()
     np.testing.assert_array_equal(orient(ring, separating), ring)
+
+
+def test_rules_of_selection_bias_finish_where_paths_cannot_be_counted() -> None:
+    left = np.arange(20) < 10
+    edges = (left[:, None] != left).astype(int)
+    others = {
+        (i, j): tuple(np.flatnonzero(left != left[i]).tolist())
+        for i, j in combinations(range(20), 2)
+        if left[i] == left[j]
+    }
+    undirected = orient(edges, others, selection_bias=True)
+    assert (undirected[edges > 0] == Mark.TAIL).all()
 
 
 # --- The direct reading ---
