@@ -104,7 +104,7 @@ def discover(
             Compare a few.
         alpha: level of the tests; the smaller, the fewer edges.
         ordered: whether token order is causal order (OrdICD); None: where no token attends to
-            a later one.
+            a later one, and without selection bias.
         sink: "node", or "conditioned": the attention sink is taken out by conditioning on it.
         sink_position: where the sink is; used with "conditioned".
         positions: the tokens to be nodes, None for all; the others are hidden variables.
@@ -171,7 +171,7 @@ def discover_attention(
         attention: `[query key]`, rows that sum to 1.
         n_eff: stands for a number of samples: a knob of sparsity.
         alpha: level of the tests.
-        ordered: whether token order is causal order; None: where no token attends to a later one.
+        ordered: whether token order is causal order; None: see `discover`.
         sink: "node" or "conditioned".
         sink_position: where the sink is.
         positions: the tokens to be nodes.
@@ -198,7 +198,7 @@ def discover_attention(
     if len(rows) != len(matrix) or not np.isfinite(rows).all():
         raise ValueError(f"mixed_values must be finite, one row for each of {len(matrix)} tokens")
     if ordered is None:
-        ordered = not np.triu(matrix, 1).any()
+        ordered = not (selection_bias or np.triu(matrix, 1).any())
     nodes = _nodes(len(matrix), positions)
     if sink == "conditioned":
         rows = np.insert(without_sink(rows, sink_position), sink_position, 0.0, axis=0)

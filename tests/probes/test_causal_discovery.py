@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 import mpmath
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -259,6 +260,22 @@ def test_rules_of_selection_bias_finish_where_paths_cannot_be_counted() -> None:
     }
     undirected = orient(edges, others, selection_bias=True)
     assert (undirected[edges > 0] == Mark.TAIL).all()
+
+
+def test_under_selection_bias_no_order_is_taken_for_known() -> None:
+    # No set separates 0 and 2 without 3, which is later than both.
+    undirected = nx.Graph([(0, 3), (3, 2), (2, 1), (1, 0)])
+    joint = np.linalg.inv(np.eye(4) + nx.laplacian_matrix(undirected, range(4)).toarray())
+    attention = np.linalg.cholesky(joint)
+    attention /= attention.sum(1, keepdims=True)
+    found = discover_attention(attention, n_eff=10**6, selection_bias=True)
+    assert not found.ordered
+    assert {frozenset(edge[:2]) for edge in found.pag.edges()} == set(
+        map(frozenset, undirected.edges)
+    )
+    assert {edge.marks for edge in found.pag.edges()} == {"---"}
+    with pytest.raises(ValueError, match="ordered and selection_bias exclude each other"):
+        discover_attention(attention, n_eff=64, selection_bias=True, ordered=True)
 
 
 # --- The direct reading ---
