@@ -1,5 +1,6 @@
 """`discover`: a causal graph over the tokens of one input, from one head of any transformer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -207,14 +208,11 @@ def discover_attention(
         raise ValueError(f'sink is {sink!r}; allowed: "node", "conditioned"')
     if not nodes:
         raise ValueError("no token is left to be a node: the sink was the only one")
-    if max_cond is not None and not 0 <= max_cond < n_eff - 3:
-        largest = int(np.ceil(n_eff)) - 4
-        raise ValueError(
-            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest}"
-            if largest >= 0
-            else f"n_eff is {n_eff:g}; above 3 needed"
-        )
     test = PartialCorrelationTest(rows[list(nodes)], n_eff=n_eff, alpha=alpha)
+    if max_cond is not None and not 0 <= max_cond < n_eff - 3:
+        raise ValueError(
+            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {math.ceil(n_eff) - 4}"
+        )
     if engine == "icd":
         found = icd(
             test,
