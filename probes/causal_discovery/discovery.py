@@ -110,7 +110,8 @@ def discover(
         sink_position: where the sink is; used with "conditioned".
         positions: the tokens to be nodes, None for all; the others are hidden variables.
         values: take the covariances of the attention-weighted values A V (`hook_z`) instead.
-        engine: "icd"; "fci" or "pc" of causal-learn as a check, which know no token order.
+        engine: "icd"; "fci" or "pc" of causal-learn as a check, which know no token order, and
+            take neither `stable` nor `selection_bias` nor `time_budget`.
         stable: see `icd`.
         max_cond: largest conditioning set; must be below n_eff − 3.
         time_budget: seconds after which the search stops with a sound partial graph (icd alone).
@@ -198,6 +199,12 @@ def discover_attention(
     rows = matrix if mixed_values is None else np.asarray(mixed_values, dtype=np.float64)
     if len(rows) != len(matrix) or not np.isfinite(rows).all():
         raise ValueError(f"mixed_values must be finite, one row for each of {len(matrix)} tokens")
+    if engine != "icd":
+        ours = {"ordered": ordered, "stable": stable, "selection_bias": selection_bias}
+        for name, given in {**ours, "time_budget": time_budget is not None}.items():
+            if given:
+                raise ValueError(f"{name} goes with engine 'icd', not {engine!r}")
+        ordered = False
     if ordered is None:
         ordered = not (selection_bias or np.triu(matrix, 1).any())
     nodes = _nodes(len(matrix), positions)
@@ -223,9 +230,6 @@ def discover_attention(
             selection_bias=selection_bias,
         )
     else:
-        if time_budget is not None:
-            raise ValueError(f"time_budget goes with engine 'icd', not {engine!r}")
-        ordered = False
         found = causal_learn(test, engine, max_cond=max_cond)
     return Discovery(
         **_at_positions(found, nodes),

@@ -383,8 +383,14 @@ def test_the_other_engines_agree_on_a_chain(engine) -> None:
     assert ours.pag == theirs.pag
     assert ours.separating_sets == theirs.separating_sets == {(0, 2): (1,)}
     assert theirs.to_dict()["engine"] == engine
-    with pytest.raises(ValueError, match="time_budget goes with"):
-        discover_attention(chain, n_eff=1000, engine=engine, time_budget=1.0)
+    for name, value in (
+        ("time_budget", 1.0),
+        ("ordered", True),
+        ("stable", True),
+        ("selection_bias", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name} goes with engine 'icd', not '{engine}'"):
+            discover_attention(chain, n_eff=1000, engine=engine, **{name: value})
 
 
 @pytest.mark.parametrize(
