@@ -10,11 +10,13 @@ parallel, A Aᵀ is nearly singular, and an inverse loses what a projection keep
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float, Shaped
 from scipy.linalg import qr
 from torch import Tensor
 
+_ROUNDING = 1e-2
+"""Half precision rounds every entry, and the matrix may have been widened since; more than this is
+no softmax."""
 RESIDUAL_TOLERANCE = 1e-12
 """Share of a row's length below which what is left of it counts as rounding."""
 
@@ -36,11 +38,9 @@ def checked_attention(
     ValueError: row 1 of the attention sums to 0.9; each must sum to 1
     """
     if isinstance(attention, Tensor):
-        rounding = torch.finfo(attention.dtype).eps if attention.is_floating_point() else 0.0
-        attention = attention.detach().cpu().double().numpy()
-    else:
-        is_float = np.issubdtype(attention.dtype, np.floating)
-        rounding = float(np.finfo(attention.dtype).eps) if is_float else 0.0
+        attention = attention.detach().cpu()
+        # NumPy has no bfloat16.
+        attention = (attention.double() if attention.is_floating_point() else attention).numpy()
     if attention.dtype.kind not in "fiub":
         raise ValueError(f"the attention has type {attention.dtype}; real numbers are needed")
     if attention.ndim != 2 or attention.shape[0] != attention.shape[1] or not attention.size:
@@ -48,7 +48,9 @@ def checked_attention(
             f"the attention has shape {tuple(attention.shape)}; one square matrix is needed, "
             "[query key]"
         )
-    matrix = attention.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix = attention.astype(np.float64)
+        sums = matrix.sum(1)
     broken = ~np.isfinite(matrix)
     if broken.any():
         query, key = np.argwhere(broken)[0]
@@ -58,9 +60,7 @@ def checked_attention(
         raise ValueError(
             f"the attention has {matrix[query, key]:g} at [{query}, {key}]; none may be negative"
         )
-    sums = matrix.sum(1)
-    # Half precision rounds every entry; more than that is no softmax.
-    wrong = np.flatnonzero(np.abs(sums - 1) > max(1e-4, 8 * rounding))
+    wrong = np.flatnonzero(np.abs(sums - 1) > _ROUNDING)
     if wrong.size:
         raise ValueError(
             f"row {wrong[0]} of the attention sums to {sums[wrong[0]]:.6g}; each must sum to 1"

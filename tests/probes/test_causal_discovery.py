@@ -137,6 +137,27 @@ def test_a_token_that_attends_as_the_sink_does_has_no_correlation_beside_it() ->
     assert np.isfinite(np.delete(np.delete(beside, 2, 0), 2, 1)).all()
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_attention_of_half_precision_is_read_also_when_it_was_widened(kind: torch.dtype) -> None:
+    half = torch.from_numpy(attention_with_sink(9, strength=2.0)).to(kind)
+    found = discover_attention(half, n_eff=64)
+    assert discover_attention(half.float().numpy(), n_eff=64) == found
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (np.array([[1e308, 1e308], [0.0, 1.0]]), "row 0 of the attention sums to inf"),
+        (np.array([[np.inf, -np.inf], [0.0, 1.0]]), "inf at"),
+        (np.array([[1.0, 0.0], [0.5, 0.45]]), "row 1 of the attention sums to 0.95"),
+        (torch.eye(2, dtype=torch.complex64), "real numbers"),
+    ],
+)
+def test_what_is_no_attention_is_refused_without_a_warning(attention, message: str) -> None:
+    with warnings.catch_warnings(action="error"), pytest.raises(ValueError, match=message):
+        discover_attention(attention, n_eff=64)
+
+
 def test_n_eff_that_leaves_no_freedom_is_refused() -> None:
     assert p_value(0.0, 3, 7) == 1.0
     with pytest.raises(ValueError, match=r"n_eff is 6.*more than 6.*at most 2"):
