@@ -16,7 +16,7 @@ from transformer_lens import HookedEncoder, HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from probes import PAG, ProbeError, discover, discover_attention, linear_edges, linear_effects
-from probes.causal_discovery import PartialCorrelationTest, icd, save_picture
+from probes.causal_discovery import PartialCorrelationTest, draw, icd, save_picture
 from probes.causal_discovery.causal_learn import causal_learn
 from probes.causal_discovery.correlation import correlation, partial_correlation, without_sink
 from probes.causal_discovery.independence import p_value
@@ -61,6 +61,30 @@ def test_a_picture_is_drawn_for_any_graph(tmp_path: Path) -> None:
     save_picture(PAG((0, 1, 2, 5), marks), tmp_path / "a.png", {0: "$x", 1: "\n", 2: "b", 5: "c"})
     save_picture(PAG((0,), np.zeros((1, 1), int)), tmp_path / "one.png")
     assert imread(tmp_path / "a.png").ndim == 3
+
+
+def test_the_legend_of_a_picture_says_what_every_edge_is() -> None:
+    marks = np.array([[0, 3, 0, 0], [3, 0, 3, 0], [0, 1, 0, 1], [0, 0, 3, 0]])
+    graph = PAG((0, 1, 2, 3), marks)
+    assert [edge.marks for edge in graph.edges()] == ["---", "o--", "--o"]
+    (legend,) = draw(graph).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["--- selected together", "--o cause or selected together"]
+
+
+def test_the_parts_of_a_picture_do_not_lie_on_each_other(tmp_path: Path) -> None:
+    marks = np.array([[0, 3, 2], [3, 0, 2], [2, 1, 0]])
+    figure = draw(PAG((0, 1, 2), marks), ["a", "a token of many letters", "c"], title="title " * 30)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    arcs, meanings = axes.get_window_extent(), legend.get_window_extent()
+    title = axes.title.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 < title.x1 <= figure.bbox.x1
+    assert arcs.y1 <= title.y0 < title.y1 <= meanings.y0
+    assert arcs.height > figure.bbox.height / 4
+    assert all(tick.get_window_extent().y0 >= 0 for tick in axes.get_xticklabels())
+    with warnings.catch_warnings(action="error"):  # no letter of this in the font
+        save_picture(PAG((0,), np.zeros((1, 1), int)), tmp_path / "a.png", ["\u65e5"])
 
 
 # --- Correlations and p-values ---
