@@ -29,6 +29,7 @@ from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.replication.rows import mean_and_stderr
 from mechcausal.training import train
 from mechcausal.wandb_runs import resolve_mode
+from probes.causal_discovery.independence import largest_given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,16 +117,20 @@ def bridge(
         folder: made if absent; holds no earlier result.
         n_eff: knob of sparsity of the tests.
         alpha: their level.
-        max_cond: largest conditioning set.
+        max_cond: largest conditioning set; less where `n_eff` allows less.
         quick: a third of the training steps.
         wandb_mode: of every training run and of the comparison.
         on_progress: called with a line for every model.
 
     Raises:
+        ValueError: `n_eff` is not above 3 and finite.
         RecipeError: a recipe without a causal graph, or of a standard model.
         RunFolderError: the folder cannot be written, or holds a result.
     """
     variants = _variants(recipe, quick)
+    if not 3 < n_eff < float("inf"):
+        raise ValueError(f"n_eff is {n_eff:g}; it must be above 3 and finite")
+    max_cond = min(max_cond, largest_given(n_eff))
     mode = resolve_mode(wandb_mode)
     make_folder(folder, RESULT_FILE)
     seen: dict[str, list[Seen]] = {}

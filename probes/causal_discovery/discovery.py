@@ -1,6 +1,5 @@
 """`discover`: a causal graph over the tokens of one input, from one head of any transformer."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from probes.causal_discovery.causal_learn import causal_learn
 from probes.causal_discovery.correlation import checked_attention, without_sink
-from probes.causal_discovery.independence import PartialCorrelationTest
+from probes.causal_discovery.independence import PartialCorrelationTest, largest_given
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.reading import read_head
 from probes.causal_discovery.search import Found, icd
@@ -218,7 +217,7 @@ def discover_attention(
     test = PartialCorrelationTest(rows[list(nodes)], n_eff=n_eff, alpha=alpha)
     if max_cond is not None and not 0 <= max_cond < n_eff - 3:
         raise ValueError(
-            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {math.ceil(n_eff) - 4}"
+            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest_given(n_eff)}"
         )
     if engine == "icd":
         found = icd(
