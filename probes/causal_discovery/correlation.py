@@ -96,7 +96,7 @@ def partial_correlation(
     Returns:
         ρ; NaN for pairs with a node that the given ones determine, themselves among them.
     """
-    unit = _unit_rows(residual_rows(rows, given))
+    unit = _unit_rows(residual_rows(_unit_rows(rows), given))
     unit[~unit.any(1)] = np.nan
     return np.asarray(np.clip(unit @ unit.T, -1.0, 1.0))
 
