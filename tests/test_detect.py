@@ -335,3 +335,18 @@ def test_wandb_that_cannot_start_does_not_cost_the_result(
         f"mechcausal: warning: W&B could not start {mode}: no connection"
         for mode in ("online", "offline")
     ]
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert errors.count("\n") == 1
+    assert "no connection; the run goes on without it, the scores are in its output" in errors
