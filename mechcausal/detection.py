@@ -12,7 +12,7 @@ from mechcausal.drawing import HEAD_SCORES
 from mechcausal.recipes import WandbMode
 from mechcausal.report import head_heatmap
 from mechcausal.targets import Target
-from mechcausal.wandb_runs import finish_wandb, start_wandb
+from mechcausal.wandb_runs import WandbRun
 from probes import (
     AblationEffect,
     HeadScores,
@@ -160,32 +160,29 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
     import wandb
 
     content = detection.to_dict()
-    run, mode = start_wandb(
+    run = WandbRun(
         mode,
         detection.target.folder or Path.cwd(),
-        warnings,
+        warnings.append,
+        kept="the scores are in its output",
         project="mechcausal",
         job_type="detect",
         name=f"detect-{Path(detection.target.name).name}-{secrets.token_hex(2)}",
         config={key: value for key, value in content.items() if not isinstance(value, list)},
     )
-    if run is None:
+    if run.folder is None:
         return None
-    picture = Path(run.settings.sync_dir) / "heads.png"
+    picture = run.folder / "heads.png"
     draw_heatmap(detection, picture)
     frame = detection.scores.to_frame()
     frame["verdict"] = [", ".join(names) for names in frame["verdict"]]
-    rows: dict[str, Any] = {
-        "heads": wandb.Table(dataframe=frame),
-        "heads/heatmap": wandb.Image(str(picture)),
-    }
+    rows: dict[str, Any] = {"heads": wandb.Table(dataframe=frame)}
     best = content["heads"][0]
     rows |= {f"best/{key}": best[key] for key in ("layer", "head", "induction")}
     if detection.in_context is not None:
         rows["in_context_gain"] = detection.in_context.in_context_gain
     for effect in detection.ablations or ():
         rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
-    run.log(rows)
-    place = run.url if mode == "online" else str(run.settings.sync_dir)
-    finish_wandb(run, warnings)
-    return str(place)
+    run.log(0, rows, {"heads/heatmap": picture})
+    run.finish({}, exit_code=0)
+    return run.url or str(run.folder)

@@ -133,20 +133,6 @@ def start_wandb(
     return None, "disabled"
 
 
-def finish_wandb(run: "Run", warnings: list[str], *, exit_code: int = 0) -> None:
-    """Close a run of `start_wandb`; a warning says so where W&B fails or takes too long."""
-    try:
-        _finish(run, exit_code)
-    except Exception as error:  # whatever W&B raises, what was computed is not lost
-        _abandon_service()
-        warnings.append(f"W&B failed at its end: {first_line(error)}")
-
-
-def _finish(run: "Run", exit_code: int) -> None:
-    with _service_ends_after(FINISH_SECONDS + PATIENCE_SECONDS):
-        run.finish(exit_code=exit_code)
-
-
 class WandbRun:
     """A W&B run that turns into a warning when it fails.
 
@@ -158,7 +144,13 @@ class WandbRun:
     """
 
     def __init__(
-        self, mode: WandbMode, folder: Path, warn: Callable[[str], None], **options: Any
+        self,
+        mode: WandbMode,
+        folder: Path,
+        warn: Callable[[str], None],
+        *,
+        kept: str = "every row is in metrics.jsonl",
+        **options: Any,
     ) -> None:
         """Start, or resume a run of the same id.
 
@@ -166,9 +158,11 @@ class WandbRun:
             mode: online or offline.
             folder: the run folder; W&B's files go below it.
             warn: told what goes wrong.
+            kept: where the same can be read when it has failed.
             **options: further arguments of `wandb.init`, its id among them.
         """
         self._warn = warn
+        self._kept = kept
         self._data = folder.resolve()
         warnings: list[str] = []
         self._artifacts = True
@@ -244,7 +238,8 @@ class WandbRun:
 
         def close(run: "Run") -> None:
             run.summary.update(dict(summary))
-            _finish(run, exit_code)
+            with _service_ends_after(FINISH_SECONDS + PATIENCE_SECONDS):
+                run.finish(exit_code=exit_code)
 
         self._guarded("at its end", close)
 
@@ -255,8 +250,7 @@ class WandbRun:
             action(self._run)
         except Exception as error:  # whatever W&B raises, the training goes on
             self._fail(
-                f"W&B failed {when}: {first_line(error)}; the run goes on without it, "
-                "every row is in metrics.jsonl"
+                f"W&B failed {when}: {first_line(error)}; the run goes on without it, {self._kept}"
             )
 
     def _fail(self, message: str) -> None:

@@ -1,8 +1,9 @@
 """What holds for every test: shapes are checked, seeds are fixed, nothing reaches the network."""
 
+import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def _no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(socket.socket, "connect", connect_locally)
         yield
+
+
+@pytest.fixture
+def as_json(command: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[str, Any]]:
+    """What the test file's command prints with `--json`, strict JSON."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        code, output, errors = command(*arguments, "--json")
+        assert (code, errors) == (0, "")
+        content: dict[str, Any] = json.loads(output, parse_constant=pytest.fail)
+        return content
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from mechcausal.cli import main
 from mechcausal.recipes import load_recipe, packaged_recipes
 from mechcausal.run_folder import read_metrics, read_summary
 from mechcausal.wandb_fragments import count_wandb_rows
+from tests.commands import outcome
 
 # A run of a few steps, S = 3, T = 6.
 LEAN = """
@@ -61,16 +62,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "metrics.jsonl").touch()
     return tmp_path
-
-
-def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and error output of a command."""
-    try:
-        code = main(arguments)
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 1
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # --- Help ---

@@ -3,9 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
-from mechcausal.cli import main
 from mechcausal.detection import Detection, detect
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import parse_recipe
 from mechcausal.targets import load_target
 from mechcausal.training import train
 from mechcausal.wandb_fragments import count_wandb_rows
+from tests.commands import Command, outcome
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
 from tests.test_targets import LEAN
@@ -29,7 +28,6 @@ HEAD_KEYS = [
     *("layer", "head", "induction", "induction_stderr", "positional_control", "previous_token"),
     *("duplicate_token", "copying", "uniform_baseline", "verdict"),
 ]
-Detect = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +71,12 @@ def folder(wiring: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Detect:
+) -> Command:
     """Run `mechcausal detect` beside the targets: exit code, output, error output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "120")
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(["detect", *arguments])
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def as_json(command: Detect) -> Callable[..., dict[str, Any]]:
-    """What `--json` prints, strict JSON."""
-
-    def run(*arguments: str) -> dict[str, Any]:
-        code, output, errors = command(*arguments, "--json")
-        assert (code, errors) == (0, "")
-        content: dict[str, Any] = json.loads(output, parse_constant=pytest.fail)
-        return content
-
-    return run
+    return partial(outcome, capsys, "detect")
 
 
 # --- What it finds ---
@@ -209,7 +185,7 @@ def test_one_sequence_has_no_standard_error(as_json) -> None:
     assert {row["stderr"] for row in content["ablations"]} <= {None}
 
 
-def test_csv_has_a_row_for_every_head(command: Detect, as_json) -> None:
+def test_csv_has_a_row_for_every_head(command: Command, as_json) -> None:
     code, output, errors = command("wired", "--csv")
     assert (code, errors) == (0, "")
     rows = list(csv.DictReader(io.StringIO(output)))
@@ -224,7 +200,7 @@ def test_csv_has_a_row_for_every_head(command: Detect, as_json) -> None:
 
 
 def test_the_table_shows_heads_with_a_verdict_and_what_else_was_asked_for(
-    command: Detect, wiring: Planted
+    command: Command, wiring: Planted
 ) -> None:
     code, output, errors = command("wired", "--ablate", "--compose")
     assert (code, errors) == (0, "")
@@ -239,7 +215,7 @@ def test_the_table_shows_heads_with_a_verdict_and_what_else_was_asked_for(
     assert f"read: {wiring.partner[0]}.{wiring.partner[1]} (" in output
 
 
-def test_heads_without_a_verdict_are_counted_or_shown(command: Detect) -> None:
+def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:
     _, short, _ = command("gpt2_folder", "--threshold", "1")
     _, all_, _ = command("gpt2_folder", "--threshold", "1", "--all")
     assert short.count("±") - 1 == all_.count("±") - 1 == 4  # under five heads all are shown
@@ -250,14 +226,14 @@ def test_heads_without_a_verdict_are_counted_or_shown(command: Detect) -> None:
     assert all_.count("±") - 1 == 12
 
 
-def test_nothing_to_take_out_and_nothing_to_read_is_said(command: Detect) -> None:
+def test_nothing_to_take_out_and_nothing_to_read_is_said(command: Command) -> None:
     _, output, _ = command("run", "--step", "0", "--ablate", "--compose")
     assert "no induction or previous-token head to take out" in output
     assert "composition: no induction head" in output
 
 
 @pytest.mark.parametrize("output", ["table", "--json", "--csv"])
-def test_the_heatmap_is_a_picture(command: Detect, tmp_path: Path, output: str) -> None:
+def test_the_heatmap_is_a_picture(command: Command, tmp_path: Path, output: str) -> None:
     path = tmp_path / "heads.png"
     options = [] if output == "table" else [output]
     code, printed, errors = command("wired", "--heatmap", str(path), *options)
@@ -269,7 +245,7 @@ def test_the_heatmap_is_a_picture(command: Detect, tmp_path: Path, output: str) 
     assert ("heatmap:" in printed) == (output == "table")
 
 
-def test_wandb_gets_a_run_inside_the_run_folder(command: Detect, folder: Path) -> None:
+def test_wandb_gets_a_run_inside_the_run_folder(command: Command, folder: Path) -> None:
     code, output, errors = command("run", "--wandb", "--ablate", "--compose")
     assert (code, errors) == (0, "")
     (run,) = (folder / "run" / "wandb").glob("offline-run-*")
@@ -324,7 +300,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda v: " ".join(v)[:60])
 def test_bad_input_is_one_line_and_exit_code_2(
-    command: Detect, folder: Path, arguments: list[str], parts: list[str]
+    command: Command, folder: Path, arguments: list[str], parts: list[str]
 ) -> None:
     before = sorted(folder.rglob("*"))
     code, output, errors = command(*arguments)
@@ -338,7 +314,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_help_names_the_options(command: Detect) -> None:
+def test_help_names_the_options(command: Command) -> None:
     code, output, _ = command("--help")
     assert code == 0
     for option in ("--step", "--threshold", "--sequences", "--ablate", "--compose", "--heatmap"):
@@ -346,7 +322,7 @@ def test_help_names_the_options(command: Detect) -> None:
 
 
 def test_wandb_that_cannot_start_does_not_cost_the_result(
-    command: Detect, monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**options: object) -> None:
         raise wandb.errors.CommError("no connection\nat all")
@@ -359,3 +335,18 @@ def test_wandb_that_cannot_start_does_not_cost_the_result(
         f"mechcausal: warning: W&B could not start {mode}: no connection"
         for mode in ("online", "offline")
     ]
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert errors.count("\n") == 1
+    assert "no connection; the run goes on without it, the scores are in its output" in errors

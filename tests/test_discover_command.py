@@ -1,22 +1,20 @@
 """`mechcausal discover`: its graph, in every form, and one line for every wrong input."""
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mechcausal.cli import main
 from mechcausal.models.adapter import load_model, save_model
 from probes import discover_attention
+from tests.commands import Command, outcome
 from tests.hugging_face import save_gpt2
 from tests.probes.latent_dags import attention_with_sink
 from tests.probes.wired import blank
 
-Discover = Callable[..., tuple[int, str, str]]
 CHAIN = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
 
 
@@ -55,32 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Discover:
+) -> Command:
     """Run `mechcausal discover` beside the targets: exit code, output, error output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "100")
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(["discover", *arguments])
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def as_json(command: Discover) -> Callable[..., dict[str, Any]]:
-    def run(*arguments: str) -> dict[str, Any]:
-        code, output, errors = command(*arguments, "--json")
-        assert (code, errors) == (0, "")
-        content: dict[str, Any] = json.loads(output, parse_constant=pytest.fail)
-        return content
-
-    return run
+    return partial(outcome, capsys, "discover")
 
 
 def test_json_of_a_matrix(as_json) -> None:
@@ -115,7 +93,7 @@ def test_options_reach_the_search(as_json, folder: Path) -> None:
     assert (stopped["complete"], len(stopped["edges"])) == (False, 66)
 
 
-def test_a_sweep_over_n_eff(command: Discover, as_json) -> None:
+def test_a_sweep_over_n_eff(command: Command, as_json) -> None:
     sweep = as_json("sink.npy", "--n-eff", "16,64,1000")["sweep"]
     assert [one["n_eff"] for one in sweep] == [16, 64, 1000]
     code, output, _ = command("sink.npy", "--n-eff", "16,64,1000")
@@ -124,7 +102,7 @@ def test_a_sweep_over_n_eff(command: Discover, as_json) -> None:
         assert str(len(one["edges"])) in output
 
 
-def test_a_saved_model_is_read(as_json, command: Discover, folder: Path) -> None:
+def test_a_saved_model_is_read(as_json, command: Command, folder: Path) -> None:
     content = as_json("model", "--tokens", "1,2, 3 4", "--layer", "0", "--head", "1")
     model = load_model(folder / "model")
     assert content["n_eff"] == model.cfg.d_head
@@ -135,7 +113,7 @@ def test_a_saved_model_is_read(as_json, command: Discover, folder: Path) -> None
     assert "layer 1, head 0" in output
 
 
-def test_text_goes_through_the_tokenizer(command: Discover) -> None:
+def test_text_goes_through_the_tokenizer(command: Command) -> None:
     code, output, errors = command(
         "gpt2_folder", "--text", "t1", "--n-eff", "1000", "--alpha", "0.5"
     )
@@ -144,14 +122,14 @@ def test_text_goes_through_the_tokenizer(command: Discover) -> None:
     assert "'t1'" in output or "'t0'" in output
 
 
-def test_a_picture(command: Discover, tmp_path: Path) -> None:
+def test_a_picture(command: Command, tmp_path: Path) -> None:
     code, output, _ = command("sink.npy", "--n-eff", "64", "--picture", str(tmp_path / "a.png"))
     assert code == 0
     assert "a.png" in output
     assert imread(tmp_path / "a.png").std() > 0
 
 
-def test_a_search_that_was_stopped_says_so(command: Discover) -> None:
+def test_a_search_that_was_stopped_says_so(command: Command) -> None:
     code, output, _ = command("sink.npy", "--n-eff", "64", "--time-budget", "0")
     assert code == 0
     assert "stopped early" in output
@@ -188,6 +166,9 @@ T = ("--tokens", "1,2,3")
         (("sink.npy", "--n-eff", "-5"), "n_eff is -5"),
         (("sink.npy", "--n-eff", "nan"), "n_eff is nan"),
         (("sink.npy", "--n-eff", "many"), "--n-eff is 'many'"),
+        (("sink.npy", "--n-eff", "inf"), "n_eff is inf"),
+        (("sink.npy", "--n-eff=-inf", "--max-cond", "1"), "n_eff is -inf"),
+        (("sink.npy", "--n-eff", "nan", "--max-cond", "1"), "n_eff is nan"),
         (("sink.npy", "--n-eff", "8", "--max-cond", "5"), "max_cond is 5 with n_eff 8"),
         (("sink.npy", "--n-eff", "5", "--alpha", "0.9"), "at most 1 (max_cond)"),
         (("sink.npy", *N, "--max-cond", "-1"), "max_cond is -1"),
@@ -219,14 +200,14 @@ T = ("--tokens", "1,2,3")
         (("absent/model/x", *T), "no such folder"),
     ],
 )
-def test_wrong_input_is_one_line(command: Discover, arguments, message: str) -> None:
+def test_wrong_input_is_one_line(command: Command, arguments, message: str) -> None:
     code, output, errors = command(*arguments)
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert message in errors
 
 
-def test_help_says_what_n_eff_is(command: Discover) -> None:
+def test_help_says_what_n_eff_is(command: Command) -> None:
     code, output, _ = command("--help")
     assert code == 0
     assert "knob of sparsity" in " ".join(output.split())

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from mechcausal.applications import catalogue
 from mechcausal.applications.recommender import RecommenderSettings, train_recommender
 from mechcausal.applications.sessions import ThemeRule
-from mechcausal.cli import main
 from mechcausal.wandb_fragments import count_wandb_rows
 from probes.causal_discovery.explain import METHODS
+from tests.commands import outcome
 from tests.test_sentiment import TEXT, save_bert
 
 
@@ -36,17 +37,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(["explain", *arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_a_comparison_is_printed_written_drawn_and_tracked(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ("--seeds", "2", "--sequences", "3", "--budget", "40")
-    code, output, errors = outcome(capsys, "recommender", *sizes, "--out", "here", "--json")
+    code, output, errors = outcome(
+        capsys, "explain", "recommender", *sizes, "--out", "here", "--json"
+    )
     assert code == 0
     assert errors.count("\n") == 2  # a line a seed
     content = json.loads(output)
@@ -60,9 +57,29 @@ def test_a_comparison_is_printed_written_drawn_and_tracked(
     assert Path("here/seed-1/model/model.safetensors").is_file()
     (run,) = Path("here/wandb").glob("offline-run-*")
     assert count_wandb_rows(run) == 3  # a row a seed, and the table
-    code, output, errors = outcome(capsys, "recommender", *sizes, "--out", "here")
+    code, output, errors = outcome(capsys, "explain", "recommender", *sizes, "--out", "here")
     assert (code, output) == (2, "")
     assert "already holds explanations.json" in errors
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    sizes = ("--seeds", "1", "--sequences", "2", "--budget", "20", "--out", "here")
+    code, output, errors = outcome(capsys, "explain", "recommender", *sizes, "--json")
+    assert code == 0
+    assert json.loads(output) == json.loads(Path("here/explanations.json").read_text())
+    (warning,) = (line for line in errors.splitlines() if "warning" in line)
+    assert "no connection" in warning
+    assert "the result is in explanations.json" in warning
 
 
 LISTED = ("causal", "random", "occlusion", "attention", "exhaustive", "minimum")
@@ -75,7 +92,7 @@ def test_a_comparison_repeats_and_prints_a_table(
     sizes = ("--seeds", "1", "--sequences", "2", "--wandb-mode", "disabled")
     tables = []
     for out in ("one", "two"):
-        code, output, _ = outcome(capsys, "recommender", *sizes, "--out", out)
+        code, output, _ = outcome(capsys, "explain", "recommender", *sizes, "--out", out)
         assert code == 0
         tables.append(output.replace(f"{out}/", ""))
     assert tables[0] == tables[1]
@@ -90,7 +107,7 @@ def test_ratings_are_explained(folder: Path, capsys: pytest.CaptureFixture[str])
     Path("u.data").write_text("".join(lines))
     arguments = ("--data", "u.data", "--seeds", "1", "--sequences", "2", "--budget", "30")
     code, output, _ = outcome(
-        capsys, "recommender", *arguments, "--json", "--wandb-mode", "disabled"
+        capsys, "explain", "recommender", *arguments, "--json", "--wandb-mode", "disabled"
     )
     assert code == 0
     content = json.loads(output)
@@ -105,13 +122,13 @@ def test_texts_are_explained_with_a_hugging_face_folder(
     save_bert(folder / "bert")
     capsys.readouterr()  # transformers shows its progress
     arguments = ("sentiment", "--model", "bert", "--text", TEXT, "film was")
-    code, output, errors = outcome(capsys, *arguments, "--json")
+    code, output, errors = outcome(capsys, "explain", *arguments, "--json")
     assert (code, errors) == (0, "")
     rows = json.loads(output)["explanations"]
     assert [(row["text"], row["method"]) for row in rows] == [
         (text, method) for text in (TEXT, "film was") for method in METHODS
     ]
-    code, output, errors = outcome(capsys, *arguments)
+    code, output, errors = outcome(capsys, "explain", *arguments)
     assert (code, errors) == (0, "")
     assert TEXT.split()[0] in output
     assert "LABEL_" in output
@@ -151,7 +168,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     Path("bad.csv").write_text("a,b\n1,2\n")
     before = sorted(folder.rglob("*"))
-    code, output, errors = outcome(capsys, *arguments)
+    code, output, errors = outcome(capsys, "explain", *arguments)
     assert (code, output) == (2, "")
     assert errors.startswith("mechcausal: ")
     assert errors.count("\n") == 1

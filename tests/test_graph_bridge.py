@@ -93,3 +93,14 @@ def test_recipes_without_a_graph_in_their_attention_are_refused(tmp_path: Path, 
     with pytest.raises(RecipeError, match="the bridge needs a causal graph"):
         bridge(load_recipe(name), seeds=1, n_sequences=1, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_conditioning_sets_are_no_larger_than_n_eff_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_JOINT_STEPS", 3)
+    recipe = lean(training__stage1__steps=3)
+    with pytest.raises(ValueError, match="n_eff is 3; it must be above 3"):
+        bridge(recipe, seeds=1, n_sequences=1, folder=tmp_path, n_eff=3)
+    result = bridge(recipe, seeds=1, n_sequences=1, folder=tmp_path, n_eff=5, wandb_mode="disabled")
+    assert result.settings["max_cond"] == 1

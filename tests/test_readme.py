@@ -121,6 +121,8 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.applications.bridge.bridge", reach)
     monkeypatch.setattr("mechcausal.applications.hugging_face.TextClassifier", reach)
     monkeypatch.setattr("mechcausal.applications.movielens.load_ratings", reach)
+    monkeypatch.setattr("mechcausal.commands.runs.find_runs", reach)
+    monkeypatch.setattr("mechcausal.commands.sync.find_runs", reach)
     monkeypatch.setattr("mechcausal.run_folder.find_runs", reach)
     monkeypatch.setattr("mechcausal.sweeps.driver.run_sweep", reach)
     monkeypatch.setattr("mechcausal.sweeps.wandb_sweep.write_wandb_sweep", reach)

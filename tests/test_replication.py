@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import wandb
 
 from mechcausal.averages import sequence_mean
 from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.replication import FIGURES, Replication, replicate
-from mechcausal.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError
+from mechcausal.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
 from mechcausal.replication.evaluation import losses, miscounted_prediction
 from mechcausal.replication.page import measured, number, publish
 from mechcausal.replication.rows import Row, mean_and_stderr
@@ -197,3 +198,18 @@ def test_rows_and_numbers() -> None:
     assert measured(Row("figure9", "x", None, 0.5, 0.01, None, True)) == "0.5 ± 0.01"
     assert measured(Row("figure9", "x", None, None, None, None, False)) == "not found"
     assert [number(x) for x in (12345.6, 0.00012, float("nan"))] == ["12,346", "0.00012", ""]
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    replication = Replication([], {}, {}, tmp_path)
+    _log(replication, "offline", "group")
+    (warning,) = replication.warnings
+    assert "no connection" in warning
+    assert warning.endswith(f"the table is in {TABLE_FILE}")

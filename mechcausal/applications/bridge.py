@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from mechcausal.applications.driver import make_folder
+from mechcausal.applications.recording import make_folder, place_of, start_run, table_of
 from mechcausal.applications.skeletons import READINGS, Seen, Skeleton, read_skeletons, scores
 from mechcausal.drawing import ATTENTION_COLOURS, CYCLE, new_figure
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.replication.rows import mean_and_stderr
 from mechcausal.training import train
-from mechcausal.wandb_runs import resolve_mode, start_wandb
+from mechcausal.wandb_runs import resolve_mode
+from probes.causal_discovery.independence import largest_given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,16 +117,20 @@ def bridge(
         folder: made if absent; holds no earlier result.
         n_eff: knob of sparsity of the tests.
         alpha: their level.
-        max_cond: largest conditioning set.
+        max_cond: largest conditioning set; less where `n_eff` allows less.
         quick: a third of the training steps.
         wandb_mode: of every training run and of the comparison.
         on_progress: called with a line for every model.
 
     Raises:
+        ValueError: `n_eff` is not above 3 and finite.
         RecipeError: a recipe without a causal graph, or of a standard model.
         RunFolderError: the folder cannot be written, or holds a result.
     """
     variants = _variants(recipe, quick)
+    if not 3 < n_eff < float("inf"):
+        raise ValueError(f"n_eff is {n_eff:g}; it must be above 3 and finite")
+    max_cond = min(max_cond, largest_given(n_eff))
     mode = resolve_mode(wandb_mode)
     make_folder(folder, RESULT_FILE)
     seen: dict[str, list[Seen]] = {}
@@ -261,28 +266,19 @@ def _pairs(axis: "Axes", found: Sequence[Skeleton], n: int, title: str) -> None:
 
 def _log(result: Bridge, mode: WandbMode) -> str | None:
     """One more W&B run, with the table and the picture; where it is."""
-    if mode == "disabled":
-        return None
-    import wandb
-
-    run, mode = start_wandb(
+    run = start_run(
         mode,
-        result.folder,
+        result.folder / RESULT_FILE,
         result.warnings,
-        project="mechcausal",
-        group=f"bridge-{result.recipe}",
-        job_type="bridge",
-        name=f"bridge-{result.recipe}-table",
-        tags=["bridge", result.recipe],
-        config=result.settings,
+        kind="bridge",
+        subject=result.recipe,
+        name="table",
+        settings=result.settings,
     )
     if run is None:
         return None
-    columns: list[str | int] = list(BridgeRow.__dataclass_fields__)
-    table = wandb.Table(columns=columns, data=[[*row.__dict__.values()] for row in result.rows])
-    picture = wandb.Image(str(result.folder / PICTURE_FILE))
-    run.log({"bridge": table, "skeletons": picture})
-    run.summary.update({f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows})
-    place = str(run.url if mode == "online" else run.settings.sync_dir)
-    run.finish()
-    return place
+    table = table_of([row.__dict__ for row in result.rows])
+    run.log(0, {"bridge": table}, {"skeletons": result.folder / PICTURE_FILE})
+    f1 = {f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows}
+    run.finish(f1, exit_code=0)
+    return place_of(run)

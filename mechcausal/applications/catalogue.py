@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch.nn.functional import pad
 from transformer_lens import HookedTransformer
 
-from mechcausal.applications.driver import Inputs, generator_on
+from mechcausal.applications.driver import Inputs
 from mechcausal.applications.recommender import (
     RecommenderSettings,
     hit_rate,
@@ -48,7 +49,8 @@ class Recommendation:
 
     def inputs(self, n_sequences: int, seed: int) -> Inputs:
         """Held-out sessions with a MASK behind them."""
-        batch = self.source.held_out(n_sequences, generator_on(self.device, seed))
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        batch = self.source.held_out(n_sequences, generator)
         causes = None if batch.causes is None else pad(batch.causes, (0, 1))
         return Inputs(with_mask(batch.items), causes)
 
@@ -86,7 +88,8 @@ class Sentiment:
 
     def inputs(self, n_sequences: int, seed: int) -> Inputs:
         """Fresh reviews."""
-        batch = self.rule.sample(n_sequences, generator_on(self.device, seed))
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        batch = self.rule.sample(n_sequences, generator)
         return Inputs(batch.tokens, batch.causes)
 
     def describe(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -51,6 +52,20 @@ def build_bidirectional(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build_hooked(config)
+
+
+def drawn_to_hide(
+    tokens: Int[Tensor, "batch pos"], most: float, generator: torch.Generator
+) -> Bool[Tensor, "batch pos"]:
+    """Which tokens a step of training hides, so that to a model hidden tokens are nothing new.
+
+    Args:
+        tokens: one sequence each row.
+        most: largest share of a sequence that is hidden; drawn anew for every one.
+        generator: on the tokens' device.
+    """
+    share = most * torch.rand(len(tokens), 1, generator=generator, device=tokens.device)
+    return torch.rand(tokens.shape, generator=generator, device=tokens.device) < share
 
 
 def fit(model: HookedTransformer, loss: Callable[[], Tensor], *, steps: int, lr: float) -> None:

@@ -1,25 +1,22 @@
 """Train an application's model for every seed, explain its predictions, record and draw."""
 
 import json
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.applications.comparison import LABELS, MethodFigures, Row, compare, over_seeds
+from mechcausal.applications.recording import make_folder, place_of, start_run, table_of
 from mechcausal.drawing import CYCLE, new_figure
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import WandbMode
 from mechcausal.replication.rows import mean_and_stderr
-from mechcausal.run_folder import RunFolderError
-from mechcausal.wandb_runs import resolve_mode, start_wandb
+from mechcausal.wandb_runs import resolve_mode
 
 RESULT_FILE = "explanations.json"
 PICTURE_FILE = "explanations.png"
@@ -152,21 +149,18 @@ def run_application(
         **application.describe(),
     }
     warnings: list[str] = []
-    run = None
-    if mode != "disabled":
-        run, mode = start_wandb(
-            mode,
-            folder,
-            warnings,
-            project="mechcausal",
-            group=f"explain-{application.name}",
-            job_type="explain",
-            name=f"explain-{application.name}-{folder.name}",
-            tags=["explain", application.name],
-            config=settings,
-        )
+    run = start_run(
+        mode,
+        folder / RESULT_FILE,
+        warnings,
+        kind="explain",
+        subject=application.name,
+        name=folder.name,
+        settings=settings,
+    )
     by_seed: list[dict[str, MethodFigures]] = []
     accuracies: list[float] = []
+    summary: dict[str, Any] = {}
     finished = False
     try:
         for seed in range(seeds):
@@ -187,7 +181,7 @@ def run_application(
             )
             by_seed.append(figures)
             if run is not None:
-                run.log(_history_row(seed, accuracies[-1], figures))
+                run.log(seed, _history_row(seed, accuracies[-1], figures))
             causal = figures["causal"]
             on_progress(
                 f"seed {seed}: accuracy {accuracies[-1]:.3f}, {causal.size:.2f} tokens, "
@@ -200,40 +194,24 @@ def run_application(
             mean_and_stderr(accuracies),
             settings,
             folder,
-            None if run is None else str(run.url if mode == "online" else run.settings.sync_dir),
+            place_of(run),
             warnings,
         )
         text = json.dumps(result.as_json(), indent=2) + "\n"
         (folder / RESULT_FILE).write_text(text, encoding="utf-8")
         draw(rows, application.name, folder / PICTURE_FILE)
+        content = [row.as_json() for row in rows]
         if run is not None:
-            _log_table(run, rows, folder / PICTURE_FILE)
+            table = table_of(content)
+            run.log(seeds, {"explanations": table}, {"comparison": folder / PICTURE_FILE})
+        summary = {
+            f"{row['method']}/{k}": v for row in content for k, v in row.items() if k != "method"
+        }
         finished = True
     finally:
         if run is not None:
-            run.finish(exit_code=0 if finished else 1)
+            run.finish(summary, exit_code=0 if finished else 1)
     return result
-
-
-def make_folder(folder: Path, result: str) -> None:
-    """Make the folder of a result, and check that none is in it.
-
-    Raises:
-        RunFolderError: not writable, or a result is there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = (folder / result).exists()
-    except OSError as error:
-        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
-    if taken:
-        raise RunFolderError(f"{folder}: already holds {result}; choose another folder with --out")
-
-
-def new_folder(name: str) -> Path:
-    """Where a result goes when the user does not say."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"explain_{name}" / f"{stamp}-{secrets.token_hex(2)}"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -280,19 +258,3 @@ def _history_row(
         for name in ("size", "found", "calls", "verified"):
             row[f"{method}/{name}"] = getattr(values, name)
     return row
-
-
-def _log_table(run: Any, rows: Sequence[Row], picture: Path) -> None:
-    import wandb
-
-    content = [row.as_json() for row in rows]
-    columns: list[str | int] = list(content[0])
-    table = wandb.Table(columns=columns, data=[list(row.values()) for row in content])
-    run.log({"explanations": table, "comparison": wandb.Image(str(picture))})
-    for row in content:
-        run.summary.update({f"{row['method']}/{k}": v for k, v in row.items() if k != "method"})
-
-
-def generator_on(device: str, seed: int) -> torch.Generator:
-    """A generator with a seed on a device."""
-    return torch.Generator(device=device).manual_seed(seed)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformer_lens import HookedTransformer
 
-from mechcausal.applications.classifier import build_bidirectional, fit
+from mechcausal.applications.classifier import build_bidirectional, drawn_to_hide, fit
 from mechcausal.applications.sessions import MASK, PAD, SessionSource
 
 
@@ -69,11 +69,9 @@ def train_recommender(
 
     def loss() -> Tensor:
         batch = source.sample(settings.batch_size, generator)
-        n = len(batch.items)
-        share = settings.dropped * torch.rand(n, 1, generator=generator, device=device)
-        gone = torch.rand(batch.items.shape, generator=generator, device=device) < share
+        gone = drawn_to_hide(batch.items, settings.dropped, generator)
         tokens = with_mask(batch.items.masked_fill(gone, PAD))
-        shown = torch.rand(n, generator=generator, device=device) < settings.shown
+        shown = torch.rand(len(tokens), generator=generator, device=device) < settings.shown
         tokens[:, -1] = torch.where(shown, batch.target, MASK)
         logits: Tensor = model(tokens)[:, -1]
         return cross_entropy(logits, batch.target)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
 
-from mechcausal.applications.classifier import build_bidirectional, fit
+from mechcausal.applications.classifier import build_bidirectional, drawn_to_hide, fit
 from mechcausal.applications.reviews import CLASSES, PAD, ReviewRule
 
 
@@ -65,8 +65,7 @@ def train_classifier(
 
     def loss() -> Tensor:
         tokens = rule.sample(settings.batch_size, generator).tokens
-        share = settings.dropped * torch.rand(len(tokens), 1, generator=generator, device=device)
-        gone = torch.rand(tokens.shape, generator=generator, device=device) < share
+        gone = drawn_to_hide(tokens, settings.dropped, generator)
         gone[:, 0] = False
         tokens = tokens.masked_fill(gone, PAD)
         logits: Tensor = model(tokens)[:, 0]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,9 +135,10 @@ def _check(options: Explain) -> None:
 
 def _compare(options: Explain) -> int:
     from mechcausal.applications import catalogue
-    from mechcausal.applications.driver import new_folder, run_application
+    from mechcausal.applications.driver import run_application
     from mechcausal.applications.movielens import load_ratings
     from mechcausal.applications.recommender import RecommenderSettings
+    from mechcausal.applications.recording import new_folder
     from mechcausal.applications.reviews import ReviewRule
     from mechcausal.applications.sentiment import ClassifierSettings
     from mechcausal.applications.sessions import SessionSource, ThemeRule
@@ -165,17 +167,12 @@ def _compare(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    _warn(result.warnings)
-    if options.json:
-        print(json.dumps(result.as_json(), indent=2, allow_nan=False))
-    else:
-        _print_comparison(result)
-    return 0
+    return _show(options, result, _print_comparison)
 
 
 def _bridge(options: Explain) -> int:
     from mechcausal.applications.bridge import bridge
-    from mechcausal.applications.driver import new_folder
+    from mechcausal.applications.recording import new_folder
     from mechcausal.recipes import load_recipe
 
     recipe = load_recipe(options.recipe or "random_tree").with_overrides(device=options.device)
@@ -189,12 +186,7 @@ def _bridge(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    _warn(result.warnings)
-    if options.json:
-        print(json.dumps(result.as_json(), indent=2, allow_nan=False))
-    else:
-        _print_bridge(result)
-    return 0
+    return _show(options, result, _print_bridge)
 
 
 def _explain_texts(options: Explain, folder: Path) -> int:
@@ -219,9 +211,14 @@ def _report(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def _warn(warnings: list[str]) -> None:
-    for warning in warnings:
+def _show(options: Explain, result: Any, print_table: Callable[[Any], None]) -> int:
+    for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result.as_json(), indent=2, allow_nan=False))
+    else:
+        print_table(result)
+    return 0
 
 
 def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> Any:

@@ -10,7 +10,7 @@ from mechcausal.replication.figures import FIGURES, Figure
 from mechcausal.replication.page import write_page, write_table
 from mechcausal.replication.rows import Row
 from mechcausal.replication.runs import Run, run_all
-from mechcausal.wandb_runs import finish_wandb, resolve_mode, start_wandb
+from mechcausal.wandb_runs import WandbRun, resolve_mode
 
 TABLE_FILE = "replication.json"
 PAGE_FILE = "replication.md"
@@ -148,22 +148,19 @@ def _log(replication: Replication, mode: WandbMode, group: str) -> None:
         return
     import wandb
 
-    run, _ = start_wandb(
+    run = WandbRun(
         mode,
         replication.folder,
-        replication.warnings,
+        replication.warnings.append,
+        kept=f"the table is in {TABLE_FILE}",
         project="mechcausal",
         group=group,
         job_type="replication",
         name=f"{group}-table",
         tags=["replication"],
     )
-    if run is None:
-        return
     columns: list[str | int] = list(Row.__dataclass_fields__)
     data = [list(row.as_json().values()) for row in replication.rows]
-    pictures = {name: wandb.Image(str(path)) for name, path in replication.pictures.items()}
-    run.log({"replication": wandb.Table(columns=columns, data=data), **pictures})
-    run.summary["holds"] = sum(row.holds is True for row in replication.rows)
-    run.summary["does_not_hold"] = sum(row.holds is False for row in replication.rows)
-    finish_wandb(run, replication.warnings)
+    run.log(0, {"replication": wandb.Table(columns=columns, data=data)}, replication.pictures)
+    holds = [row.holds for row in replication.rows]
+    run.finish({"holds": holds.count(True), "does_not_hold": holds.count(False)}, exit_code=0)

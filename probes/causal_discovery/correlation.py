@@ -8,13 +8,15 @@ parallel, A Aᵀ is nearly singular, and an inverse loses what a projection keep
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Shaped
+from scipy.linalg import qr
 from torch import Tensor
 
+_ROUNDING = 1e-2
+"""Half precision rounds every entry, and the matrix may have been widened since; more than this is
+no softmax."""
 RESIDUAL_TOLERANCE = 1e-12
 """Share of a row's length below which what is left of it counts as rounding."""
 
@@ -36,11 +38,9 @@ def checked_attention(
     ValueError: row 1 of the attention sums to 0.9; each must sum to 1
     """
     if isinstance(attention, Tensor):
-        rounding = torch.finfo(attention.dtype).eps if attention.is_floating_point() else 0.0
-        attention = attention.detach().cpu().double().numpy()
-    else:
-        is_float = np.issubdtype(attention.dtype, np.floating)
-        rounding = float(np.finfo(attention.dtype).eps) if is_float else 0.0
+        attention = attention.detach().cpu()
+        # NumPy has no bfloat16.
+        attention = (attention.double() if attention.is_floating_point() else attention).numpy()
     if attention.dtype.kind not in "fiub":
         raise ValueError(f"the attention has type {attention.dtype}; real numbers are needed")
     if attention.ndim != 2 or attention.shape[0] != attention.shape[1] or not attention.size:
@@ -48,7 +48,9 @@ def checked_attention(
             f"the attention has shape {tuple(attention.shape)}; one square matrix is needed, "
             "[query key]"
         )
-    matrix = attention.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix = attention.astype(np.float64)
+        sums = matrix.sum(1)
     broken = ~np.isfinite(matrix)
     if broken.any():
         query, key = np.argwhere(broken)[0]
@@ -58,9 +60,7 @@ def checked_attention(
         raise ValueError(
             f"the attention has {matrix[query, key]:g} at [{query}, {key}]; none may be negative"
         )
-    sums = matrix.sum(1)
-    # Half precision rounds every entry; more than that is no softmax.
-    wrong = np.flatnonzero(np.abs(sums - 1) > max(1e-4, 8 * rounding))
+    wrong = np.flatnonzero(np.abs(sums - 1) > _ROUNDING)
     if wrong.size:
         raise ValueError(
             f"row {wrong[0]} of the attention sums to {sums[wrong[0]]:.6g}; each must sum to 1"
@@ -96,24 +96,32 @@ def partial_correlation(
     Returns:
         ρ; NaN for pairs with a node that the given ones determine, themselves among them.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        residual = residual_rows(unit, given)
-        lengths = np.linalg.norm(residual, axis=1, keepdims=True)
-        residual = residual / np.where(lengths > RESIDUAL_TOLERANCE, lengths, np.nan)
-    return np.clip(residual @ residual.T, -1.0, 1.0)
+    unit = _unit_rows(residual_rows(_unit_rows(rows), given))
+    unit[~unit.any(1)] = np.nan
+    return np.asarray(np.clip(unit @ unit.T, -1.0, 1.0))
 
 
 def residual_rows(
     rows: Float[np.ndarray, "node source"], given: Sequence[int]
 ) -> Float[np.ndarray, "node source"]:
-    """What is left of every row when the given rows are projected out."""
+    """What is left of every row when the given rows are projected out; zeros where they span it."""
     if not len(given):
         return rows
-    basis: Any = np.linalg.qr(rows[list(given)].T)[0]
+    # Pivots put rows that the others span last: they would add a direction of rounding alone.
+    directions, lengths, _ = qr(_unit_rows(rows[list(given)]).T, mode="economic", pivoting=True)
+    basis = directions[:, np.abs(lengths.diagonal()) > RESIDUAL_TOLERANCE]
     residual = rows - (rows @ basis) @ basis.T
     # A second pass takes out what rounding left of the first where little remains of a row.
-    return np.asarray(residual - (residual @ basis) @ basis.T)
+    residual = residual - (residual @ basis) @ basis.T
+    before, after = np.linalg.norm(rows, axis=1), np.linalg.norm(residual, axis=1)
+    residual[after <= RESIDUAL_TOLERANCE * before] = 0.0
+    return np.asarray(residual)
+
+
+def _unit_rows(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "node source"]:
+    """The rows with length 1; zeros stay."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))
 
 
 def without_sink(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probes.causal_discovery.causal_learn import causal_learn
 from probes.causal_discovery.correlation import checked_attention, without_sink
-from probes.causal_discovery.independence import PartialCorrelationTest
+from probes.causal_discovery.independence import PartialCorrelationTest, largest_given
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.reading import read_head
 from probes.causal_discovery.search import Found, icd
@@ -104,12 +104,13 @@ def discover(
             Compare a few.
         alpha: level of the tests; the smaller, the fewer edges.
         ordered: whether token order is causal order (OrdICD); None: where no token attends to
-            a later one.
+            a later one, and without selection bias.
         sink: "node", or "conditioned": the attention sink is taken out by conditioning on it.
         sink_position: where the sink is; used with "conditioned".
         positions: the tokens to be nodes, None for all; the others are hidden variables.
         values: take the covariances of the attention-weighted values A V (`hook_z`) instead.
-        engine: "icd"; "fci" or "pc" of causal-learn as a check, which know no token order.
+        engine: "icd"; "fci" or "pc" of causal-learn as a check, which know no token order, and
+            take neither `stable` nor `selection_bias` nor `time_budget`.
         stable: see `icd`.
         max_cond: largest conditioning set; must be below n_eff − 3.
         time_budget: seconds after which the search stops with a sound partial graph (icd alone).
@@ -171,7 +172,7 @@ def discover_attention(
         attention: `[query key]`, rows that sum to 1.
         n_eff: stands for a number of samples: a knob of sparsity.
         alpha: level of the tests.
-        ordered: whether token order is causal order; None: where no token attends to a later one.
+        ordered: whether token order is causal order; None: see `discover`.
         sink: "node" or "conditioned".
         sink_position: where the sink is.
         positions: the tokens to be nodes.
@@ -197,8 +198,14 @@ def discover_attention(
     rows = matrix if mixed_values is None else np.asarray(mixed_values, dtype=np.float64)
     if len(rows) != len(matrix) or not np.isfinite(rows).all():
         raise ValueError(f"mixed_values must be finite, one row for each of {len(matrix)} tokens")
+    if engine != "icd":
+        ours = {"ordered": ordered, "stable": stable, "selection_bias": selection_bias}
+        for name, given in {**ours, "time_budget": time_budget is not None}.items():
+            if given:
+                raise ValueError(f"{name} goes with engine 'icd', not {engine!r}")
+        ordered = False
     if ordered is None:
-        ordered = not np.triu(matrix, 1).any()
+        ordered = not (selection_bias or np.triu(matrix, 1).any())
     nodes = _nodes(len(matrix), positions)
     if sink == "conditioned":
         rows = np.insert(without_sink(rows, sink_position), sink_position, 0.0, axis=0)
@@ -207,14 +214,11 @@ def discover_attention(
         raise ValueError(f'sink is {sink!r}; allowed: "node", "conditioned"')
     if not nodes:
         raise ValueError("no token is left to be a node: the sink was the only one")
-    if max_cond is not None and not 0 <= max_cond < n_eff - 3:
-        largest = int(np.ceil(n_eff)) - 4
-        raise ValueError(
-            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest}"
-            if largest >= 0
-            else f"n_eff is {n_eff:g}; above 3 needed"
-        )
     test = PartialCorrelationTest(rows[list(nodes)], n_eff=n_eff, alpha=alpha)
+    if max_cond is not None and not 0 <= max_cond < n_eff - 3:
+        raise ValueError(
+            f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest_given(n_eff)}"
+        )
     if engine == "icd":
         found = icd(
             test,
@@ -225,9 +229,6 @@ def discover_attention(
             selection_bias=selection_bias,
         )
     else:
-        if time_budget is not None:
-            raise ValueError(f"time_budget goes with engine 'icd', not {engine!r}")
-        ordered = False
         found = causal_learn(test, engine, max_cond=max_cond)
     return Discovery(
         **_at_positions(found, nodes),

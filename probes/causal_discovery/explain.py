@@ -27,6 +27,7 @@ from probes.causal_discovery.counterfactuals import (
     replace_by,
 )
 from probes.causal_discovery.discovery import discover_attention
+from probes.causal_discovery.independence import largest_given
 from probes.causal_discovery.pag import PAG
 from probes.errors import ProbeError
 from probes.passes import checked_tokens, run, undisturbed
@@ -215,8 +216,7 @@ def _graphs(
     """The graph over some positions, by head; the others are left out of the correlations."""
     if not math.isfinite(n_eff):
         raise ValueError(f"n_eff is {n_eff:g}; it must be finite")
-    # A test given more tokens than this is not defined.
-    allowed = max(0, math.ceil(n_eff) - 4)
+    allowed = max(0, largest_given(n_eff))
     max_cond = allowed if max_cond is None else min(max_cond, allowed)
     return tuple(
         discover_attention(

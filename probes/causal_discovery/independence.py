@@ -30,6 +30,18 @@ class IndependenceTest(Protocol):
         ...
 
 
+def largest_given(n_eff: float | int) -> int:
+    """How many variables a test can be given: the largest |S| with `n_eff > |S| + 3`.
+
+    Args:
+        n_eff: finite; up to 3 no test is possible and the result is negative.
+
+    >>> largest_given(5), largest_given(64.5), largest_given(3)
+    (1, 61, -1)
+    """
+    return math.ceil(n_eff) - 4
+
+
 def p_value(rho: float, n_given: int, n_eff: float | int) -> float:
     """Two-sided p-value of a partial correlation by Fisher's z.
 
@@ -49,7 +61,7 @@ def p_value(rho: float, n_given: int, n_eff: float | int) -> float:
     """
     freedom = n_eff - n_given - 3
     if not freedom > 0:
-        largest = math.ceil(n_eff) - 4
+        largest = largest_given(n_eff)
         allowed = f"conditioning on at most {largest} (max_cond)" if largest >= 0 else "no test"
         raise ValueError(
             f"n_eff is {n_eff:g}: a test given {n_given} tokens needs more than {n_given + 3}; "

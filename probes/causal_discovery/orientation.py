@@ -5,10 +5,12 @@ noisy tests contradict each other the first mark stays.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from probes.causal_discovery.pag import Mark
 
@@ -225,26 +227,19 @@ def _uncovered_reach(
 
 
 def _rule5(marks: Marks) -> None:
-    """R5: a o-o b, an uncovered circle path a, c, …, d, b, no edges a–d and b–c: all undirected."""
+    """R5: a o-o b, an uncovered circle path a, c, …, d, b, no edges a–d and b–c: all undirected.
+
+    Whatever lies on a closed walk of which each three nodes in a row are so is undirected: an
+    arrowhead on it would go all the way round by R1. That asks for no search through paths, of
+    which there may be more than can be counted.
+    """
     circles = (marks == CIRCLE) & (marks.T == CIRCLE)
-    for a, b in np.argwhere(np.triu(circles)):
-        for path in _uncovered_circle_paths(circles, _not_adjacent(marks), int(a), int(b)):
-            for i, j in zip(path, [*path[1:], path[0]], strict=True):
-                marks[i, j] = marks[j, i] = TAIL
-
-
-def _uncovered_circle_paths(
-    circles: Bool[np.ndarray, "node node"], apart: Bool[np.ndarray, "node node"], a: int, b: int
-) -> Iterator[list[int]]:
-    stack = [[a, int(c)] for c in np.flatnonzero(circles[a] & apart[b])]
-    while stack:
-        path = stack.pop()
-        before, here = path[-2:]
-        if circles[here, b] and apart[before, b] and apart[here, a]:
-            yield [*path, b]
-        for there in np.flatnonzero(circles[here] & apart[before]):
-            if there not in path and there != b:
-                stack.append([*path, int(there)])
+    n = len(marks)
+    u, v, w = np.nonzero(circles[:, :, None] & circles & _not_adjacent(marks)[:, None, :])
+    steps = coo_array((np.ones(len(u)), (u * n + v, v * n + w)), shape=(n * n, n * n))
+    _, component = connected_components(steps, connection="strong")
+    closed = np.bincount(component)[component] > 1
+    marks[closed.reshape(n, n)] = TAIL
 
 
 def _rules6_and_7(marks: Marks) -> None:

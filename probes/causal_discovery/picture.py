@@ -1,7 +1,9 @@
 """A picture of a partial ancestral graph: tokens in a row, edges as arcs above them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from probes.causal_discovery.pag import PAG
@@ -11,14 +13,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Safe for colour-blind readers.
-_COLOURS = {"-->": "#0072b2", "<->": "#d55e00", "o->": "#009e73", "o-o": "#9aa5b1"}
+_COLOURS = {
+    "-->": "#0072b2",
+    "<->": "#d55e00",
+    "o->": "#009e73",
+    "o-o": "#9aa5b1",
+    "---": "#cc79a7",
+    "--o": "#e69f00",
+}
 _MEANING = {
     "-->": "--> a cause",
     "<->": "<-> hidden common cause",
     "o->": "o-> cause or hidden common cause",
     "o-o": "o-o open",
+    "---": "--- selected together",
+    "--o": "--o cause or selected together",
 }
-_INCHES_PER_TOKEN = 0.42
+_INCHES_PER_TOKEN, _INCHES_PER_LETTER, _INCHES_PER_MEANING = 0.42, 0.1, 2.8
+_WIDEST = 60.0
 
 
 def draw(
@@ -38,27 +50,30 @@ def draw(
     from matplotlib.figure import Figure
 
     n = len(pag.nodes)
-    width = max(4.5, _INCHES_PER_TOKEN * n + 1)
-    figure = Figure(figsize=(width, max(3.2, 0.5 * width)))
+    labels = [str(node) if tokens is None else f"{tokens[node]} {node}" for node in pag.nodes]
+    width = min(max(4.5, _INCHES_PER_TOKEN * n + 1), _WIDEST)
+    lines = wrap(title, int(width / _INCHES_PER_LETTER))
+    letters = max(map(len, labels), default=0) + 2 * len(lines)
+    height = max(2.6, 0.45 * width) + _INCHES_PER_LETTER * letters
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     place = {node: k for k, node in enumerate(pag.nodes)}
     drawn: dict[str, None] = {}
     for edge in pag.edges():
-        kind = edge.marks if edge.marks in _COLOURS else "o-o"
+        kind = "--o" if edge.marks == "o--" else edge.marks
         drawn[kind] = None
         _arc(axes, place[edge.start], place[edge.end], edge.marks, _COLOURS[kind])
     axes.scatter(range(n), [0] * n, s=16, color="black", zorder=3)
-    labels = [str(node) if tokens is None else f"{tokens[node]} {node}" for node in pag.nodes]
     axes.set_xticks(range(n), [_plain(label) for label in labels], rotation=90)
     axes.set_yticks([])
-    axes.set(xlim=(-0.7, max(n - 0.3, 0.7)), title=_plain(title))
+    axes.set_xlim(-0.7, max(n - 0.3, 0.7))
+    axes.set_title("\n".join(map(_plain, lines)), fontsize="medium")
     spans = [abs(place[e.start] - place[e.end]) for e in pag.edges()]
     axes.set_ylim(-0.04 * max(spans, default=1), 0.56 * max(spans, default=1) + 0.05)
     axes.spines[["left", "right", "top", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    _legend(axes, list(drawn))
-    figure.tight_layout()
+    _legend(figure, list(drawn))
     return figure
 
 
@@ -75,7 +90,11 @@ def save_picture(
         OSError: the file cannot be written.
         ValueError: an ending that matplotlib does not know.
     """
-    draw(pag, tokens, title=title).savefig(file, dpi=150)
+    figure = draw(pag, tokens, title=title)
+    with warnings.catch_warnings():
+        # A box stands for a letter that the font has not.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file, dpi=150)
 
 
 def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
@@ -106,12 +125,15 @@ def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
             axes.annotate("", xy=tip, xytext=before, arrowprops=style, zorder=2)
 
 
-def _legend(axes: "Axes", kinds: list[str]) -> None:
+def _legend(figure: "Figure", kinds: list[str]) -> None:
+    """What the kinds of edges mean, above the arcs."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=_COLOURS[k], label=_MEANING[k]) for k in _COLOURS if k in kinds]
     if lines:
-        axes.legend(handles=lines, loc="upper left", frameon=False, fontsize="small")
+        columns = max(1, int(figure.get_figwidth() / _INCHES_PER_MEANING))
+        options: dict[str, Any] = {"frameon": False, "fontsize": "small", "ncols": columns}
+        figure.legend(handles=lines, loc="outside upper left", **options)
 
 
 def _plain(text: str) -> str:

@@ -59,10 +59,12 @@ def icd(
             variables. Costs more tests.
         max_cond: largest conditioning set, None for no limit.
         time_budget: seconds after which to stop, None for no limit.
-        selection_bias: see `orient`.
+        selection_bias: see `orient`; the order is then of no use, for what was selected is later
+            than all and conditioned on.
 
     Raises:
-        ValueError: `max_cond` or the budget is negative; or what the test raises.
+        ValueError: `max_cond` or the budget is negative, `ordered` and `selection_bias` are both
+            set; or what the test raises.
 
     Source: Rohekar et al. 2021 (ICD), 2023 (causal attention); Spirtes 2001 for stopping early.
     """
@@ -70,6 +72,8 @@ def icd(
         raise ValueError(f"max_cond is {max_cond}; it must be at least 0")
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget is {time_budget:g}; it must be at least 0 seconds")
+    if ordered and selection_bias:
+        raise ValueError("ordered and selection_bias exclude each other: only one of them can hold")
     deadline = math.inf if time_budget is None else time.monotonic() + time_budget
     search = _Search(test, ordered, stable, selection_bias, deadline)
     return search.run(math.inf if max_cond is None else max_cond)

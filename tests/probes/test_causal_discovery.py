@@ -3,9 +3,11 @@
 import math
 import time
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import mpmath
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformer_lens import HookedEncoder, HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from probes import PAG, ProbeError, discover, discover_attention, linear_edges, linear_effects
-from probes.causal_discovery import PartialCorrelationTest, icd, save_picture
+from probes.causal_discovery import PartialCorrelationTest, draw, icd, save_picture
 from probes.causal_discovery.causal_learn import causal_learn
 from probes.causal_discovery.correlation import correlation, partial_correlation, without_sink
 from probes.causal_discovery.independence import p_value
@@ -59,6 +61,30 @@ def test_a_picture_is_drawn_for_any_graph(tmp_path: Path) -> None:
     save_picture(PAG((0, 1, 2, 5), marks), tmp_path / "a.png", {0: "$x", 1: "\n", 2: "b", 5: "c"})
     save_picture(PAG((0,), np.zeros((1, 1), int)), tmp_path / "one.png")
     assert imread(tmp_path / "a.png").ndim == 3
+
+
+def test_the_legend_of_a_picture_says_what_every_edge_is() -> None:
+    marks = np.array([[0, 3, 0, 0], [3, 0, 3, 0], [0, 1, 0, 1], [0, 0, 3, 0]])
+    graph = PAG((0, 1, 2, 3), marks)
+    assert [edge.marks for edge in graph.edges()] == ["---", "o--", "--o"]
+    (legend,) = draw(graph).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["--- selected together", "--o cause or selected together"]
+
+
+def test_the_parts_of_a_picture_do_not_lie_on_each_other(tmp_path: Path) -> None:
+    marks = np.array([[0, 3, 2], [3, 0, 2], [2, 1, 0]])
+    figure = draw(PAG((0, 1, 2), marks), ["a", "a token of many letters", "c"], title="title " * 30)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    arcs, meanings = axes.get_window_extent(), legend.get_window_extent()
+    title = axes.title.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 < title.x1 <= figure.bbox.x1
+    assert arcs.y1 <= title.y0 < title.y1 <= meanings.y0
+    assert arcs.height > figure.bbox.height / 4
+    assert all(tick.get_window_extent().y0 >= 0 for tick in axes.get_xticklabels())
+    with warnings.catch_warnings(action="error"):  # no letter of this in the font
+        save_picture(PAG((0,), np.zeros((1, 1), int)), tmp_path / "a.png", ["\u65e5"])
 
 
 # --- Correlations and p-values ---
@@ -114,6 +140,46 @@ def test_what_the_given_tokens_determine_keeps_its_edges() -> None:
     found = discover_attention(uniform, n_eff=100)
     assert len(found.pag.edges()) == 6
     assert not found.ordered
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_given_tokens_that_span_each_other_count_once(causal: bool) -> None:
+    attention = attention_with_sink(7, causal=causal)
+    attention[4] = attention[3]
+    attention[5] = (attention[2] + 3 * attention[3]) / 4
+    once, again = (partial_correlation(attention, given) for given in ((2, 3), (2, 3, 4, 5)))
+    np.testing.assert_allclose(again, once, atol=1e-12)
+    assert np.isnan(once[4:6]).all()
+    assert np.isfinite(once[np.ix_([0, 1, 6], [0, 1, 6])]).all()
+
+
+def test_a_token_that_attends_as_the_sink_does_has_no_correlation_beside_it() -> None:
+    attention = attention_with_sink(6, causal=False)
+    attention[3] = attention[0]
+    beside = correlation(without_sink(attention, 0))
+    assert np.isnan(beside[2]).all()
+    assert np.isfinite(np.delete(np.delete(beside, 2, 0), 2, 1)).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_attention_of_half_precision_is_read_also_when_it_was_widened(kind: torch.dtype) -> None:
+    half = torch.from_numpy(attention_with_sink(9, strength=2.0)).to(kind)
+    found = discover_attention(half, n_eff=64)
+    assert discover_attention(half.float().numpy(), n_eff=64) == found
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (np.array([[1e308, 1e308], [0.0, 1.0]]), "row 0 of the attention sums to inf"),
+        (np.array([[np.inf, -np.inf], [0.0, 1.0]]), "inf at"),
+        (np.array([[1.0, 0.0], [0.5, 0.45]]), "row 1 of the attention sums to 0.95"),
+        (torch.eye(2, dtype=torch.complex64), "real numbers"),
+    ],
+)
+def test_what_is_no_attention_is_refused_without_a_warning(attention, message: str) -> None:
+    with warnings.catch_warnings(action="error"), pytest.raises(ValueError, match=message):
+        discover_attention(attention, n_eff=64)
 
 
 def test_n_eff_that_leaves_no_freedom_is_refused() -> None:
@@ -229,6 +295,34 @@ def test_rules_of_selection_bias_make_a_circle_of_circles_undirected() -> None:
     np.testing.assert_array_equal(orient(ring, separating), ring)
 
 
+def test_rules_of_selection_bias_finish_where_paths_cannot_be_counted() -> None:
+    left = np.arange(20) < 10
+    edges = (left[:, None] != left).astype(int)
+    others = {
+        (i, j): tuple(np.flatnonzero(left != left[i]).tolist())
+        for i, j in combinations(range(20), 2)
+        if left[i] == left[j]
+    }
+    undirected = orient(edges, others, selection_bias=True)
+    assert (undirected[edges > 0] == Mark.TAIL).all()
+
+
+def test_under_selection_bias_no_order_is_taken_for_known() -> None:
+    # No set separates 0 and 2 without 3, which is later than both.
+    undirected = nx.Graph([(0, 3), (3, 2), (2, 1), (1, 0)])
+    joint = np.linalg.inv(np.eye(4) + nx.laplacian_matrix(undirected, range(4)).toarray())
+    attention = np.linalg.cholesky(joint)
+    attention /= attention.sum(1, keepdims=True)
+    found = discover_attention(attention, n_eff=10**6, selection_bias=True)
+    assert not found.ordered
+    assert {frozenset(edge[:2]) for edge in found.pag.edges()} == set(
+        map(frozenset, undirected.edges)
+    )
+    assert {edge.marks for edge in found.pag.edges()} == {"---"}
+    with pytest.raises(ValueError, match="ordered and selection_bias exclude each other"):
+        discover_attention(attention, n_eff=64, selection_bias=True, ordered=True)
+
+
 # --- The direct reading ---
 
 
@@ -334,8 +428,14 @@ def test_the_other_engines_agree_on_a_chain(engine) -> None:
     assert ours.pag == theirs.pag
     assert ours.separating_sets == theirs.separating_sets == {(0, 2): (1,)}
     assert theirs.to_dict()["engine"] == engine
-    with pytest.raises(ValueError, match="time_budget goes with"):
-        discover_attention(chain, n_eff=1000, engine=engine, time_budget=1.0)
+    for name, value in (
+        ("time_budget", 1.0),
+        ("ordered", True),
+        ("stable", True),
+        ("selection_bias", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name} goes with engine 'icd', not '{engine}'"):
+            discover_attention(chain, n_eff=1000, engine=engine, **{name: value})
 
 
 @pytest.mark.parametrize(
