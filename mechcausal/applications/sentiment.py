@@ -30,7 +30,7 @@ class ClassifierSettings:
 
     d_model: int = 48
     n_heads: int = 2
-    steps: int = 1000
+    steps: int = 1500
     batch_size: int = 128
     lr: float = 3e-3
     dropped: float = 0.5
