@@ -95,6 +95,7 @@ def start_wandb(
     """
     import wandb
 
+    _leave_service_of_others()
     # Its reports of its own errors keep a process without network from ending.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     settings = wandb.Settings(
@@ -272,11 +273,22 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _leave_service_of_others() -> None:
+    """Have a service of our own in a process that inherited its parent's.
+
+    That one may have ended, and it would take our run for one in use after we were killed.
+    """
+    _, owner, *_ = [*os.environ.get("WANDB_SERVICE", "").split("-"), ""]
+    if owner and owner != str(os.getpid()):
+        del os.environ["WANDB_SERVICE"]
+
+
 def _abandon_service() -> None:
     """Let go of a service that died, so that W&B does not stumble over it when Python exits."""
     import wandb
 
-    with _service_ends_after(PATIENCE_SECONDS), suppress(Exception):  # gone is what it is to be
+    # Gone is what it is to be. W&B would exit with the code of a service that was killed.
+    with _service_ends_after(PATIENCE_SECONDS), suppress(Exception, SystemExit):
         wandb.teardown(exit_code=1)
 
 

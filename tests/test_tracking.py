@@ -350,6 +350,24 @@ def test_odd_wandb_values_never_stop_a_run(tmp_path: Path, overrides: dict[str, 
     assert (record.mode == "disabled") == bool(record.warnings)
 
 
+def test_the_service_of_another_process_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker inherits its parent's, which may be gone, and knows nothing of a worker's end."""
+    import wandb
+
+    wandb.teardown()
+    gone = f"3-{os.getppid()}-unix-{tmp_path / 'socket'}"
+    monkeypatch.setenv("WANDB_SERVICE", gone)
+    record = RunRecord(made(recipe(), tmp_path / "run"), recipe(), "offline")
+    record.log(0, {"loss/train": 1.0})
+    record.finish({}, "finished")
+    assert record.warnings == []
+    assert record.wandb_folder is not None
+    assert count_wandb_rows(record.wandb_folder) == 1
+    assert os.environ["WANDB_SERVICE"] != gone
+
+
 # --- Signals ---
 
 
