@@ -69,3 +69,16 @@ def as_json(command: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[
 def repository() -> Path:
     """The checkout's folder."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave their figures empty: for tests of something else, half of whose time they take."""
+    from mechcausal.experiments.causal_graph import CausalGraphExperiment
+
+    def draw(self: CausalGraphExperiment, folder: Path, **options: object) -> dict[str, Path]:
+        folder.mkdir(exist_ok=True)
+        (folder / "attention.png").touch()
+        return {}
+
+    monkeypatch.setattr(CausalGraphExperiment, "draw_figures", draw)

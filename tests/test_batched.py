@@ -40,7 +40,7 @@ def tiny(**overrides: Any) -> Recipe:
             "joint": {"steps": 8, "optimizer": "adam", "lr": 0.05},
         },
         "evaluation": {"n_sequences": 64, "bayes_draws": 8, "theory_priors": 50},
-        "probing": {"every": 4, "dense": 2, "images": 2},
+        "probing": {"every": 4, "dense": 2, "images": 0, "report": False},
         "checkpoints": {"every": 5},
         "wandb": {"mode": "disabled"},
     }

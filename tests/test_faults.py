@@ -24,6 +24,8 @@ from mechcausal.wandb_fragments import fragments, wandb_steps
 from tests import kill_runs
 from tests.wandb_server import WandbServer
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def tiny(**overrides: Any) -> Recipe:
     data = {
@@ -32,7 +34,7 @@ def tiny(**overrides: Any) -> Recipe:
         "task": {"vocab_size": 3, "alpha": 0.3},
         "training": {"batch_size": 32, "stage1": {"steps": 30}, "stage2": {"steps": 30}},
         "evaluation": {"n_sequences": 32, "bayes_draws": 4, "theory_priors": 20},
-        "probing": {"every": 2, "dense": 2, "images": 2},
+        "probing": {"every": 2, "dense": 2, "images": 0, "report": False},
         "checkpoints": {"every": 10},
         "wandb": {"mode": "disabled"},
     }
@@ -326,6 +328,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.setattr(wandb_runs, "FINISH_SECONDS", 4)
+        monkeypatch.setattr(wandb_runs, "PATIENCE_SECONDS", 2)
         yield server
         wandb.teardown()
 
@@ -362,10 +365,9 @@ def test_a_network_that_goes_does_not_stop_the_run_and_is_said(
 
 @pytest.mark.slow
 def test_files_that_cannot_be_uploaded_do_not_keep_the_run_from_ending(
-    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: WandbServer, tmp_path: Path
 ) -> None:
     """W&B tries them again for twenty minutes, whatever the limit that it was given."""
-    monkeypatch.setattr(wandb_runs, "PATIENCE_SECONDS", 2)
     server.refuse_uploads()
     result = online(tmp_path / "run")
     assert result.state == "finished"

@@ -24,7 +24,7 @@ def lean(**changes: object) -> Recipe:
             "stage2": {"steps": 2, "lr": 1},
         },
         "evaluation": {"n_sequences": 1024, "bayes_draws": 4, "theory_priors": 10},
-        "probing": {"every": 60, "dense": 1, "images": 2},
+        "probing": {"every": 60, "dense": 1, "images": 0, "report": False},
     }
     recipe = parse_recipe({**data, "name": "lean"}, source="test")
     return recipe.with_overrides(**changes) if changes else recipe

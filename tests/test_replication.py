@@ -26,7 +26,8 @@ def miniature(recipe: Recipe) -> Recipe:
         "evaluation__bayes_draws": 4,
         "evaluation__theory_priors": 20,
         "probing__every": 6,
-        "probing__images": 2,
+        "probing__images": 0,
+        "probing__report": False,
     }
     stages = ("joint",) if recipe.training.algorithm == "joint" else ("stage1", "stage2")
     for stage in stages:

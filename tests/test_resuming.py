@@ -37,6 +37,8 @@ from tests import kill_runs
 
 COMPARED = kill_runs.COMPARED
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def tiny(**overrides: Any) -> Recipe:
     """Two stages of 12 steps, a probe step every 4 and a checkpoint every 5 steps, W&B off."""
@@ -50,7 +52,7 @@ def tiny(**overrides: Any) -> Recipe:
             "stage2": {"steps": 12, "optimizer": "adam", "lr": 0.05},
         },
         "evaluation": {"n_sequences": 32, "bayes_draws": 4, "theory_priors": 20},
-        "probing": {"every": 4, "dense": 2, "images": 2},
+        "probing": {"every": 4, "dense": 2, "images": 0, "report": False},
         "checkpoints": {"every": 5},
         "wandb": {"mode": "disabled"},
     }

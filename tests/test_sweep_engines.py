@@ -25,7 +25,7 @@ axes = {}
 [changes]
 training = { batch_size = 64, stage1.steps = STEPS, stage2.steps = STEPS }
 evaluation = { n_sequences = 16, bayes_draws = 4, theory_priors = 10 }
-probing = { every = 20, dense = 1, frames = 0, images = 0 }
+probing = { every = 20, dense = 1, frames = 0, images = 0, report = false }
 checkpoints = { every = 20, artifacts = false }
 """
 

@@ -30,7 +30,7 @@ recipe = "manual"
 [changes]
 training = { batch_size = 16, stage1.steps = 3, stage2.steps = 3 }
 evaluation = { n_sequences = 16, bayes_draws = 4, theory_priors = 10 }
-probing = { dense = 1, frames = 0, images = 0 }
+probing = { dense = 1, frames = 0, images = 0, report = false }
 checkpoints.every = 2
 wandb.mode = "disabled"
 """
@@ -40,6 +40,7 @@ class InlineEngine:
     """Runs every job here, at once; after `stop_after` jobs it tells members to stop."""
 
     n_workers = 1
+    is_lost = False
 
     def __init__(self, stop_after: int = 10**6) -> None:
         self.ran: list[str] = []
@@ -258,6 +259,29 @@ def test_every_member_is_an_ordinary_run_and_a_row_of_the_table(
     pictures = [path for name, path in result.files.items() if path.suffix == ".png"]
     assert len(pictures) == 2
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+class LostEngine(InlineEngine):
+    """Is lost with its second job, of which nothing is heard again."""
+
+    def submit(self, job: Job) -> "Future[Done]":
+        if self.ran:
+            self.is_lost = True
+            return Future()
+        return super().submit(job)
+
+    def problem(self) -> str:
+        return "the scheduler is gone" if self.is_lost else ""
+
+
+def test_a_sweep_does_not_wait_for_an_engine_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_engine", lambda *args: LostEngine())
+    path = tmp_path / "s.toml"
+    path.write_text(TINY + "[axes]\nseed = [0, 1, 2]\n")
+    result = run_sweep(load_sweep(path), tmp_path / "out")
+    assert (result.problem, result.finished, result.failed) == ("the scheduler is gone", 1, {})
 
 
 def test_starting_again_skips_what_finished_and_resumes_what_did_not(

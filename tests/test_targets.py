@@ -27,7 +27,7 @@ LEAN = {
         "joint": {"steps": 4, "optimizer": "adam", "lr": 0.01},
     },
     "evaluation": {"n_sequences": 4},
-    "probing": {"every": 2, "dense": 0},
+    "probing": {"every": 2, "dense": 0, "images": 0, "report": False},
     "checkpoints": {"schedule": "probes"},
     "wandb": {"mode": "disabled"},
 }

@@ -93,6 +93,11 @@ class DaskEngine:
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         return max(1, sum(int(worker["nthreads"]) for worker in workers))
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the client has given up: Dask leaves what it took while the scheduler went."""
+        return self._client.status in ("closing", "closed")
+
     def submit(self, job: Job) -> "Future[Done]":
         """Hand a job to the scheduler."""
         if self._client.status not in ("running", "connecting"):

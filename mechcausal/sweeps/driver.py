@@ -189,6 +189,9 @@ def _run(
                 ) as error:  # the engine gave a job up, as Dask does after some tries
                     results = [Outcome("failed", one_line(error))] * len(lot)
                 outcomes |= {m.name: o for m, o in zip(lot, results, strict=True)}
+            if engine.is_lost and not any(future.done() for future in pending):
+                problem = problem or engine.problem()
+                break
             states = Counter(outcome.state for outcome in outcomes.values())
             running = sorted(map(len, pending.values()), reverse=True)[:n_workers]
             on_progress(

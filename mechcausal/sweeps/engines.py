@@ -30,6 +30,10 @@ class Engine(Protocol):
     def n_workers(self) -> int:
         """Jobs that can run at a time."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether what is pending will never end."""
+
     def submit(self, job: Job) -> "Future[Done]":
         """Run a job; a failing member is an outcome, never an exception.
 
@@ -80,6 +84,11 @@ class LocalEngine:
     def n_workers(self) -> int:
         """The processes."""
         return self._n_workers
+
+    @property
+    def is_lost(self) -> bool:
+        """Never: a process that died is replaced."""
+        return False
 
     def submit(self, job: Job) -> "Future[Done]":
         """Run a job in the next process that is free."""
