@@ -37,6 +37,9 @@ from mechcausal.wandb_runs import WandbRun
 if TYPE_CHECKING:
     from mechcausal.wandb_panels import Panel
 
+COUNT_SECONDS = 6
+"""How long rows that W&B lacks are waited for when a run has ended."""
+
 
 class RecordError(OSError):
     """The run folder can no longer be written; the message is one line for the user."""
@@ -294,7 +297,9 @@ class RunRecord:
         is_online = not own.name.startswith("offline-")
         places = {own} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
         arrived = [step for step in self._in_wandb if step < first_step]
-        deadline = time.monotonic() + 6
+        # Of a run that W&B gave up nothing more is to come.
+        patience = COUNT_SECONDS if self.mode != "disabled" else 0
+        deadline = time.monotonic() + patience
         while True:  # its service may write the last of them a moment after it has finished
             found = {place: wandb_steps(place) for place in sorted(places)}
             logged = Counter(arrived + [step for steps in found.values() for step in steps or ()])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mechcausal import tracking
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
 from mechcausal.signals import StopRequested, stop_on_signals
@@ -239,7 +240,8 @@ def test_group_of_the_recipe_beats_its_name(tmp_path: Path) -> None:
 # --- What goes wrong is said ---
 
 
-def test_lost_rows_are_counted_and_said(tmp_path: Path) -> None:
+def test_lost_rows_are_counted_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "COUNT_SECONDS", 1)
     folder = made(recipe(), tmp_path / "run")
     record = RunRecord(folder, recipe(), "offline")
     assert record._wandb._run is not None
@@ -255,7 +257,8 @@ def test_lost_rows_are_counted_and_said(tmp_path: Path) -> None:
     assert len(read_metrics(folder)) == 2
 
 
-def test_a_log_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "COUNT_SECONDS", 1)
     assert count_wandb_rows(tmp_path) is None
     folder = made(recipe(), tmp_path / "run")
     record = RunRecord(folder, recipe(), "offline")
