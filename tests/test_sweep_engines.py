@@ -120,7 +120,8 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.file = folder / "scheduler.json"
         common = ["--interface", "lo", "--no-dashboard"]
-        self.scheduler = self._start("scheduler", "--scheduler-file", self.file, *common[:2])
+        port = ["--port", "0"]
+        self.scheduler = self._start("scheduler", "--scheduler-file", self.file, *port, *common[:2])
         wait_for(self.file.exists)
         where = ["--scheduler-file", self.file, *common, "--nthreads", "1", "--no-nanny"]
         self.workers = [self._start("worker", *where) for _ in range(2)]
