@@ -42,6 +42,7 @@ theory_priors = 10
 every = 3
 dense = 1
 images = 2
+report = false
 """
 
 
