@@ -23,7 +23,7 @@ demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 	$(BIN)/mechcausal train runs/markov_chain.toml
 
 test: $(STAMP) ## run the whole default test suite, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(STAMP) ## what the default suite leaves out: killed runs and workers, a W&B server
 	$(BIN)/python -m pytest -m soak
