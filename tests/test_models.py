@@ -374,6 +374,20 @@ def test_extra_that_is_no_table_is_refused(saved: Path, extra: object) -> None:
     assert str(saved) in refusal(saved, "simplified")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("output_logits_soft_cap", [30]), ("attn_scale", "8"), ("use_attn_scale", 1), ("eps", {})],
+)
+def test_a_value_of_another_type_is_refused(saved: Path, name: str, value: object) -> None:
+    """Some of them would be looked at in a forward pass alone."""
+    content = json.loads((saved / CONFIG_FILE).read_text())
+    content["config"][name] = value
+    (saved / CONFIG_FILE).write_text(json.dumps(content))
+    with pytest.raises(ModelFileError, match=f"{name} is") as error:
+        load_model(saved)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_another_model_is_no_simplified_model(tmp_path: Path) -> None:
     save_model(small_hooked(), tmp_path / "unmarked")
     assert "not a simplified model" in refusal(tmp_path / "unmarked", "simplified")

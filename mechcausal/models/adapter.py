@@ -8,9 +8,10 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -127,6 +128,7 @@ def build_from_files(
         # Building would fetch the tokenizer, and run its code where the config trusts it.
         values["tokenizer_name"] = None
         extra = dict(content.get("extra", {}))
+        _check_types(values)
         _check_sizes(values, shapes)
         model = build_hooked(HookedTransformerConfig(**{**values, "device": device}))
         weights = load_file(weights_path)
@@ -207,6 +209,18 @@ def read_shapes(path: Path, *, floats: bool = False) -> dict[str, tuple[int, ...
                 )
             shapes[name] = tuple(tensor.get_shape())
     return shapes
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Whether every value has its field's type: some are looked at in a forward pass alone."""
+    hints = get_type_hints(HookedTransformerConfig)
+    for name, value in values.items():
+        if value is None or name == "dtype" or name not in hints:
+            continue
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            raise ValueError(f"{excerpt(name)} is {excerpt(json.dumps(value))}") from None
 
 
 def _check_sizes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
