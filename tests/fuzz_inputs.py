@@ -284,7 +284,8 @@ def change_data(source: random.Random, data: dict[str, Any]) -> None:
     elif action == 1:
         table[source.choice([*HOSTILE_TEXT, "steps", "lr", "kind", "__class__"])] = value(source)
     elif action == 2 and keys:
-        source.choice(tables)[key] = copy.deepcopy(table[key])
+        with contextlib.suppress(RecursionError):  # lists in lists in lists: it stays as it is
+            source.choice(tables)[key] = copy.deepcopy(table[key])
     elif action == 3 and keys and isinstance(table[key], list) and table[key]:
         place = source.randrange(len(table[key]))
         table[key] = [*table[key]]
