@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mechcausal.files import read_json_lines
-from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value
+from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value, finite
 
 Matrices = Mapping[str, np.ndarray]
 
@@ -55,16 +54,11 @@ def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
             raise RunDataError(f"{path}, line {number}: not a row of figures")
     is_torn = content[-1:] not in (b"", b"\n")
     notes = [f"{path.name}: the last line is torn, and left out"] if is_torn else []
-    return [{k: _finite(v) for k, v in row.items() if _is_figure(v)} for row in rows], notes
+    return [{k: finite(v) for k, v in row.items() if _is_figure(v)} for row in rows], notes
 
 
 def _is_figure(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _finite(value: Value) -> Value:
-    """A figure as `RunRecord` writes it; another hand may have written NaN or 1e999."""
-    return value if value is not None and abs(value) <= sys.float_info.max else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,11 @@ def _check_free(folder: Path) -> None:
                 f"{folder}: already holds a run ({name}); choose another folder with --out, "
                 f"or go on with it: mechcausal resume {folder}"
             )
+
+
+def finite(value: Value) -> Value:
+    """A figure as a row of metrics.jsonl holds it: None for what is not a finite number."""
+    return value if value is not None and abs(value) <= sys.float_info.max else None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Value]]:

@@ -1,7 +1,6 @@
 """The record of a run: a W&B run, and beside it plain files that cannot be lost silently."""
 
 import json
-import math
 import re
 import secrets
 import time
@@ -25,6 +24,7 @@ from mechcausal.run_folder import (
     SUMMARY_FILE,
     State,
     Value,
+    finite,
     hold,
     read_metrics,
     read_process,
@@ -339,7 +339,7 @@ def send_again(folder: Path) -> str:
 
 def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:
     """A row of metrics.jsonl: null for what is not a finite number."""
-    return {STEP: step} | {key: _finite(value) for key, value in metrics.items()}
+    return {STEP: step} | {key: finite(value) for key, value in metrics.items()}
 
 
 def _run_id(folder: Path) -> str:
@@ -347,13 +347,9 @@ def _run_id(folder: Path) -> str:
     return f"{name}-{secrets.token_hex(2)}"
 
 
-def _finite(value: Value) -> Value:
-    return None if value is None or not math.isfinite(value) else value
-
-
 def _json_ready(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_ready(item) for item in value]
-    return _finite(value) if isinstance(value, float) else value
+    return finite(value) if isinstance(value, float) else value
