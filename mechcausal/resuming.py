@@ -53,7 +53,8 @@ def resume(
 ) -> RunResult:
     """Go on with a run that was interrupted, killed or failed, as if it had never stopped.
 
-    Its metrics and weights end up as those of a run without interruption, bit by bit on the CPU.
+    On the same machine, on the CPU with one thread, metrics and weights end up bit by bit as those
+    of a run without interruption.
 
     Args:
         folder: the run folder.

@@ -1,4 +1,7 @@
-"""Runs trained as one batch are the runs they would have been alone."""
+"""Runs trained as one batch are the runs they would have been alone, up to float32 rounding.
+
+A batch multiplies larger matrices than a single run, and processors add those up in another order.
+"""
 
 import math
 import shutil
@@ -72,12 +75,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def assert_same_run(one: Path, other: Path, *, tolerance: float = 1e-5) -> None:
-    """Equal weights, rows and matrices of equal value, the same summary."""
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Equal up to what a few dozen steps make of float32 rounding (2^-24 = 6e-8)."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    for name, weight in ours.items():
+        largest = theirs[name].abs().max().item()
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5 * max(largest, 1.0))
+
+
+def assert_same_rows(one: Path, other: Path, *, tolerance: float = 1e-5) -> None:
+    """The same figures at the same steps."""
     rows, expected = read_metrics(one), read_metrics(other)
     assert [list(row) for row in rows] == [list(row) for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
@@ -86,6 +94,12 @@ def assert_same_run(one: Path, other: Path, *, tolerance: float = 1e-5) -> None:
             assert (found is None) == (value is None), name
             if found is not None and value is not None:
                 assert math.isclose(found, value, rel_tol=0, abs_tol=tolerance), name
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights, rows, matrices and summary."""
+    assert_same_weights(one, other)
+    assert_same_rows(one, other)
     seen, frames = load_file(one / MATRICES_FILE), load_file(other / MATRICES_FILE)
     assert seen.keys() == frames.keys()
     for name in seen:
@@ -139,9 +153,7 @@ def test_whatever_the_recipe_says(tmp_path: Path, overrides: dict[str, Any]) -> 
     if recipes[0].probing.enabled:
         assert_same_run(folders[1], single.folder)
     else:
-        assert torch.equal(
-            weights(folders[1])["unembed.W_U"], weights(single.folder)["unembed.W_U"]
-        )
+        assert_same_weights(folders[1], single.folder)
         assert read_metrics(folders[1])[-1] == pytest.approx(read_metrics(single.folder)[-1])
 
 
@@ -150,8 +162,7 @@ def test_company_changes_nothing(batch: Folders, tmp_path: Path) -> None:
     for number, company in ((3, [3]), (1, [8, 1, 0]), (0, [2, 6, 0])):
         folders, _ = train_in(tmp_path / str(number), [recipes[i] for i in company])
         ours = folders[company.index(number)]
-        for name in ("metrics.jsonl", "model/model.safetensors", MATRICES_FILE):
-            assert (ours / name).read_bytes() == (batch[number] / name).read_bytes()
+        assert_same_run(ours, batch[number])
 
 
 def test_several_workers_and_small_lots_change_nothing(
@@ -164,7 +175,7 @@ def test_several_workers_and_small_lots_change_nothing(
     )
     assert sorted(number for number, _ in told) == list(range(len(folders)))
     for ours, theirs in zip(folders, batch, strict=True):
-        assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+        assert_same_run(ours, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -247,8 +258,7 @@ def test_a_killed_member_is_resumed_to_its_single_run(batch: Folders, tmp_path: 
     result = resume(folder)
     assert result.start == 5
     assert not any("came out differently" in warning for warning in result.warnings)
-    for name, value in weights(folder).items():
-        assert torch.equal(value, weights(batch[0])[name])
+    assert_same_weights(folder, batch[0])
 
 
 def test_members_that_were_not_begun_leave_nothing(tmp_path: Path) -> None:
@@ -277,7 +287,7 @@ def test_a_member_that_fails_does_not_disturb_the_others(batch: Folders, tmp_pat
     assert read_summary(folders[1])["state"] == "failed"
     assert not is_held(folders[1])
     for ours, theirs in ((folders[0], batch[0]), (folders[4], batch[3])):
-        assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+        assert_same_rows(ours, theirs)
 
 
 def test_a_batch_that_breaks_fails_its_members_and_lets_go_of_them(
@@ -337,8 +347,10 @@ def test_sequences_are_those_of_each_task(n_sequences: int) -> None:
         batch = task.sample(n_sequences)
         for run, (one, generator) in enumerate(zip(tasks, alone, strict=True)):
             expected = one.sample(n_sequences, generator=generator)
-            assert torch.equal(batch.tokens[run], expected.tokens)
-            assert torch.equal(batch.target[run], expected.target)
+            # A draw within rounding of a threshold may give another token: one sequence at most.
+            same = (batch.tokens[run] == expected.tokens).all(-1)
+            assert (~same).sum() <= 1
+            torch.testing.assert_close(batch.target[run][same], expected.target[same])
 
 
 def test_tasks_of_unequal_size_are_refused() -> None:

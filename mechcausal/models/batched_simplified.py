@@ -9,8 +9,8 @@ the gradients
     dL/da = dz^T m,     dL/dA1 = a (dL/da - its mean over the row under a)
     dL/dA2_xq = sum_bk [x_bk = x] [q_b = q] (dz a)_bk
 
-The operations and their order are those of `SimplifiedTransformer` and of its backward pass: on
-the CPU every run gets, bit by bit, the gradients that it would get alone.
+The operations are those of `SimplifiedTransformer` and of its backward pass: every run gets the
+gradients that it would get alone, up to the rounding of matrix products of another size.
 """
 
 import math

@@ -44,8 +44,8 @@ class Recipe:
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """Where to compute: cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Threads on the CPU. One repeats bit by bit and is fastest for small models; with several the
-    order in which they add up may differ from run to run."""
+    """Threads on the CPU. With one, a run repeats bit by bit on the same machine, and small models
+    train fastest; with several the order in which they add up may differ from run to run."""
     graph: GraphSection = field(default_factory=GraphSection)
     task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)

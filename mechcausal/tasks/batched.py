@@ -1,8 +1,8 @@
-"""Sequences of many runs at once, for each run exactly those that its own task would draw.
+"""Sequences of many runs at once, for each run those that its own task would draw.
 
 Random numbers are drawn run by run, each from its run's generator, into one buffer; whatever
 follows from them is computed for all runs together. So what a run gets depends on its generator
-alone, bit by bit, and not on the runs beside it.
+alone, up to rounding, and not on the runs beside it.
 """
 
 from collections.abc import Callable, Sequence

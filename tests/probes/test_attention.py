@@ -123,6 +123,8 @@ def test_rows_masked_from_end_to_end_by_padding_give_zeros(
 
 
 def test_batches_accumulate(model: HookedTransformer, tokens: Tensor):
+    model.double()  # float32 products depend on the size of the batch
+
     def loss(batch: Tensor) -> Tensor:
         total: Tensor = model(batch).square().sum()
         return total
@@ -137,7 +139,7 @@ def test_batches_accumulate(model: HookedTransformer, tokens: Tensor):
     for i in range(3):
         assert whole[i].reading().axes == parts[i].reading().axes
         close(whole[i].reading().values, parts[i].reading().values)
-    close(whole[2].stderr().values, parts[2].stderr().values, atol=1e-4, rtol=1e-4)
+    close(whole[2].stderr().values, parts[2].stderr().values)
     assert (whole[2].batches, parts[2].batches) == (1, 2)
     close(whole[1].reading().values, whole[0].reading().mean("batch").values)
     parts[2].reset()
