@@ -11,19 +11,31 @@ CHECK_PYTHON := -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3,
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python $(CHECK_PYTHON) && echo $$python && break; done)
 
+# Matrix products as other processors compute them, and the tests whose outcome could rest on that.
+PROCESSORS := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
+NUMERICAL := tests/probes $(addprefix tests/test_,$(addsuffix .py,batched blocks disentangled edge_interventions \
+	generalisation information matching metrics models observer predictors priors several_parents standard tasks theory \
+	training))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint check-format check-lint check-types format bench wheel clean venv $(VENV)
+.PHONY: help demo test test-processors soak lint check-format check-lint check-types format bench wheel clean venv $(VENV)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
-	@echo "  PYTHON=...         the interpreter to set up with (default: the first of python3.13, 3.12, 3.11, python3)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@echo "  PYTHON=...            the interpreter to set up with (default: the first of python3.13, 3.12, 3.11, python3)"
 
 demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 	$(BIN)/mechcausal train runs/markov_chain.toml
 
 test: $(STAMP) ## run the whole default test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-processors: $(STAMP) ## run the numerical tests with the arithmetic of other processors
+	@for processor in $(PROCESSORS); do \
+		echo "== $$processor"; \
+		env $$processor $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not soak" $(NUMERICAL) || exit 1; \
+	done
 
 soak: $(STAMP) ## what the default suite leaves out: killed runs and workers, a W&B server
 	$(BIN)/python -m pytest -m soak
