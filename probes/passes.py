@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
+from probes.hook_names import modules_of
 
 MAX_BATCH_BYTES = 64 * 2**20
 """Default limit on the estimated activations of one batch."""
@@ -25,9 +26,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     >>> model.training
     True
     """
-    # A bridge keeps the wrapped model outside its own tree of modules.
-    original = getattr(model, "original_model", None)
-    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
+    modules = modules_of(model)
     modes = [module.training for module in modules]
     try:
         model.eval()
