@@ -203,7 +203,7 @@ def _reads_incoming(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
 def _observed(
     point: nn.Module, activation: Tensor, hook: ForwardHook, session: _Session
 ) -> Tensor | None:
-    """Call the hook, and have it called with the gradient; what to put in the activation's place."""
+    """Have the hook called, now and with the gradient; what takes the activation's place."""
     with torch.no_grad():
         backward = hook(_converted(point, activation.detach()))
     if backward is None or not torch.is_grad_enabled():
@@ -220,7 +220,7 @@ def _observed(
     # Nothing before this point is trainable: the same numbers as a new leaf of the graph.
     leaf = activation.detach().requires_grad_()
     leaf.register_hook(on_gradient)
-    return leaf
+    return leaf.clone()  # a leaf itself may not be changed in place
 
 
 def _converted(point: nn.Module, values: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class AttentionGradient(LayerProbe[Moments]):
             self._scores_come_late.add(layer)
             masked = pattern == 0
         else:
-            # Masked with -inf, or the dtype's minimum, which some models then divide by their scale.
+            # -inf, or the dtype's minimum, which some models then divide by their scale.
             masked = scores <= torch.finfo(scores.dtype).min / 64
         device = pattern.device.type
         if torch.is_autocast_enabled(device):

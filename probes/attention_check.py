@@ -21,12 +21,13 @@ from probes.hook_names import (
     EMBEDDED,
     Layers,
     attention_layers,
+    config_of,
     hook_points,
     pattern,
     z,
 )
 from probes.hooking import Hooks
-from probes.passes import checked_tokens, device_of, undisturbed
+from probes.passes import checked_tokens, undisturbed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ class PassCheck:
         ]
         late = [layer for layer, before in self._mixed_before.items() if before]
         return AttentionCheck(
-            (min((low for low, _, _ in found), default=1.0), max((h for _, h, _ in found), default=1.0)),
+            (
+                min((low for low, _, _ in found), default=1.0),
+                max((h for _, h, _ in found), default=1.0),
+            ),
             any(low < 1 - tolerance and high <= 1 + tolerance for low, high, tolerance in found),
             any(high > 1 + tolerance for _, high, tolerance in found),
             tuple(layer for layer in late if layer not in self._sums),
@@ -134,7 +138,7 @@ class FirstPassCheck:
     """Checks the first pass of a model that any block sees, and warns of what does not hold."""
 
     def __init__(self, model: nn.Module, points: Mapping[str, nn.Module], hooks: Hooks) -> None:
-        config: Any = model.cfg
+        config = config_of(model)
         layers = tuple(layer for layer in range(config.n_layers) if pattern(layer) in points)
         self._model = model
         self._pass = PassCheck(() if model in _CHECKED else layers)
@@ -179,7 +183,7 @@ def check_attention(
     ()
     """
     points, wanted = hook_points(model), attention_layers(model, layers)
-    config: Any = model.cfg
+    config = config_of(model)
     if tokens is None:
         source = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.d_vocab, (2, min(8, config.n_ctx)), generator=source)

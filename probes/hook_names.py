@@ -99,6 +99,19 @@ def hook_points(model: nn.Module) -> Mapping[str, nn.Module]:
     return points
 
 
+def config_of(model: nn.Module) -> Any:
+    """A model's configuration.
+
+    Raises:
+        ProbeError: it has none: the model is not a TransformerLens model, or is wrapped.
+    """
+    config = getattr(model, "cfg", None)
+    if config is None:
+        hook_points(model)
+        raise ProbeError(f"{type(model).__name__} has no configuration (.cfg)")
+    return config
+
+
 def _is_compiled(module: nn.Module) -> bool:
     """By `torch.compile(module)`, which wraps it, or by `module.compile()`."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
@@ -118,7 +131,7 @@ def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]
         ProbeError: a layer does not exist, has no attention, or no layer has.
     """
     points = hook_points(model)
-    config: Any = model.cfg
+    config = config_of(model)
     n_layers: int = config.n_layers
     with_attention = [layer for layer in range(n_layers) if pattern(layer) in points]
     if not with_attention:

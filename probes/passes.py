@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
-from probes.hook_names import modules_of
+from probes.hook_names import config_of, modules_of
 
 MAX_BATCH_BYTES = 64 * 2**20
 """Default limit on the estimated activations of one batch."""
@@ -61,7 +61,7 @@ def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]
             f"tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; "
             "expected integers [batch, pos], at least one"
         )
-    config: Any = model.cfg
+    config = config_of(model)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.d_vocab:
         raise ProbeError(

@@ -76,7 +76,11 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Cohere": ("CohereForCausalLM", "CohereConfig", _GROUPED),
     "Granite": ("GraniteForCausalLM", "GraniteConfig", _GROUPED),
     "SmolLM3": ("SmolLM3ForCausalLM", "SmolLM3Config", _GROUPED),
-    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", _WIDE_HEADS | _EXPERTS | {"sliding_window": 4}),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _WIDE_HEADS | _EXPERTS | {"sliding_window": 4},
+    ),
 }
 
 
