@@ -15,6 +15,7 @@ whose memory grows with the number of sequences squared in length.
 
 from probes.attach import Probe, attach
 from probes.attention import AttentionGradient, AttentionPattern
+from probes.attention_check import AttentionCheck, check_attention
 from probes.attention_edits import (
     AttentionEffect,
     attention_effects,
@@ -36,7 +37,7 @@ from probes.causal_discovery import (
 from probes.causal_discovery.explain import Explanation, explain
 from probes.circuits import copying_score
 from probes.composition import KComposition, k_composition
-from probes.errors import ProbeError
+from probes.errors import ProbeError, ProbeWarning
 from probes.formation import Formation, track_formation
 from probes.head_scores import score_heads
 from probes.head_table import HeadScores
@@ -56,6 +57,7 @@ from probes.scores import (
 __all__ = [
     "PAG",
     "AblationEffect",
+    "AttentionCheck",
     "AttentionEffect",
     "AttentionGradient",
     "AttentionPattern",
@@ -70,10 +72,12 @@ __all__ = [
     "PositionLoss",
     "Probe",
     "ProbeError",
+    "ProbeWarning",
     "ablation_effects",
     "attach",
     "attention_effects",
     "attention_to",
+    "check_attention",
     "copying_score",
     "discover",
     "discover_attention",

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias, TypeVarTuple, cast
 import torch
 from torch import Tensor, nn
 
+from probes.attention_check import FirstPassCheck
 from probes.errors import ProbeError
-from probes.hook_names import TOKENS, hook_points
+from probes.hook_names import TOKENS, hook_points, split_incoming
 from probes.hooking import Hooks
 from probes.labelled import LabelledTensor
 
@@ -40,7 +41,10 @@ class Probe(ABC):
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """What to call at which hook point of `model` (`hook_names.TOKENS`: with the tokens).
+        """What to call at which hook point of `model`.
+
+        `hook_names.TOKENS` is called with the tokens, `hook_names.incoming(name)` with what
+        arrives at a hook point, before any hook there can change it.
 
         Raises:
             ProbeError: the model lacks what this probe reads.
@@ -68,6 +72,10 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
     All of them share the passes that the caller makes. On leaving the block, by whatever
     exception too, exactly the hooks added here are gone; hooks of others are not touched, and
     blocks may be nested. A gradient probe also works on a model whose parameters are frozen.
+
+    The first pass of every model is checked: where attention rows do not sum to 1, patterns are
+    hidden, or are shown after use, a `ProbeWarning` at the end of the block says so in one line
+    (`check_attention` tries a model out).
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -103,6 +111,7 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
         self._model = model
         self._probes = probes
         self._hooks = Hooks()
+        self._check: FirstPassCheck | None = None
 
     def __enter__(self) -> tuple[Probe, ...]:
         try:
@@ -114,11 +123,15 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(None, None, None)
+        # A warning that is an error must break neither a pass nor hide the block's own error.
+        if self._check is not None and error[0] is None:
+            self._check.conclude(stacklevel=2)
 
     def _attach(self) -> None:
         session = _Session()
         self._hooks.finally_call(session.end)
         points = hook_points(self._model)
+        self._check = FirstPassCheck(self._model, points, self._hooks)
         for probe in self._probes:
             if probe._session is not None:
                 raise ProbeError(
@@ -138,10 +151,14 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
             if not isinstance(embed, nn.Module):
                 raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
             self._hooks.add_before(embed, _reads_tokens(hook))
-        elif name not in points:
-            raise ProbeError(f"{kind} has no hook point {name!r}")
+            return
+        point, before_hooks = split_incoming(name)
+        if point not in points:
+            raise ProbeError(f"{kind} has no hook point {point!r}")
+        if before_hooks:
+            self._hooks.add_before(points[point], _reads_incoming(hook, session))
         else:
-            self._hooks.add(points[name], _reads_activation(hook, session))
+            self._hooks.add(points[point], _reads_activation(hook, session))
 
 
 class _Session:
@@ -169,25 +186,41 @@ def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:
 
 def _reads_activation(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
     def read(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor | None:
-        with torch.no_grad():
-            backward = hook(_converted(point, activation.detach()))
-        if backward is None or not torch.is_grad_enabled():
-            return None
-
-        def on_gradient(gradient: Tensor) -> None:
-            if session.open:
-                with torch.no_grad():
-                    backward(_converted(point, gradient.detach()))
-
-        if activation.requires_grad:
-            activation.register_hook(on_gradient)
-            return None
-        # Nothing before this point is trainable: the same numbers as a new leaf of the graph.
-        leaf = activation.detach().requires_grad_()
-        leaf.register_hook(on_gradient)
-        return leaf
+        return _observed(point, activation, hook, session)
 
     return read
+
+
+def _reads_incoming(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
+    def read(point: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (activation,) = args  # a hook point takes one tensor
+        leaf = _observed(point, activation, hook, session)
+        return None if leaf is None else ((leaf,), kwargs)
+
+    return read
+
+
+def _observed(
+    point: nn.Module, activation: Tensor, hook: ForwardHook, session: _Session
+) -> Tensor | None:
+    """Have the hook called, now and with the gradient; what takes the activation's place."""
+    with torch.no_grad():
+        backward = hook(_converted(point, activation.detach()))
+    if backward is None or not torch.is_grad_enabled():
+        return None
+
+    def on_gradient(gradient: Tensor) -> None:
+        if session.open:
+            with torch.no_grad():
+                backward(_converted(point, gradient.detach()))
+
+    if activation.requires_grad:
+        activation.register_hook(on_gradient)
+        return None
+    # Nothing before this point is trainable: the same numbers as a new leaf of the graph.
+    leaf = activation.detach().requires_grad_()
+    leaf.register_hook(on_gradient)
+    return leaf.clone()  # a leaf itself may not be changed in place
 
 
 def _converted(point: nn.Module, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from probes.errors import ProbeError
 from probes.head_table import Head
-from probes.hook_names import attention_layers
+from probes.hook_names import attention_layers, config_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def k_composition(
     >>> composition.earlier, composition.scores.shape
     (((0, 0), (0, 1)), torch.Size([2, 2]))
     """
-    config: Any = model.cfg
+    config = config_of(model)
     if earlier is None:
         last = max((layer for layer, _ in later), default=0)
         earlier = [

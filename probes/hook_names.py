@@ -13,6 +13,11 @@ from probes.errors import ProbeError
 TOKENS = "embed"
 """The embedding module; its input is the token batch, whatever the user passed to the model."""
 
+EMBEDDED = "hook_embed"
+"""The token embeddings: where a forward pass begins."""
+
+_INCOMING = ".incoming"
+
 Layers: TypeAlias = int | Sequence[int] | None
 """One layer, several, or None for every layer that has attention."""
 
@@ -44,19 +49,72 @@ def z(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
+def incoming(name: str) -> str:
+    """Names what arrives at a hook point, before any hook there can change it.
+
+    >>> incoming(pattern(3))
+    'blocks.3.attn.hook_pattern.incoming'
+    """
+    return f"{name}{_INCOMING}"
+
+
+def split_incoming(name: str) -> tuple[str, bool]:
+    """The hook point of a name, and whether the name is one of `incoming`.
+
+    >>> split_incoming(incoming(pattern(3)))
+    ('blocks.3.attn.hook_pattern', True)
+    """
+    return name.removesuffix(_INCOMING), name.endswith(_INCOMING)
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module that runs; a bridge keeps the model it wraps outside its own tree."""
+    original = getattr(model, "original_model", None)
+    return [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
+
+
 def hook_points(model: nn.Module) -> Mapping[str, nn.Module]:
     """Every hook point of the model by name.
 
     Raises:
-        ProbeError: the model is not a TransformerLens model.
+        ProbeError: the model is not a TransformerLens model, is wrapped, or is compiled.
     """
     points: Any = getattr(model, "hook_dict", None)
+    kind = type(model).__name__
     if not isinstance(points, Mapping):
+        wrapped = getattr(model, "module", None)
+        if isinstance(getattr(wrapped, "hook_dict", None), Mapping):
+            raise ProbeError(
+                f"{kind} wraps a {type(wrapped).__name__}: attach to its .module; "
+                "passes through the wrapper are then seen, those of this process alone"
+            )
         raise ProbeError(
-            f"{type(model).__name__} has no hook points: "
-            "probes need a HookedTransformer or a TransformerBridge"
+            f"{kind} has no hook points: probes need a HookedTransformer or a TransformerBridge"
+        )
+    if any(_is_compiled(module) for module in modules_of(model)):
+        raise ProbeError(
+            f"this {kind} was compiled with torch.compile, and compiled code may pass over hooks "
+            "that are added later: attach to the model as it was before, and run that"
         )
     return points
+
+
+def config_of(model: nn.Module) -> Any:
+    """A model's configuration.
+
+    Raises:
+        ProbeError: it has none: the model is not a TransformerLens model, or is wrapped.
+    """
+    config = getattr(model, "cfg", None)
+    if config is None:
+        hook_points(model)
+        raise ProbeError(f"{type(model).__name__} has no configuration (.cfg)")
+    return config
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, which wraps it, or by `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]:
@@ -73,7 +131,7 @@ def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]
         ProbeError: a layer does not exist, has no attention, or no layer has.
     """
     points = hook_points(model)
-    config: Any = model.cfg
+    config = config_of(model)
     n_layers: int = config.n_layers
     with_attention = [layer for layer in range(n_layers) if pattern(layer) in points]
     if not with_attention:

@@ -14,7 +14,7 @@ from probes import hook_names
 from probes.attach import ForwardHook, attach
 from probes.errors import ProbeError
 from probes.head_table import Head
-from probes.hook_names import attention_layers, hook_points
+from probes.hook_names import attention_layers, config_of, hook_points
 from probes.hooking import Hooks
 from probes.in_context import repeated_pairs, standard_error
 from probes.labelled import LabelledTensor
@@ -194,7 +194,7 @@ class _MeanZ(LayerProbe[Sum]):
 
 def _by_layer(model: nn.Module, heads: Sequence[Head]) -> dict[int, tuple[int, ...]]:
     """The heads of each layer, checked to exist."""
-    config: Any = model.cfg
+    config = config_of(model)
     by_layer: dict[int, tuple[int, ...]] = {}
     for layer, head in heads:
         attention_layers(model, layer)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
+from probes.hook_names import config_of, modules_of
 
 MAX_BATCH_BYTES = 64 * 2**20
 """Default limit on the estimated activations of one batch."""
@@ -25,9 +26,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     >>> model.training
     True
     """
-    # A bridge keeps the wrapped model outside its own tree of modules.
-    original = getattr(model, "original_model", None)
-    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
+    modules = modules_of(model)
     modes = [module.training for module in modules]
     try:
         model.eval()
@@ -62,7 +61,7 @@ def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]
             f"tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; "
             "expected integers [batch, pos], at least one"
         )
-    config: Any = model.cfg
+    config = config_of(model)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.d_vocab:
         raise ProbeError(

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
+from probes.hook_names import config_of
 from probes.passes import checked_tokens, device_of
 from probes.repeated import repeated_tokens
 
@@ -42,7 +43,7 @@ def bos_token(model: nn.Module, bos: Bos = "auto") -> int | None:
     Raises:
         ProbeError: a token was asked for that the vocabulary does not hold.
     """
-    config: Any = model.cfg
+    config = config_of(model)
     if bos != "auto":
         if bos is not None and not 0 <= bos < config.d_vocab:
             raise ProbeError(f"bos is {bos}, the vocabulary runs from 0 to {config.d_vocab - 1}")
@@ -110,7 +111,7 @@ def draw_stimuli(
     """
     if n_sequences < 1:
         raise ValueError(f"n_sequences is {n_sequences}; it must be at least 1")
-    config: Any = model.cfg
+    config = config_of(model)
     front = bos_token(model, bos)
     lengths = (
         fitting_repeat_lengths(config.n_ctx, config.d_vocab, front)
@@ -141,7 +142,7 @@ def longest_stimulus(
         ValueError, ProbeError: as `draw_stimuli`.
     """
     if repeat_length is None:
-        config: Any = model.cfg
+        config = config_of(model)
         front = bos_token(model, bos)
         repeat_length = fitting_repeat_lengths(config.n_ctx, config.d_vocab, front)[-1]
     (stimulus,) = draw_stimuli(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,14 @@ from probes import (
     Probe,
     ProbeError,
     attach,
+    check_attention,
+    copying_score,
+    edit_attention,
+    k_composition,
+    loss_by_position,
+    make_uniform,
+    mean_ablate,
+    score_heads,
 )
 from probes.attach import ForwardHook
 from probes.hook_names import pattern as pattern_name
@@ -176,6 +184,102 @@ def test_a_hook_that_ablates_in_place_still_works(model: HookedTransformer, toke
     with attach(model, *probes), model.hooks(fwd_hooks=[(pattern_name(0), ablate)]):
         model(tokens, return_type="loss").backward()
     assert not probes[1].reading().sel(layer=0, head=0).values.any()
+
+
+def test_a_hook_that_ablates_in_place_still_works_on_a_frozen_model(
+    model: HookedTransformer, tokens: Tensor
+):
+    def ablate(pattern: Tensor, hook: Any) -> Tensor:
+        pattern[:, 0] = 0.0
+        return pattern
+
+    readings = []
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        probes = AttentionGradient(), AttentionGradient("pattern")
+        with attach(model, *probes), model.hooks(fwd_hooks=[(pattern_name(0), ablate)]):
+            model(tokens, return_type="loss").backward()
+        readings.append([probe.reading().values for probe in probes])
+    for trained, frozen in zip(*readings, strict=True):
+        torch.testing.assert_close(frozen, trained)
+        assert not frozen[0, 0].any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_gradient_on_scores_reaches_through_what_others_make_of_the_pattern(
+    model: HookedTransformer, tokens: Tensor, in_place: bool
+):
+    def halve(pattern: Tensor, hook: Any) -> Tensor:
+        return pattern.mul_(0.5) if in_place else pattern * 0.5
+
+    kept: list[Tensor] = []
+    keep = ("blocks.0.attn.hook_attn_scores", lambda scores, hook: kept.append(scores))
+    loss = model.run_with_hooks(
+        tokens, return_type="loss", fwd_hooks=[keep, (pattern_name(0), halve)]
+    )
+    (true,) = torch.autograd.grad(loss, kept)
+    with (
+        model.hooks(fwd_hooks=[(pattern_name(0), halve)]),
+        attach(model, AttentionGradient(layers=0)) as (gradient,),
+    ):
+        model(tokens, return_type="loss").backward()
+    torch.testing.assert_close(gradient.reading().sel(layer=0).values, true.sum(0))
+
+
+class TestModelsThatHideTheirHooks:
+    """One line names the cause."""
+
+    instruments: ClassVar[dict[str, Any]] = {
+        "attach": lambda model: attach(model, AttentionPattern()),
+        "edit_attention": lambda model: edit_attention(model, {0: make_uniform([1])}),
+        "mean_ablate": lambda model: mean_ablate(model, [(0, 0)]),
+        "score_heads": score_heads,
+        "check_attention": check_attention,
+    }
+    without_hooks: ClassVar[dict[str, Any]] = {
+        "loss_by_position": loss_by_position,
+        "k_composition": lambda model: k_composition(model, [(1, 0)]),
+        "copying_score": lambda model: copying_score(model, 0),
+    }
+
+    @pytest.mark.parametrize("instrument", instruments)
+    def test_compiled(self, model: HookedTransformer, instrument: str):
+        compiled = torch.compile(model, backend="eager")
+        self.refuses(compiled, instrument, "compiled with torch.compile")
+        with attach(model, AttentionPattern()):  # the model itself stays as it was
+            pass
+
+    @pytest.mark.parametrize("instrument", instruments)
+    def test_compiled_in_place(self, model: HookedTransformer, instrument: str):
+        model.compile(backend="eager")
+        self.refuses(model, instrument, "compiled with torch.compile")
+
+    def test_a_part_of_it_compiled(self, model: HookedTransformer):
+        model.blocks[1].compile(backend="eager")
+        self.refuses(model, "attach", "compiled with torch.compile")
+
+    @pytest.mark.parametrize("instrument", [*instruments, *without_hooks])
+    def test_wrapped(self, model: HookedTransformer, instrument: str):
+        wrapped = nn.DataParallel(model)
+        self.refuses(wrapped, instrument, "DataParallel wraps a HookedTransformer: attach to its")
+
+    def test_ddp(self, model: HookedTransformer, tokens: Tensor):
+        group: Any = torch.distributed
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+        try:
+            wrapper = nn.parallel.DistributedDataParallel(model)
+            self.refuses(wrapper, "attach", "DistributedDataParallel wraps a HookedTransformer")
+            probes = AttentionPattern(), AttentionGradient()
+            with attach(wrapper.module, *probes):  # as the line says
+                wrapper(tokens, return_type="loss").backward()
+            assert [probe.batches for probe in probes] == [1, 1]
+        finally:
+            group.destroy_process_group()
+
+    def refuses(self, model: nn.Module, instrument: str, line: str) -> None:
+        with pytest.raises(ProbeError, match=line) as error:
+            (self.instruments | self.without_hooks)[instrument](model).__enter__()
+        assert "\n" not in str(error.value)
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:

@@ -1,14 +1,22 @@
 """Patterns and gradients against numbers worked out by hand, and against autograd."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-from probes import AttentionGradient, AttentionPattern, ProbeError, attach
+from probes import (
+    AttentionGradient,
+    AttentionPattern,
+    ProbeError,
+    ProbeWarning,
+    attach,
+    check_attention,
+)
 from probes.records import Moments
 
 close = torch.testing.assert_close
@@ -145,6 +153,118 @@ def test_batches_accumulate(model: HookedTransformer, tokens: Tensor):
     parts[2].reset()
     with pytest.raises(ProbeError, match="no backward pass seen"):
         parts[2].reading()
+
+
+def test_a_scaled_loss_is_read_in_its_own_units(model: HookedTransformer, tokens: Tensor):
+    class Doubling:
+        scale = 512.0
+
+        def get_scale(self) -> float:
+            return self.scale
+
+    scaler = Doubling()
+    plain, by_scaler, by_number = (
+        AttentionGradient(loss_scale=scale) for scale in (None, scaler, 1024)
+    )
+    for _ in range(2):
+        scaler.scale *= 2
+        with attach(model, plain):
+            model(tokens, return_type="loss").backward()
+        with attach(model, by_scaler):
+            loss = model(tokens, return_type="loss")
+            (loss * scaler.get_scale()).backward()
+        by_number.reset()
+        with attach(model, by_number):
+            (model(tokens, return_type="loss") * 1024).backward()
+    # Powers of two scale without rounding, but for numbers below the smallest normal one.
+    close(by_scaler.reading().values, plain.reading().values)
+    close(by_scaler.stderr().values, plain.stderr().values)
+    close(by_number.reading().values, plain.reading().values / 2)
+
+
+def test_the_factor_of_a_grad_scaler_does_not_stay_in_the_gradient(
+    model: HookedTransformer, tokens: Tensor
+):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # type: ignore[attr-defined]
+    plain, scaled = AttentionGradient("pattern"), AttentionGradient("pattern", loss_scale=scaler)
+    with attach(model, plain):
+        model(tokens, return_type="loss").backward()
+    with attach(model, scaled):
+        scaler.scale(model(tokens, return_type="loss")).backward()
+    close(scaled.reading().values, plain.reading().values)
+
+
+def test_half_precision_autocast_asks_for_the_scale(build: Any, tokens: Tensor):
+    model = build(dtype=torch.float32)
+    silent = AttentionGradient(loss_scale=1)
+    asking = AttentionGradient()
+    with attach(model, silent, asking), torch.autocast("cpu", torch.float16):
+        model(tokens, return_type="loss").backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silent.reading()
+        assert not caught
+        asking.reading()
+    assert [w.category for w in caught] == [ProbeWarning]
+    assert "pass loss_scale=scaler" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf])
+def test_a_scale_that_is_none(scale: float):
+    with pytest.raises(ValueError, match="must be a finite number above 0"):
+        AttentionGradient(loss_scale=scale)
+
+
+class Detached(nn.Module):
+    """Shows a pattern that it does not compute with."""
+
+    def __init__(self, point: nn.Module) -> None:
+        super().__init__()
+        self.point = point
+
+    def forward(self, pattern: Tensor) -> Tensor:
+        self.point(pattern.detach())
+        return pattern
+
+
+def test_gradients_that_do_not_arrive_are_named(model: HookedTransformer, tokens: Tensor):
+    attention: Any = model.blocks[1].attn
+    attention.hook_pattern = Detached(attention.hook_pattern)
+    assert check_attention(model).problems() == (
+        "editing a pattern changes nothing in layers 1, which show it after use",
+        "no gradient reaches the patterns of layers 1",
+    )
+    for wrt in ("scores", "pattern"):
+        gradient = AttentionGradient(wrt)  # type: ignore[arg-type]
+        with attach(model, gradient):
+            model(tokens, return_type="loss").backward()
+        with pytest.raises(ProbeError, match=r"gradients reach the mixed values of layers \[1\]"):
+            gradient.reading()
+
+
+def test_patterns_that_are_not_shown_are_named(model: HookedTransformer, tokens: Tensor):
+    attention: Any = model.blocks[1].attn
+    attention.hook_pattern = nn.Identity()
+    with (
+        pytest.warns(ProbeWarning, match="HookedTransformer.*: layers 1 show no attention pattern"),
+        attach(model, AttentionPattern(0)),
+    ):
+        model(tokens)
+
+
+def test_a_warning_that_is_an_error_breaks_no_pass(model: HookedTransformer, tokens: Tensor):
+    attention: Any = model.blocks[1].attn
+    attention.hook_pattern = nn.Identity()
+    pattern = AttentionPattern(0)
+    with warnings.catch_warnings(action="error"):
+        block = attach(model, pattern)
+        block.__enter__()
+        model(tokens)
+        assert pattern.batches == 1
+        with pytest.raises(ProbeWarning):
+            block.__exit__(None, None, None)
+        with attach(model, pattern):  # warned once, and nothing is left
+            model(tokens)
 
 
 def test_chosen_layers_keep_their_number(model: HookedTransformer, tokens: Tensor):
