@@ -46,6 +46,7 @@ from probes.interventions import AblationEffect, ablation_effects, mean_ablate
 from probes.labelled import LabelledTensor
 from probes.repeated import repeated_tokens
 from probes.scores import (
+    above_chance,
     attention_to,
     duplicate_token_score,
     prefix_matching_score,
@@ -71,6 +72,7 @@ __all__ = [
     "Probe",
     "ProbeError",
     "ablation_effects",
+    "above_chance",
     "attach",
     "attention_effects",
     "attention_to",

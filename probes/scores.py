@@ -155,6 +155,20 @@ def uniform_baseline(
     return attention_to(uniform.expand(len(mask), 1, *uniform.shape), mask)[:, 0]
 
 
+def above_chance(
+    score: Float[Tensor, "*any"], uniform: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """Share of what uniform attention leaves: `(score - uniform) / (1 - uniform)`.
+
+    0 for a head that attends to every key alike, 1 for one that attends to the counted keys alone,
+    below 0 for one that avoids them.
+
+    >>> above_chance(torch.tensor([0.5, 0.75]), torch.tensor([0.5, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
+    return (score - uniform) / (1 - uniform)
+
+
 def mean_weights(masks: Bool[Tensor, "*any query key"]) -> Float[Tensor, "*any query key"]:
     """Weights under which a sum over queries and keys is `attention_to`'s mean (NaN: no query)."""
     n_queries = masks.any(-1).sum(-1)
