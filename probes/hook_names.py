@@ -13,6 +13,9 @@ from probes.errors import ProbeError
 TOKENS = "embed"
 """The embedding module; its input is the token batch, whatever the user passed to the model."""
 
+ATTENTION_MASK = "attention_mask"
+"""The attention mask `[batch pos]` of the pass, as it reaches the layers: 1 where none came."""
+
 Layers: TypeAlias = int | Sequence[int] | None
 """One layer, several, or None for every layer that has attention."""
 
