@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechcausal.experiments.base import Observation
-from mechcausal.metrics import induction_mask
+from mechcausal.metrics import induction_keys
 from mechcausal.models.batched_simplified import through_softmax
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.observer import Look, Observer
@@ -41,8 +41,8 @@ class ClosedFormObserver(Observer):
         """As `Observer`."""
         super().__init__(model, *args, **options)
         # With these the query's attention adds up to the induction score; NaN: it has none.
-        mask = induction_mask(self.batch.tokens, self.task.graph)
-        self._weights = mean_weights(mask)[:, -1]
+        keys = induction_keys(self.batch.tokens, self.task.graph)
+        self._weights = mean_weights(keys.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
     def observe(self) -> Observation:

@@ -105,14 +105,24 @@ def induction_mask(
     """
     batch, length = tokens.shape
     mask = torch.zeros(batch, length, length, dtype=torch.bool, device=tokens.device)
+    mask[:, -1] = induction_keys(tokens, graph)
+    return mask
+
+
+def induction_keys(
+    tokens: Int[Tensor, "batch pos"], graph: CausalGraph
+) -> Bool[Tensor, "batch key"]:
+    """The last position's row of `induction_mask`, which is all of it."""
+    batch, length = tokens.shape
+    keys = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
     context = (length - 1,) if graph.query_parents is None else graph.query_parents
     children = [i for i in graph.non_roots if i < length - 1]
     children = [i for i in children if len(graph.parents[i]) == len(context)]
     parents = torch.tensor([graph.parents[i] for i in children], device=tokens.device)
     if children:
         same = tokens[:, parents] == tokens[:, None, list(context)]
-        mask[:, -1, children] = same.all(-1)
-    return mask
+        keys[:, children] = same.all(-1)
+    return keys
 
 
 def correlations(left: Float[Tensor, "n"], right: Float[Tensor, "n"]) -> tuple[float, float]:

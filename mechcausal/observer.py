@@ -24,6 +24,7 @@ from probes import (
     AttentionPattern,
     AttentionTo,
     InductionScores,
+    above_chance,
     attach,
     copying_score,
     k_composition,
@@ -70,6 +71,8 @@ class Observer:
         examples: the first few of them, whose attention is kept sequence by sequence.
         bayes_loss: cross entropy of the Bayes predictor on them, nats.
         strategy_losses: cross entropy of every strategy on them, nats.
+        uniform_induction: what uniform attention of the last layer's query scores on them as
+            `induction/attention`; NaN where no query has anything to find.
         repeated: sequences of random tokens, repeated.
     """
 
@@ -109,6 +112,9 @@ class Observer:
             name: soft_cross_entropy(prediction, target).item()
             for name, prediction in self._strategies.items()
         }
+        keys = metrics.induction_keys(tokens, task.graph)
+        # The last position sees every key; a query that has nothing to find is not scored.
+        self.uniform_induction = keys[keys.any(1)].double().mean().item()
         self.repeated = repeated_tokens(
             64, task.sequence_length // 2, task.vocab_size, generator=generator
         )
@@ -169,8 +175,12 @@ class Observer:
         figures = self._losses(look.prediction)
         figures |= matching_figures(look.attention, self.task.graph)
         figures |= self._gradient_figures(matrices, look.pattern_stderr)
+        attention = look.induction.max().cpu().double()
         figures |= {  # of the head that does it best
-            "induction/score": look.induction.max().item(),
+            "induction/score": above_chance(
+                attention, attention.new_tensor(self.uniform_induction)
+            ).item(),
+            "induction/attention": attention.item(),
             "induction/prefix_matching": look.matching.max().item(),
             "induction/copying": copying_score(model.hooked, last)[: model.heads[last]]
             .max()

@@ -308,10 +308,11 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
         (
             "induction head (layer 2)",
             {
-                "induction/score": "attention where parent = query",
+                "induction/score": "attention where parent = query, above chance",
+                "induction/attention": "the same, with chance",
                 "induction/prefix_matching": "prefix matching",
             },
-            {"ylim": (-0.03, 1.05)},
+            {"ylim": (None, 1.05)},
         ),
         (
             "KL of the model to a strategy (nats)",

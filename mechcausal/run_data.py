@@ -204,10 +204,10 @@ class RunData:
             return None
         import torch
 
-        from mechcausal.metrics import induction_mask
+        from mechcausal.metrics import induction_keys
 
-        mask = induction_mask(torch.from_numpy(self.examples), self.graph)[:, -1]
-        found: np.ndarray = mask.numpy()
+        keys = induction_keys(torch.from_numpy(self.examples), self.graph)
+        found: np.ndarray = keys.numpy()
         return found
 
     def comparable(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from probes.interventions import AblationEffect, ablation_effects, mean_ablate
 from probes.labelled import LabelledTensor
 from probes.repeated import repeated_tokens
 from probes.scores import (
+    above_chance,
     attention_to,
     duplicate_token_score,
     prefix_matching_score,
@@ -74,6 +75,7 @@ __all__ = [
     "ProbeError",
     "ProbeWarning",
     "ablation_effects",
+    "above_chance",
     "attach",
     "attention_effects",
     "attention_to",

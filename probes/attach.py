@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probes.attention_check import FirstPassCheck
 from probes.errors import ProbeError
-from probes.hook_names import TOKENS, hook_points, split_incoming
+from probes.hook_names import ATTENTION_MASK, TOKENS, hook_points, split_incoming
 from probes.hooking import Hooks
 from probes.labelled import LabelledTensor
 
@@ -44,11 +44,15 @@ class Probe(ABC):
         """What to call at which hook point of `model`.
 
         `hook_names.TOKENS` is called with the tokens, `hook_names.incoming(name)` with what
-        arrives at a hook point, before any hook there can change it.
+        arrives at a hook point, before any hook there can change it, and `ATTENTION_MASK` with the
+        mask that came with the tokens, before any attention.
 
         Raises:
             ProbeError: the model lacks what this probe reads.
         """
+
+    def begin_pass(self) -> None:  # noqa: B027
+        """Called when the model is called, before anything else of that pass."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -139,6 +143,7 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
                 )
             self._hooks.finally_call(partial(_release, probe, session))
             probe._session = session
+            self._hooks.add_before(self._model, _begins(probe))
             for name, hook in probe.hooks(self._model).items():
                 self._add(points, name, hook, session)
 
@@ -151,6 +156,9 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
             if not isinstance(embed, nn.Module):
                 raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
             self._hooks.add_before(embed, _reads_tokens(hook))
+            return
+        if name == ATTENTION_MASK:
+            self._hooks.add_before(_takes_mask(self._model), _reads_mask(hook))
             return
         point, before_hooks = split_incoming(name)
         if point not in points:
@@ -180,6 +188,38 @@ def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         hook(tokens.detach())
+
+    return read
+
+
+def _begins(probe: Probe) -> Callable[..., None]:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        probe.begin_pass()
+
+    return begin
+
+
+def _takes_mask(model: nn.Module) -> nn.Module:
+    """What gets the attention mask in every pass: a bridge's wrapped model, or the first block."""
+    original: Any = getattr(model, "original_model", None)
+    if isinstance(original, nn.Module):
+        return original
+    blocks: Any = getattr(model, "blocks", None)
+    if blocks is None or not len(blocks):
+        raise ProbeError(f"{type(model).__name__} has no blocks that could take an attention mask")
+    first: nn.Module = blocks[0]
+    return first
+
+
+def _reads_mask(hook: ForwardHook) -> Callable[..., None]:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if given is None or given.ndim < 2:
+                return
+            mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+        hook(mask.detach())
 
     return read
 

@@ -28,7 +28,8 @@ class Formation:
         score: the name of the score.
         threshold: the score from which on a head is formed.
         scores: the score at every step, `[step, layer, head]`.
-        first_crossing: the first step at which the score reaches the threshold; NaN if never.
+        first_crossing: the first step at which the score reaches the threshold, half of it above
+            chance (`HeadScores.reaches`); NaN if never.
         midpoint: the step at the middle of the fitted sigmoid; NaN if none could be fitted.
         midpoint_low: lower end of its confidence interval.
         midpoint_high: upper end.
@@ -81,8 +82,8 @@ def track_formation(
 ) -> Formation:
     """The score of every head along a run, and the step at which each head formed.
 
-    The first crossing is the first step given at which the score reaches the threshold. For heads
-    that cross, `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x`
+    The first crossing is the first step given at which the score reaches the threshold, half of it
+    above what uniform attention scores (`HeadScores.reaches`). For heads that cross, `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x`
     the step or its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])`
     with Student's t at the residual degrees of freedom, both turned back into steps. A rise
     sharper than the checkpoints are dense can lie anywhere between two of them: its interval is
@@ -136,10 +137,11 @@ def track_formation(
     values = _stacked([tables[step] for step in steps], score)
     crossing = torch.full(values.shape[1:], torch.nan)
     fits = torch.full((3, *values.shape[1:]), torch.nan)
-    for row, head in (values >= threshold).any(0).nonzero().tolist():
-        curve = values[:, row, head]
-        crossing[row, head] = steps[int((curve >= threshold).nonzero()[0])]
-        fits[:, row, head] = torch.tensor(_sigmoid_midpoint(steps, curve, axis, confidence))
+    reached = torch.stack([tables[step].reaches(score, threshold).cpu() for step in steps])
+    for row, head in reached.any(0).nonzero().tolist():
+        crossing[row, head] = steps[int(reached[:, row, head].nonzero()[0])]
+        found = _sigmoid_midpoint(steps, values[:, row, head], axis, confidence)
+        fits[:, row, head] = torch.tensor(found)
     return Formation(
         steps=tuple(steps),
         layers=tables[steps[0]].layers,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes import hook_names
@@ -22,9 +22,16 @@ from probes.head_table import HeadScores
 from probes.hook_names import attention_layers
 from probes.induction import AttentionTo, InductionScores
 from probes.labelled import LabelledTensor
-from probes.passes import MAX_BATCH_BYTES, batch_rows, run, undisturbed
+from probes.padding import pairs_of
+from probes.passes import MAX_BATCH_BYTES, attends_ahead, batch_rows, run, split, undisturbed
 from probes.records import LayerProbe, Sum
-from probes.scores import duplicate_token_mask, prefix_matching_mask, uniform_baseline
+from probes.scores import (
+    duplicate_token_mask,
+    prefix_matching_mask,
+    previous_token_mask,
+    uniform_baseline,
+    uniform_pattern,
+)
 from probes.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
 
 COPYING_TOKENS = 4096
@@ -35,6 +42,7 @@ def score_heads(
     model: nn.Module,
     tokens: Int[Tensor, "batch pos"] | None = None,
     *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     n_sequences: int = 32,
     repeat_lengths: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
@@ -57,12 +65,15 @@ def score_heads(
 
     With `tokens`, their own recurrences are scored, by the masks of `probes.scores`, and the same
     entries on random tokens of that shape are the controls; `n_sequences`, `repeat_lengths` and
-    `bos` are then not used. Control entries where control tokens happen to recur are left out.
+    `bos` are then not used. Control entries where control tokens happen to recur are left out, and
+    so is padding everywhere: controls are padded as the tokens are.
 
     Args:
         model: a HookedTransformer or TransformerBridge; a tokenizer is not needed. Afterwards it
             is as it was: no hooks, no gradients, the same training mode.
         tokens: sequences to score, or None to draw them.
+        attention_mask: 0 where they are padding, which the model is told too; None for what the
+            tokenizer's PAD token tells, see `padding.real_positions`.
         n_sequences: repeated sequences over all repeat lengths; the controls come on top.
         repeat_lengths: tokens in the repeated block, each at least 3; None for what fits.
         generator: the source of randomness; None for a new one with seed 0.
@@ -74,7 +85,7 @@ def score_heads(
         Scores `[layer, head]` with standard errors over sequences, and verdicts.
 
     Raises:
-        ValueError: `n_sequences`, a repeat length, `threshold` or the shape of `tokens`.
+        ValueError: `n_sequences`, a repeat length, `threshold` or the shape of `tokens` or mask.
         ProbeError: no attention, a context too short for two repeats, tokens outside the
             vocabulary, or none of them recurs.
 
@@ -98,13 +109,13 @@ def score_heads(
             bos=bos,
         )
     else:
-        stimuli = given_stimuli(model, tokens, generator=generator)
-    scan = _Scan()
+        stimuli = given_stimuli(model, tokens, attention_mask=attention_mask, generator=generator)
+    scan = _Scan(causal=not attends_ahead(model))
     with undisturbed(model):
         for stimulus in stimuli:
             scan.take(model, stimulus, max_batch_bytes)
-    baseline = torch.cat(scan.uniform).nanmean()
-    if baseline.isnan():
+    uniform = {name: torch.cat(values).nanmean() for name, values in scan.uniform.items()}
+    if uniform["induction"].isnan():
         raise ProbeError("no token recurs in the sequences given: there is nothing to score")
     results: dict[str, Tensor] = {}
     for name, readings in scan.readings.items():
@@ -112,56 +123,101 @@ def score_heads(
         scores = LabelledTensor(name, values, ("layer", "batch", "head"))
         results[name] = scores.mean("batch").values
         results[f"{name}_stderr"] = scores.stderr("batch").values
-    results["positional"], results["positional_offset"] = _positional(scan.offsets, threshold)
+    by_offset = _positional(scan.offsets, threshold)
+    results["positional"], results["positional_offset"], results["positional_uniform"] = by_offset
     induction = results["induction"]
+    for name, field in (
+        ("induction", "uniform_baseline"),
+        ("previous_token", "previous_token_uniform"),
+        ("duplicate_token", "duplicate_token_uniform"),
+    ):
+        results[field] = uniform[name].to(induction).expand_as(induction).clone()
     return HeadScores(
         layers=layers,
         n_layers=config.n_layers,
         sequences=sum(len(stimulus.tokens) for stimulus in stimuli),
         threshold=threshold,
         copying=_copying(model, induction),
-        uniform_baseline=baseline.to(induction).expand_as(induction).clone(),
         **results,
     )
 
 
 class _Scan:
-    """Readings `[layer batch head]` by score, and the sums that make the positional profile."""
+    """Readings `[layer batch head]` by score, and the sums that make the positional profile.
 
-    def __init__(self) -> None:
+    Attributes:
+        readings: of every score, batch by batch.
+        uniform: what uniform attention scores in each sequence.
+        offsets: sums of attention by distance, `[layer head offset]`, those of uniform attention
+            and the number of pairs of positions, `[offset]`.
+    """
+
+    def __init__(self, *, causal: bool) -> None:
+        self._causal = causal
         self.readings: dict[str, list[LabelledTensor]] = {}
-        self.uniform: list[Tensor] = []
-        self.offsets: list[tuple[Tensor, int]] = []
+        self.uniform: dict[str, list[Tensor]] = {}
+        self.offsets: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def take(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
         """Run the model over a stimulus and its control."""
         offsets = _OffsetSums(None, Sum)
         rows = batch_rows(model, stimulus.tokens.shape[1], max_batch_bytes)
-        batches = zip(stimulus.tokens.split(rows), stimulus.control.split(rows), strict=True)
-        for tokens, control in batches:
-            with attach(model, InductionScores()) as (scores,):
-                run(model, tokens)
+        for tokens, control, real in split(rows, stimulus.tokens, stimulus.control, stimulus.real):
+            # Random tokens have no padding, whatever the tokenizer would take for it.
+            text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+            with attach(model, InductionScores(attention_mask=text)) as (scores,):
+                run(model, tokens, real)
             reading = scores.reading()
             self._add("induction", reading.sel(score="prefix_matching"))
             self._add("previous_token", reading.sel(score="previous_token"))
             self._add("duplicate_token", reading.sel(score="duplicate_token"))
-            self.uniform.append(_uniform(model, tokens))
+            for name, mask in _MASKS.items():
+                by_chance = uniform_baseline(
+                    mask(tokens, real), causal=self._causal, attention_mask=real
+                )
+                self.uniform.setdefault(name, []).append(by_chance)
             induction, duplicate = (
-                AttentionTo(None, mask(tokens) & ~mask(control))
+                AttentionTo(None, mask(tokens, real) & ~mask(control, real), attention_mask=text)
                 for mask in (prefix_matching_mask, duplicate_token_mask)
             )
+            offsets.real = real
             with attach(model, induction, duplicate, offsets):
-                run(model, control)
+                run(model, control, real)
             self._add("positional_control", induction.reading())
             self._add("duplicate_control", duplicate.reading())
-        self.offsets.append((offsets.reading().values, len(stimulus.control)))
+        self.offsets.append((offsets.reading().values, *self._reference(stimulus)))
+
+    def _reference(
+        self, stimulus: Stimulus
+    ) -> tuple[Float[Tensor, "offset"], Float[Tensor, "offset"]]:
+        """Sums by distance of uniform attention, and of the pairs that there are."""
+        batch, pos = stimulus.tokens.shape
+        real = stimulus.real
+        pattern = uniform_pattern(pos, self._causal, real, device=stimulus.tokens.device)
+        times = 1 if real is not None else batch
+        both = (pattern, torch.ones_like(pattern))
+        uniform, count = (_by_offset(_behind_first(p, real).sum(0))[0] * times for p in both)
+        return uniform, count
 
     def _add(self, name: str, reading: LabelledTensor) -> None:
         self.readings.setdefault(name, []).append(reading)
 
 
+_MASKS = {
+    "induction": prefix_matching_mask,
+    "previous_token": previous_token_mask,
+    "duplicate_token": duplicate_token_mask,
+}
+
+
 class _OffsetSums(LayerProbe[Sum]):
-    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the keys at position 0."""
+    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the keys where a sequence begins.
+
+    Attributes:
+        real: False at padding of the next pass; None where there is none.
+    """
+
+    real: Tensor | None = None
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
         return {
@@ -169,7 +225,8 @@ class _OffsetSums(LayerProbe[Sum]):
         }
 
     def _read(self, layer: int, pattern: Tensor) -> None:
-        self._records[layer].add(_by_offset(pattern.sum(0)[:, 1:, 1:]).unsqueeze(0))
+        behind = _behind_first(pattern, self.real)
+        self._records[layer].add(_by_offset(behind.sum(0)).unsqueeze(0))
 
     def _seen(self) -> str:
         return "forward pass"
@@ -178,6 +235,16 @@ class _OffsetSums(LayerProbe[Sum]):
         records = self._complete_records()
         sums = self._stack({layer: record.sum() for layer, record in records.items()})
         return LabelledTensor("attention_by_offset", sums, ("layer", "head", "offset"))
+
+
+def _behind_first(
+    pattern: Float[Tensor, "batch head query key"], real: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "batch head rest rest"]:
+    """Without position 0, and without padding and the first position of text."""
+    if real is None:
+        return pattern[:, :, 1:, 1:]
+    later = real & (real.cumsum(1) > 1)
+    return (pattern * pairs_of(later.to(pattern.device)).unsqueeze(1))[:, :, 1:, 1:]
 
 
 def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head offset"]:
@@ -189,30 +256,25 @@ def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head 
 
 
 def _positional(
-    offsets: Sequence[tuple[Tensor, int]], threshold: float
-) -> tuple[Float[Tensor, "layer head"], Int[Tensor, "layer head"]]:
-    """The largest mean attention at a fixed offset of two or more, and that offset."""
-    longest = max(sums.shape[-1] for sums, _ in offsets)
-    total = offsets[0][0].new_zeros(*offsets[0][0].shape[:2], longest)
-    count = total.new_zeros(longest)
-    for sums, sequences in offsets:
+    offsets: Sequence[tuple[Tensor, Tensor, Tensor]], threshold: float
+) -> tuple[Float[Tensor, "layer head"], Int[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+    """The largest mean attention at a fixed offset of two or more, that offset, and by chance."""
+    width = max(sums.shape[-1] for sums, _, _ in offsets)
+    total = offsets[0][0].new_zeros(*offsets[0][0].shape[:2], width)
+    uniform, count = total.new_zeros(width), total.new_zeros(width)
+    for sums, of_uniform, pairs in offsets:
         size = sums.shape[-1]
         total[..., :size] += sums
-        count[:size] += sequences * torch.arange(size, 0, -1, device=count.device)
+        uniform[:size] += of_uniform.to(uniform)
+        count[:size] += pairs.to(count)
+    longest = int((count > 0).sum())
     needed = max(math.floor(1 / threshold) + 1, math.ceil(longest / 4))
     usable = longest + 1 - needed
     if usable <= 2:
         unknown = torch.full_like(total[..., 0], torch.nan)
-        return unknown, torch.zeros_like(unknown, dtype=torch.int64)
+        return unknown, torch.zeros_like(unknown, dtype=torch.int64), unknown
     values, best = (total / count)[..., 2:usable].max(-1)
-    return values, best + 2
-
-
-def _uniform(model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch"]:
-    """What uniform attention scores as induction."""
-    config: Any = model.cfg
-    causal = getattr(config, "attention_dir", "causal") == "causal"
-    return uniform_baseline(prefix_matching_mask(tokens), causal=causal)
+    return values, best + 2, (uniform / count)[best + 2]
 
 
 def _copying(model: nn.Module, induction: Tensor) -> Float[Tensor, "layer head"]:

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from probes.scores import above_chance
 
 Head: TypeAlias = tuple[int, int]
 """A head as (layer, head)."""
@@ -24,6 +26,9 @@ COLUMNS = (
     "duplicate_token",
     "copying",
     "uniform_baseline",
+    "duplicate_control",
+    "positional",
+    "positional_offset",
 )
 """The numbers of a head in JSON, in order."""
 
@@ -31,11 +36,21 @@ _MORE_COLUMNS = (
     "positional_control_stderr",
     "previous_token_stderr",
     "duplicate_token_stderr",
-    "duplicate_control",
     "duplicate_control_stderr",
-    "positional",
-    "positional_offset",
+    "previous_token_uniform",
+    "duplicate_token_uniform",
+    "positional_uniform",
 )
+
+# What uniform attention would score.
+_UNIFORM = {
+    "induction": "uniform_baseline",
+    "positional_control": "uniform_baseline",
+    "previous_token": "previous_token_uniform",
+    "duplicate_token": "duplicate_token_uniform",
+    "duplicate_control": "duplicate_token_uniform",
+    "positional": "positional_uniform",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,13 +60,16 @@ class HeadScores:
     Shares of attention in [0, 1] unless said otherwise; NaN where nothing could be measured (a
     standard error of one sequence, the copying of a model that writes another vocabulary).
 
-    A head is called
+    A head reaches the threshold in a score if `score >= threshold`, and half of it above chance:
+    `(score - uniform) / (1 - uniform) >= threshold / 2`, where `uniform` is what attention to all
+    keys alike scores on the same sequences. (At 0.4 this matters where chance gives more than a
+    quarter: in short sequences, or with few different tokens.) It is called
 
-    - `induction` if `induction >= threshold` and clearly more than its `positional_control`: at
+    - `induction` if it does in `induction`, with clearly more than its `positional_control`: at
       least twice as much, and by three standard errors;
     - `duplicate_token` likewise, against `duplicate_control`;
-    - `previous_token` if `previous_token >= threshold`;
-    - `positional` if `positional >= threshold`: it looks a fixed number of positions back,
+    - `previous_token` if it does in `previous_token`;
+    - `positional` if it does in `positional`: it looks a fixed number of positions back,
       two or more, at whatever is there. The first position of a sequence, where heads rest,
       does not count.
 
@@ -70,6 +88,9 @@ class HeadScores:
         positional_offset: that offset, in positions back (0 where `positional` is NaN).
         copying: of the head's OV circuit, in [-1, 1]; a property of the weights.
         uniform_baseline: what uniform attention would score as `induction`.
+        previous_token_uniform: the same as `previous_token`.
+        duplicate_token_uniform: the same as `duplicate_token`.
+        positional_uniform: the same at `positional_offset`.
 
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads"; Wang et al. 2022,
@@ -103,6 +124,9 @@ class HeadScores:
     positional_offset: Int[Tensor, "layer head"]
     copying: Float[Tensor, "layer head"]
     uniform_baseline: Float[Tensor, "layer head"]
+    previous_token_uniform: Float[Tensor, "layer head"]
+    duplicate_token_uniform: Float[Tensor, "layer head"]
+    positional_uniform: Float[Tensor, "layer head"]
 
     @property
     def n_heads(self) -> int:
@@ -114,9 +138,9 @@ class HeadScores:
         """What each head is called, for every (layer, head); mostly nothing."""
         names: dict[Verdict, Tensor] = {
             "induction": self._above_control("induction", "positional_control"),
-            "previous_token": self.previous_token >= self.threshold,
+            "previous_token": self.reaches("previous_token", self.threshold),
             "duplicate_token": self._above_control("duplicate_token", "duplicate_control"),
-            "positional": self.positional >= self.threshold,
+            "positional": self.reaches("positional", self.threshold),
         }
         return {
             (layer, head): tuple(name for name, found in names.items() if found[row, head])
@@ -124,12 +148,28 @@ class HeadScores:
             for head in range(self.n_heads)
         }
 
+    def reaches(self, score: str, threshold: float) -> Bool[Tensor, "layer head"]:
+        """Whether each head has a score from the threshold on, half of it above chance.
+
+        Without regard to chance for a score that has none, such as `copying`.
+
+        Raises:
+            ValueError: there is no such score.
+        """
+        self.top(score, 0)
+        values: Tensor = getattr(self, score)
+        reached = values >= threshold
+        if score in _UNIFORM:
+            uniform: Tensor = getattr(self, _UNIFORM[score])
+            reached &= above_chance(values, uniform) >= threshold / 2
+        return reached
+
     def _above_control(self, name: str, control: str) -> Tensor:
         score: Tensor = getattr(self, name)
         beside: Tensor = getattr(self, control).nan_to_num(0.0)
         errors = [getattr(self, f"{part}_stderr").nan_to_num(0.0) for part in (name, control)]
         clear: Tensor = score - beside > 3 * torch.hypot(*errors)
-        return (score >= self.threshold) & (score >= 2 * beside) & clear
+        return self.reaches(name, self.threshold) & (score >= 2 * beside) & clear
 
     def heads(self, verdict: Verdict) -> list[Head]:
         """The heads so called, as (layer, head), the highest score first."""

@@ -16,6 +16,9 @@ TOKENS = "embed"
 EMBEDDED = "hook_embed"
 """The token embeddings: where a forward pass begins."""
 
+ATTENTION_MASK = "attention_mask"
+"""The attention mask `[batch pos]` of the pass, as it reaches the layers: 1 where none came."""
+
 _INCOMING = ".incoming"
 
 Layers: TypeAlias = int | Sequence[int] | None

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from probes.padding import pairs_of
 from probes.passes import MAX_BATCH_BYTES, token_losses
 from probes.stimuli import Bos, longest_stimulus
 
@@ -80,7 +81,12 @@ def loss_by_position(
         generator=generator,
         bos=bos,
     )
-    losses = token_losses(model, stimulus.tokens, max_batch_bytes=max_batch_bytes)
+    losses = token_losses(
+        model,
+        stimulus.tokens,
+        attention_mask=torch.ones_like(stimulus.tokens),  # random tokens have no padding
+        max_batch_bytes=max_batch_bytes,
+    )
     first = stimulus.tokens.shape[1] - 2 * repeat_length
     copies = losses[:, first : first + 2 * repeat_length - 1]
     gain = copies[:, : repeat_length - 1].mean(1) - copies[:, repeat_length:].mean(1)
@@ -94,17 +100,23 @@ def loss_by_position(
     )
 
 
-def repeated_pairs(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos-1"]:
+def repeated_pairs(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch pos-1"]:
     """Where the next token is what followed an earlier occurrence of the present one.
 
     `∃ k < i: t[k] = t[i], t[k+1] = t[i+1]`: the predictions for which induction is right. On a
-    block of different tokens repeated twice: the second copy without its first token.
+    block of different tokens repeated twice: the second copy without its first token. Padding, where
+    an attention mask is 0, is no token.
 
     >>> repeated_pairs(torch.tensor([[5, 6, 7, 5, 6, 7]]))
     tensor([[False, False, False,  True,  True]])
     """
     now, following = tokens[:, :-1], tokens[:, 1:]
     same = (now[:, :, None] == now[:, None, :]) & (following[:, :, None] == following[:, None, :])
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        same = same & pairs_of(real[:, :-1] & real[:, 1:])
     return same.tril(-1).any(-1)
 
 

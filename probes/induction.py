@@ -5,6 +5,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from probes import hook_names
@@ -12,6 +13,7 @@ from probes.attach import ForwardHook
 from probes.errors import ProbeError
 from probes.hook_names import Layers
 from probes.labelled import LabelledTensor
+from probes.padding import pairs_of, real_positions
 from probes.records import Concatenated, LayerProbe
 from probes.scores import (
     duplicate_token_mask,
@@ -24,33 +26,81 @@ from probes.scores import (
 KeyMask: TypeAlias = Callable[[Tensor], Tensor]
 """From tokens `[batch pos]` to the keys that count, `[batch query key]` or `[query key]`."""
 
+_MaskOfText: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+"""The same from tokens and attention mask."""
+
 
 class _MaskedAttention(LayerProbe[Concatenated]):
     """Attention mass on one or several sets of keys; patterns themselves are not kept."""
 
-    def __init__(self, layers: Layers, masks: Mapping[str, KeyMask]) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        masks: Mapping[str, _MaskOfText],
+        attention_mask: Shaped[Tensor, "batch pos"] | None,
+    ) -> None:
         super().__init__(layers, Concatenated)
         self._masks = dict(masks)
-        self._weights: Tensor | None = None
+        self._attention_mask = attention_mask
+        self._forget_pass()
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
         """Take the tokens where the model embeds them, then the pattern of every chosen layer.
 
         The tokens are those the model really saw: with the BOS that it put in front of a text.
         """
-        hooks: dict[str, ForwardHook] = {hook_names.TOKENS: self._at_tokens}
-        for layer in self._layers(model):
+        layers = self._layers(model)
+        hooks: dict[str, ForwardHook] = {
+            hook_names.TOKENS: partial(self._at_tokens, model, layers),
+            hook_names.ATTENTION_MASK: self._at_mask,
+        }
+        for layer in layers:
             hooks[hook_names.pattern(layer)] = partial(self._at_pattern, layer)
         return hooks
 
-    def _at_tokens(self, tokens: Tensor) -> None:
-        batch = len(tokens)
-        masks = [mask(tokens).expand(batch, -1, -1) for mask in self._masks.values()]
-        self._weights = mean_weights(torch.stack(masks, dim=1))
+    def begin_pass(self) -> None:
+        """Forget the tokens of the last pass: this one may start behind the embedding."""
+        self._forget_pass()
+
+    def _forget_pass(self) -> None:
+        self._tokens: Tensor | None = None
+        self._given: Tensor | None = None
+        self._real: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._unread: set[int] = set()
+
+    def _at_mask(self, mask: Tensor) -> None:
+        self._given = None if bool(mask.all()) else mask.bool()
+
+    def _at_tokens(self, model: nn.Module, layers: tuple[int, ...], tokens: Tensor) -> None:
+        self._tokens, self._weights, self._unread = tokens, None, set(layers)
+        try:
+            self._real = real_positions(model, tokens, self._attention_mask)
+        except ValueError as error:
+            raise ProbeError(f"{type(self).__name__}: {error}") from None
+
+    def _weights_of_pass(self) -> Tensor:
+        """For every score where attention counts, and how much."""
+        assert self._tokens is not None
+        tokens, real = self._tokens, self._real
+        if self._attention_mask is None and self._given is not None:
+            given = self._given.to(tokens.device)[:, -tokens.shape[1] :]
+            real = given if real is None else real & given
+        masks = [mask(tokens, real).expand(len(tokens), -1, -1) for mask in self._masks.values()]
+        if real is not None:
+            pairs = pairs_of(real)
+            # A mask that does not fit is named where the pattern tells what would.
+            masks = [mask & pairs if mask.shape == pairs.shape else mask for mask in masks]
+        return mean_weights(torch.stack(masks, dim=1))
 
     def _at_pattern(self, layer: int, pattern: Tensor) -> None:
-        if self._weights is None:
+        # A layer reads the tokens of a pass once: called without `model(...)`, as by
+        # `run_with_hooks`, a pass that starts behind the embedding would find the last one's.
+        if layer not in self._unread:
             raise ProbeError(f"{type(self).__name__} saw attention before any tokens")
+        self._unread.discard(layer)
+        if self._weights is None:
+            self._weights = self._weights_of_pass()
         weights = self._weights.to(pattern.device)
         if weights.shape[0] != pattern.shape[0] or weights.shape[2:] != pattern.shape[2:]:
             raise ProbeError(
@@ -66,7 +116,7 @@ class _MaskedAttention(LayerProbe[Concatenated]):
     def reset(self) -> None:
         """Forget every pass seen so far."""
         super().reset()
-        self._weights = None
+        self._forget_pass()
 
     def _scores(self) -> tuple[Tensor, tuple[int, ...]]:
         """Attention mass `[layer batch score head]`, and the layers."""
@@ -84,19 +134,23 @@ class InductionScores(_MaskedAttention):
     `batch`; `reading().mean("batch")` and `.stderr("batch")` summarise them. A sequence in which
     no token recurs is NaN in the first and the last. Only the scores are kept.
 
+    Padding does not count: where the attention mask given to the model is 0, and, if the model has
+    a tokenizer, runs of its PAD token at the ends of a sequence (`padding.real_positions`).
+
     Args:
         layers: one layer, several, or None for every layer that has attention.
+        attention_mask: 0 at padding, 1 at text, for every pass; used instead of all that.
     """
 
-    def __init__(self, layers: Layers = None) -> None:
-        super().__init__(
-            layers,
-            {
-                "prefix_matching": prefix_matching_mask,
-                "previous_token": previous_token_mask,
-                "duplicate_token": duplicate_token_mask,
-            },
-        )
+    def __init__(
+        self, layers: Layers = None, *, attention_mask: Shaped[Tensor, "batch pos"] | None = None
+    ) -> None:
+        masks: dict[str, _MaskOfText] = {
+            "prefix_matching": prefix_matching_mask,
+            "previous_token": previous_token_mask,
+            "duplicate_token": duplicate_token_mask,
+        }
+        super().__init__(layers, masks, attention_mask)
 
     def reading(self) -> LabelledTensor:
         """Shares of attention in [0, 1] (NaN: no query of the sequence qualifies).
@@ -116,16 +170,27 @@ class InductionScores(_MaskedAttention):
 class AttentionTo(_MaskedAttention):
     """Attention mass on keys of your choice, as `probes.scores.attention_to`.
 
-    The reading has axes `("layer", "batch", "head")`.
+    The reading has axes `("layer", "batch", "head")`. Padding does not count, as in
+    `InductionScores`.
 
     Args:
         layers: one layer, several, or None for every layer that has attention.
         mask: True where attention counts, `[query key]` for every sequence or
             `[batch query key]`; or a function from the tokens `[batch pos]` to such a mask.
+        attention_mask: 0 at padding, 1 at text, for every pass; see `InductionScores`.
     """
 
-    def __init__(self, layers: Layers, mask: Tensor | KeyMask) -> None:
-        super().__init__(layers, {"mask": (lambda _: mask) if isinstance(mask, Tensor) else mask})
+    def __init__(
+        self,
+        layers: Layers,
+        mask: Tensor | KeyMask,
+        *,
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        def keys(tokens: Tensor, real: Tensor | None) -> Tensor:
+            return mask if isinstance(mask, Tensor) else mask(tokens)
+
+        super().__init__(layers, {"mask": keys}, attention_mask)
 
     def reading(self) -> LabelledTensor:
         """Shares of attention in [0, 1] (NaN: the mask of the sequence is all False).

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes import hook_names
@@ -18,11 +18,13 @@ from probes.hook_names import attention_layers, config_of, hook_points
 from probes.hooking import Hooks
 from probes.in_context import repeated_pairs, standard_error
 from probes.labelled import LabelledTensor
+from probes.padding import real_positions
 from probes.passes import (
     MAX_BATCH_BYTES,
     batch_rows,
     checked_tokens,
     run,
+    split,
     token_losses,
     undisturbed,
 )
@@ -30,7 +32,7 @@ from probes.records import LayerProbe, Sum
 from probes.stimuli import Bos, longest_stimulus
 
 NEGLIGIBLE = 0.05
-"""Rise of the loss, in nats, below which a head counts as removable whatever its standard error."""
+"""Rise of the loss, in nats, which a head may cost, within two standard errors, to be removable."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class AblationEffect:
         rise: mean rise of the loss, in nats per token.
         stderr: its standard error, paired over sequences (NaN for one sequence).
         loss: the loss before, in nats per token.
-        removable: whether `rise < 2 stderr` or `rise < negligible`.
+        removable: whether `rise + 2 stderr < negligible`; False where stderr is NaN.
     """
 
     layer: int
@@ -60,6 +62,7 @@ def mean_ablate(
     heads: Sequence[Head],
     *,
     tokens: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     max_batch_bytes: int = MAX_BATCH_BYTES,
 ) -> Iterator[None]:
     """Replace heads by their mean for the length of a `with` block.
@@ -73,6 +76,8 @@ def mean_ablate(
         model: a HookedTransformer or TransformerBridge.
         heads: the heads as (layer, head); with an empty list nothing changes.
         tokens: the reference batch; None for 16 sequences of random tokens repeated twice.
+        attention_mask: 0 at the reference's padding, which the mean leaves out; None for what
+            the tokenizer's PAD token tells, see `padding.real_positions`.
         max_batch_bytes: bound on the estimated activations of one reference pass, in bytes.
 
     Raises:
@@ -92,10 +97,8 @@ def mean_ablate(
     if not by_layer:
         yield
         return
-    if tokens is None:
-        tokens = longest_stimulus(model, n_sequences=16)[0].tokens
-    reference = checked_tokens(model, tokens)
-    means = _mean_z(model, tuple(by_layer), reference, max_batch_bytes)
+    reference, real = _text(model, tokens, attention_mask, n_sequences=16)
+    means = _mean_z(model, tuple(by_layer), reference, real, max_batch_bytes)
     with _replaced(model, by_layer, means):
         yield
 
@@ -105,6 +108,7 @@ def ablation_effects(
     heads: Sequence[Head],
     *,
     tokens: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     n_sequences: int = 32,
     repeat_length: int | None = None,
     generator: torch.Generator | None = None,
@@ -122,10 +126,11 @@ def ablation_effects(
         model: a HookedTransformer or TransformerBridge; left as it was.
         heads: the heads as (layer, head).
         tokens: sequences in which pairs of tokens recur; None for random tokens repeated twice.
+        attention_mask: 0 at their padding, which counts nowhere; see `mean_ablate`.
         n_sequences: how many to draw.
         repeat_length: tokens in the block, at least 3; None for the longest that fits, at most 50.
         generator: the source of randomness; None for a new one with seed 0.
-        negligible: a rise below this many nats makes a head removable.
+        negligible: a rise clearly below this many nats makes a head removable.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
         bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
 
@@ -140,27 +145,30 @@ def ablation_effects(
     by_layer = _by_layer(model, heads)
     if not by_layer:
         return ()
-    if tokens is None:
-        stimulus, _ = longest_stimulus(
-            model,
-            n_sequences=n_sequences,
-            repeat_length=repeat_length,
-            generator=generator,
-            bos=bos,
-        )
-        tokens = stimulus.tokens
-    tokens = checked_tokens(model, tokens)
-    pairs = repeated_pairs(tokens)
+    tokens, real = _text(
+        model,
+        tokens,
+        attention_mask,
+        n_sequences=n_sequences,
+        repeat_length=repeat_length,
+        generator=generator,
+        bos=bos,
+    )
+    pairs = repeated_pairs(tokens, real)
     used = pairs.any(1)
     if not used.any():
         raise ProbeError("no pair of tokens recurs in the sequences given: there is no loss to ask")
     pairs = pairs[used]
-    means = _mean_z(model, tuple(by_layer), tokens, max_batch_bytes)
+    means = _mean_z(model, tuple(by_layer), tokens, real, max_batch_bytes)
+    # Random tokens have no padding, whatever the tokenizer would take for it.
+    mask = torch.ones_like(tokens[used]) if real is None else real[used]
 
     def loss() -> Float[Tensor, "batch"]:
-        losses = token_losses(model, tokens[used], max_batch_bytes=max_batch_bytes)
+        losses = token_losses(
+            model, tokens[used], attention_mask=mask, max_batch_bytes=max_batch_bytes
+        )
         weights = (pairs / pairs.sum(1, keepdim=True)).to(losses)
-        return (losses.double() * weights).sum(1)
+        return (losses.double().where(pairs.to(losses.device), 0.0) * weights).sum(1)
 
     whole = loss()
     effects = []
@@ -168,19 +176,40 @@ def ablation_effects(
         with _replaced(model, {layer: (head,)}, means):
             rises = loss() - whole
         rise, stderr = rises.mean().item(), standard_error(rises).item()
-        removable = rise < negligible or rise < 2 * stderr
+        removable = rise + 2 * stderr < negligible
         effects.append(AblationEffect(layer, head, rise, stderr, whole.mean().item(), removable))
     return tuple(effects)
 
 
+def _text(
+    model: nn.Module, tokens: Tensor | None, attention_mask: Tensor | None, **drawing: Any
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
+    """The tokens given, or random ones, and where they are no padding (None: everywhere)."""
+    if tokens is None:
+        return longest_stimulus(model, **drawing)[0].tokens, None
+    tokens = checked_tokens(model, tokens)
+    return tokens, real_positions(model, tokens, attention_mask)
+
+
 class _MeanZ(LayerProbe[Sum]):
-    """Mean over sequences and positions of every head's mixed values."""
+    """Mean over sequences and positions of every head's mixed values.
+
+    Attributes:
+        real: False at positions of the next pass that are left out; None for none.
+    """
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        super().__init__(layers, Sum)
+        self.real: Tensor | None = None
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
         return {hook_names.z(layer): partial(self._read, layer) for layer in self._layers(model)}
 
     def _read(self, layer: int, z: Tensor) -> None:
-        self._records[layer].add(z.flatten(0, 1))
+        positions = z.flatten(0, 1)
+        if self.real is not None:
+            positions = positions[self.real.flatten().to(z.device)]
+        self._records[layer].add(positions)
 
     def _seen(self) -> str:
         return "forward pass"
@@ -208,11 +237,17 @@ def _by_layer(model: nn.Module, heads: Sequence[Head]) -> dict[int, tuple[int, .
 
 
 def _mean_z(
-    model: nn.Module, layers: tuple[int, ...], tokens: Tensor, max_batch_bytes: int
+    model: nn.Module,
+    layers: tuple[int, ...],
+    tokens: Tensor,
+    real: Tensor | None,
+    max_batch_bytes: int,
 ) -> LabelledTensor:
-    with undisturbed(model), attach(model, _MeanZ(layers, Sum)) as (mean,):
-        for batch in tokens.split(batch_rows(model, tokens.shape[1], max_batch_bytes)):
-            run(model, batch)
+    rows = batch_rows(model, tokens.shape[1], max_batch_bytes)
+    with undisturbed(model), attach(model, _MeanZ(layers)) as (mean,):
+        for batch, there in split(rows, tokens, real):
+            mean.real = there
+            run(model, batch, there)
     return mean.reading()
 
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
-from probes.hook_names import config_of, modules_of
+from probes.hook_names import config_of, hook_points, modules_of, pattern
+from probes.hooking import Hooks
+from probes.padding import real_positions
 
 MAX_BATCH_BYTES = 64 * 2**20
 """Default limit on the estimated activations of one batch."""
@@ -97,15 +99,54 @@ def batch_rows(model: nn.Module, pos: int, max_bytes: int, *, logits: bool = Fal
     return int(max(1, max_bytes // (width * pos * itemsize)))
 
 
-def run(model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> None:
-    """One forward pass for its hooks' sake; a HookedTransformer then skips the unembedding."""
-    model(tokens, return_type=None)
+def run(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"] | None = None,
+) -> None:
+    """One forward pass for its hooks' sake; a HookedTransformer then skips the unembedding.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: its input.
+        real: False at padding, which the model is then told; None where there is none.
+    """
+    model(tokens, return_type=None, **_told(real))
+
+
+def _told(real: Tensor | None) -> dict[str, Tensor]:
+    return {} if real is None else {"attention_mask": real.long()}
+
+
+def attends_ahead(model: nn.Module) -> bool:
+    """Whether any head attends to later tokens, as in BERT: seen in a pass of three tokens.
+
+    Such a model knows the next token when it is asked for it, so that a loss says nothing.
+    """
+    points = hook_points(model)
+    config: Any = model.cfg
+    ahead: list[bool] = []
+
+    def look(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
+        conversion: Any = getattr(point, "hook_conversion", None)
+        shown = activation if conversion is None else conversion.convert(activation)
+        ahead.append(bool(shown.triu(1).any()))
+
+    length = min(3, config.n_ctx)
+    tokens = torch.arange(length, device=device_of(model)).unsqueeze(0) % config.d_vocab
+    with undisturbed(model), Hooks() as hooks:
+        for layer in range(config.n_layers):
+            if pattern(layer) in points:
+                hooks.add(points[pattern(layer)], look)
+        run(model, tokens)
+    return any(ahead)
 
 
 def token_losses(
     model: nn.Module,
     tokens: Int[Tensor, "batch pos"],
     *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     max_batch_bytes: int = MAX_BATCH_BYTES,
 ) -> Float[Tensor, "batch pos-1"]:
     """Loss of every token after the first, `-log p(t[i+1] | t[0..i])` at index i.
@@ -113,25 +154,32 @@ def token_losses(
     Args:
         model: a HookedTransformer or TransformerBridge; left as it was.
         tokens: sequences of at least two tokens.
+        attention_mask: 0 at padding; None for what the tokenizer's PAD token tells, see
+            `padding.real_positions`.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
 
     Returns:
-        Losses in nats, `[batch, pos - 1]`.
+        Losses in nats, `[batch, pos - 1]`; NaN where this token or the next is padding.
 
     Raises:
-        ValueError: the tokens are no `[batch, pos]` with pos >= 2.
+        ValueError: the tokens are no `[batch, pos]` with pos >= 2, or the mask has another shape.
         ProbeError: tokens outside the vocabulary or context, or a model that does not predict
-            the tokens it reads.
+            the tokens it reads, or that sees the tokens it predicts.
     """
     tokens = checked_tokens(model, tokens)
     if tokens.shape[1] < 2:
         raise ValueError("sequences of one token have no next token: a loss needs at least two")
+    if attends_ahead(model):
+        raise ProbeError(
+            f"{type(model).__name__} attends to later tokens: it has no next-token loss"
+        )
+    real = real_positions(model, tokens, attention_mask)
     losses = []
     config: Any = model.cfg
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
     with undisturbed(model):
-        for batch in tokens.split(rows):
-            logits: Tensor = model(batch, return_type="logits")
+        for batch, there in split(rows, tokens, real):
+            logits: Tensor = model(batch, return_type="logits", **_told(there))
             if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
                 raise ProbeError(
                     f"a loss needs logits for every token of the vocabulary, "
@@ -142,4 +190,14 @@ def token_losses(
             losses.append(
                 torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
             )
-    return torch.cat(losses)
+    found = torch.cat(losses)
+    if real is None:
+        return found
+    return found.masked_fill(~(real[:, :-1] & real[:, 1:]).to(found.device), torch.nan)
+
+
+def split(rows: int, tokens: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Batches of so many sequences, of tokens and what belongs to them (None stays None)."""
+    parts = [tokens.split(rows)]
+    parts += [(None,) * len(parts[0]) if other is None else other.split(rows) for other in others]
+    yield from zip(*parts, strict=True)

@@ -3,13 +3,16 @@
 Every score is attention mass on a set of keys, averaged over the queries that have such keys:
 a mask function says which keys, `attention_to` sums the attention on them, `uniform_baseline` says
 what a head with uniform attention would get. The batch axis stays, so that a standard error over
-sequences can be taken; a sequence without any such query scores NaN.
+sequences can be taken; a sequence without any such query scores NaN. An `attention_mask`, 0 at
+padding and 1 at text, keeps padding out: it neither attends nor recurs, nor is it attended to.
 """
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from probes.padding import pairs_of
 
 
 def attention_to(
@@ -42,17 +45,21 @@ def attention_to(
     return weighted_attention(pattern, mean_weights(mask.unsqueeze(1)))[:, 0]
 
 
-def prefix_matching_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+def prefix_matching_mask(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
     """Keys just after an earlier occurrence of the query's token: `t[k-1] = t[q]`, `k-1 < q`.
 
     >>> prefix_matching_mask(torch.tensor([[5, 6, 5]]))[0, 2]
     tensor([False,  True, False])
     """
-    duplicate = duplicate_token_mask(tokens)
-    return torch.nn.functional.pad(duplicate[:, :, :-1], (1, 0))
+    duplicate = duplicate_token_mask(tokens, attention_mask)
+    return _inside(torch.nn.functional.pad(duplicate[:, :, :-1], (1, 0)), attention_mask)
 
 
-def duplicate_token_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+def duplicate_token_mask(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
     """Keys that hold an earlier occurrence of the query's token: `t[k] = t[q]`, `k < q`.
 
     >>> duplicate_token_mask(torch.tensor([[5, 6, 5]]))[0, 2]
@@ -61,10 +68,12 @@ def duplicate_token_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batc
     same = rearrange(tokens, "batch query -> batch query 1") == rearrange(
         tokens, "batch key -> batch 1 key"
     )
-    return same.tril(-1)
+    return _inside(same.tril(-1), attention_mask)
 
 
-def previous_token_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+def previous_token_mask(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
     """The key just before each query, `k = q - 1`, whatever the tokens are.
 
     >>> previous_token_mask(torch.tensor([[5, 6, 5]]))[0, 2]
@@ -72,11 +81,20 @@ def previous_token_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch
     """
     batch, pos = tokens.shape
     before = torch.ones(pos, pos, dtype=torch.bool, device=tokens.device).tril(-1).triu(-1)
-    return before.expand(batch, pos, pos)
+    return _inside(before.expand(batch, pos, pos), attention_mask)
+
+
+def _inside(
+    mask: Bool[Tensor, "batch query key"], attention_mask: Shaped[Tensor, "batch pos"] | None
+) -> Bool[Tensor, "batch query key"]:
+    """The mask without what is padding."""
+    return mask if attention_mask is None else mask & pairs_of(attention_mask.bool())
 
 
 def prefix_matching_score(
-    pattern: Float[Tensor, "batch head query key"], tokens: Int[Tensor, "batch pos"]
+    pattern: Float[Tensor, "batch head query key"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Attention from a token to the positions just after its earlier occurrences.
 
@@ -87,6 +105,7 @@ def prefix_matching_score(
     Args:
         pattern: attention after the softmax.
         tokens: the tokens it was computed on.
+        attention_mask: 0 at padding.
 
     Returns:
         A share of attention in [0, 1]; NaN for a sequence in which no token recurs.
@@ -100,11 +119,13 @@ def prefix_matching_score(
     tensor([[1.],
             [nan]])
     """
-    return attention_to(pattern, prefix_matching_mask(tokens))
+    return attention_to(pattern, prefix_matching_mask(tokens, attention_mask))
 
 
 def duplicate_token_score(
-    pattern: Float[Tensor, "batch head query key"], tokens: Int[Tensor, "batch pos"]
+    pattern: Float[Tensor, "batch head query key"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Attention from a token to its own earlier occurrences.
 
@@ -118,11 +139,12 @@ def duplicate_token_score(
     >>> duplicate_token_score(looks_two_back, torch.tensor([[5, 6, 5, 6]]))
     tensor([[1.]])
     """
-    return attention_to(pattern, duplicate_token_mask(tokens))
+    return attention_to(pattern, duplicate_token_mask(tokens, attention_mask))
 
 
 def previous_token_score(
     pattern: Float[Tensor, "batch head query key"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Attention from a position to the one before it, `mean over q >= 1 of A[q, q-1]`.
 
@@ -134,25 +156,62 @@ def previous_token_score(
     >>> previous_token_score(torch.eye(4).roll(-1, dims=1).expand(1, 1, 4, 4))
     tensor([[1.]])
     """
-    return pattern.diagonal(offset=-1, dim1=-2, dim2=-1).mean(-1)
+    if attention_mask is None:
+        return pattern.diagonal(offset=-1, dim1=-2, dim2=-1).mean(-1)
+    return attention_to(pattern, previous_token_mask(attention_mask.long(), attention_mask))
 
 
 def uniform_baseline(
-    mask: Bool[Tensor, "batch query key"], *, causal: bool = True
+    mask: Bool[Tensor, "batch query key"],
+    *,
+    causal: bool = True,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch"]:
     """What `attention_to` gives for a head with uniform attention over all visible keys.
 
     `mean over q in Q of |{k visible : mask[q, k]}| / |{k visible}|`; visible is `k <= q`, or every
-    key with `causal=False`. A score is worth something only above this.
+    key with `causal=False`, without padding. A score is worth something only above this.
 
     >>> uniform_baseline(previous_token_mask(torch.tensor([[5, 6]])))
     tensor([0.5000])
     """
-    visible = torch.ones(mask.shape[1:], device=mask.device)
+    uniform = uniform_pattern(mask.shape[1], causal, attention_mask, device=mask.device)
+    return attention_to(uniform.expand(len(mask), 1, -1, -1), mask)[:, 0]
+
+
+def uniform_pattern(
+    pos: int,
+    causal: bool,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+    *,
+    device: torch.device | None = None,
+) -> Float[Tensor, "batch 1 query key"]:
+    """Attention to all visible keys alike; a batch of one where nothing is padding.
+
+    >>> uniform_pattern(2, causal=True)[0, 0]
+    tensor([[1.0000, 0.0000],
+            [0.5000, 0.5000]])
+    """
+    visible = torch.ones(1, 1, pos, pos, device=device)
     if causal:
         visible = visible.tril()
-    uniform = visible / visible.sum(-1, keepdim=True)
-    return attention_to(uniform.expand(len(mask), 1, *uniform.shape), mask)[:, 0]
+    if attention_mask is not None:
+        visible = visible * pairs_of(attention_mask.bool()).unsqueeze(1)
+    return visible / visible.sum(-1, keepdim=True).clamp(min=1)
+
+
+def above_chance(
+    score: Float[Tensor, "*any"], uniform: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """Share of what uniform attention leaves: `(score - uniform) / (1 - uniform)`.
+
+    0 for a head that attends to every key alike, 1 for one that attends to the counted keys alone,
+    below 0 for one that avoids them.
+
+    >>> above_chance(torch.tensor([0.5, 0.75]), torch.tensor([0.5, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
+    return (score - uniform) / (1 - uniform)
 
 
 def mean_weights(masks: Bool[Tensor, "*any query key"]) -> Float[Tensor, "*any query key"]:

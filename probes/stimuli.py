@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
 from probes.hook_names import config_of
+from probes.padding import real_positions
 from probes.passes import checked_tokens, device_of
 from probes.repeated import repeated_tokens
 
@@ -26,11 +27,13 @@ class Stimulus:
 
     Attributes:
         tokens: sequences in which tokens recur.
-        control: random tokens, all different where the vocabulary allows.
+        control: random tokens, all different where the vocabulary allows; padded alike.
+        real: False at padding; None where there is none.
     """
 
     tokens: Int[Tensor, "batch pos"]
     control: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"] | None = None
 
 
 def bos_token(model: nn.Module, bos: Bos = "auto") -> int | None:
@@ -156,35 +159,52 @@ def longest_stimulus(
 
 
 def given_stimuli(
-    model: nn.Module, tokens: Tensor, *, generator: torch.Generator | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Stimulus]:
-    """The user's tokens, with a control of random tokens of the same shape.
+    """The user's tokens, with a control of random tokens of the same shape, padded alike.
 
     The control keeps the first token if all sequences share it, or a single one starts with the
     model's BOS.
 
     Raises:
-        ValueError: the tokens are no integers `[batch, pos]`.
+        ValueError: the tokens are no integers `[batch, pos]`, or the mask has another shape.
         ProbeError: a token outside the vocabulary, or a sequence longer than the context.
     """
     tokens = checked_tokens(model, tokens)
-    first = int(tokens[0, 0])
-    shared = bool((tokens[:, 0] == first).all()) and (len(tokens) > 1 or first == bos_token(model))
+    real = real_positions(model, tokens, attention_mask)
+    starts = tokens[:, 0] if real is None else tokens.gather(1, real.int().argmax(1, keepdim=True))
+    first = int(starts.flatten()[0])
+    shared = bool((starts == first).all()) and (len(tokens) > 1 or first == bos_token(model))
     source = torch.Generator().manual_seed(0) if generator is None else generator
-    return [_with_control(model, tokens, source, first if shared else None)]
+    return [_with_control(model, tokens, source, first if shared else None, real)]
 
 
 def _with_control(
-    model: nn.Module, tokens: Tensor, generator: torch.Generator, front: int | None
+    model: nn.Module,
+    tokens: Tensor,
+    generator: torch.Generator,
+    front: int | None,
+    real: Tensor | None = None,
 ) -> Stimulus:
-    batch, pos = tokens.shape
+    batch, longest = tokens.shape
+    if real is not None:
+        longest = max(1, int(real.sum(1).max()))
     config: Any = model.cfg
-    drawn = max(1, pos - (front is not None))
+    drawn = max(1, longest - (front is not None))
     control = repeated_tokens(
         batch, drawn, config.d_vocab, generator=generator, n_repeats=1, bos=front
-    )[:, :pos]
+    )[:, :longest]
     device = device_of(model)
-    return Stimulus(tokens.to(device), control.to(device))
+    tokens, control = tokens.to(device), control.to(device)
+    if real is not None:
+        # The n-th position of text gets the n-th random token.
+        place = (real.cumsum(1) - 1).clamp(0, longest - 1)
+        control = torch.where(real, control.gather(1, place), tokens)
+    return Stimulus(tokens, control, real)
 
 
 def _checked_lengths(lengths: Sequence[int], n_ctx: int, bos: int | None) -> tuple[int, ...]:

@@ -26,7 +26,8 @@ from tests.test_targets import LEAN
 KEYS = ["model", "n_layers", "n_heads", "sequences", "threshold", "heads"]
 HEAD_KEYS = [
     *("layer", "head", "induction", "induction_stderr", "positional_control", "previous_token"),
-    *("duplicate_token", "copying", "uniform_baseline", "verdict"),
+    *("duplicate_token", "copying", "uniform_baseline"),
+    *("duplicate_control", "positional", "positional_offset", "verdict"),
 ]
 
 
@@ -189,7 +190,7 @@ def test_csv_has_a_row_for_every_head(command: Command, as_json) -> None:
     code, output, errors = command("wired", "--csv")
     assert (code, errors) == (0, "")
     rows = list(csv.DictReader(io.StringIO(output)))
-    assert list(rows[0])[:9] == HEAD_KEYS[:-1]
+    assert list(rows[0])[:12] == HEAD_KEYS[:-1]
     expected = as_json("wired")["heads"]
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected, strict=True):
@@ -213,6 +214,22 @@ def test_the_table_shows_heads_with_a_verdict_and_what_else_was_asked_for(
     for later in (wiring.induction, wiring.useless):
         assert f"keys of induction head {later[0]}.{later[1]} read: " in output
     assert f"read: {wiring.partner[0]}.{wiring.partner[1]} (" in output
+
+
+def test_every_verdict_has_the_columns_it_rests_on(
+    command: Command, as_json, wiring: Planted
+) -> None:
+    _, output, _ = command("wired")
+    heading = next(line for line in output.splitlines() if "induction" in line and "head" in line)
+    for column in ("induction", "control", "uniform", "previous", "dupl.", "positional", "copying"):
+        assert column in heading
+    assert heading.count("control") == 2
+    rows = {(row["layer"], row["head"]): row for row in as_json("wired")["heads"]}
+    row = rows[wiring.positional]
+    assert row["positional"] > 0.9
+    assert row["positional_offset"] == wiring.offset
+    assert f"{row['positional']:.3f} at {wiring.offset}" in output
+    assert f"{rows[wiring.duplicate]['duplicate_control']:.3f}" in output
 
 
 def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:

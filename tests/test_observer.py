@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mechcausal import observer as observer_module
+from mechcausal.closed_form_observer import ClosedFormObserver
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, two_parents
-from mechcausal.metrics import gradient_figures
+from mechcausal.metrics import gradient_figures, induction_mask
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
@@ -32,6 +33,7 @@ FIGURES = {
     "gradient/chi2_correlation",
     "gradient/shannon_correlation",
     "induction/score",
+    "induction/attention",
     "induction/prefix_matching",
     "induction/copying",
     "strategy/kl_uniform",
@@ -205,6 +207,39 @@ def test_a_graph_without_edges_can_be_watched() -> None:
     assert "graph/recovered" not in figures
     assert math.isnan(figures["induction/score"])
     assert math.isfinite(figures["loss/gap"])
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 5])
+def test_uniform_attention_scores_no_induction(vocab_size: int) -> None:
+    """What a query with uniform attention finds by chance, most of it when tokens are few."""
+    model, graph = SimplifiedTransformer(vocab_size, T), chain(T - 1)
+    task = SingleParentTask(graph, DirichletPrior.symmetric(0.1, vocab_size))
+    theory = pairwise_theory(graph, task.prior, n_priors=10, generator=seeded(1))
+    options = {"n_sequences": 300, "epsilon": 1e-3, "bayes_draws": 2}
+    for observer in (Observer, ClosedFormObserver):
+        watcher = observer(model, task, theory, **options, generator=seeded(2))
+        figures = watcher.observe().figures
+        shares = [
+            sum(row[i] == row[-1] for i in range(T - 2)) / T
+            for row in watcher.batch.tokens.tolist()
+        ]
+        counted = [share for share in shares if share]
+        by_chance = sum(counted) / len(counted)
+        assert by_chance > 0.2
+        assert figures["induction/attention"] == pytest.approx(by_chance, abs=1e-5)
+        assert figures["induction/score"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_induction_score_is_the_share_of_what_chance_leaves() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.A2.copy_(4 * torch.eye(S))
+    watcher = observe_with(model)
+    figures = watcher.observe().figures
+    keys = induction_mask(watcher.batch.tokens, watcher.task.graph)[:, -1]
+    by_chance = keys[keys.any(1)].double().mean().item()
+    expected = (figures["induction/attention"] - by_chance) / (1 - by_chance)
+    assert figures["induction/score"] == pytest.approx(expected, abs=1e-6)
 
 
 # --- Models with several heads ---

@@ -155,7 +155,8 @@ def test_one_length_and_blocks_longer_than_the_vocabulary_train(tmp_path: Path) 
 @pytest.mark.parametrize("lengths", [[2, 3], [3, 3], [2, 20]])
 def test_the_shortest_blocks_can_be_probed(lengths: list[int]) -> None:
     figures = experiment(tiny(task__repeat_lengths=lengths)).observe().figures
-    assert 0 <= figures["induction/score"] <= 1
+    assert 0 <= figures["induction/prefix_matching"] <= 1
+    assert figures["induction/score"] <= 1
 
 
 # --- Randomness ---
@@ -215,7 +216,21 @@ def test_observation_has_the_figures_of_the_charts() -> None:
         assert matrix.shape == (2, 2)
         assert matrix[1, 0].item() == observation.figures[f"heads/L1H0/{kind}"]
     best = observation.matrices["heads/induction"].max().item()
-    assert observation.figures["induction/score"] == best
+    assert observation.figures["induction/prefix_matching"] == best
+
+
+def test_the_induction_score_is_that_above_uniform_attention() -> None:
+    watched = experiment()
+    figures, scores = watched.observe().figures, watched._scores()
+    by_chance = scores.uniform_baseline[0, 0].item()
+    assert by_chance > 0.05
+    expected = (figures["induction/prefix_matching"] - by_chance) / (1 - by_chance)
+    assert figures["induction/score"] == pytest.approx(expected, abs=1e-6)
+    with torch.no_grad():
+        for block in watched.hooked.blocks:
+            block.attn.W_Q.zero_()
+            block.attn.b_Q.zero_()
+    assert watched.observe().figures["induction/score"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_losses_are_consistent() -> None:

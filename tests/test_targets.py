@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ResNetConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    ResNetConfig,
+)
 
 from mechcausal.checkpoints import checkpoint_folders
+from mechcausal.detection import detect
 from mechcausal.models.adapter import load_model, save_model
 from mechcausal.recipes import parse_recipe
 from mechcausal.targets import TargetError, load_target
 from mechcausal.training import RunResult, train
+from probes import InductionScores, attach
+from probes.padding import real_positions
+
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
 
@@ -164,6 +174,62 @@ def test_a_hugging_face_folder_gives_the_same_logits(tmp_path: Path, tokenizer: 
     with torch.no_grad():
         expected = original(tokens).logits
         torch.testing.assert_close(target.model(tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_reads_both_ways_predicts_no_next_token(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=8, vocab_size=30, max_position_embeddings=32)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    target = load_target(str(tmp_path))
+    assert not target.predicts_every_token
+    found = detect(target)
+    assert found.in_context is None
+    assert "in_context" not in found.to_dict()
+    # Every key is visible: uniform attention over the whole sequence.
+    assert found.scores.uniform_baseline[0, 0] < 0.07
+    with pytest.raises(ValueError, match="--ablate needs next-token predictions"):
+        detect(target, ablate=True)
+
+
+@pytest.mark.parametrize("family", [Qwen2ForCausalLM, Qwen3ForCausalLM])
+def test_a_small_model_with_large_defaults_in_its_config_is_loaded(
+    tmp_path: Path, family: Any
+) -> None:
+    """Such as `max_window_layers = 28`, whatever the number of layers."""
+    config = family.config_class(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    original = family(config).eval()
+    original.save_pretrained(tmp_path)
+    tokens = torch.arange(10).unsqueeze(0)
+    target = load_target(str(tmp_path))
+    assert target.predicts_every_token
+    with torch.no_grad():
+        expected = original(tokens).logits
+        torch.testing.assert_close(target.model(tokens), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_config_with_far_too_many_layers_is_refused_at_once(tmp_path: Path) -> None:
+    save_gpt2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
+    assert "n_layer" in refusal(tmp_path)
+
+
+def test_a_made_up_tokenizer_says_nothing_about_padding(tmp_path: Path) -> None:
+    save_gpt2(tmp_path)
+    model = load_target(str(tmp_path)).model
+    tokens = torch.tensor([[0, 5, 6, 0, 5]])
+    with attach(model, InductionScores()) as (scores,):
+        model(tokens)
+    assert scores.reading().sel(score="duplicate_token").values.isfinite().all()
+    assert real_positions(model, tokens) is None
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.ckpt"])

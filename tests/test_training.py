@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
@@ -42,8 +43,8 @@ FIGURES = {
     *("graph/recovered", "graph/parent_attention", "graph/f1"),
     *("gradient/edge_hits", "gradient/theory_correlation"),
     *("gradient/chi2_correlation", "gradient/shannon_correlation"),
-    *("induction/score", "induction/prefix_matching", "induction/copying"),
-    "induction/formation_step",
+    *("induction/score", "induction/attention", "induction/prefix_matching"),
+    *("induction/copying", "induction/formation_step"),
     *("strategy/kl_uniform", "strategy/kl_unigram", "strategy/kl_bigram"),
 }
 
@@ -654,7 +655,16 @@ def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
     assert torch.allclose(last, simplified(run).attention1().detach(), atol=1e-6)
 
 
-def test_formation_step_is_the_first_with_a_strong_induction_head(run: RunResult) -> None:
+def test_formation_step_is_the_first_with_a_strong_induction_head(tmp_path: Path) -> None:
+    recipe = tiny(
+        graph={"preset": "chain", "sequence_length": 16},
+        task__alpha=0.1,
+        training__stage1__steps=20,
+        training__stage2__steps=20,
+        training__stage2__lr=40.0,
+        evaluation__n_sequences=256,
+    )
+    run = train(recipe, out=tmp_path / "run")
     formed = [(row["induction/score"] or 0) >= 0.5 for row in run.history]
     assert True in formed
     first = formed.index(True)
@@ -670,6 +680,27 @@ def test_formation_step_is_none_without_an_induction_head(tmp_path: Path) -> Non
     result = train(recipe, out=tmp_path / "run")
     assert result.summary["induction/formation_step"] is None
     assert read_summary(result.folder)["induction/formation_step"] is None
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 5])
+@pytest.mark.parametrize("beta0", [0.01, 1.0])
+def test_an_untrained_head_has_not_formed_and_is_not_forming(
+    tmp_path: Path, vocab_size: int, beta0: float
+) -> None:
+    recipe = tiny(
+        graph={"preset": "chain", "sequence_length": 20},
+        task={"vocab_size": vocab_size, "alpha": 0.1},
+        training__beta0=beta0,
+        training__stage1__lr=1e-9,
+        training__stage2__lr=1e-9,
+        evaluation__n_sequences=512,
+        checkpoints={"schedule": "formation", "every": 100},
+    )
+    result = train(recipe, out=tmp_path / "run")
+    assert result.history[0]["induction/attention"] > 0.25
+    assert all(abs(row["induction/score"]) < 0.1 for row in result.history)
+    assert result.summary["induction/formation_step"] is None
+    assert list(checkpoint_folders(result.folder)) == [recipe.n_steps]
 
 
 def test_run_without_probes_keeps_the_losses_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mechcausal.experiments.models import build_standard
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import Recipe
 from mechcausal.run_folder import History
-from probes import HeadScores, repeated_tokens, score_heads
+from probes import HeadScores, above_chance, repeated_tokens, score_heads
 
 BOS = 0
 
@@ -85,11 +85,12 @@ class RepeatedTokens(Experiment):
         }
 
     def observe(self) -> Observation:
-        """Score every head; `induction/score` is the best head's."""
+        """Score every head; `induction/score` is the best head's, above chance."""
         scores = self._scores()
         figures = self.losses()
         best = divmod(int(scores.induction.argmax()), scores.induction.shape[1])
-        figures["induction/score"] = scores.induction[best].item()
+        score = above_chance(scores.induction, scores.uniform_baseline)[best]
+        figures["induction/score"] = score.item()
         figures["induction/prefix_matching"] = scores.induction[best].item()
         figures["induction/positional_control"] = scores.positional_control[best].item()
         figures["induction/copying"] = scores.copying[best].item()

@@ -66,6 +66,7 @@ def formation(run: RunData) -> go.Figure:
     """The induction head: its attention, and the usual scores."""
     labels = {
         "induction/score": "induction score",
+        "induction/attention": "attention, with chance",
         "induction/prefix_matching": "prefix matching",
         "induction/copying": "copying",
         "induction/positional_control": "positional control",

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from probes import ProbeError, copying_score, repeated_tokens, score_heads
+from probes import ProbeError, copying_score, repeated_tokens, score_heads, track_formation
 from probes.stimuli import bos_token, draw_stimuli, fitting_repeat_lengths
 from tests.probes.wired import CONTEXT, POSITION, VOCAB, blank, look_back, planted
 
@@ -74,6 +74,24 @@ class TestWiredModels:
                 weight[0] = 0
                 weight[0, POSITION, :CONTEXT] = 7 * torch.eye(CONTEXT)
         assert not any(score_heads(model).verdicts.values())
+
+    @pytest.mark.parametrize("vocab", [2, 3, 20])
+    @pytest.mark.parametrize("threshold", [0.1, 0.2, 0.4])
+    def test_uniform_heads_get_no_verdict(self, build: Build, vocab: int, threshold: float):
+        model = build(d_vocab=vocab)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        source = torch.Generator().manual_seed(0)
+        recurring = torch.randint(vocab, (8, 12), generator=source)
+        recurring[:, 1] = recurring[:, 0]
+        for tokens in (None, recurring, recurring[:, :3], torch.zeros_like(recurring)):
+            scores = score_heads(model, tokens, threshold=threshold)
+            assert not any(scores.verdicts.values())
+            formation = track_formation([(0, model)], tokens=tokens, threshold=threshold)
+            assert formation.first_crossing.isnan().all()
+        for name in ("previous_token", "duplicate_token", "positional"):
+            formation = track_formation([(0, model)], score=name, threshold=threshold)
+            assert formation.first_crossing.isnan().all()
 
     def test_uniform_heads_score_the_baseline(self):
         model = blank(1, 3, noise=0.0)
@@ -186,7 +204,7 @@ def test_evaluation_mode_while_scoring(model: HookedTransformer):
 
 class TestExport:
     def test_the_json_of_the_issue(self, build: Build):
-        scores = score_heads(build(n_heads=3), n_sequences=9, threshold=0.3)
+        scores = score_heads(build(n_heads=3, d_vocab=20), n_sequences=9, threshold=0.3)
         content = json.loads(scores.to_json("tiny"))
         heads = content.pop("heads")
         assert content == {
@@ -206,6 +224,9 @@ class TestExport:
             "duplicate_token",
             "copying",
             "uniform_baseline",
+            "duplicate_control",
+            "positional",
+            "positional_offset",
             "verdict",
         ]
         assert sorted((head["layer"], head["head"]) for head in heads) == list(scores.verdicts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from probes import ProbeError, loss_by_position
+from probes import ProbeError, ablation_effects, loss_by_position
 from probes.in_context import repeated_pairs, standard_error
 from probes.passes import token_losses
 from tests.probes.wired import VOCAB, blank, planted
@@ -57,6 +57,17 @@ def test_one_sequence_has_no_standard_error(model: HookedTransformer):
     assert standard_error(torch.ones(1, 3)).isnan().all()
     reading = loss_by_position(model, n_sequences=1)
     assert math.isnan(reading.in_context_gain_stderr)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_a_model_that_sees_the_next_token_has_no_loss(build: Any, scale: float):
+    both_ways = build(attention_dir="bidirectional")
+    for parameter in both_ways.parameters():
+        parameter.data.mul_(scale)
+    with pytest.raises(ProbeError, match="attends to later tokens"):
+        loss_by_position(both_ways)
+    with pytest.raises(ProbeError, match="attends to later tokens"):
+        ablation_effects(both_ways, [(0, 0)])
 
 
 def test_a_model_that_writes_another_vocabulary_has_no_loss(build: Any):

@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from probes import ProbeError, ablation_effects, mean_ablate, repeated_tokens
+from probes.interventions import NEGLIGIBLE
 from probes.passes import token_losses
 from tests.probes.wired import VOCAB, planted
 
@@ -104,6 +105,17 @@ def test_bad_input_is_one_line(model: HookedTransformer):
         ablation_effects(model, [(0, 0)], tokens=torch.arange(7)[None])
     with pytest.raises(ValueError, match="n_sequences is 0"):
         ablation_effects(model, [(0, 0)], n_sequences=0)
+
+
+def test_a_noisy_head_is_not_called_removable(model: HookedTransformer):
+    heads = [(layer, head) for layer in (0, 1) for head in (0, 1)]
+    effects = [e for n in (2, 3, 5, 9) for e in ablation_effects(model, heads, n_sequences=n)]
+    noisy = [e for e in effects if NEGLIGIBLE < e.rise < 2 * e.stderr]
+    assert noisy
+    for effect in effects:
+        assert effect.removable == (effect.rise + 2 * effect.stderr < NEGLIGIBLE)
+    # One sequence has no standard error, so nothing is known.
+    assert not any(e.removable for e in ablation_effects(model, heads, n_sequences=1))
 
 
 def test_through_a_bridge(tmp_path: Path):

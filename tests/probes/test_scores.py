@@ -169,6 +169,25 @@ class TestProbes:
         with attach(model, AttentionTo(0, mask)), pytest.raises(ProbeError, match=r"\(4, 4\)"):
             model(tokens)
 
+    def test_a_pass_without_tokens_is_not_scored_with_the_last_ones(
+        self, model: HookedTransformer, tokens: Tensor
+    ):
+        _, cache = model.run_with_cache(tokens)
+        start, middle = cache["resid_pre", 0], cache["resid_pre", 1]
+        unknown = pytest.raises(ProbeError, match="before any tokens")
+        with attach(model, InductionScores()) as (scores,):
+            model(tokens)
+            for run in (model, model.run_with_hooks):
+                for layer, residual in ((0, start), (1, middle)):
+                    with unknown:
+                        run(residual, start_at_layer=layer)
+            model(tokens)
+        assert scores.batches == 2
+        with attach(model, AttentionTo(1, duplicate_token_mask)):
+            model(tokens, stop_at_layer=1)
+            with unknown:
+                model(middle.flip(0), start_at_layer=1)
+
     def test_reset_forgets(self, model: HookedTransformer, tokens: Tensor):
         with attach(model, InductionScores()) as (scores,):
             model(tokens)
