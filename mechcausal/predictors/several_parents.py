@@ -51,7 +51,7 @@ def frequency_prediction(
 
 
 def _posterior_mean(counts: Tensor, prior: DirichletPrior, *, n_rows: float) -> Tensor:
-    alpha = torch.tensor(prior.concentration, device=counts.device)
+    alpha = torch.tensor(prior.representable, device=counts.device)
     total = alpha.sum()
     weights = counts + alpha / total * (n_rows * (total + 1) - 1)
     return weights / weights.sum(-1, keepdim=True)
