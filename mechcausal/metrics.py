@@ -39,8 +39,8 @@ def gradient_figures(
     Rows are those of the graph; the row of the query (with several parents the last one, which
     serves it) is left out, since theory speaks of the graph. The prediction, which exists for
     single parents, is compared over all keys j <= i as it stands. Information is compared over keys
-    j < i, because the information of a position with itself, S - 1, says nothing about edges; a
-    row is scaled by its number of keys (the softmax's share) and both sides are centred by row.
+    j < i, because the information of a position with itself says nothing about edges; a row is
+    scaled by its number of keys (the softmax's share) and both sides are centred by row.
 
     Args:
         gradient: `-dL/dscores` of layer 1, mean over sequences, [query, key].
