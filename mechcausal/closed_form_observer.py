@@ -21,7 +21,7 @@ from mechcausal.metrics import induction_keys
 from mechcausal.models.batched_simplified import through_softmax
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.observer import Look, Observer
-from mechcausal.tasks import Batch
+from mechcausal.tasks import Batch, to_score
 from probes import prefix_matching_score
 from probes.scores import mean_weights
 
@@ -98,7 +98,7 @@ class ClosedFormObserver(Observer):
     ) -> Float[Tensor, "batch pos"]:
         """The gradient of the mean loss at layer 2's scores of the query."""
         weight = prediction.new_tensor(share) / len(part)
-        by_token = part.target * -weight / (prediction + self.epsilon)
+        by_token = part.target * -weight / to_score(prediction, part.target, self.epsilon)
         return through_softmax(by_token.gather(1, part.tokens), attention2)
 
     def _attention2(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:

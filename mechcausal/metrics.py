@@ -39,8 +39,8 @@ def gradient_figures(
     Rows are those of the graph; the row of the query (with several parents the last one, which
     serves it) is left out, since theory speaks of the graph. The prediction, which exists for
     single parents, is compared over all keys j <= i as it stands. Information is compared over keys
-    j < i, because the information of a position with itself, S - 1, says nothing about edges; a
-    row is scaled by its number of keys (the softmax's share) and both sides are centred by row.
+    j < i, because the information of a position with itself says nothing about edges; a row is
+    scaled by its number of keys (the softmax's share) and both sides are centred by row.
 
     Args:
         gradient: `-dL/dscores` of layer 1, mean over sequences, [query, key].
@@ -86,11 +86,16 @@ def strategy_figures(
     *,
     epsilon: float,
 ) -> dict[str, float]:
-    """Mean `KL(prediction || strategy)` in nats, for predictions smoothed by `epsilon`."""
-    smoothed = (prediction + epsilon) / (1 + prediction.shape[1] * epsilon)
+    """Mean `KL(prediction || strategy)` in nats, both smoothed by `epsilon`: 0 if they are equal.
+
+    Without epsilon it is infinite where the model gives mass to a token that the strategy excludes.
+    """
+    normaliser = 1 + prediction.shape[1] * epsilon
+    smoothed = (prediction.double() + epsilon) / normaliser
     figures = {}
     for name, strategy in strategies.items():
-        divergence = torch.special.xlogy(smoothed, smoothed / strategy).sum(-1).mean()
+        ratio = smoothed / ((strategy.double() + epsilon) / normaliser)
+        divergence = (smoothed * torch.where(smoothed > 0, ratio, 1.0).log()).sum(-1).mean()
         figures[f"strategy/kl_{name}"] = divergence.item()
     return figures
 

@@ -96,7 +96,8 @@ def find_plateaus(
     one steady fall in twenty (of 150 rows) shows a plateau.
 
     Args:
-        history: rows with `train/step`, the loss and `strategy/kl_...`; None and NaN are left out.
+        history: rows with `train/step`, the loss and `strategy/kl_...`; a loss of None or NaN is
+            left out, a strategy's stands for an infinite divergence.
         loss: name of the loss.
         fall: share of the total fall.
         factor: a plateau is as long as this factor of `1 + step`, at least.
@@ -268,8 +269,10 @@ def _strategy(history: History, start: int, stop: int) -> str | None:
         if step is None or not start <= step <= stop:
             continue
         for name, value in row.items():
-            if name.startswith(STRATEGY) and value is not None and math.isfinite(value):
-                divergences.setdefault(name.removeprefix(STRATEGY), []).append(value)
-    if not divergences:
-        return None
-    return min(divergences, key=lambda name: float(np.mean(divergences[name])))
+            if name.startswith(STRATEGY):
+                finite = value is not None and math.isfinite(value)
+                found = divergences.setdefault(name.removeprefix(STRATEGY), [])
+                found.append(float(value) if finite else math.inf)
+    means = {name: float(np.mean(values)) for name, values in divergences.items()}
+    nearest = min(means, key=lambda name: means[name], default=None)
+    return nearest if nearest is not None and math.isfinite(means[nearest]) else None

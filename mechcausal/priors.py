@@ -14,6 +14,11 @@ from torch import Tensor
 # far enough above the smallest float32 for products of a few of them.
 PROBABILITY_FLOOR = 1e-30
 
+# Totals of Dirichlet parameters outside these cannot be told from them by any draw: rows have one
+# token, or are the mean to all digits. Within, float32 holds every step of the arithmetic.
+_SMALLEST_TOTAL, _LARGEST_TOTAL = 1e-12, 1e30
+_SMALLEST_CONCENTRATION = 1e-36
+
 
 class PriorError(ValueError):
     """A prior or matrix that makes no sense; the message is one line for the user."""
@@ -144,13 +149,14 @@ def propose_log_gamma(
 def log_gamma_correction(
     concentration: Float[Tensor, "*any"], uniform: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """What takes log Gamma(a + 1) to log Gamma(a): `log(U) / a` for a < 1, else 0.
+    """What takes log Gamma(a + 1) to log Gamma(a): `log(U) / a` for a < 1, else 0; finite.
 
     Args:
         concentration: a, broadcast to the draws.
         uniform: draws from [0, 1), overwritten.
     """
     inverse = torch.where(concentration < 1, 1 / concentration, 0.0)
+    inverse.clamp_(max=torch.finfo(inverse.dtype).max / 128)  # no log(U) of floats is below -128
     return _log_of_complement(uniform).mul_(inverse)
 
 
@@ -208,11 +214,29 @@ class DirichletPrior:
         """Number of tokens S."""
         return len(self.concentration)
 
+    @property
+    def representable(self) -> tuple[float, ...]:
+        """The concentration with a total that float32 can compute with, for the same draws.
+
+        Example:
+            >>> DirichletPrior((1e-40, 3e-40)).representable
+            (2.5e-13, 7.5e-13)
+        """
+        largest = max(self.concentration)
+        shares = [alpha / largest for alpha in self.concentration]
+        total = largest * math.fsum(shares)  # may be infinite
+        if _SMALLEST_TOTAL <= total <= _LARGEST_TOTAL:
+            scaled = self.concentration
+        else:
+            total = min(max(total, _SMALLEST_TOTAL), _LARGEST_TOTAL)
+            scaled = tuple(total * (share / math.fsum(shares)) for share in shares)
+        return tuple(max(alpha, _SMALLEST_CONCENTRATION) for alpha in scaled)
+
     def sample(
         self, n_samples: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "batch vocab vocab"]:
         """Draw transition matrices on the generator's device."""
-        alpha = torch.tensor(self.concentration, dtype=dtype, device=generator.device)
+        alpha = torch.tensor(self.representable, dtype=dtype, device=generator.device)
         shape = (n_samples, self.vocab_size, self.vocab_size)
         return sample_dirichlet(alpha, shape, generator=generator)
 
@@ -220,7 +244,7 @@ class DirichletPrior:
         self, counts: Float[Tensor, "batch vocab vocab"]
     ) -> Float[Tensor, "batch vocab vocab"]:
         """Dirichlet parameters of every row after the transitions `counts` were seen."""
-        return counts + torch.tensor(self.concentration, dtype=counts.dtype, device=counts.device)
+        return counts + torch.tensor(self.representable, dtype=counts.dtype, device=counts.device)
 
 
 @dataclass(frozen=True)

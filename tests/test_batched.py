@@ -384,3 +384,31 @@ def test_gradients_are_those_of_autograd(vocab: int, length: int) -> None:
         assert loss.item() == pytest.approx(wanted, abs=1e-6)
         for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_gradients_are_those_of_autograd_where_nothing_is_given_to_what_never_comes() -> None:
+    """Epsilon 0, attention that underflows, labels with zeros: 0 / 0 in the derivative."""
+    models = [SimplifiedTransformer(4, 10) for _ in range(2)]
+    for model in models:
+        model.initialise(beta0=1e4)
+    tokens = torch.randint(4, (2, 48, 10), generator=torch.Generator().manual_seed(0))
+    predictions = torch.stack([m(x).detach() for m, x in zip(models, tokens, strict=True)])
+    target = (predictions > 0) / (predictions > 0).sum(-1, keepdim=True)
+    absent = (predictions == 0).gather(2, tokens)
+    assert absent.any()
+    assert not absent.all()
+    expected = []
+    for model, x, y in zip(models, tokens, target, strict=True):
+        loss = soft_cross_entropy(model(x), y)
+        parameters = list(model.parameters_by_name.values())
+        expected.append((loss.item(), torch.autograd.grad(loss, parameters)))
+    batched, batch = BatchedSimplified(models), RunsBatch(tokens, target)
+    found = batched.closed_form(batch, epsilon=torch.zeros(2))
+    batched.add_gradients(found, batch, ("A1", "A2"))
+    assert batched.gradients_are_finite()
+    for model, loss, (wanted, gradients) in zip(models, found.loss, expected, strict=True):
+        assert math.isfinite(wanted)
+        assert loss.item() == pytest.approx(wanted, abs=1e-6)
+        for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
+            assert gradient.isfinite().all()
+            torch.testing.assert_close(parameter.grad, gradient)

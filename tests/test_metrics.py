@@ -123,13 +123,27 @@ def test_strategy_figures_equal_loops() -> None:
     for b in range(4):
         for s in range(3):
             p = (prediction[b, s].item() + epsilon) / (1 + 3 * epsilon)
-            total += p * math.log(p / strategy[b, s].item()) / 4
+            q = (strategy[b, s].item() + epsilon) / (1 + 3 * epsilon)
+            total += p * math.log(p / q) / 4
     figures = strategy_figures(prediction, {"mine": strategy}, epsilon=epsilon)
     assert figures == {"strategy/kl_mine": pytest.approx(total, rel=1e-5)}
-    unsmoothed = strategy_figures(prediction, {"mine": prediction}, epsilon=0.0)
-    assert unsmoothed["strategy/kl_mine"] == pytest.approx(0.0, abs=1e-7) or math.isnan(
-        unsmoothed["strategy/kl_mine"]
-    )
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+def test_who_follows_a_strategy_is_no_distance_from_it(epsilon: float) -> None:
+    """With tokens that it excludes, too."""
+    prediction = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]])
+    figures = strategy_figures(prediction, {"mine": prediction}, epsilon=epsilon)
+    assert figures["strategy/kl_mine"] == 0.0
+
+
+def test_a_token_that_a_strategy_excludes_is_infinitely_far_only_without_smoothing() -> None:
+    prediction, strategy = torch.tensor([[0.9, 0.1]]), torch.tensor([[1.0, 0.0]])
+    unsmoothed = strategy_figures(prediction, {"mine": strategy}, epsilon=0.0)
+    assert unsmoothed["strategy/kl_mine"] == math.inf
+    smoothed = strategy_figures(prediction, {"mine": strategy}, epsilon=0.01)
+    by_hand = (0.91 * math.log(0.91 / 1.01) + 0.11 * math.log(0.11 / 0.01)) / 1.02
+    assert smoothed["strategy/kl_mine"] == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("graph", [*GRAPHS, forest(*[-1] * 9)])

@@ -14,7 +14,7 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.observer import Observer
-from mechcausal.priors import DirichletPrior
+from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import SeveralParentsTask, SingleParentTask, soft_cross_entropy
 from mechcausal.theory import pairwise_theory, parent_information
 from tests.oracles import forest, pattern_gradient, seeded
@@ -64,6 +64,35 @@ def random_model() -> SimplifiedTransformer:
         model.A1.copy_(torch.randn(T, T, generator=seeded(3)))
         model.A2.copy_(2 * torch.randn(S, S, generator=seeded(4)))
     return model
+
+
+@pytest.mark.parametrize("observer_type", [Observer, ClosedFormObserver])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+def test_a_fixed_matrix_with_zeros_has_finite_figures(
+    observer_type: type[Observer], epsilon: float
+) -> None:
+    rows = ((0.5, 0.5, 0.0, 0.0), (0.0, 0.5, 0.5, 0.0), (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 0.0, 0.5))
+    task = SingleParentTask(chain(119), FixedTransition(rows))
+    model = SimplifiedTransformer(4, 120)
+    model.set_ideal(task.graph, beta=4.0)
+    with torch.no_grad():
+        model.A2.add_(500 * torch.eye(4))  # layer 2's attention to all others underflows
+    watcher = observer_type(
+        model,
+        task,
+        pairwise_theory(task.graph, task.prior),
+        n_sequences=64,
+        epsilon=epsilon,
+        bayes_draws=8,
+        generator=seeded(2),
+    )
+    figures = watcher.observe().figures
+    assert figures["loss/bayes"] == pytest.approx(math.log(2))
+    assert all(map(math.isfinite, watcher.strategy_losses.values()))
+    excluded = (watcher.batch.target > 0) & (model(watcher.batch.tokens) == 0)
+    assert not excluded.any()  # else an infinite loss would be right
+    for name in ("loss/eval", "loss/gap", "strategy/kl_bigram", "gradient/theory_correlation"):
+        assert math.isfinite(figures[name])
 
 
 def test_it_leaves_no_hooks_no_gradients_and_no_change() -> None:

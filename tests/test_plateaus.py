@@ -102,6 +102,18 @@ def test_plateaus_name_the_strategy_with_the_smallest_divergence() -> None:
     assert pairs == [("uniform", "unigram"), ("unigram", "bigram")]
 
 
+@pytest.mark.parametrize("infinite", [None, math.inf])
+def test_a_strategy_that_is_ever_infinitely_far_names_no_plateau(infinite: float | None) -> None:
+    """In a run's rows infinite is null: one finite row must not speak for the others."""
+    rows = rows_of(steps_down, LOGARITHMIC)
+    for number, row in enumerate(rows):
+        row |= {"strategy/kl_bigram": infinite if number % 2 else 0.1}
+    assert {p.strategy for p in find_plateaus(rows)} == {None}
+    for row in rows:
+        row["strategy/kl_uniform"] = 1.0
+    assert {p.strategy for p in find_plateaus(rows)} == {"uniform"}
+
+
 def test_rows_without_a_loss_change_nothing() -> None:
     rows = rows_of(steps_down, LOGARITHMIC, 0.003)
     expected = find_plateaus(rows)

@@ -8,22 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechcausal.graphs import CausalGraph, chain, icl_pairs, random_forest
+from mechcausal.graphs import (
+    CausalGraph,
+    chain,
+    icl_pairs,
+    k_gram,
+    random_forest,
+    star,
+    two_parents,
+)
 from mechcausal.predictors import (
     bayes_prediction,
     bigram_prediction,
+    strategies,
     transition_counts,
     uniform_prediction,
     unigram_prediction,
 )
+from mechcausal.predictors.unigram import smoothing_total
 from mechcausal.priors import (
     DirichletPrior,
     FixedTransition,
+    Prior,
     stationary_distribution,
     stationary_with_first_row,
 )
-from mechcausal.tasks import SingleParentTask
-from tests.oracles import forest, seeded
+from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
+from mechcausal.tasks import cross_entropies as task_losses
+from tests.oracles import forest, integrated_probability, seeded
 
 
 def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SingleParentTask:
@@ -68,14 +80,15 @@ def test_a_graph_without_edges_counts_nothing() -> None:
     assert bayes_prediction(task, tokens, generator=seeded(), n_draws=8).isfinite().all()
 
 
-def test_bigram_and_unigram_of_a_hand_computed_sequence() -> None:
+def test_predictions_of_a_hand_computed_sequence() -> None:
     task = SingleParentTask(chain(4), DirichletPrior((0.5, 1.5)))
     tokens = torch.tensor([[0, 0, 1, 0, 0], [1, 1, 1, 1, 0]])
     # From 0 once to 0, once to 1; the second sequence never leaves 0.
     bigram = torch.tensor([[1.5 / 4, 2.5 / 4], [0.5 / 2, 1.5 / 2]])
     torch.testing.assert_close(bigram_prediction(task, tokens), bigram)
-    unigram = torch.tensor([[3.5 / 6, 2.5 / 6], [0.5 / 6, 5.5 / 6]])
-    torch.testing.assert_close(unigram_prediction(task, tokens), unigram)
+    total = smoothing_total(task)
+    unigram = torch.tensor([[3.0, 1.0], [0.0, 4.0]]) + total * torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(unigram_prediction(task, tokens), unigram / (4 + total))
     assert torch.equal(uniform_prediction(task, tokens), torch.full((2, 2), 0.5))
 
 
@@ -197,5 +210,94 @@ def test_a_fixed_matrix_is_predicted_exactly() -> None:
     tokens = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]])
     assert torch.equal(bigram_prediction(task, tokens), matrix)
     assert torch.equal(bayes_prediction(task, tokens, generator=seeded()), matrix)
-    mu = stationary_distribution(matrix.unsqueeze(0)).float().expand(2, -1)
-    torch.testing.assert_close(unigram_prediction(task, tokens), mu)
+    mean = torch.tensor([[0.375, 0.625]])  # of the row of a uniform query, which is not mu
+    torch.testing.assert_close(unigram_prediction(task, tokens), mean.expand(2, -1))
+
+
+def test_smoothing_of_a_single_token_is_that_of_the_exact_posterior_mean() -> None:
+    """One token x ~ mu: `E[mean row | x]` is linear in its frequency, by integrating over pi."""
+    p, weight = np.polynomial.legendre.leggauss(200)
+    p, weight = (p + 1) / 2, weight / 2
+    p, q = np.meshgrid(p, p, indexing="ij")
+    mu, mean_row = q / (1 - p + q), (p + q) / 2
+    agree = np.multiply.outer(weight, weight) * (mu * mean_row + (1 - mu) * (1 - mean_row))
+    share = 2 * agree.sum() - 1
+    found = smoothing_total(symmetric_task(forest(-1), 1.0, 2))
+    assert 1 / (1 + found) == pytest.approx(share, abs=0.04)  # 1,000 draws: 4 standard errors
+
+
+@pytest.mark.parametrize("concentration", [(0.3, 0.9), (0.05, 0.05)])
+def test_smoothing_is_the_best_one_by_enumeration(concentration: tuple[float, ...]) -> None:
+    task = SeveralParentsTask(k_gram(7, 2), DirichletPrior(concentration))
+    sequences = list(itertools.product(range(2), repeat=7))
+    weight = torch.tensor([integrated_probability(task, s) for s in sequences])
+    target = bayes_prediction(task, torch.tensor(sequences), generator=seeded())
+    counts = torch.tensor([[s.count(0), s.count(1)] for s in sequences])
+    mean = torch.tensor(concentration) / sum(concentration)
+
+    def loss(total: float) -> float:
+        prediction = (counts + total * mean) / (7 + total)
+        return float((weight * cross_entropies(prediction, target)).sum())
+
+    assert float(weight.sum()) == pytest.approx(1.0)
+    best = min(map(loss, np.geomspace(1e-3, 1e4, 400)))
+    assert loss(smoothing_total(task)) == pytest.approx(best, abs=1e-3)
+
+
+NOT_ERGODIC = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.0, 0.5, 0.5))
+PRIORS = [
+    *(
+        (DirichletPrior.symmetric(alpha, size), length)
+        for size, alpha, length in [
+            *((10, 0.1, 20), (10, 1e-3, 20), (10, 3.0, 20), (2, 0.1, 3), (2, 1e-3, 20)),
+            *((3, 0.01, 6), (3, 0.1, 100), (50, 0.1, 20), (20, 0.02, 60), (5, 0.1, 2)),
+            *((4, 1e-40, 20), (10, 1e3, 10), (5, 1e40, 10)),
+        ]
+    ),
+    (DirichletPrior((1.0, 0.1)), 16),
+    (DirichletPrior((0.05, 0.5, 2.0)), 16),
+    (DirichletPrior((1e-40, 1e-39, 1e-40)), 16),
+    (DirichletPrior((1e-3, 1.0, 1.0, 5.0)), 16),
+    (FixedTransition(((0.9, 0.1), (0.2, 0.8))), 12),
+    (FixedTransition(NOT_ERGODIC), 12),
+    (FixedTransition(((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0))), 12),
+]
+
+
+def tasks_of(prior: Prior, length: int) -> list[Task]:
+    """Graphs of every kind; with several parents as far as the prior and the length allow."""
+    n = length - 1
+    tasks: list[Task] = [
+        SingleParentTask(graph, prior)
+        for graph in (chain(n), icl_pairs(n), star(n), forest(*[-1] * n))
+    ]
+    if length > 4:
+        graphs = [k_gram(length, 1)]
+        if isinstance(prior, DirichletPrior):
+            graphs += [two_parents(length), k_gram(length, 2), k_gram(length, 3)]
+        tasks += [SeveralParentsTask(graph, prior) for graph in graphs]
+    return tasks
+
+
+@pytest.mark.parametrize(("prior", "length"), PRIORS)
+def test_no_strategy_loses_to_uniform(prior: Prior, length: int) -> None:
+    for task in tasks_of(prior, length):
+        batch = task.sample(max(300, 3000 // prior.vocab_size), generator=seeded(77))
+        losses = {
+            name: task_losses(prediction, batch.target)
+            for name, prediction in strategies(task, batch.tokens).items()
+        }
+        for name, loss in losses.items():
+            excess = loss - losses["uniform"]
+            assert loss.isfinite().all(), (name, task)
+            # Rounding in float32; then four standard errors.
+            bound = 1e-5 + 4 * excess.std().item() / len(excess) ** 0.5
+            assert excess.mean().item() < bound, (name, task)
+
+
+def test_the_unigram_strategy_gains_where_it_used_to_lose() -> None:
+    """S = 10, alpha = 0.1, T = 20: 2.71 nats against 2.30, when it was smoothed by S alpha."""
+    task = symmetric_task(chain(19), 0.1, 10)
+    batch = task.sample(20_000, generator=seeded(12))
+    losses = task_losses(unigram_prediction(task, batch.tokens), batch.target)
+    assert z_score(losses, math.log(10) - 0.04) < -4

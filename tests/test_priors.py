@@ -142,6 +142,43 @@ def test_tiny_concentrations_give_distributions_without_zeros(dtype: torch.dtype
     assert stationary_distribution(matrices).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1e-320, 1e-40, 1e-9])
+def test_a_vanishing_concentration_gives_rows_with_one_token(
+    alpha: float, dtype: torch.dtype
+) -> None:
+    matrices = DirichletPrior((alpha, 3 * alpha)).sample(20_000, generator=seeded(8), dtype=dtype)
+    torch.testing.assert_close(matrices.sum(-1), torch.ones(20_000, 2, dtype=dtype))
+    assert (matrices.amax(-1) > 1 - 1e-6).double().mean() > 1 - 1e-3
+    share = matrices[..., 1].double().mean().item()
+    assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 40_000)
+    assert stationary_distribution(matrices).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1e25, 1e40, 1.7e308])
+def test_an_immense_concentration_gives_its_mean(alpha: float, dtype: torch.dtype) -> None:
+    matrices = DirichletPrior((alpha, alpha, alpha / 2)).sample(
+        5, generator=seeded(8), dtype=dtype
+    )
+    mean = torch.tensor([0.4, 0.4, 0.2], dtype=dtype)
+    torch.testing.assert_close(matrices, mean.expand(5, 3, 3), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1e-44, 1e-40, 1e-30])
+def test_log_gamma_draws_are_finite_for_any_concentration(alpha: float, dtype: torch.dtype) -> None:
+    concentration = torch.tensor(alpha, dtype=dtype)
+    rows = sample_dirichlet(concentration.expand(3), (10_000, 3), generator=seeded(1))
+    assert sample_log_gamma(concentration, (10_000,), generator=seeded(1)).isfinite().all()
+    assert abs(rows[:, 0].double().mean().item() - 1 / 3) < 4 * math.sqrt(2 / 9 / 10_000)
+
+
+def test_concentrations_that_arithmetic_can_hold_stay_as_they_are() -> None:
+    for concentration in ((0.1, 0.1), (1e-10, 5.0), (1e6, 1e6)):
+        assert DirichletPrior(concentration).representable == concentration
+
+
 def test_a_prior_draws_rows_from_its_own_concentration() -> None:
     concentration = (0.5, 2.0)
     matrices = DirichletPrior(concentration).sample(50_000, generator=seeded(7)).double()

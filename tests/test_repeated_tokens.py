@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.detection import detect
-from mechcausal.experiments import Generators, build_experiment
+from mechcausal.experiments import Generators, build_experiment, repeated_tokens
 from mechcausal.experiments.repeated_tokens import BOS, RepeatedTokens
 from mechcausal.models.adapter import load_model
 from mechcausal.recipes import (
@@ -25,7 +25,7 @@ from mechcausal.run_folder import MATRICES_FILE, read_metrics, read_summary
 from mechcausal.stages import stages
 from mechcausal.targets import load_target
 from mechcausal.training import RunResult, train
-from probes import track_formation
+from probes import HeadScores, score_heads, track_formation
 from tests.test_targets import LEAN
 
 FIGURES = {
@@ -173,6 +173,24 @@ def test_weights_and_data_follow_from_the_seed_alone() -> None:
     ours, theirs = batches(first, 5), batches(again, 5)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(ours, batches(other, 5), strict=False))
+
+
+def test_what_probes_are_shown_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the initial weights, nor of training, evaluation or theory."""
+    seeds: list[int] = []
+
+    def recorded(*args: Any, **options: Any) -> HeadScores:
+        seeds.append(options["generator"].initial_seed())
+        return score_heads(*args, **options)
+
+    monkeypatch.setattr(repeated_tokens, "score_heads", recorded)
+    built = experiment()
+    built.observe()
+    built.observe()
+    generators = Generators.from_seed(built.recipe.seed, torch.device("cpu"))
+    others = [generators.data, generators.evaluation, generators.theory]
+    assert len(set(seeds)) == 1
+    assert seeds[0] not in {generators.init, *(other.initial_seed() for other in others)}
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:

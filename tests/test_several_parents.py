@@ -15,13 +15,8 @@ from mechcausal.predictors import (
     context_prediction,
     strategies,
 )
-from mechcausal.priors import (
-    DirichletPrior,
-    FixedTransition,
-    PriorError,
-    sample_dirichlet,
-    stationary_distribution,
-)
+from mechcausal.predictors.unigram import smoothing_total
+from mechcausal.priors import DirichletPrior, FixedTransition, PriorError, sample_dirichlet
 from mechcausal.tasks import (
     Batch,
     SeveralParentsTask,
@@ -157,8 +152,8 @@ def test_a_fixed_matrix_serves_one_parent() -> None:
     assert torch.equal(batch.target, matrix[batch.tokens[:, 2]])
     found = strategies(task, batch.tokens)
     assert torch.equal(found["bigram"], batch.target)
-    mu = stationary_distribution(matrix.unsqueeze(0)).float()
-    torch.testing.assert_close(found["unigram"], mu.expand(20_000, 2))
+    mean = torch.tensor([0.5, 0.5]) @ matrix @ matrix @ matrix  # of the token after position 2
+    torch.testing.assert_close(found["unigram"], mean.expand(20_000, 2))
     assert abs(z_score((batch.tokens[:, 0] == 0).double(), 0.5)) < 4  # uniform, not mu
     assert abs(z_score((batch.tokens[:, 1] == 0).double(), 0.55)) < 4
 
@@ -207,9 +202,9 @@ def test_counts_and_strategies_of_a_hand_computed_sequence() -> None:
     assert torch.equal(task.context_counts(tokens, n_nearest=1), last)
     predictions = strategies(task, tokens)
     assert list(predictions) == ["uniform", "unigram", "bigram", "trigram"]
-    torch.testing.assert_close(
-        predictions["unigram"], torch.tensor([[4.5 / 8, 3.5 / 8], [2.5 / 8, 5.5 / 8]])
-    )
+    total = smoothing_total(task)
+    unigram = torch.tensor([[4.0, 2.0], [2.0, 4.0]]) + total * torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(predictions["unigram"], unigram / (6 + total))
     # An average of two rows of total 2 has the variance of a total of 2 (2 + 1) - 1 = 5.
     smoothed = last + torch.tensor([1.25, 3.75])
     torch.testing.assert_close(predictions["bigram"], smoothed / smoothed.sum(1, keepdim=True))

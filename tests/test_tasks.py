@@ -10,7 +10,7 @@ from scipy import stats
 
 from mechcausal.graphs import CausalGraph, GraphError, chain, k_gram, random_forest, two_parents
 from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
-from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from mechcausal.tasks import SingleParentTask, build_task, cross_entropies, soft_cross_entropy
 from tests.oracles import forest, joint_distribution, seeded
 
 TWO = ((0.9, 0.1), (0.35, 0.65))
@@ -135,3 +135,50 @@ def test_soft_cross_entropy_is_least_where_the_prediction_is_the_target() -> Non
     entropy = -(target * target.log()).sum().item()
     assert soft_cross_entropy(target, target).item() == pytest.approx(entropy)
     assert soft_cross_entropy(torch.full((1, 3), 1 / 3), target).item() > entropy
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+def test_what_never_comes_costs_nothing_and_pulls_nowhere(epsilon: float) -> None:
+    """0 log 0 = 0: in the loss, in that of each sequence, and in the gradient."""
+    target = torch.tensor([[0.25, 0.75, 0.0], [0.0, 1.0, 0.0]])
+    prediction = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]], requires_grad=True)
+    loss = soft_cross_entropy(prediction, target, epsilon=epsilon)
+    loss.backward()
+    by_hand = [
+        -sum(
+            y * math.log((f + epsilon) / (1 + 3 * epsilon))
+            for y, f in zip(label, row, strict=True)
+            if y
+        )
+        for label, row in zip(target.tolist(), prediction.tolist(), strict=True)
+    ]
+    assert loss.item() == pytest.approx(np.mean(by_hand), rel=1e-6)
+    found = cross_entropies(prediction.detach(), target, epsilon=epsilon)
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-6)
+    assert prediction.grad is not None
+    expected = -target / (prediction.detach() + epsilon).clamp(min=1e-9) / 2
+    torch.testing.assert_close(prediction.grad, expected)
+
+
+def test_excluding_what_can_come_costs_infinitely_much() -> None:
+    target, prediction = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
+    assert soft_cross_entropy(prediction, target).item() == math.inf
+    assert cross_entropies(prediction, target).tolist() == [math.inf]
+    assert soft_cross_entropy(prediction, target, epsilon=1e-3).isfinite()
+
+
+@pytest.mark.parametrize("graph", [chain(5), two_parents(6)], ids=["single", "several"])
+def test_one_sequence_of_a_batch_is_a_batch(graph: CausalGraph) -> None:
+    batch = build_task(graph, DirichletPrior.symmetric(0.5, 3)).sample(4, generator=seeded())
+    for index in (3, -1):
+        one = batch[index]
+        assert len(one) == 1
+        assert torch.equal(one.tokens, batch.tokens[3:])
+        assert torch.equal(one.target, batch.target[3:])
+        if batch.transition is not None:
+            assert one.transition is not None
+            assert torch.equal(one.transition, batch.transition[3:])
+    assert [int(one.query) for one in batch] == batch.query.tolist()
+    for beyond in (4, -5):
+        with pytest.raises(IndexError, match=f"sequence {beyond}: the batch has 4"):
+            batch[beyond]

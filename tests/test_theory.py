@@ -17,6 +17,7 @@ from mechcausal.graphs import (
     chain,
     icl_pairs,
     interleaved_chains,
+    k_gram,
     lag_chain,
     random_forest,
     random_tree,
@@ -26,12 +27,13 @@ from mechcausal.graphs import (
 from mechcausal.metrics import edge_f1
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
-from mechcausal.tasks import SingleParentTask, soft_cross_entropy
+from mechcausal.tasks import SeveralParentsTask, SingleParentTask, soft_cross_entropy
 from mechcausal.theory import (
     PairwiseTheory,
     named_edges,
     pair_distances,
     pairwise_theory,
+    parent_information,
     predicted_gradient,
 )
 from tests.oracles import (
@@ -112,6 +114,19 @@ def test_states_that_are_never_visited_carry_no_information(
     rows: tuple[tuple[float, ...], ...],
 ) -> None:
     check_against_enumeration(forest(-1, 0, 1, 0, -1), rows)
+
+
+def test_the_diagonal_counts_the_states_that_occur() -> None:
+    """The definition sums over states of positive probability: not S - 1 once one absorbs."""
+    absorbing = FixedTransition(((0.5, 0.5, 0.0), (0.5, 0.5, 0.0), (0.2, 0.3, 0.5)))
+    found = pairwise_theory(chain(4), absorbing)
+    torch.testing.assert_close(found.chi2.diagonal(), torch.ones(4, dtype=torch.float64))
+    ergodic = FixedTransition(((0.5, 0.5, 0.0), (0.4, 0.5, 0.1), (0.2, 0.3, 0.5)))
+    found = pairwise_theory(chain(4), ergodic)
+    torch.testing.assert_close(found.chi2.diagonal(), torch.full((4,), 2.0, dtype=torch.float64))
+    # Roots of the task with several parents are uniform: its first position takes every state.
+    rooted = SeveralParentsTask(k_gram(4, 1), FixedTransition(((1.0, 0.0), (1.0, 0.0))))
+    assert parent_information(rooted).chi2.diagonal().tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_self_and_independent_pairs() -> None:

@@ -25,22 +25,26 @@ class Generators:
         evaluation: evaluation batches, on the run's device.
         theory: averages over priors, on the CPU.
         init: seed of the model's initial weights.
+        probes: seed of the sequences that probes draw at every look.
     """
 
     data: torch.Generator
     evaluation: torch.Generator
     theory: torch.Generator
     init: int
+    probes: int
 
     @classmethod
     def from_seed(cls, seed: int, device: torch.device) -> "Generators":
         """Generators for a run."""
-        data, evaluation, theory, init = np.random.SeedSequence(seed).generate_state(4).tolist()
+        states = np.random.SeedSequence(seed).generate_state(5).tolist()
+        data, evaluation, theory, init, probes = states
         return cls(
             torch.Generator(device=device).manual_seed(data),
             torch.Generator(device=device).manual_seed(evaluation),
             torch.Generator().manual_seed(theory),
             init,
+            probes,
         )
 
 

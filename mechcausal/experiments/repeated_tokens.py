@@ -39,7 +39,7 @@ class RepeatedTokens(Experiment):
         self.recipe = recipe
         self._shortest, self._longest = recipe.task.repeat_lengths
         self._data = generators.data
-        self._probe_seed = generators.init
+        self._probe_seed = generators.probes
         device = generators.data.device
         self._model = build_standard(
             recipe.model,

@@ -4,7 +4,7 @@ With the matches `m_bk = A2[x_bk, q_b]`, `a = softmax(A1)`, `z = m a^T`, `p = so
 prediction `f_bs = sum_k p_bk [x_bk = s]`, the loss `L = -mean_b sum_s y_bs log(f_bs + epsilon)` has
 the gradients
 
-    w_bs  = dL/df_bs = -y_bs / (B (f_bs + epsilon))
+    w_bs  = dL/df_bs = -y_bs / (B (f_bs + epsilon)),  0 where y_bs = 0
     dz_bk = dL/dz_bk = p_bk (w[b, x_bk] - sum_j p_bj w[b, x_bj])
     dL/da = dz^T m,     dL/dA1 = a (dL/da - its mean over the row under a)
     dL/dA2_xq = sum_bk [x_bk = x] [q_b = q] (dz a)_bk
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.tasks.base import to_score
 from mechcausal.tasks.batched import RunsBatch
 
 
@@ -108,7 +109,7 @@ class BatchedSimplified:
         attention2 = (matches @ attention1.mT).softmax(-1)
         prediction = attention2.new_zeros(runs, n_sequences, self._vocab)
         prediction.scatter_add_(2, tokens, attention2)
-        smoothed = prediction + epsilon.view(runs, 1, 1)
+        smoothed = to_score(prediction, target, epsilon.view(runs, 1, 1))
         loss = torch.log1p(self._vocab * epsilon) - (target * smoothed.log()).sum(-1).mean(-1)
         by_token = target * -(epsilon.new_tensor(share) / n_sequences) / smoothed
         gradient = through_softmax(by_token.gather(2, tokens), attention2)

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.predictors import single_parent
-from mechcausal.predictors.several_parents import context_prediction, frequency_prediction
+from mechcausal.predictors.several_parents import context_prediction
 from mechcausal.predictors.single_parent import (
     bigram_prediction,
     transition_counts,
     uniform_prediction,
-    unigram_prediction,
 )
+from mechcausal.predictors.unigram import unigram_prediction
 from mechcausal.tasks import SeveralParentsTask, Task
 
 
@@ -47,6 +47,8 @@ def strategies(
 ) -> dict[str, Float[Tensor, "batch vocab"]]:
     """The predictions of every strategy by name, in order of knowledge.
 
+    On average over the prior none of them has a larger loss than "uniform".
+
     "uniform", "unigram" and "bigram" in the single-parent task. With k parents of the query
     "uniform", "unigram" and, for m = 1 ... k, the context of its m last parents: "bigram",
     "trigram", "4gram", ...; the last one is the Bayes predictor.
@@ -58,12 +60,13 @@ def strategies(
         >>> list(strategies(task, torch.tensor([[0, 1, 1, 0]])))
         ['uniform', 'unigram', 'bigram', 'trigram']
     """
-    predictions = {"uniform": uniform_prediction(task, tokens)}
+    predictions = {
+        "uniform": uniform_prediction(task, tokens),
+        "unigram": unigram_prediction(task, tokens),
+    }
     if not isinstance(task, SeveralParentsTask):
-        predictions["unigram"] = unigram_prediction(task, tokens)
         predictions["bigram"] = bigram_prediction(task, tokens)
         return predictions
-    predictions["unigram"] = frequency_prediction(task, tokens)
     for m in range(1, len(task.query_parents) + 1):
         name = {1: "bigram", 2: "trigram"}.get(m, f"{m + 1}gram")
         predictions[name] = context_prediction(task, tokens, n_nearest=m)
@@ -74,7 +77,6 @@ __all__ = [
     "bayes_prediction",
     "bigram_prediction",
     "context_prediction",
-    "frequency_prediction",
     "strategies",
     "transition_counts",
     "uniform_prediction",

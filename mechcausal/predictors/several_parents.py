@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.priors import DirichletPrior, stationary_distribution
+from mechcausal.priors import DirichletPrior
 from mechcausal.tasks import SeveralParentsTask
 
 
@@ -37,21 +37,8 @@ def context_prediction(
     return _posterior_mean(counts, prior, n_rows=float(task.vocab_size) ** (k - n_nearest))
 
 
-def frequency_prediction(
-    task: SeveralParentsTask, tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch vocab"]:
-    """Frequencies of all tokens, smoothed by the prior; `mu` for a fixed matrix."""
-    prior = task.prior
-    if not isinstance(prior, DirichletPrior):
-        matrix = torch.tensor(prior.rows, device=tokens.device)
-        return stationary_distribution(matrix.unsqueeze(0)).float().expand(tokens.shape[0], -1)
-    counts = torch.zeros(tokens.shape[0], prior.vocab_size, device=tokens.device)
-    counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counts.dtype))
-    return _posterior_mean(counts, prior, n_rows=1.0)
-
-
 def _posterior_mean(counts: Tensor, prior: DirichletPrior, *, n_rows: float) -> Tensor:
-    alpha = torch.tensor(prior.concentration, device=counts.device)
+    alpha = torch.tensor(prior.representable, device=counts.device)
     total = alpha.sum()
-    weights = counts + alpha / total * (n_rows * (total + 1) - 1)
+    weights = counts + alpha / total * (n_rows * total + (n_rows - 1))
     return weights / weights.sum(-1, keepdim=True)

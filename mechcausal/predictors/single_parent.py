@@ -12,7 +12,6 @@ from mechcausal.priors import (
     PROBABILITY_FLOOR,
     DirichletPrior,
     sample_log_gamma,
-    stationary_distribution,
     stationary_with_first_row,
 )
 from mechcausal.tasks import SingleParentTask, Task
@@ -36,19 +35,6 @@ def uniform_prediction(
     """1/S for every token."""
     shape = (tokens.shape[0], task.vocab_size)
     return torch.full(shape, 1 / task.vocab_size, device=tokens.device)
-
-
-def unigram_prediction(
-    task: SingleParentTask, tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch vocab"]:
-    """Frequencies of the context's tokens, smoothed by the prior; `mu` for a fixed matrix."""
-    prior = task.prior
-    if not isinstance(prior, DirichletPrior):
-        return stationary_distribution(_fixed_rows(task, tokens)).float()
-    context = tokens[:, :-1]
-    counts = torch.zeros(tokens.shape[0], prior.vocab_size, device=tokens.device)
-    counts.scatter_add_(1, context, torch.ones_like(context, dtype=counts.dtype))
-    return _normalised(counts + torch.tensor(prior.concentration, device=tokens.device))
 
 
 def bigram_prediction(

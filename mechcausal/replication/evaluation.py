@@ -80,5 +80,5 @@ def miscounted_prediction(
     assert isinstance(
         task.prior, DirichletPrior
     )  # where there is one, its counts are the sequence's
-    weights = counts + torch.tensor(task.prior.concentration, device=tokens.device)
+    weights = counts + torch.tensor(task.prior.representable, device=tokens.device)
     return weights / weights.sum(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.priors import Prior
-from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy
+from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy, to_score
 from mechcausal.tasks.several_parents import SeveralParentsTask
 from mechcausal.tasks.single_parent import SingleParentTask
 
@@ -37,4 +37,5 @@ __all__ = [
     "build_task",
     "cross_entropies",
     "soft_cross_entropy",
+    "to_score",
 ]

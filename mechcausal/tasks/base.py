@@ -1,6 +1,7 @@
 """What every task gives and how predictions are scored: batches and the cross entropy."""
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +33,37 @@ class Batch:
         """Number of sequences."""
         return self.tokens.shape[0]
 
-    def __getitem__(self, rows: slice) -> "Batch":
-        """Some of the sequences.
+    def __getitem__(self, rows: slice | int) -> "Batch":
+        """Some of the sequences, or a batch of one.
+
+        Raises:
+            IndexError: there is no such sequence.
 
         Example:
             >>> batch = Batch(torch.tensor([[0], [1], [0]]), torch.full((3, 2), 0.5))
-            >>> len(batch[1:])
-            2
+            >>> len(batch[1:]), batch[1].tokens
+            (2, tensor([[1]]))
         """
+        if not isinstance(rows, slice):
+            first = operator.index(rows)
+            if not -len(self) <= first < len(self):
+                raise IndexError(f"sequence {first}: the batch has {len(self)}")
+            rows = slice(first, first + 1 or None)
         transition = None if self.transition is None else self.transition[rows]
         return Batch(self.tokens[rows], self.target[rows], transition)
+
+
+def to_score(
+    prediction: Float[Tensor, "*any vocab"],
+    target: Float[Tensor, "*any vocab"],
+    epsilon: float | Float[Tensor, "*ones"],
+) -> Float[Tensor, "*any vocab"]:
+    """What a target's logarithms are taken of: `prediction + epsilon`, and 1 where it has no mass.
+
+    So 0 log 0 is 0, and so is its gradient, whatever is predicted there. Where the target has mass,
+    a prediction of 0 without epsilon costs infinitely much.
+    """
+    return torch.where(target > 0, prediction + epsilon, 1.0)
 
 
 def soft_cross_entropy(
@@ -55,9 +77,10 @@ def soft_cross_entropy(
     `-mean_b sum_s target_bs log((prediction_bs + epsilon) / (1 + S epsilon))`. The division makes
     the smoothed prediction a distribution again, so that losses stay comparable with the Bayes
     loss; it adds the constant `log(1 + S epsilon)` to the paper's loss and changes no gradient.
+    0 log 0 = 0, see `to_score`.
     """
     normaliser = math.log1p(prediction.shape[-1] * epsilon)
-    return normaliser - (target * (prediction + epsilon).log()).sum(-1).mean()
+    return normaliser - (target * to_score(prediction, target, epsilon).log()).sum(-1).mean()
 
 
 def cross_entropies(
@@ -75,10 +98,9 @@ def cross_entropies(
         >>> round(cross_entropies(row, row).item(), 6)
         0.693147
     """
-    smoothed = prediction.double() + epsilon
+    prediction, target = prediction.double(), target.double()
     normaliser = math.log1p(prediction.shape[1] * epsilon)
-    products: Tensor = torch.special.xlogy(target.double(), smoothed)
-    return normaliser - products.sum(1)
+    return normaliser - (target * to_score(prediction, target, epsilon).log()).sum(1)
 
 
 def cumulative(probabilities: Float[Tensor, "*any vocab"]) -> Float[Tensor, "*any vocab"]:

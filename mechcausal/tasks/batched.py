@@ -74,7 +74,7 @@ class BatchedTask:
         self._levels = [
             torch.tensor(level, device=self._device).T for level in _levels(tasks, self._length)
         ]
-        dirichlet = [t.prior.concentration for t in tasks if isinstance(t.prior, DirichletPrior)]
+        dirichlet = [t.prior.representable for t in tasks if isinstance(t.prior, DirichletPrior)]
         fixed = [t.prior.rows for t in tasks if isinstance(t.prior, FixedTransition)]
         values = torch.tensor(dirichlet or fixed, dtype=torch.float32, device=self._device)
         self._concentration = values if dirichlet else None

@@ -97,7 +97,7 @@ class SeveralParentsTask:
             tensors = self.sample_tensors(n_sequences, generator=generator)
             return self.sample_given(tensors, generator=generator)
         device, length = generator.device, self.sequence_length
-        alpha = torch.tensor(self.prior.concentration, device=device)
+        alpha = torch.tensor(self.prior.representable, device=device)
         total = float(alpha.sum())
         new, uniform = torch.rand((2, length, n_sequences), generator=generator, device=device)
         # First every token as if its urn held nothing but the prior's mean, uniform for roots;
@@ -153,7 +153,7 @@ class SeveralParentsTask:
         if isinstance(self.prior, FixedTransition):
             return {1: self.prior.sample(n, generator=generator, dtype=dtype)}
         tensors = {}
-        alpha = torch.tensor(self.prior.concentration, dtype=dtype, device=generator.device)
+        alpha = torch.tensor(self.prior.representable, dtype=dtype, device=generator.device)
         for k in self.parent_numbers:
             shape = (n, *(self.vocab_size,) * (k + 1))
             entries = n * self.vocab_size ** (k + 1)

@@ -35,7 +35,8 @@ class ParentInformation:
         method: given the transition tensors, "exact" or "monte carlo".
         n_priors: sets of transition tensors averaged over.
         n_sequences: sequences for each of them; 0 for the exact method.
-        chi2: chi-squared information of each pair of positions, symmetric; the diagonal is S - 1.
+        chi2: chi-squared information of each pair of positions, symmetric; the diagonal is the
+            number of tokens that occur at a position less one: S - 1 under a Dirichlet prior.
         chi2_stderr: its standard error.
         shannon: Shannon information in nats, symmetric; the diagonal is the entropy.
         shannon_stderr: its standard error.

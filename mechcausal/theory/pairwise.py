@@ -81,8 +81,9 @@ class PairwiseTheory:
     Attributes:
         graph: the causal graph.
         n_priors: transition matrices averaged over.
-        chi2: chi-squared information `E sum P(x,y)^2 / (P(x)P(y)) - 1`, symmetric; the diagonal
-            is S - 1.
+        chi2: chi-squared information `E sum P(x,y)^2 / (P(x)P(y)) - 1` over the states that
+            occur, symmetric; the diagonal is their number less one: S - 1, but for a fixed matrix
+            that leaves some states for good.
         chi2_stderr: its standard error.
         shannon: Shannon information in nats, symmetric; the diagonal is the entropy of `mu`.
         shannon_stderr: its standard error.
