@@ -42,7 +42,7 @@ class Album:
         rows: Sequence[dict[str, Value]] = (),
         durable: bool = True,
     ) -> None:
-        """Open the album of a run.
+        """Nothing is written before `open`.
 
         Args:
             record: where rows go.
@@ -82,9 +82,14 @@ class Album:
             max(self._matrices, default=0), {}
         )
 
-        # Beside the matrices of single steps, so that an unfinished run can be drawn.
+    def open(self) -> None:
+        """Write what the matrices are compared with, so that an unfinished run can be drawn.
+
+        Raises:
+            RecordError: it cannot be written.
+        """
         if self._probing.enabled:
-            self._write("references", experiment.reference_matrices())
+            self._write("references", self._experiment.reference_matrices())
 
     def add(self, step: int, train_loss: float) -> None:
         """Look at the model, and write the row.

@@ -117,11 +117,17 @@ class RunRecord:
         self._waiting: Callable[[Mapping[str, Panel]], None] | None = None
         with writing(folder / METRICS_FILE):
             self._metrics = JsonLines(folder / METRICS_FILE)
-            write_process(folder, self._values)
         self.rows = len(rows)
+        self._at_end = None
+        try:
+            with writing(folder / PROCESS_FILE):
+                write_process(folder, self._values)
+            if mode != "disabled" and not lean:
+                self._open_wandb(recipe, mode, rows)
+        except BaseException:
+            self.finish({}, "failed")
+            raise
         self._at_end = (recipe, mode) if lean and mode != "disabled" else None
-        if mode != "disabled" and not lean:
-            self._open_wandb(recipe, mode, rows)
 
     @property
     def mode(self) -> WandbMode:
@@ -235,7 +241,8 @@ class RunRecord:
     ) -> None:
         """Start W&B, and tell it the rows that it has not got."""
         before = fragments(self.folder, self._id)
-        self._wandb = self._start_wandb(recipe, mode, lean=lean)
+        self._start_wandb(recipe, mode, lean=lean)
+        assert self._wandb is not None
         if self._wandb.mode == "online":  # what it holds is for the server to say
             first = self._wandb.first_step
             self._in_wandb = {step for row in rows if (step := int(row[STEP] or 0)) < first}
@@ -246,8 +253,8 @@ class RunRecord:
         for row in rows:
             self._to_wandb(int(row[STEP] or 0), row)
 
-    def _start_wandb(self, recipe: Recipe, mode: WandbMode, *, lean: bool) -> WandbRun:
-        run = WandbRun(
+    def _start_wandb(self, recipe: Recipe, mode: WandbMode, *, lean: bool) -> None:
+        run = self._wandb = WandbRun(
             mode,
             self.folder,
             self.warn,
@@ -263,7 +270,7 @@ class RunRecord:
         )
         if run.folder is None:
             self.warn("the run is recorded in metrics.jsonl alone")
-            return run
+            return
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
         found = [path.relative_to(self.folder) for path in fragments(self.folder, self._id)]
@@ -271,7 +278,6 @@ class RunRecord:
         self._values["sync"] = [" ".join(sync_command(path)) for path in found]
         with writing(self.folder / PROCESS_FILE):
             write_process(self.folder, self._values)
-        return run
 
     def _to_wandb(
         self,

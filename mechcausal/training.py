@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def run(
         try:
             experiment = build_experiment(recipe, generators)
         except BaseException as error:
-            opening.result().finish({}, "interrupted" if stop.received else "failed")
+            with suppress(RecordError):  # what went wrong first is what the user has to know
+                opening.result().finish({}, "interrupted" if stop.received else "failed")
             raise explained(error, folder, recipe, "before the first step") from None
         # From here on a signal waits for the end of a step, and of what follows the last one.
         stop.waits = True
@@ -188,6 +190,7 @@ def run(
         state: State = "failed"
         step = start
         try:
+            album.open()
             for step, stage, optimizer in schedule(plan, experiment, start):
                 if step == start and checkpoint is not None:
                     checkpoint.restore(experiment, optimizer, generators)

@@ -5,20 +5,17 @@ second of them when the process is killed. So its folder is checked to be where 
 its rows are counted, and whatever it raises becomes a warning while the run goes on.
 """
 
-import netrc
 import os
+import secrets
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import numpy as np
-import psutil
 
+from mechcausal import wandb_session
 from mechcausal.messages import first_line
 from mechcausal.recipes import WandbMode
 
@@ -34,7 +31,6 @@ PATIENCE_SECONDS = 10
 """How long W&B may take beyond its own limit, before its service is ended."""
 _SLOW_ARTIFACT_SECONDS = 5.0
 _LEAN: Mapping[str, Any] = {
-    "reinit": "create_new",
     "disable_git": True,
     "x_disable_machine_info": True,
     "x_disable_meta": True,
@@ -48,7 +44,10 @@ class TrackingError(ValueError):
 
 
 def resolve_mode(requested: WandbMode | None) -> WandbMode:
-    """W&B mode: as requested, else WANDB_MODE, else online if a key is configured, else offline.
+    """W&B mode: as requested, else WANDB_MODE, else as W&B is set up, else online with a key.
+
+    W&B is set up by its settings files and by `wandb.setup`: for a server, whose key counts, and
+    possibly for a mode, as `wandb offline` does. Without a key the mode is offline.
 
     Raises:
         TrackingError: WANDB_MODE is none of the modes.
@@ -61,18 +60,13 @@ def resolve_mode(requested: WandbMode | None) -> WandbMode:
             if variable.lower() == mode:
                 return mode
         raise TrackingError(f"WANDB_MODE is {variable!r}: allowed are {', '.join(MODES)}")
-    return "online" if _key_configured() else "offline"
-
-
-def _key_configured() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
-        return bool(host) and netrc.netrc(path).authenticators(str(host)) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        settings = wandb_session.settings()
+        if settings is not None and settings.mode in ("offline", "disabled"):  # not the default
+            return settings.mode
+        return "online" if wandb_session.has_key(settings) else "offline"
+    except Exception:  # settings that W&B refuses, as it will say when the run starts
+        return "offline"
 
 
 def start_wandb(
@@ -86,8 +80,7 @@ def start_wandb(
         mode: online or offline.
         folder: W&B's files go below it.
         warnings: what went wrong is added here.
-        lean: say nothing of the machine, the packages and the repository; several such runs may be
-            open at a time.
+        lean: say nothing of the machine, the packages and the repository.
         **options: further arguments of `wandb.init`.
 
     Returns:
@@ -95,10 +88,8 @@ def start_wandb(
     """
     import wandb
 
-    _leave_service_of_others()
-    # Its reports of its own errors keep a process without network from ending.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     settings = wandb.Settings(
+        reinit="create_new",
         console="off",
         silent=True,
         init_timeout=20,
@@ -114,15 +105,22 @@ def start_wandb(
     if mode == "online":
         attempts.insert(0, "online")
     said: list[str] = []
+    options.setdefault("id", secrets.token_hex(4))
     for attempt in attempts:
-        before = set((folder / "wandb").glob("run-*"))
+        pattern = f"run-*-{options['id']}"  # others may write to that folder, too
+        before = set((folder / "wandb").glob(pattern))
         try:
-            run = wandb.init(mode=attempt, dir=str(folder), settings=settings, **options)
+            run = wandb_session.open_run(
+                patience=PATIENCE_SECONDS,
+                mode=attempt,
+                dir=str(folder),
+                settings=settings,
+                **options,
+            )
         except Exception as error:  # whatever W&B raises, the training goes on
             said.append(f"W&B could not start {attempt}: {first_line(error)}")
-            # Else it takes the id for one in use, and leaves a fragment without a row.
-            _abandon_service()
-            for leftover in set((folder / "wandb").glob("run-*")) - before:
+            # Else it leaves a fragment without a row.
+            for leftover in set((folder / "wandb").glob(pattern)) - before:
                 shutil.rmtree(leftover, ignore_errors=True)
             continue
         warnings += [line for line in said if not line.startswith("W&B could not start offline")]
@@ -198,7 +196,8 @@ class WandbRun:
         if panels and self._run is not None:
             from mechcausal.wandb_panels import log_panels
 
-            with _environment("WANDB_DATA_DIR", str(self._data)):  # tables become artifacts
+            # Tables become artifacts.
+            with wandb_session.environment("WANDB_DATA_DIR", str(self._data)):
                 log_panels(self._run, step, panels, self._warn, tables=self._artifacts)
             self._guarded(f"at step {step}", lambda run: run.log({}, step=step, commit=True))
 
@@ -221,7 +220,7 @@ class WandbRun:
 
         began, problem = time.monotonic(), ""
         try:
-            with _environment("WANDB_DATA_DIR", str(self._data)):
+            with wandb_session.environment("WANDB_DATA_DIR", str(self._data)):
                 artifact = wandb.Artifact(name, type=kind)
                 for path in sorted(folder.iterdir()):
                     artifact.add_file(str(path))
@@ -239,8 +238,8 @@ class WandbRun:
 
         def close(run: "Run") -> None:
             run.summary.update(dict(summary))
-            with _service_ends_after(FINISH_SECONDS + PATIENCE_SECONDS):
-                run.finish(exit_code=exit_code)
+            seconds = FINISH_SECONDS + PATIENCE_SECONDS
+            wandb_session.finish_run(run, exit_code, seconds=seconds)
 
         self._guarded("at its end", close)
 
@@ -255,61 +254,7 @@ class WandbRun:
             )
 
     def _fail(self, message: str) -> None:
-        self._run, self.mode = None, "disabled"
-        _abandon_service()
+        run, self._run, self.mode = self._run, None, "disabled"
+        if run is not None:
+            wandb_session.abandon_run(run, patience=PATIENCE_SECONDS)
         self._warn(message)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _leave_service_of_others() -> None:
-    """Have a service of our own in a process that inherited its parent's.
-
-    That one may have ended, and it would take our run for one in use after we were killed.
-    """
-    _, owner, *_ = [*os.environ.get("WANDB_SERVICE", "").split("-"), ""]
-    if owner and owner != str(os.getpid()):
-        del os.environ["WANDB_SERVICE"]
-
-
-def _abandon_service() -> None:
-    """Let go of a service that died, so that W&B does not stumble over it when Python exits."""
-    import wandb
-
-    # Gone is what it is to be. W&B would exit with the code of a service that was killed.
-    with _service_ends_after(PATIENCE_SECONDS), suppress(Exception, SystemExit):
-        wandb.teardown(exit_code=1)
-
-
-@contextmanager
-def _service_ends_after(seconds: int) -> Iterator[None]:
-    """End W&B's service if the block takes longer, which ends every wait for it with an error.
-
-    W&B's limits do not hold of the upload of an artifact: where the network has gone in the midst
-    of one, it is tried again for twenty minutes.
-    """
-
-    def end() -> None:
-        for child in psutil.Process().children():
-            with suppress(psutil.Error):
-                if child.name().startswith("wandb-core"):
-                    child.kill()
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -1,5 +1,7 @@
 """What may happen to the disk, the memory, the numbers and W&B while a run is under way."""
 
+import errno
+import json
 import os
 import resource
 import shutil
@@ -18,7 +20,15 @@ from mechcausal import cli, wandb_runs
 from mechcausal.files import JsonLines, read_json_lines, write_atomically
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
 from mechcausal.resuming import resume
-from mechcausal.run_folder import STEP, read_metrics, read_process, read_summary
+from mechcausal.run_folder import (
+    MATRICES_FOLDER,
+    PROCESS_FILE,
+    STEP,
+    read_metrics,
+    read_process,
+    read_summary,
+)
+from mechcausal.sweeps.batched import train_batched
 from mechcausal.training import NonFiniteLossError, Progress, RunResult, TrainingError, train
 from mechcausal.wandb_fragments import fragments, wandb_steps
 from tests import kill_runs
@@ -213,6 +223,90 @@ def test_a_command_tells_of_a_full_disk_and_fails(
     assert code in (1, 2)
     assert any("No space left on device" in line for line in lines)
     assert not any("Traceback" in line for line in lines)
+
+
+def in_the_way_of_matrices(folder: Path) -> None:
+    """A file where the folder of matrices is to be: it cannot be written, by root neither."""
+    folder.mkdir()
+    (folder / MATRICES_FOLDER).touch()
+
+
+def test_a_run_whose_pictures_cannot_be_begun_ends_as_a_failed_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    in_the_way_of_matrices(folder)
+    with pytest.raises(TrainingError, match=r"matrices/references.*: cannot be written") as caught:
+        train(tiny(wandb__mode="offline", wandb__panels=False), out=folder)
+    assert f"mechcausal resume {folder}" in one_line(caught.value)
+    assert read_summary(folder)["state"] == "failed"
+    assert exit_codes(folder) == [1]
+    (folder / MATRICES_FOLDER).unlink()
+    assert resume(folder).state == "finished"
+
+
+def test_a_run_whose_facts_cannot_be_written_anew_closes_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechcausal import tracking
+
+    write, calls = tracking.write_process, 0
+
+    def once(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(tracking, "write_process", once)
+    with pytest.raises(TrainingError, match=r"run\.json: cannot be written: No space left"):
+        train(tiny(wandb__mode="offline"), out=tmp_path / "run")
+    assert read_summary(tmp_path / "run")["state"] == "failed"
+    assert exit_codes(tmp_path / "run") == [1]
+
+
+def test_a_full_disk_while_the_model_is_built_hides_no_error_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechcausal import training
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(training, "build_experiment", fail)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / PROCESS_FILE).mkdir()
+    with pytest.raises(TrainingError, match=r"^out of memory before the first step"):
+        train(tiny(), out=folder)
+
+
+@pytest.mark.parametrize(("unwritable", "mode"), [(0, "disabled"), (1, "offline"), (2, "disabled")])
+def test_a_member_of_a_batch_that_cannot_begin_fails_alone(
+    tmp_path: Path, unwritable: int, mode: str
+) -> None:
+    folders = [tmp_path / str(number) for number in range(3)]
+    in_the_way_of_matrices(folders[unwritable])
+    recipes = [tiny(seed=seed, wandb__mode=mode) for seed in range(3)]
+    outcomes = train_batched(recipes, folders)
+    for number, (outcome, folder) in enumerate(zip(outcomes, folders, strict=True)):
+        failed = number == unwritable
+        assert (
+            outcome.state == read_summary(folder)["state"] == ("failed" if failed else "finished")
+        )
+        assert (f"{folder}/matrices" in outcome.error) == failed
+        assert exit_codes(folder) == ([] if mode == "disabled" else [1 if failed else 0])
+
+
+def exit_codes(folder: Path) -> list[int]:
+    """With which W&B closed the run's fragments."""
+    found = []
+    for fragment in fragments(folder, read_process(folder)["wandb_id"]):
+        (log,) = fragment.glob("*.wandb")
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log.resolve())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=fragment)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        found += [record["exit"]["exit_code"] for record in records if record["type"] == "exit"]
+    return found
 
 
 # --- The numbers ---

@@ -47,10 +47,14 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without any W&B setting."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+    """A home without any W&B setting, and a process that has none from before."""
+    import wandb
+
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -78,6 +82,79 @@ def test_a_key_in_netrc_means_online(bare: Path, monkeypatch: pytest.MonkeyPatch
     write_netrc(bare / "other", "wandb.example.org")
     monkeypatch.setenv("NETRC", str(bare / "other"))
     assert resolve_mode(None) == "online"
+
+
+def write_settings(path: Path, **values: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{name} = {value}" for name, value in values.items()]
+    path.write_text("\n".join(["[default]", *lines]) + "\n")
+
+
+@pytest.mark.parametrize("place", [".config/wandb/settings", "config/settings", "wandb/settings"])
+def test_the_server_of_the_settings_file_is_the_one_whose_key_counts(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place.startswith("config"):
+        monkeypatch.setenv("WANDB_CONFIG_DIR", str(bare / "config"))
+    write_settings(bare / place, base_url="http://wandb.example.org:8080")
+    write_netrc(bare / ".netrc", "api.wandb.ai")
+    assert resolve_mode(None) == "offline"
+    write_netrc(bare / ".netrc", "wandb.example.org:8080")
+    assert resolve_mode(None) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")  # which beats the file
+    assert resolve_mode(None) == "offline"
+
+
+def test_the_server_and_the_key_of_the_process_count(bare: Path) -> None:
+    import wandb
+
+    write_netrc(bare / ".netrc", "wandb.example.org")
+    wandb.setup(wandb.Settings(base_url="https://wandb.example.org", silent=True))
+    assert resolve_mode(None) == "online"
+    wandb.teardown()
+    assert resolve_mode(None) == "offline"
+    wandb.login(key="0" * 40, verify=False)
+    assert resolve_mode(None) == "online"
+
+
+def test_the_mode_of_the_settings_file_beats_the_key(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    write_settings(bare / "wandb" / "settings", mode="offline")  # as `wandb offline` does
+    assert resolve_mode(None) == "offline"
+    assert resolve_mode("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode(None) == "disabled"
+
+
+def test_settings_that_are_none_leave_the_run_offline(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_settings(bare / "wandb" / "settings", base_url="no address")
+    assert resolve_mode(None) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "no address")
+    assert resolve_mode(None) == "offline"
+
+
+def test_finding_the_mode_starts_nothing_and_sets_nothing(bare: Path) -> None:
+    """Nor is W&B, which takes long, imported where there is nothing for it to read."""
+    write = f"""
+import os, sys, threading
+from pathlib import Path
+from mechcausal.wandb_runs import resolve_mode
+before = dict(os.environ), threading.active_count()
+assert resolve_mode(None) == "offline"
+assert "wandb" not in sys.modules
+Path({str(bare / ".netrc")!r}).write_text("machine api.wandb.ai login user password {"0" * 40}")
+Path({str(bare / ".netrc")!r}).chmod(0o600)
+assert resolve_mode(None) == "online"
+assert (dict(os.environ), threading.active_count()) == before
+from wandb.sdk import wandb_setup
+assert wandb_setup._singleton is None
+"""
+    done = subprocess.run([sys.executable, "-c", write], capture_output=True, text=True, cwd=bare)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_an_unreadable_netrc_is_no_key(bare: Path) -> None:

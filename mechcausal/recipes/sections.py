@@ -230,7 +230,8 @@ class WandbSection:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     mode: WandbMode | None = None
-    """When absent: WANDB_MODE, else online if a key is configured, else offline."""
+    """When absent: WANDB_MODE, else that of `wandb offline`, else online if there is a key for W&B's
+    server, else offline."""
     project: str = "mechcausal"
     """W&B project."""
     entity: str | None = None

@@ -132,6 +132,11 @@ class BatchMember:
             self._record, self._album, self.experiment, generators, start=0
         )
         self._schedule = schedule(plan, self.experiment, 0)
+        self._open_album()
+
+    @_alone
+    def _open_album(self) -> None:
+        self._album.open()
 
     def advance(self) -> None:
         """Go on to the next step."""
