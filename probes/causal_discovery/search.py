@@ -22,7 +22,7 @@ class Found:
         pag: the graph over the variables 0, 1, ….
         separating_sets: by pair without an edge, the smaller first: the set that separated it.
         tests: how many tests of independence were asked for; none is asked twice.
-        complete: whether the search came to its end: no larger conditioning set was left to ask for.
+        complete: whether the search came to its end: no larger set was left to condition on.
         reached: the size of conditioning sets up to which all tests were made; None for none.
     """
 
