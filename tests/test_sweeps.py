@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mechcausal.cli import main
-from mechcausal.recipes import recipe_to_dict
+from mechcausal.recipes import load_recipe, recipe_to_dict, recipe_to_toml
 from mechcausal.run_folder import RunFolderError, find_runs, read_summary, run_info
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
@@ -24,6 +24,7 @@ from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
 from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
+from mechcausal.sweeps.wandb_sweep import wandb_config
 
 TINY = """
 recipe = "manual"
@@ -129,6 +130,34 @@ def test_a_table_on_an_axis_is_laid_over_its_section(tmp_path: Path) -> None:
     assert [m.recipe.graph.preset for m in members] == ["chain", "lag_chain"]
     assert {m.recipe.graph.sequence_length for m in members} == {20}
     assert members[1].name == "1_graphlag_chain-2_seed0"
+
+
+def test_members_draw_no_page_unless_they_are_asked_to(
+    tmp_path: Path, engine: InlineEngine
+) -> None:
+    # A file of the user's may hold every field, as the recipe.toml of a run does.
+    write(tmp_path, recipe_to_toml(load_recipe("manual")), "full.toml")
+    graph = 'graph = { preset = "chain", sequence_length = 5 }'
+    bases = {
+        'recipe = "manual"': False,
+        f'recipe = "{tmp_path / "full.toml"}"': False,
+        f"recipe = {{ {graph} }}": False,
+        f"recipe = {{ {graph}, probing = {{ report = true }} }}": True,
+        'recipe = "manual"\nchanges.probing.report = true': True,
+        'recipe = "manual"\naxes.probing.report = [true]': True,
+    }
+    for base, drawn in bases.items():
+        sweep = load_sweep(write(tmp_path, f"seeds = 2\n{base}"))
+        assert {m.recipe.probing.report for m in plan(sweep, tmp_path)} == {drawn}, base
+        # The sweep's copy of itself says the same.
+        copy = write(tmp_path, json.dumps(sweep_to_dict(sweep)), "copy.json")
+        assert load_sweep(copy).base == sweep.base
+        # So do W&B's agents.
+        assert ("--probing.no-report" in wandb_config(sweep, "r.toml")["command"]) == (not drawn)
+    sweep = load_sweep(write(tmp_path, TINY.replace(", report = false", "") + "[axes]\nseed = [0]"))
+    (member,) = run_sweep(sweep, tmp_path / "out").members
+    assert not list(member.folder.rglob("*.html"))
+    assert sum(path.stat().st_size for path in member.folder.rglob("*")) < 2_000_000
 
 
 REFUSED = {
@@ -431,6 +460,20 @@ WANDB = {
     "random": "task.alpha = {low = 1e-5, high = 1.0, log = true}\ntask.vocab_size={low=2, high=4}",
     "bayes": "task.alpha = {low = 0.1, high = 1.0}\ntraining.stage1.optimizer = ['sgd', 'adam']",
 }
+
+
+def test_wandbs_agents_draw_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(write(tmp_path, 'recipe = "manual"\nseeds = 2'))
+    command = wandb_config(sweep, "manual")["command"]
+    seen = []
+
+    def reach(recipe, **options):
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechcausal.training.train", reach)
+    assert main([*command[2:-1], "--seed=1"]) == 130
+    assert seen == [plan(sweep, tmp_path)[1].recipe]
 
 
 @pytest.mark.parametrize("method", WANDB)

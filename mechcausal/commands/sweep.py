@@ -107,6 +107,8 @@ def _report(result: "SweepResult") -> int:
     console.print(said + (f", {left:,} left" if left else ""))
     for name, place in result.files.items():
         console.print(f"{name + ':':9}{place}", markup=False)
+    for warning in result.warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)
     for name, error in result.failed.items():
         print(f"mechcausal: {name}: {error}", file=sys.stderr)
     if result.problem:

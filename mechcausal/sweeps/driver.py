@@ -64,6 +64,7 @@ class SweepResult:
         signal: which stopped it, None where none did.
         problem: why the engine could not go on, empty where it could.
         files: the table and the pictures, by name.
+        warnings: which pictures failed, one line each.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class SweepResult:
     signal: int | None = None
     problem: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def failed(self) -> dict[str, str]:
@@ -141,8 +143,9 @@ def run_sweep(
             write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
         from mechcausal.sweeps.results import write_results
 
-        files = write_results(sweep, members, outcomes, folder)
-    return SweepResult(folder, members, outcomes, signal, problem, files)
+        warnings: list[str] = []
+        files = write_results(sweep, members, outcomes, folder, warn=warnings.append)
+    return SweepResult(folder, members, outcomes, signal, problem, files, warnings)
 
 
 def _run(
