@@ -126,7 +126,7 @@ def test_pictures_have_names_of_their_own() -> None:
 def test_a_picture_that_fails_is_one_warning_and_the_others_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = results.draw
+    real = draw
 
     def fragile(picture: Picture, *arguments: Any, **options: Any) -> Any:
         figure = real(picture, *arguments, **options)
@@ -137,7 +137,7 @@ def test_a_picture_that_fails_is_one_warning_and_the_others_are_drawn(
             figure.suptitle("$no end of mathematics}$")  # only savefig notices
         return figure
 
-    monkeypatch.setattr(results, "draw", fragile)
+    monkeypatch.setattr("mechcausal.sweeps.results.draw", fragile)
     monkeypatch.setattr(driver, "_engine", lambda *args: InlineEngine())
     axes = ("task.alpha", "training.beta0", "training.epsilon")
     pictures = "".join(f'[[pictures]]\nfigure = "loss/eval"\nx = "{x}"\n' for x in axes)
