@@ -243,14 +243,41 @@ def test_options_that_do_not_go_together_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
-    for options in (
-        ["--address", "tcp://127.0.0.1:1"],
-        ["--collect"],
-        ["--workers", "0"],
-        ["--engine", "slurm"],
+    scheduler = ["--address", "tcp://127.0.0.1:1"]
+    for options, said in (
+        (scheduler, "--address belongs to --engine dask, found local"),
+        (["--engine", "batched", *scheduler], "--address belongs to --engine dask, found batched"),
+        (["--address="], "--address belongs to --engine dask, found local"),
+        (["--collect"], "--collect belongs to --engine dask, found local"),
+        (["--engine", "dask", *scheduler, "--workers", "2"], "--workers belongs to --engine local"),
+        (["--host", "0.0.0.0"], "--host"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--engine", "slurm"], "slurm"),
     ):
         assert main(["sweep", str(file), *options]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+
+def test_dask_needs_an_address_and_no_scheduler_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    for started in ("LocalCluster", "Scheduler", "Client"):
+        monkeypatch.delattr(distributed, started)
+    file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
+    for options in ([], ["--address", ""]):
+        command = ["sweep", str(file), "--engine", "dask", "--out", str(tmp_path / "out")]
+        assert main([*command, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mechcausal: --engine dask needs --address, ")
+        assert error.count("\n") == 1
+    with pytest.raises(SweepError, match="needs --address"):
+        run_sweep(load_sweep(file), tmp_path / "out", engine="dask")
+    with pytest.raises(SweepError, match="--address belongs to --engine dask, found local"):
+        run_sweep(load_sweep(file), tmp_path / "out", address="tcp://127.0.0.1:1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,7 +436,7 @@ def test_members_that_were_sent_back_are_as_if_written_here(
 ) -> None:
     sweep = sweep_of(tmp_path, "task.alpha = [0.1]", "seeds = 2")
     here = run_sweep(sweep, tmp_path / "here")
-    sent = run_sweep(sweep, tmp_path / "sent", collect=True)
+    sent = run_sweep(sweep, tmp_path / "sent", engine="dask", address="tcp://nowhere", collect=True)
     for one, other in zip(here.members, sent.members, strict=True):
         for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
             assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
