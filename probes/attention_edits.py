@@ -234,15 +234,18 @@ def replace_pattern(pattern: Float[Tensor, "*batch_head query key"]) -> Edit:
             front are repeated. Gradients flow to it, none to what it replaces.
 
     Raises:
-        ValueError: more axes, a negative weight, or a row that does not sum to 1 (within 1e-3).
+        ValueError: more axes, a weight below zero by more than rounding (the number of keys times
+            the type's epsilon, at most 1e-3), or a row that does not sum to 1 (within 1e-3).
     """
     if pattern.ndim > 4:
         raise ValueError(f"the pattern has {pattern.ndim} axes; at most 4: batch, head, query, key")
     with torch.no_grad():
         off = (pattern.sum(-1) - 1).abs().max().item() if pattern.numel() else 0.0
         lowest = pattern.min().item() if pattern.numel() else 0.0
+    epsilon = torch.finfo(pattern.dtype).eps if pattern.is_floating_point() else 0.0
+    rounding = min(pattern.shape[-1] * epsilon, 1e-3)
     # Written so that NaN is refused too.
-    if not (lowest >= 0 and off <= 1e-3):
+    if not (lowest >= -rounding and off <= 1e-3):
         raise ValueError(
             f"the pattern has a lowest weight of {lowest:g} and rows up to {off:g} away from a sum "
             "of 1; weights must be >= 0 and rows sum to 1 within 0.001"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dask.config
 import psutil
 import pytest
 
 from mechcausal.cli import main
 from mechcausal.run_folder import read_metrics, read_process, run_info
+from mechcausal.sweeps.cluster import DaskEngine
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepProgress, run_sweep
+from mechcausal.sweeps.member import Done, Job
+from mechcausal.sweeps.sweep import SweepError
 from mechcausal.wandb_fragments import fragments, wandb_steps
 
 SWEEP = """
@@ -90,11 +95,18 @@ def test_local_a_killed_worker_takes_no_other_member_with_it(
 @pytest.mark.soak
 @pytest.mark.parametrize("engine", ["local", "dask"])
 def test_ctrl_c_leaves_members_that_can_be_gone_on_with(
-    engine: str, sweep_file: Callable[[int], Path], tmp_path: Path
+    engine: str,
+    sweep_file: Callable[[int], Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mechcausal.cli", "sweep", str(sweep_file(1000))]
-    options = ["--out", str(out), "--workers", "2", "--engine", engine]
+    options = ["--out", str(out), "--engine", engine]
+    if engine == "dask":
+        options += ["--address", request.getfixturevalue("cluster").address]
+    else:
+        options += ["--workers", "2"]
     process = subprocess.Popen(
         command + options, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -117,15 +129,15 @@ def test_ctrl_c_leaves_members_that_can_be_gone_on_with(
 class Cluster:
     """A scheduler and two workers of Dask, each a process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, protocol: str = "tcp") -> None:
         self.file = folder / "scheduler.json"
         common = ["--interface", "lo", "--no-dashboard"]
-        port = ["--port", "0"]
+        port = ["--port", "0", "--protocol", protocol]
         self.scheduler = self._start("scheduler", "--scheduler-file", self.file, *port, *common[:2])
         wait_for(self.file.exists)
         where = ["--scheduler-file", self.file, *common, "--nthreads", "1", "--no-nanny"]
         self.workers = [self._start("worker", *where) for _ in range(2)]
-        self.address = re.findall(r"tcp://[\d.:]+", self.file.read_text())[0]
+        self.address = re.findall(r"t(?:cp|ls)://[\d.:]+", self.file.read_text())[0]
 
     @staticmethod
     def _start(kind: str, *arguments: object) -> subprocess.Popen[bytes]:
@@ -151,6 +163,54 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make a new certificate that all sides of Dask trust and show, as the README does."""
+
+    def make(name: str) -> None:
+        file, words = tmp_path / name, "req -x509 -nodes -newkey rsa:2048 -days 1 -subj /CN=dask"
+        openssl = ["openssl", *words.split(), "-out", str(file), "-keyout", f"{file}.key"]
+        subprocess.run(openssl, check=True, capture_output=True)
+        monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CA_FILE", str(file))
+        for role in ("CLIENT", "SCHEDULER", "WORKER"):
+            monkeypatch.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{role}__CERT", str(file))
+            monkeypatch.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{role}__KEY", f"{file}.key")
+        dask.config.refresh()
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+def test_dask_over_tls_takes_those_who_have_the_certificate_alone(
+    certificate: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certificate("ours.pem")
+    cluster = Cluster(tmp_path, protocol="tls")
+    try:
+        assert cluster.address.startswith("tls://")
+        with DaskEngine(cluster.address) as engine:
+            wait_for(lambda: engine.n_workers == 2)
+            assert engine.submit(Job([], [])).result(60) == Done([])
+        monkeypatch.setattr("mechcausal.sweeps.cluster.CONNECT_SECONDS", 2)
+        plain = cluster.address.replace("tls", "tcp")
+        with pytest.raises(SweepError, match=f"--address {plain}: no Dask scheduler"):
+            DaskEngine(plain)
+        certificate("another.pem")
+        with pytest.raises(SweepError, match=f"--address {cluster.address}: no Dask scheduler"):
+            DaskEngine(cluster.address)
+        monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY", str(tmp_path / "absent"))
+        dask.config.refresh()
+        with pytest.raises(SweepError, match=r"TLS: .*absent: no such file"):
+            DaskEngine(cluster.address)
+    finally:
+        cluster.close()
+        monkeypatch.undo()
+        dask.config.refresh()
 
 
 @pytest.mark.soak

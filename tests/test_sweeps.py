@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mechcausal.cli import main
-from mechcausal.recipes import recipe_to_dict
+from mechcausal.recipes import load_recipe, recipe_to_dict, recipe_to_toml
 from mechcausal.run_folder import RunFolderError, find_runs, read_summary, run_info
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
@@ -24,6 +24,7 @@ from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
 from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
+from mechcausal.sweeps.wandb_sweep import wandb_config
 
 TINY = """
 recipe = "manual"
@@ -131,6 +132,34 @@ def test_a_table_on_an_axis_is_laid_over_its_section(tmp_path: Path) -> None:
     assert members[1].name == "1_graphlag_chain-2_seed0"
 
 
+def test_members_draw_no_page_unless_they_are_asked_to(
+    tmp_path: Path, engine: InlineEngine
+) -> None:
+    # A file of the user's may hold every field, as the recipe.toml of a run does.
+    write(tmp_path, recipe_to_toml(load_recipe("manual")), "full.toml")
+    graph = 'graph = { preset = "chain", sequence_length = 5 }'
+    bases = {
+        'recipe = "manual"': False,
+        f'recipe = "{tmp_path / "full.toml"}"': False,
+        f"recipe = {{ {graph} }}": False,
+        f"recipe = {{ {graph}, probing = {{ report = true }} }}": True,
+        'recipe = "manual"\nchanges.probing.report = true': True,
+        'recipe = "manual"\naxes.probing.report = [true]': True,
+    }
+    for base, drawn in bases.items():
+        sweep = load_sweep(write(tmp_path, f"seeds = 2\n{base}"))
+        assert {m.recipe.probing.report for m in plan(sweep, tmp_path)} == {drawn}, base
+        # The sweep's copy of itself says the same.
+        copy = write(tmp_path, json.dumps(sweep_to_dict(sweep)), "copy.json")
+        assert load_sweep(copy).base == sweep.base
+        # So do W&B's agents.
+        assert ("--probing.no-report" in wandb_config(sweep, "r.toml")["command"]) == (not drawn)
+    sweep = load_sweep(write(tmp_path, TINY.replace(", report = false", "") + "[axes]\nseed = [0]"))
+    (member,) = run_sweep(sweep, tmp_path / "out").members
+    assert not list(member.folder.rglob("*.html"))
+    assert sum(path.stat().st_size for path in member.folder.rglob("*")) < 2_000_000
+
+
 REFUSED = {
     "unknown field": ("[axes]\ntask.alhpa = [1]", "axes.task.alhpa", "did you mean task.alpha?"),
     "unknown section": ("[axes]\nx = [1]", "axes.x", "no field of a recipe"),
@@ -214,14 +243,41 @@ def test_options_that_do_not_go_together_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
-    for options in (
-        ["--address", "tcp://127.0.0.1:1"],
-        ["--collect"],
-        ["--workers", "0"],
-        ["--engine", "slurm"],
+    scheduler = ["--address", "tcp://127.0.0.1:1"]
+    for options, said in (
+        (scheduler, "--address belongs to --engine dask, found local"),
+        (["--engine", "batched", *scheduler], "--address belongs to --engine dask, found batched"),
+        (["--address="], "--address belongs to --engine dask, found local"),
+        (["--collect"], "--collect belongs to --engine dask, found local"),
+        (["--engine", "dask", *scheduler, "--workers", "2"], "--workers belongs to --engine local"),
+        (["--host", "0.0.0.0"], "--host"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--engine", "slurm"], "slurm"),
     ):
         assert main(["sweep", str(file), *options]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+
+def test_dask_needs_an_address_and_no_scheduler_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    for started in ("LocalCluster", "Scheduler", "Client"):
+        monkeypatch.delattr(distributed, started)
+    file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
+    for options in ([], ["--address", ""]):
+        command = ["sweep", str(file), "--engine", "dask", "--out", str(tmp_path / "out")]
+        assert main([*command, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mechcausal: --engine dask needs --address, ")
+        assert error.count("\n") == 1
+    with pytest.raises(SweepError, match="needs --address"):
+        run_sweep(load_sweep(file), tmp_path / "out", engine="dask")
+    with pytest.raises(SweepError, match="--address belongs to --engine dask, found local"):
+        run_sweep(load_sweep(file), tmp_path / "out", address="tcp://127.0.0.1:1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +436,7 @@ def test_members_that_were_sent_back_are_as_if_written_here(
 ) -> None:
     sweep = sweep_of(tmp_path, "task.alpha = [0.1]", "seeds = 2")
     here = run_sweep(sweep, tmp_path / "here")
-    sent = run_sweep(sweep, tmp_path / "sent", collect=True)
+    sent = run_sweep(sweep, tmp_path / "sent", engine="dask", address="tcp://nowhere", collect=True)
     for one, other in zip(here.members, sent.members, strict=True):
         for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
             assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
@@ -431,6 +487,20 @@ WANDB = {
     "random": "task.alpha = {low = 1e-5, high = 1.0, log = true}\ntask.vocab_size={low=2, high=4}",
     "bayes": "task.alpha = {low = 0.1, high = 1.0}\ntraining.stage1.optimizer = ['sgd', 'adam']",
 }
+
+
+def test_wandbs_agents_draw_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(write(tmp_path, 'recipe = "manual"\nseeds = 2'))
+    command = wandb_config(sweep, "manual")["command"]
+    seen = []
+
+    def reach(recipe, **options):
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechcausal.training.train", reach)
+    assert main([*command[2:-1], "--seed=1"]) == 130
+    assert seen == [plan(sweep, tmp_path)[1].recipe]
 
 
 @pytest.mark.parametrize("method", WANDB)

@@ -11,7 +11,7 @@ import tyro
 from mechcausal.commands.parsing import RefusedError, parse
 from mechcausal.recipes import WandbMode
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps
-from mechcausal.sweeps.engine_names import EngineName
+from mechcausal.sweeps.engine_names import EngineName, check_engine_options
 from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
 
@@ -23,19 +23,22 @@ SHOWN_MEMBERS = 10
 
 @dataclass
 class SweepOptions:
-    """Run many members of one recipe: axes over its fields, seeds, on cores or on a cluster."""
+    """Run many members of one recipe: axes over its fields, seeds, on cores or on a cluster.
+
+    Members draw no page: `mechcausal report MEMBER_FOLDER` draws one, and `probing.report = true`
+    under the sweep's [changes] one for each.
+    """
 
     sweep: tyro.conf.Positional[str] = ""
     """Path of a sweep (TOML), the name of one that comes along, or a sweep's folder."""
     engine: EngineName = "local"
     """local: a process for each member. batched: members of equal shape trained as one batch.
-    dask: a Dask cluster."""
+    dask: a Dask cluster of yours."""
     workers: int | None = None
-    """Processes on this machine; as many as its cores allow when absent."""
+    """Local and batched: processes on this machine; as many as its cores allow when absent."""
     address: str | None = None
-    """Dask: the scheduler, tcp://host:8786 or tls://host:8786; one is started when absent."""
-    host: str = "127.0.0.1"
-    """Dask, without --address: the interface on which our scheduler and workers listen."""
+    """Dask: the scheduler, tls://host:8786 with the certificates of Dask's own settings, or
+    tcp://host:8786 where nobody else can reach it."""
     collect: bool = False
     """Dask: workers share no disk with this machine and send their members' folders back."""
     out: Path | None = None
@@ -57,12 +60,15 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"sweep needs a sweep: a file, or {', '.join(packaged_sweeps())}")
     if options.workers is not None and not 1 <= options.workers <= 1024:
         raise RefusedError(f"--workers is {options.workers}: from 1 to 1024 are possible")
-    for name in ("address", "collect"):
-        if getattr(options, name) and options.engine != "dask":
-            raise RefusedError(f"--{name} belongs to --engine dask, found {options.engine}")
     target = Path(options.sweep)
     out = options.out or (target if target.is_dir() else None)
     try:
+        check_engine_options(
+            options.engine,
+            workers=options.workers,
+            address=options.address,
+            collect=options.collect,
+        )
         sweep = load_sweep(options.sweep)
         folder = out or Path("runs") / sweep.name
         if options.as_wandb is not None:
@@ -87,7 +93,6 @@ def _run(sweep: Sweep, folder: Path, options: SweepOptions) -> int:
                 engine=options.engine,
                 workers=options.workers,
                 address=options.address,
-                host=options.host,
                 collect=options.collect,
                 wandb_mode=options.wandb_mode,
                 on_progress=display.show,
@@ -107,6 +112,8 @@ def _report(result: "SweepResult") -> int:
     console.print(said + (f", {left:,} left" if left else ""))
     for name, place in result.files.items():
         console.print(f"{name + ':':9}{place}", markup=False)
+    for warning in result.warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)
     for name, error in result.failed.items():
         print(f"mechcausal: {name}: {error}", file=sys.stderr)
     if result.problem:

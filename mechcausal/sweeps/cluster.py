@@ -1,12 +1,16 @@
-"""The jobs of a sweep on a Dask cluster: the user's own, or one of this machine's processes."""
+"""The jobs of a sweep on the user's Dask cluster.
+
+None is started here: whoever reaches a scheduler can run code on its workers, so who may reach it
+is for the user to say, best with TLS.
+"""
 
 import logging
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,13 +34,11 @@ class DaskEngine:
     A member that was half done is gone on with, where workers share the sweep's disk.
     """
 
-    def __init__(self, address: str | None, n_workers: int, *, host: str = "127.0.0.1") -> None:
-        """Connect, or start a scheduler and workers of our own.
+    def __init__(self, address: str) -> None:
+        """Connect, over TLS with the certificates of Dask's settings where the address says so.
 
         Args:
-            address: of the user's scheduler; None starts one here.
-            n_workers: worker processes of our own.
-            host: interface on which our own scheduler and workers listen.
+            address: of the scheduler, such as tls://host:8786 or tcp://host:8786.
 
         Raises:
             SweepError: dask.distributed is not installed, or no scheduler answers.
@@ -52,33 +54,19 @@ class DaskEngine:
         dask.config.set({"logging": dict.fromkeys(_SILENT, "critical")})
         for name in _SILENT:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._cluster: Any = None
-        self.address = address or ""
-        make_security: Any = distributed.Security
-        if self.address.startswith("tls://") and not _has_certificates(make_security()):
-            raise SweepError(
-                f"--address {address}: no Dask scheduler: TLS needs Dask's settings, "
-                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY"
-            )
+        self.address = address
         try:
-            if address is None:
-                self._cluster = distributed.LocalCluster(  # type: ignore[no-untyped-call]
-                    n_workers=n_workers,
-                    threads_per_worker=1,
-                    host=host,
-                    dashboard_address=None,
-                    memory_limit=0,  # a member's needs are checked before it starts
-                    silence_logs=logging.CRITICAL,
-                    preload=[__name__],
-                )
-                self.address = self._cluster.scheduler_address
+            if address.startswith("tls://"):
+                _check_certificates()
             self._client: Any = distributed.Client(  # type: ignore[no-untyped-call]
-                self._cluster or address, timeout=CONNECT_SECONDS, set_as_default=False
+                address, timeout=CONNECT_SECONDS, set_as_default=False
             )
-        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-            self._close_cluster()
-            place = f"--address {address}" if address else f"--host {host}"
-            raise SweepError(f"{place}: no Dask scheduler: {first_line(error)[:200]}") from None
+        # AssertionError: on a machine under load the client does not start in time.
+        except (
+            *(OSError, ValueError, TypeError, RuntimeError, ImportError, AssertionError),
+        ) as error:
+            reason = first_line(error)[:200]
+            raise SweepError(f"--address {address}: no Dask scheduler: {reason}") from None
         self._event_name = f"mechcausal-stop-{secrets.token_hex(8)}"
         make_event: Any = distributed.Event
         self._event = make_event(self._event_name, client=self._client)
@@ -128,29 +116,36 @@ class DaskEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the user's cluster as it is, end our own."""
+        """Leave the cluster as it is."""
         self._client.close(timeout=2)
-        self._close_cluster()
 
     def _lost(self) -> str:
         return f"the Dask scheduler at {self.address} is gone"
 
-    def _close_cluster(self) -> None:
-        if self._cluster is not None:
-            self._cluster.close(timeout=10)
 
+def _check_certificates() -> None:
+    """Find out whether Dask's settings name the certificates of a TLS client.
 
-def _has_certificates(security: Any) -> bool:
-    return security.get_connection_args("client").get("ssl_context") is not None
-
-
-def dask_setup(worker: object) -> None:
-    """Called in every worker of our own as it starts: a terminal's Ctrl-C is not for it.
-
-    The sweep asks its members to stop; the worker ends with the sweep.
+    Raises:
+        ValueError: they do not.
+        OSError: one cannot be read, or is none.
     """
-    if hasattr(os, "setsid"):
-        os.setsid()
+    import dask.config
+    import distributed
+
+    if dask.config.get("distributed.client.security-loader", None):
+        return  # it is asked as the client connects
+    make_security: Any = distributed.Security
+    security = make_security()
+    for file in (security.tls_ca_file, security.tls_client_cert, security.tls_client_key):
+        # Python's TLS does not say which file it misses; a text of several lines is no name.
+        if file and "\n" not in file and not Path(file).is_file():
+            raise ValueError(f"TLS: {file}: no such file")
+    if security.get_connection_args("client").get("ssl_context") is None:
+        raise ValueError(
+            "TLS needs Dask's settings, DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT "
+            "and ..._CLIENT__KEY"
+        )
 
 
 def _on_worker(job: Job, event_name: str) -> Done:

@@ -201,14 +201,19 @@ def _checked(adapter: Any, data: Any, source: str) -> Any:
 
 
 def _base(file: _File, path: Path) -> Recipe:
+    """The recipe that all members share; its page, 5 MB a member, only where the sweep asks."""
     try:
         if isinstance(file.recipe, str):
             beside = path.parent / file.recipe
             recipe = load_recipe(beside if beside.is_file() else file.recipe)
             # An edge list lies beside the recipe, which a worker elsewhere does not have.
-            recipe = recipe.self_contained()
+            recipe = recipe.self_contained().with_overrides(probing__report=False)
         else:
-            recipe = parse_recipe({"name": file.name, **file.recipe}, source=f"{path}: recipe")
+            values = {"name": file.name, **file.recipe}
+            probing = values.get("probing", {})
+            if isinstance(probing, dict):
+                values["probing"] = {"report": False, **probing}
+            recipe = parse_recipe(values, source=f"{path}: recipe")
         if file.changes:
             values = recipe_to_dict(recipe)
             for field_, value in flatten(file.changes).items():

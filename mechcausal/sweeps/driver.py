@@ -18,7 +18,7 @@ from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_fi
 from mechcausal.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import sweep_to_dict
-from mechcausal.sweeps.engine_names import EngineName
+from mechcausal.sweeps.engine_names import EngineName, check_engine_options
 from mechcausal.sweeps.engines import Engine, EngineLostError, LocalEngine
 from mechcausal.sweeps.member import Done, Job, one_line
 from mechcausal.sweeps.outcome import Outcome
@@ -64,6 +64,7 @@ class SweepResult:
         signal: which stopped it, None where none did.
         problem: why the engine could not go on, empty where it could.
         files: the table and the pictures, by name.
+        warnings: which pictures failed, one line each.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class SweepResult:
     signal: int | None = None
     problem: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def failed(self) -> dict[str, str]:
@@ -91,7 +93,6 @@ def run_sweep(
     engine: EngineName = "local",
     workers: int | None = None,
     address: str | None = None,
-    host: str = "127.0.0.1",
     collect: bool = False,
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[SweepProgress], None] = lambda progress: None,
@@ -102,9 +103,8 @@ def run_sweep(
         sweep: what to run.
         folder: `runs/<name>` when absent; a sweep that is there is gone on with.
         engine: local: processes. batched: members of equal shape as one batch. dask: a cluster.
-        workers: processes of this machine; as many as its cores allow when absent.
-        address: of a Dask scheduler; one is started here when absent.
-        host: interface on which a Dask scheduler of our own listens.
+        workers: processes of this machine, without Dask; as many as its cores allow when absent.
+        address: of the Dask scheduler; needed with dask.
         collect: have Dask's workers send folders back; for a cluster that shares no disk.
         wandb_mode: of every member.
         on_progress: told as members end.
@@ -116,6 +116,7 @@ def run_sweep(
         SweepError: bad input, or no scheduler, before anything was started.
         OSError: the folder cannot be written.
     """
+    check_engine_options(engine, workers=workers, address=address, collect=collect)
     folder = Path(folder) if folder is not None else Path("runs") / sweep.name
     members = plan(sweep, folder)
     _check(members, everywhere=engine != "dask", wandb_mode=wandb_mode)
@@ -124,7 +125,7 @@ def run_sweep(
         missing = [member for member in members if member.name not in outcomes]
         signal, problem = None, ""
         if missing:
-            running = _engine(engine, missing, workers, address, host)
+            running = _engine(engine, missing, workers, address)
             with running:
                 write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
                 lots = _lots(missing, engine, running.n_workers)
@@ -141,8 +142,9 @@ def run_sweep(
             write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
         from mechcausal.sweeps.results import write_results
 
-        files = write_results(sweep, members, outcomes, folder)
-    return SweepResult(folder, members, outcomes, signal, problem, files)
+        warnings: list[str] = []
+        files = write_results(sweep, members, outcomes, folder, warn=warnings.append)
+    return SweepResult(folder, members, outcomes, signal, problem, files, warnings)
 
 
 def _run(
@@ -347,17 +349,13 @@ def _check_copy(folder: Path, sweep: Sweep) -> None:
 
 
 def _engine(
-    name: EngineName,
-    members: Sequence[Member],
-    workers: int | None,
-    address: str | None,
-    host: str,
+    name: EngineName, members: Sequence[Member], workers: int | None, address: str | None
 ) -> Engine:
-    threads = max(member.recipe.threads for member in members)
-    n_workers = workers or max(1, (os.cpu_count() or 1) // threads)
     if name == "dask":
         from mechcausal.sweeps.cluster import DaskEngine
 
-        return DaskEngine(address, n_workers, host=host)
+        return DaskEngine(address or "")
+    threads = max(member.recipe.threads for member in members)
+    n_workers = workers or max(1, (os.cpu_count() or 1) // threads)
     uses_cuda = any(member.recipe.device.startswith("cuda") for member in members)
     return LocalEngine(min(n_workers, len(members)), uses_cuda=uses_cuda)

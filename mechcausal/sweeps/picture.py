@@ -30,7 +30,7 @@ def draw(
 
     Args:
         picture: which figure, over which axes.
-        table: see `results_table`; finished members are drawn.
+        table: see `results_table`; finished members that have the axes are drawn.
         curves: `train/step` and `value` of every member, for a picture over training.
         title: put before the figure's name.
     """
@@ -43,10 +43,16 @@ def draw(
 def _drawn(
     picture: Picture, done: pd.DataFrame, curves: Mapping[str, pd.DataFrame], title: str
 ) -> "Figure | None":
-    if picture.x == "train/step":
-        return curves_with_bands(picture, done, curves, title=title)
-    columns = [c for c in (picture.figure, picture.x, picture.y, picture.by) if c is not None]
+    over_training = picture.x == "train/step"
+    axes = [None if over_training else picture.x, picture.y, picture.by]
+    columns = [column for column in axes if column is not None]
     if any(column not in done for column in columns):
+        return None
+    # What only some members have, as graph.lag, is drawn of those.
+    done = done.dropna(subset=columns)
+    if over_training:
+        return curves_with_bands(picture, done, curves, title=title)
+    if picture.figure not in done:
         return None
     if not pd.to_numeric(done[picture.figure], errors="coerce").notna().any():
         return None
@@ -116,8 +122,6 @@ def curves_with_bands(
     title: str = "",
 ) -> "Figure | None":
     """A figure against the training step: mean and a band from the 10th to the 90th percentile."""
-    if picture.by is not None and picture.by not in table:
-        return None
     figure, (axis,) = new_figure(1, 1)
     _room(figure)
     for index, (label, part) in enumerate(_parts(table, picture.by)):

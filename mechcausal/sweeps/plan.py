@@ -48,7 +48,7 @@ def plan(sweep: Sweep, folder: Path) -> list[Member]:
         raise SweepError(f"{sweep.source}: {count:,} members; at most {MAX_MEMBERS:,} are allowed")
     values = recipe_to_dict(sweep.base)
     values["wandb"] = {**values["wandb"], "group": sweep.name}
-    labels = _labels([*sweep.axes])
+    labels = shortest_ends([*sweep.axes])
     digits = len(str(count - 1))
     members = []
     for number, point in enumerate(_points(sweep)):
@@ -134,8 +134,13 @@ def _within(axis: Range, uniform: float) -> int | float:
     return min(max(float(f"{value:.6g}"), axis.low), axis.high)
 
 
-def _labels(paths: list[str]) -> dict[str, str]:
-    """The shortest end of every path that names it alone; none for the seed."""
+def shortest_ends(paths: list[str]) -> dict[str, str]:
+    """The shortest end of every path that names it alone.
+
+    Example:
+        >>> shortest_ends(["task.alpha", "training.stage1.lr", "training.stage2.lr"]).values()
+        dict_values(['alpha', 'stage1.lr', 'stage2.lr'])
+    """
     labels = {}
     for path in paths:
         parts = path.split(".")

@@ -1,18 +1,20 @@
 """What a sweep leaves in its folder beside its members: the table and the pictures."""
 
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from mechcausal.files import write_atomically
+from mechcausal.messages import first_line
 from mechcausal.run_folder import read_metrics
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.picture import draw
-from mechcausal.sweeps.plan import Member
+from mechcausal.sweeps.plan import Member, shortest_ends
 from mechcausal.sweeps.sweep import Picture, Sweep
 from mechcausal.sweeps.table import results_table
 
@@ -21,32 +23,52 @@ if TYPE_CHECKING:
 
 
 def write_results(
-    sweep: Sweep, members: Sequence[Member], outcomes: Mapping[str, Outcome], folder: Path
+    sweep: Sweep,
+    members: Sequence[Member],
+    outcomes: Mapping[str, Outcome],
+    folder: Path,
+    *,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Path]:
     """Write results.csv, results.parquet and a PNG for every picture that can be drawn.
 
+    Args:
+        sweep: says which pictures.
+        members: a row for each.
+        outcomes: by member's name.
+        folder: of the sweep.
+        warn: told of a picture that fails; the others are drawn.
+
     Raises:
-        OSError: not writable.
+        OSError: the table cannot be written.
     """
     table = results_table(members, outcomes)
     files = {"table": folder / "results.csv", "parquet": folder / "results.parquet"}
     write_atomically(files["table"], table.to_csv(index=False))
     write_atomically(files["parquet"], table.to_parquet(index=False))
-    for name, figure in _figures(sweep, table, folder).items():
-        (folder / "figures").mkdir(exist_ok=True)
-        files[name] = folder / "figures" / f"{name}.png"
-        figure.savefig(files[name], dpi=110)
+
+    def save(name: str, figure: "Figure") -> None:
+        path = folder / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, _png(figure))
+        files[name] = path
+
+    _draw_each(sweep, table, folder, save, warn)
     return files
 
 
 def read_results(folder: str | Path) -> tuple[pd.DataFrame, dict[str, "Figure"]]:
     """The table of a sweep's folder and its pictures, drawn anew, by name.
 
+    A picture that fails is a Python warning, and left out.
+
     Raises:
         SweepError, OSError: no sweep, or one that has not come to an end yet.
     """
-    table = pd.read_parquet(Path(folder) / "results.parquet")
-    return table, _figures(load_sweep(folder), table, Path(folder))
+    sweep, table = _read(folder)
+    figures: dict[str, Figure] = {}
+    _draw_each(sweep, table, Path(folder), figures.__setitem__, warnings.warn)
+    return table, figures
 
 
 def describe_results(folder: Path) -> tuple[dict[str, bytes], list[str]]:
@@ -55,35 +77,73 @@ def describe_results(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     Raises:
         SweepError, OSError: see `read_results`.
     """
-    table, figures = read_results(folder)
-    pictures = {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        pictures[name] = buffer.getvalue()
+    sweep, table = _read(folder)
+    pictures: dict[str, bytes] = {}
+    notes: list[str] = []
+
+    def keep(name: str, figure: "Figure") -> None:
+        pictures[name] = _png(figure)
+
+    _draw_each(sweep, table, folder, keep, notes.append)
     unfinished = table[table["state"] != "finished"]
-    notes = [
+    notes += [
         f"{row.member}: {row.state}{f': {row.error}' if isinstance(row.error, str) else ''}"
         for row in unfinished.itertuples()
     ]
     return pictures, notes
 
 
-def _figures(sweep: Sweep, table: pd.DataFrame, folder: Path) -> dict[str, "Figure"]:
-    found = {}
-    for picture in sweep.pictures or default_pictures(table):
-        figure = draw(picture, table, curves(picture, table, folder), title=sweep.name)
-        if figure is not None:
-            found[picture_name(picture)] = figure
-    return found
+def _read(folder: str | Path) -> tuple[Sweep, pd.DataFrame]:
+    table = pd.read_parquet(Path(folder) / "results.parquet")
+    return load_sweep(folder), table
 
 
-def picture_name(picture: Picture) -> str:
-    """The file name of a picture, without its ending."""
-    axes = [picture.x, picture.y or "", picture.by or ""]
-    figure = f"one-minus-{picture.figure}" if picture.complement else picture.figure
-    parts = [figure, *(axis.rsplit(".", 1)[-1] for axis in axes if axis)]
-    return "_".join(parts).replace("/", "-").replace(".", "-")[:100]
+def _draw_each(
+    sweep: Sweep,
+    table: pd.DataFrame,
+    folder: Path,
+    keep: Callable[[str, "Figure"], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Draw every picture that the table has something for; one that fails stops no other."""
+    pictures = sweep.pictures or default_pictures(table)
+    for name, picture in zip(picture_names(pictures), pictures, strict=True):
+        try:
+            figure = draw(picture, table, curves(picture, table, folder), title=sweep.name)
+            if figure is not None:
+                keep(name, figure)
+        except Exception as error:  # whatever matplotlib and pandas raise
+            warn(f"picture {name}: not drawn: {type(error).__name__}: {first_line(error)}")
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def picture_names(pictures: Sequence[Picture]) -> list[str]:
+    """The file names of pictures, without their endings; no two are equal.
+
+    Example:
+        >>> first = Picture(figure="loss/eval", x="training.stage1.lr")
+        >>> second = Picture(figure="loss/eval", x="training.stage2.lr")
+        >>> picture_names([first]), picture_names([first, second])
+        (['loss-eval_lr'], ['loss-eval_stage1-lr', 'loss-eval_stage2-lr'])
+    """
+    axes = [[axis for axis in (p.x, p.y, p.by) if axis] for p in pictures]
+    labels = shortest_ends([*dict.fromkeys(axis for own in axes for axis in own)])
+    names: list[str] = []
+    for picture, own in zip(pictures, axes, strict=True):
+        figure = f"one-minus-{picture.figure}" if picture.complement else picture.figure
+        text = "_".join([figure, *(labels[axis] for axis in own)])
+        first = name = text.replace("/", "-").replace(".", "-")[:100]
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{first}-{number}"
+        names.append(name)
+    return names
 
 
 def default_pictures(table: pd.DataFrame) -> list[Picture]:

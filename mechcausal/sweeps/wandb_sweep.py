@@ -31,6 +31,7 @@ def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
     if method == "grid" and ranges:
         raise SweepError(f"{sweep.source}: axes.{ranges[0]}: a range has no grid")
     wandb = sweep.base.wandb
+    has_pages = sweep.base.probing.report or "probing.report" in sweep.axes
     config: dict[str, Any] = {
         "name": sweep.name,
         "project": wandb.project,
@@ -40,6 +41,7 @@ def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
         "metric": {"name": sweep.search.metric, "goal": sweep.search.goal},
         "command": [
             *("${env}", "mechcausal", "train", recipe, f"--wandb.group={sweep.name}", "--quiet"),
+            *([] if has_pages else ["--probing.no-report"]),
             "${args}",
         ],
         "parameters": {path: _parameter(path, axis, sweep) for path, axis in sweep.axes.items()},

@@ -44,7 +44,8 @@ def causal_learn(
     if n < 2:
         return Found(PAG(tuple(range(n)), np.zeros((n, n), int)), {}, 0, True, None)
     asked: dict[tuple[int, int, tuple[int, ...]], bool] = {}
-    graph = _run(test, method, asked, -1 if max_cond is None else max_cond)
+    depth = -1 if max_cond is None else max_cond
+    graph = _run(test, method, asked, depth)
     # Both keep the mark at i of the edge i–j in [i, j]; ours is that of [j, i].
     marks = np.zeros((n, n), dtype=int)
     for theirs, ours in ((-1, TAIL), (1, ARROW), (2, CIRCLE)):
@@ -55,7 +56,13 @@ def causal_learn(
     for (i, j, given), independent in asked.items():
         if independent and marks[i, j] == NONE:
             separating.setdefault((i, j), given)
-    return Found(PAG(tuple(range(n)), marks), separating, len(asked), max_cond is None, None)
+    complete = True
+    if max_cond is not None:
+        # PC's skeleton is where the adjacency search of both ends; its questions are answered.
+        adjacent = (graph if method == "pc" else _run(test, "pc", asked, depth)) != 0
+        # A larger set is asked for where a node has as many neighbours beside the other end.
+        complete = bool(adjacent.sum(1).max() - 1 <= max_cond)
+    return Found(PAG(tuple(range(n)), marks), separating, len(asked), complete, None)
 
 
 def _run(

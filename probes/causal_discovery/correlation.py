@@ -10,13 +10,16 @@ parallel, A Aᵀ is nearly singular, and an inverse loses what a projection keep
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float, Shaped
 from scipy.linalg import qr
 from torch import Tensor
 
-_ROUNDING = 1e-2
+ROW_SUM_TOLERANCE = 1e-2
 """Half precision rounds every entry, and the matrix may have been widened since; more than this is
 no softmax."""
+LATER_TOLERANCE = 1e-6
+"""Weight above the diagonal up to which no token attends to a later one: float32 rounding."""
 RESIDUAL_TOLERANCE = 1e-12
 """Share of a row's length below which what is left of it counts as rounding."""
 
@@ -26,12 +29,14 @@ def checked_attention(
 ) -> Float[np.ndarray, "query key"]:
     """One attention pattern as float64, if it is one.
 
+    What rounding put below zero becomes 0: see `negative_tolerance`.
+
     Args:
-        attention: `[query key]`, rows that sum to 1.
+        attention: `[query key]`, rows that sum to 1 within `ROW_SUM_TOLERANCE`.
 
     Raises:
-        ValueError: not a square matrix of numbers, NaN or infinite entries, negative entries, or
-            rows that do not sum to 1.
+        ValueError: not a square matrix of numbers, NaN or infinite entries, entries that are
+            negative beyond rounding, or rows that do not sum to 1.
 
     >>> checked_attention(np.array([[1.0, 0.0], [0.5, 0.4]]))
     Traceback (most recent call last):
@@ -50,22 +55,40 @@ def checked_attention(
         )
     with np.errstate(over="ignore", invalid="ignore"):
         matrix = attention.astype(np.float64)
-        sums = matrix.sum(1)
     broken = ~np.isfinite(matrix)
     if broken.any():
         query, key = np.argwhere(broken)[0]
         raise ValueError(f"the attention has {matrix[query, key]} at [{query}, {key}]")
-    if (matrix < 0).any():
-        query, key = np.argwhere(matrix < 0)[0]
+    tolerance = negative_tolerance(matrix)
+    if (matrix < -tolerance).any():
+        query, key = np.argwhere(matrix < -tolerance)[0]
         raise ValueError(
-            f"the attention has {matrix[query, key]:g} at [{query}, {key}]; none may be negative"
+            f"the attention has {matrix[query, key]:g} at [{query}, {key}]; none may be negative "
+            f"beyond rounding, {tolerance:.1g}"
         )
-    wrong = np.flatnonzero(np.abs(sums - 1) > _ROUNDING)
+    matrix = matrix.clip(min=0.0)
+    with np.errstate(over="ignore"):
+        sums = matrix.sum(1)
+    wrong = np.flatnonzero(np.abs(sums - 1) > ROW_SUM_TOLERANCE)
     if wrong.size:
         raise ValueError(
             f"row {wrong[0]} of the attention sums to {sums[wrong[0]]:.6g}; each must sum to 1"
         )
     return matrix
+
+
+def negative_tolerance(matrix: Float[np.ndarray, "query key"]) -> float:
+    """How far rounding may put a weight below zero: `n ε`, at most `ROW_SUM_TOLERANCE`.
+
+    ε is that of the coarsest type that holds every entry, so that widening changes nothing.
+
+    >>> f"{negative_tolerance(np.array([[1.0, 0.0], [0.3, 0.7]])):.1e}"
+    '4.4e-16'
+    """
+    values = torch.from_numpy(matrix)
+    kinds = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    kind = next(kind for kind in kinds if torch.equal(values.to(kind).double(), values))
+    return min(len(matrix) * torch.finfo(kind).eps, ROW_SUM_TOLERANCE)
 
 
 def correlation(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "node node"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.causal_discovery.causal_learn import causal_learn
-from probes.causal_discovery.correlation import checked_attention, without_sink
+from probes.causal_discovery.correlation import LATER_TOLERANCE, checked_attention, without_sink
 from probes.causal_discovery.independence import PartialCorrelationTest, largest_given
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.reading import read_head
@@ -169,7 +169,7 @@ def discover_attention(
     """The same from an attention pattern that is at hand.
 
     Args:
-        attention: `[query key]`, rows that sum to 1.
+        attention: `[query key]`, rows that sum to 1; see `checked_attention` for its rounding.
         n_eff: stands for a number of samples: a knob of sparsity.
         alpha: level of the tests.
         ordered: whether token order is causal order; None: see `discover`.
@@ -205,7 +205,7 @@ def discover_attention(
                 raise ValueError(f"{name} goes with engine 'icd', not {engine!r}")
         ordered = False
     if ordered is None:
-        ordered = not (selection_bias or np.triu(matrix, 1).any())
+        ordered = not (selection_bias or np.triu(matrix, 1).max() > LATER_TOLERANCE)
     nodes = _nodes(len(matrix), positions)
     if sink == "conditioned":
         rows = np.insert(without_sink(rows, sink_position), sink_position, 0.0, axis=0)

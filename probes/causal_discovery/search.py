@@ -22,7 +22,7 @@ class Found:
         pag: the graph over the variables 0, 1, ….
         separating_sets: by pair without an edge, the smaller first: the set that separated it.
         tests: how many tests of independence were asked for; none is asked twice.
-        complete: whether the search came to its end: nothing was left that could separate a pair.
+        complete: whether the search came to its end: no larger set was left to condition on.
         reached: the size of conditioning sets up to which all tests were made; None for none.
     """
 
@@ -116,7 +116,7 @@ class _Search:
                         selection_bias=self._selection_bias,
                     )
                     size += 1
-            complete = complete or not any(self._candidates(marks, *p, size) for p in _pairs(marks))
+            complete = complete or not self._has_candidates(marks, size)
         except _OutOfTimeError:
             # Half a size says too little for new marks: those of the last whole one hold on.
             pass
@@ -169,6 +169,10 @@ class _Search:
                 if given not in seen:
                     seen.add(given)
                     yield given
+
+    def _has_candidates(self, marks: Marks, size: int) -> bool:
+        """Whether any edge could be tested given a set of this size."""
+        return any(True for x, y in _pairs(marks) for _ in self._candidates(marks, x, y, size))
 
     def _check_time(self) -> None:
         if time.monotonic() > self._deadline:

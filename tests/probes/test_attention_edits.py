@@ -127,6 +127,16 @@ def test_a_replacement_is_repeated_over_heads_and_sequences(shape: tuple[int, ..
     close(edited, pattern.expand(2, 3, 7, 7))
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_replacement_may_be_rounded_below_zero_and_no_more(kind: torch.dtype):
+    pattern = causal_pattern(7, 7).to(kind)
+    pattern[0, 4] = -torch.finfo(kind).eps / 8
+    replace_pattern(pattern)
+    pattern[0, 4] = -0.01
+    with pytest.raises(ValueError, match=r"lowest weight of -0\.01"):
+        replace_pattern(pattern)
+
+
 def test_gradients_flow_through_every_edit():
     for name, edit in EDITS.items():
         pattern = causal_pattern(2, 3, 7, 7).double().requires_grad_()

@@ -5,6 +5,7 @@ import time
 import warnings
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import mpmath
 import networkx as nx
@@ -169,6 +170,54 @@ def test_attention_of_half_precision_is_read_also_when_it_was_widened(kind: torc
 
 
 @pytest.mark.parametrize(
+    ("kind", "rounding"),
+    [
+        (torch.float64, -3.4e-33),
+        (torch.float64, 3.4e-33),
+        (torch.float64, -1e-16),
+        (torch.float64, 1e-16),
+        (torch.float32, -1e-8),
+        (torch.float32, 1e-8),
+        (torch.float16, -1e-4),
+        (torch.bfloat16, -1e-3),
+    ],
+)
+@pytest.mark.parametrize("widened", [False, True])
+def test_rounding_around_zero_is_clipped(kind: torch.dtype, rounding: float, widened: bool) -> None:
+    clean = torch.from_numpy(attention_with_sink(6, strength=2.0)).to(kind)
+    noisy = clean.clone()
+    noisy[0, 4] = noisy[2, 5] = rounding
+    found = discover_attention(noisy.double() if widened else noisy, n_eff=64)
+    assert found == discover_attention(clean, n_eff=64)
+    assert found.ordered
+    if rounding < 0:
+        np.testing.assert_array_equal(linear_effects(noisy), linear_effects(clean))
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [(torch.float64, -1e-9), (torch.float32, -1e-4), (torch.float16, -0.02)],
+)
+@pytest.mark.parametrize("n", [6, 100])
+def test_a_negative_weight_beyond_rounding_is_refused(
+    kind: torch.dtype, weight: float, n: int
+) -> None:
+    attention = torch.from_numpy(attention_with_sink(n, strength=2.0)).to(kind)
+    attention[0, 4] = weight
+    with pytest.raises(ValueError, match=r"at \[0, 4\]; none may be negative"):
+        discover_attention(attention, n_eff=64)
+
+
+def test_small_attention_to_a_later_token_is_no_rounding() -> None:
+    attention = np.tril(np.full((5, 5), 1.0))
+    attention[2, 3] = 1e-5
+    assert not discover_attention(attention / attention.sum(1, keepdims=True), n_eff=64).ordered
+    uniform = torch.full((512, 512), 1 / 512, dtype=torch.bfloat16)
+    found = discover_attention(uniform, n_eff=64, positions=(0, 1, 2))
+    assert not found.ordered
+
+
+@pytest.mark.parametrize(
     ("attention", "message"),
     [
         (np.array([[1e308, 1e308], [0.0, 1.0]]), "row 0 of the attention sums to inf"),
@@ -259,6 +308,38 @@ def test_a_search_that_is_stopped_is_sound(ordered: bool) -> None:
             assert graph.false_marks(found.pag.marks) == (0, 0)
             if "max_cond" in limit and found.complete:
                 np.testing.assert_array_equal(found.pag.marks != Mark.NONE, graph.adjacent)
+
+
+@pytest.mark.parametrize(("ordered", "stable"), [(False, False), (True, False), (False, True)])
+def test_a_search_is_complete_where_a_larger_set_could_not_be_asked(
+    ordered: bool, stable: bool
+) -> None:
+    seen = set()
+    for seed in SEEDS[:6]:
+        everything = icd(latent_dag(seed), ordered=ordered, stable=stable)
+        for max_cond in range(5):
+            found = icd(latent_dag(seed), ordered=ordered, stable=stable, max_cond=max_cond)
+            assert found.complete == (found.tests == everything.tests)
+            seen.add((found.complete, bool(found.pag.edges())))
+    assert seen >= {(True, True), (False, True)}
+
+
+@pytest.mark.parametrize("method", ["pc", "fci"])
+def test_causal_learn_is_complete_where_a_larger_set_could_not_be_asked(
+    method: Literal["pc", "fci"],
+) -> None:
+    seen = set()
+    for seed in SEEDS[:4]:
+        everything = causal_learn(latent_dag(seed), method)
+        for max_cond in range(5):
+            found = causal_learn(latent_dag(seed), method, max_cond=max_cond)
+            if found.complete:
+                assert found.pag == everything.pag
+                assert found.tests == everything.tests
+            elif method == "pc":
+                assert found.tests < everything.tests
+            seen.add((found.complete, bool(found.pag.edges())))
+    assert seen >= {(True, True), (False, True)}
 
 
 def test_no_time_leaves_the_complete_graph() -> None:
