@@ -30,7 +30,7 @@ from mechcausal import __version__
 from mechcausal.experiments import Experiment, Generators
 from mechcausal.files import write_folder_atomically
 from mechcausal.messages import excerpt
-from mechcausal.models.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.recipes import recipe_to_dict
 
 CHECKPOINTS_FOLDER = "checkpoints"

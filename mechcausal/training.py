@@ -22,7 +22,7 @@ from mechcausal.run_folder import MODEL_FOLDER, History, State, Value, new_run_f
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
 from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.tracking import RecordError, RunRecord, writing
-from mechcausal.wandb_runs import resolve_mode
+from mechcausal.wandb_runs import load_wandb, resolve_mode
 
 
 class TrainingError(RuntimeError):
@@ -162,6 +162,8 @@ def run(
     with computing_on(recipe.threads), ThreadPoolExecutor(1) as pool:
         generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
         around = environment(generators.data.device)
+        if mode != "disabled":
+            load_wandb()
         # W&B takes a second to start, mostly waiting: the experiment is built meanwhile.
         opening = pool.submit(
             RunRecord, folder, recipe, mode, rows=rows, environment=around, on_warning=on_warning

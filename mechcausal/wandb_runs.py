@@ -69,6 +69,15 @@ def resolve_mode(requested: WandbMode | None) -> WandbMode:
         return "offline"
 
 
+def load_wandb() -> None:
+    """Import W&B with all that its first run imports; before TransformerLens where that can be.
+
+    In Pythons before 3.13 W&B's classes search every loaded module for their docstrings: more than
+    a second where there are thousands of modules, a fifth of that otherwise.
+    """
+    import wandb.apis.public  # noqa: F401
+
+
 def start_wandb(
     mode: WandbMode, folder: Path, warnings: list[str], *, lean: bool = False, **options: Any
 ) -> "tuple[Run | None, WandbMode]":

@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from mechcausal.recipes import Recipe
 from mechcausal.run_folder import History
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Experiment(ABC):
 
     @property
     @abstractmethod
-    def hooked(self) -> HookedTransformer:
+    def hooked(self) -> "HookedTransformer":
         """The model, owner of all parameters."""
 
     @abstractmethod

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.messages import excerpt
+from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 FORMAT = "mechcausal-hooked-transformer-1"
 MAX_CONFIG_BYTES = 16 * 2**20
 """The largest config read."""

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 
@@ -42,7 +41,7 @@ def named_edges(
     score = (top / stderr.gather(1, key.unsqueeze(1)).squeeze(1)).tolist()
     # Among i + 1 keys the centred value of one is i / (i + 1) of its contrast to the others.
     contrast = [value * (i + 1) / max(i, 1) for i, value in enumerate(top.tolist())]
-    critical = stats.norm.isf(significance / np.arange(1, n + 1))
+    critical = -torch.special.ndtri(significance / torch.arange(1, n + 1, dtype=torch.float64))
     passing = [i for i in range(1, n) if score[i] > critical[i]]  # row 0 has no key but itself
     if not passing:
         return ()
