@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechcausal import metrics, predictors
 from mechcausal.blocks import block_shares, solution_share
+from mechcausal.construction import best_construction
 from mechcausal.experiments.base import Observation
 from mechcausal.matching import matching_figures
 from mechcausal.models.base import GraphModel
@@ -70,6 +71,7 @@ class Observer:
         batch: the evaluation sequences.
         examples: the first few of them, whose attention is kept sequence by sequence.
         bayes_loss: cross entropy of the Bayes predictor on them, nats.
+        construction: the hand-built solution of the model's kind on them; None if it has none.
         strategy_losses: cross entropy of every strategy on them, nats.
         uniform_induction: what uniform attention of the last layer's query scores on them as
             `induction/attention`; NaN where no query has anything to find.
@@ -107,6 +109,7 @@ class Observer:
         self.examples = tokens[:_N_EXAMPLES]
         bayes = predictors.bayes_prediction(task, tokens, generator=generator, n_draws=bayes_draws)
         self.bayes_loss = soft_cross_entropy(bayes, target).item()
+        self.construction = best_construction(model, task.graph, self.batch, epsilon=epsilon)
         self._strategies = predictors.strategies(task, tokens)
         self.strategy_losses = {
             name: soft_cross_entropy(prediction, target).item()
@@ -121,7 +124,7 @@ class Observer:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Evaluation loss, Bayes loss and gap from the closed form alone, nats."""
+        """Evaluation loss, those of Bayes and of the construction, and the gaps to both, nats."""
         prediction = self.model(self.batch.tokens)
         return self._losses(prediction)
 
@@ -253,5 +256,9 @@ class Observer:
 
     def _losses(self, prediction: Tensor) -> dict[str, float]:
         loss = soft_cross_entropy(prediction, self.batch.target, epsilon=self.epsilon).item()
-        gap = loss - self.bayes_loss
-        return {"loss/eval": loss, "loss/bayes": self.bayes_loss, "loss/gap": gap}
+        losses = {"loss/eval": loss, "loss/bayes": self.bayes_loss}
+        losses["loss/gap"] = loss - self.bayes_loss
+        if self.construction is not None:
+            losses["loss/construction"] = self.construction.loss
+            losses["loss/construction_gap"] = loss - self.construction.loss
+        return losses

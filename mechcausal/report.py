@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+REFERENCE_STYLES = {"loss/bayes": "--", "loss/construction": "-.", "loss/chance": "--"}
 _PIXELS = 320  # width and height of a W&B heatmap, at least
 
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
@@ -259,8 +260,7 @@ def _plot(
     for (key, label), colour in zip(curves.items(), colours, strict=False):
         points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
         if points:
-            reference = key in ("loss/bayes", "loss/chance")
-            style = "--" if reference else "-"
+            style = REFERENCE_STYLES.get(key, "-")
             axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
     axis.set(title=title, xlabel="training step", **settings)
     if 0 < len(axis.get_legend_handles_labels()[0]) <= 12:
@@ -273,7 +273,12 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     panels: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         (
             "loss (nats)",
-            {"loss/eval": "evaluation", "loss/bayes": "Bayes", "loss/train": "training"},
+            {
+                "loss/eval": "evaluation",
+                "loss/bayes": "Bayes",
+                "loss/train": "training",
+                "loss/construction": "hand-built",
+            },
             {},
         ),
         (

@@ -31,20 +31,25 @@ _LINES = 8  # beside the matrices: heading, bar, titles, note, and four curves
 _LARGEST = 44  # characters that a matrix is stretched to
 _SMALLEST = 4
 _MOST_LISTED = 8  # heads of a model on repeated tokens
-_LABEL, _VALUES = 22, 30  # characters beside a sparkline
+_LABEL, _VALUES = 22, 38  # characters beside a sparkline
 
-# Label, figures of which the first one there is shown, reference below, whether from 0 to 1.
-_CURVES: tuple[tuple[str, tuple[str, ...], str, bool], ...] = (
-    ("loss, nats", ("loss/eval",), "loss/bayes", False),
-    ("loss in second copy", ("loss/second_copy",), "", False),
-    ("edges recovered", ("graph/recovered",), "", True),
+# Label, figures of which the first one there is shown, references by name, whether from 0 to 1.
+_CURVES: tuple[tuple[str, tuple[str, ...], Mapping[str, str], bool], ...] = (
+    (
+        "loss, nats",
+        ("loss/eval",),
+        {"Bayes": "loss/bayes", "hand-built": "loss/construction"},
+        False,
+    ),
+    ("loss in second copy", ("loss/second_copy",), {}, False),
+    ("edges recovered", ("graph/recovered",), {}, True),
     (
         "gradient, theory (r)",
         ("gradient/pattern_theory_correlation", "gradient/pattern_chi2_correlation"),
-        "",
+        {},
         True,
     ),
-    ("induction score", ("induction/score",), "", True),
+    ("induction score", ("induction/score",), {}, True),
 )
 
 
@@ -157,19 +162,19 @@ class Watched:
             yield Text(f"the best {len(shown)} of {order.size} heads", style="dim")
 
     def _curves(self, width: int) -> Iterator[Part]:
-        for label, keys, reference, unit in _CURVES:
+        for label, keys, references, unit in _CURVES:
             key = next((key for key in keys if self._last(key) is not None), None)
             if key is None:
                 continue
-            last, expected = self._last(key), self._last(reference) if reference else None
-            value = f" {last:.3f}"
-            if expected is not None:
-                value += f", Bayes {expected:.3f}"
+            compared = {name: self._last(figure) for name, figure in references.items()}
+            known = {name: level for name, level in compared.items() if level is not None}
+            value = f" {self._last(key):.3f}"
+            value += "".join(f", {name} {level:.3f}" for name, level in known.items())
             room = min(60, width - _LABEL - _VALUES)
             line = Text(label.ljust(_LABEL), no_wrap=True, overflow="ellipsis")
             if room >= _SMALLEST:
                 values = along_steps(self.progress.history, key, self.progress.n_steps, room)
-                low = 0.0 if unit else expected
+                low = 0.0 if unit else min(known.values(), default=None)
                 line.append(sparkline(values, low=low, high=1.0 if unit else None), style="cyan")
             line.append(value)
             yield line

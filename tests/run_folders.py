@@ -102,6 +102,7 @@ def history_of(steps: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:
             row |= {f"heads/L0H{head}/induction": share * head for head in range(2)}
         else:
             row |= {"loss/bayes": 1.0, "loss/gap": 0.9 - share, "graph/recovered": share}
+            row |= {"loss/construction": 1.2, "loss/construction_gap": 0.7 - share}
             row |= {"gradient/pattern_theory_correlation": None if i % 3 else share / 7}
             row |= {"strategy/kl_bigram": share * 1e-5}
         rows.append(row | {"induction/score": share, "induction/formation_step": formed})

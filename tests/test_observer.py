@@ -25,6 +25,8 @@ FIGURES = {
     "loss/eval",
     "loss/bayes",
     "loss/gap",
+    "loss/construction",
+    "loss/construction_gap",
     "graph/recovered",
     "graph/parent_attention",
     "graph/f1",

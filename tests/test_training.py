@@ -40,6 +40,7 @@ from mechcausal.training import NonFiniteLossError, Progress, RunResult, train
 # What a run on a graph with edges reports, by the names of design.md.
 FIGURES = {
     *("loss/train", "loss/eval", "loss/bayes", "loss/gap"),
+    *("loss/construction", "loss/construction_gap"),
     *("graph/recovered", "graph/parent_attention", "graph/f1"),
     *("gradient/edge_hits", "gradient/theory_correlation"),
     *("gradient/chi2_correlation", "gradient/shannon_correlation"),

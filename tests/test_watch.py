@@ -161,7 +161,7 @@ def test_curves_name_their_newest_number() -> None:
     recipe = recipe_of()
     progress = progress_of(recipe)
     text = "\n".join(lines_of(recipe, progress))
-    assert f"{progress.figures['loss/eval']:.3f}, Bayes 1.000" in text
+    assert f"{progress.figures['loss/eval']:.3f}, Bayes 1.000, hand-built 1.200" in text
     assert f"{progress.figures['graph/recovered']:.3f}" in text
     # The last look had no correlation: the newest one that there is counts.
     rows = [row["gradient/pattern_theory_correlation"] for row in progress.history]

@@ -142,7 +142,9 @@ _TABLE = (
     ("loss/eval", False, "nats"),
     ("loss/second_copy", False, "nats, in the repeated half"),
     ("loss/bayes", False, "nats, the best possible"),
+    ("loss/construction", False, "nats, the hand-built model of its kind"),
     ("loss/gap", False, "nats above Bayes"),
+    ("loss/construction_gap", False, "nats above the hand-built model"),
 )
 
 

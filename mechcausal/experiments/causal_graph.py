@@ -80,7 +80,7 @@ class CausalGraphExperiment(Experiment):
         return soft_cross_entropy(self.model(batch.tokens), target, epsilon=training.epsilon)
 
     def losses(self) -> dict[str, float]:
-        """Evaluation loss, Bayes loss and gap."""
+        """Evaluation loss, those of Bayes and of the construction, and the gaps to both."""
         return self.observer.losses()
 
     def observe(self) -> Observation:

@@ -229,7 +229,7 @@ class DisentangledTransformer(GraphModel):
             self.block(1, 0, copied if several else "token", copied).copy_(beta * eye)
         if several:  # the last position copied the query's parents: it is no example itself
             keys = self.block(1, 0, "position", "position")
-            keys[-1, -1] = -strength
+            keys[-1, -1] = -(needed * beta + 20)  # far below a key that matches nothing
         self.readout("1.0/token").copy_(gain * eye)
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:

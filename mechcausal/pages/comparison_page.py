@@ -20,19 +20,21 @@ from mechcausal.run_data import RunData
 from mechcausal.run_folder import Value
 
 _CURVES = (
-    ("loss/eval", "Evaluation loss, nats", "loss/bayes"),
-    ("loss/gap", "Gap to Bayes, nats", None),
-    ("loss/second_copy", "Loss in the second copy, nats", "loss/chance"),
-    ("graph/recovered", "Edges recovered", None),
-    ("graph/parent_attention", "Attention on the parent", None),
-    ("gradient/pattern_theory_correlation", "Gradient with its prediction, correlation", None),
-    ("gradient/pattern_chi2_correlation", "Gradient with χ²-information, correlation", None),
-    ("induction/score", "Induction score", None),
-    ("strategy/kl_bigram", "KL to the bigram strategy, nats", None),
+    ("loss/eval", "Evaluation loss, nats", ("loss/bayes", "loss/construction")),
+    ("loss/gap", "Gap to Bayes, nats", ()),
+    ("loss/construction_gap", "Gap to the hand-built model, nats", ()),
+    ("loss/second_copy", "Loss in the second copy, nats", ("loss/chance",)),
+    ("graph/recovered", "Edges recovered", ()),
+    ("graph/parent_attention", "Attention on the parent", ()),
+    ("gradient/pattern_theory_correlation", "Gradient with its prediction, correlation", ()),
+    ("gradient/pattern_chi2_correlation", "Gradient with χ²-information, correlation", ()),
+    ("induction/score", "Induction score", ()),
+    ("strategy/kl_bigram", "KL to the bigram strategy, nats", ()),
 )
 _COLUMNS = (
     ("loss/eval", "loss"),
     ("loss/gap", "gap"),
+    ("loss/construction_gap", "over hand-built"),
     ("loss/second_copy", "second copy"),
     ("graph/recovered", "edges"),
     ("graph/parent_attention", "on parent"),
@@ -103,7 +105,8 @@ def render(
         '<h2 class="part">What differs between the recipes</h2>',
         _differences(grouped, labels, differences),
         "<footer><p>Bands are one standard deviation over runs to each side of their mean, at the "
-        "steps that all of them have; single runs are thin. Grey dashes are the best possible."
+        "steps that all of them have; single runs are thin. Grey dashes are the best possible, dashes "
+        "with dots the hand-built model of the same kind."
         f"</p>{f'<ul>{listed}</ul>' if notes else ''}</footer>",
     ]
     return page(f"{title}: mechcausal", "\n".join(body), data, scripts=("table.js",))

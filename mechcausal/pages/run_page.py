@@ -249,6 +249,7 @@ def _tiles(run: RunData) -> dict[str, str]:
     for label, row, key in (
         ("loss, nats", last, "loss/eval"),
         ("above Bayes, nats", last, "loss/gap"),
+        ("above the hand-built model, nats", last, "loss/construction_gap"),
         ("loss in the second copy, nats", last, "loss/second_copy"),
         ("edges recovered", last, "graph/recovered"),
         ("attention on the parent", last, "graph/parent_attention"),

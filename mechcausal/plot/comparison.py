@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from mechcausal.plot.curves import lay_out
+from mechcausal.plot.curves import REFERENCES, lay_out
 from mechcausal.plot.style import REFERENCE_GREY, new_figure
 from mechcausal.run_data import RunData
 
@@ -31,7 +31,7 @@ def overlay(
     key: str,
     *,
     title: str | None = None,
-    reference: str | None = None,
+    reference: str | Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> go.Figure:
     """A figure of several runs over training steps.
@@ -43,10 +43,11 @@ def overlay(
         runs: in any order.
         key: name of the figure, as in metrics.jsonl.
         title: of the picture; the key when absent.
-        reference: key of a figure that is drawn in grey, as the Bayes loss is.
+        reference: keys of figures that are drawn in grey, as the Bayes loss is; or one key.
         labels: name of every group of runs, in the order of `groups`.
     """
     figure, grouped = new_figure(title or key), groups(runs)
+    references = [reference] if isinstance(reference, str) else reference
     last = 1
     for number, members in enumerate(grouped):
         label = labels[number] if labels else escaped(members[0].recipe.name)
@@ -82,22 +83,21 @@ def overlay(
             hovertemplate=f"{label} %{{y:.4g}}<extra></extra>",
             meta={"key": key},
         )
-        if reference is not None:
-            levels = [
-                row[reference] for run in members for row in run.history[-1:] if reference in row
-            ]
+        for name in references:
+            levels = [row[name] for run in members for row in run.history[-1:] if name in row]
             known = [level for level in levels if level is not None]
             if known:
                 level = float(np.mean(known))
+                dashes = REFERENCES.get(name, "dash")
                 figure.add_scatter(
                     x=[0, last],
                     y=[level, level],
                     mode="lines",
-                    name=f"{label}: {reference}",
+                    name=f"{label}: {name}",
                     legendgroup=label,
                     showlegend=False,
-                    line={"color": REFERENCE_GREY, "dash": "dash", "width": 1},
-                    hovertemplate=f"{reference} of {label} %{{y:.4g}}<extra></extra>",
+                    line={"color": REFERENCE_GREY, "dash": dashes, "width": 1},
+                    hovertemplate=f"{name} of {label} %{{y:.4g}}<extra></extra>",
                 )
     lay_out(figure, last, len(grouped))
     return figure

@@ -11,28 +11,34 @@ from mechcausal.run_data import RunData
 from mechcausal.run_folder import STEP
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-REFERENCES = ("loss/bayes", "loss/chance")
+REFERENCES = {"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"}
+"""Figures that are drawn in grey, each with its dashes: what a loss is compared with."""
 _MOST_NAMES = 12
 SHARE = {"range": [-0.03, 1.05]}
 
 
 def loss(run: RunData) -> go.Figure:
-    """The loss in nats, of training and evaluation, with the best possible one."""
+    """The loss in nats, of training and evaluation, with the best possible and the hand-built one."""
     labels = {
         "loss/eval": "evaluation",
         "loss/train": "training",
         "loss/first_copy": "first copy",
         "loss/second_copy": "second copy",
         "loss/bayes": "Bayes",
+        "loss/construction": "hand-built",
         "loss/chance": "chance",
     }
     return curves(run, labels, "loss", "nats")
 
 
 def gap(run: RunData) -> go.Figure:
-    """How far the loss is above the best possible one, or what the context gains, in nats."""
-    labels = {"loss/gap": "evaluation − Bayes", "loss/in_context_gain": "first − second copy"}
-    title = "gap to Bayes" if run.kind == "causal_graph" else "gain from the context"
+    """How far the loss is above what it is compared with, or what the context gains, in nats."""
+    labels = {
+        "loss/gap": "evaluation − Bayes",
+        "loss/construction_gap": "evaluation − hand-built",
+        "loss/in_context_gain": "first − second copy",
+    }
+    title = "loss above what is possible" if run.kind == "causal_graph" else "gain from the context"
     return curves(run, labels, title, "nats", rangemode="tozero")
 
 
@@ -126,7 +132,7 @@ def curves(
             mode="lines" if len(steps) > 1 else "markers",
             line={
                 "width": 1.5 if reference else 2,
-                "dash": "dash" if reference else next(dashes),
+                "dash": REFERENCES[key] if reference else next(dashes),
                 **({"color": REFERENCE_GREY} if reference else {}),
             },
             hovertemplate=f"{label} %{{y:.4g}}<extra></extra>",
