@@ -23,7 +23,6 @@ from mechcausal.targets import TargetError, load_target
 from mechcausal.training import RunResult, train
 from probes import InductionScores, attach
 from probes.padding import real_positions
-
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
 
