@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
