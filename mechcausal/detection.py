@@ -32,7 +32,7 @@ class Detection:
     Attributes:
         target: the model.
         scores: of every head.
-        in_context: loss by position, None for a model that predicts its last token alone.
+        in_context: loss by position, None for a model that makes no next-token predictions.
         ablations: of the induction and previous-token heads; None where not asked for.
         composition: of earlier heads with the induction heads; None where not asked for.
     """
@@ -111,9 +111,7 @@ def detect(
             every token.
     """
     if ablate and not target.predicts_every_token:
-        raise ValueError(
-            "--ablate needs next-token predictions; this model predicts its last alone"
-        )
+        raise ValueError("--ablate needs next-token predictions, which this model does not make")
     model = target.model
 
     def generator() -> torch.Generator:

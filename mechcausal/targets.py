@@ -27,10 +27,13 @@ from mechcausal.models.adapter import (
 )
 from mechcausal.models.loading import KINDS
 from mechcausal.run_folder import MODEL_FOLDER, RECIPE_FILE
+from probes.passes import attends_ahead
 from probes.stimuli import Bos
 
-# Entries of masks that a Hugging Face config may ask for whatever its weights are.
+# Entries of masks that a Hugging Face config may ask for whatever its weights are, and layers:
+# configs name numbers of layers that no layer is made for.
 _FREE_ENTRIES = 2**26
+_FREE_LAYERS = 512
 _MAX_VOCABULARY = 10_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -49,7 +52,8 @@ class Target:
         model: a HookedTransformer or TransformerBridge.
         bos: token that its sequences start with, None for none, "auto" for what its tokenizer asks.
         folder: the run folder, where there is one.
-        predicts_every_token: False for models that give probabilities for their query alone.
+        predicts_every_token: False for models that give probabilities for their query alone, or
+            that attend to later tokens, the ones that a next-token loss would ask for.
     """
 
     name: str
@@ -118,7 +122,7 @@ def _saved(folder: Path, name: str, device: str, *, run: Path | None = None) -> 
     if ours is not None:  # what is wired or fixed in such a model is checked there
         model = ours.load(folder, device=device).hooked
     # Models of a causal graph say what follows the last position alone.
-    language_model = "bos" in extra or ours is None
+    language_model = ("bos" in extra or ours is None) and not attends_ahead(model)
     return Target(name, model, bos if isinstance(bos, int) else None, run, language_model)
 
 
@@ -196,7 +200,10 @@ def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -
     finally:
         if shows_progress:
             transformers_logging.enable_progress_bar()
-    return Target(name, model, "auto" if has_tokenizer else None)
+    if not has_tokenizer:
+        model.tokenizer = None  # the placeholder's BOS and PAD mean nothing
+    bos: Bos = "auto" if has_tokenizer else None
+    return Target(name, model, bos, predicts_every_token=not attends_ahead(model))
 
 
 class _WholeModel:
@@ -240,7 +247,11 @@ def _check_sizes(folder: Path, config: Any, model_class: Any) -> None:
     held = sum(map(math.prod, shapes))
     for name, value in config.to_dict().items():
         # Every layer is a Python object, every token a word of a tokenizer.
-        most = len(shapes) if "layer" in name else held if name == "vocab_size" else None
+        most = None
+        if "layer" in name:
+            most = max(len(shapes), _FREE_LAYERS)
+        elif name == "vocab_size":
+            most = held
         if most is not None and isinstance(value, int) and value > most:
             raise ValueError(f"{excerpt(name)} is {value}, but there are {len(shapes)} weights")
     with torch.device("meta"):

@@ -83,8 +83,8 @@ def track_formation(
     """The score of every head along a run, and the step at which each head formed.
 
     The first crossing is the first step given at which the score reaches the threshold, half of it
-    above what uniform attention scores (`HeadScores.reaches`). For heads that cross, `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x`
-    the step or its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])`
+    above what uniform attention scores (`HeadScores.reaches`). For heads that cross,
+    `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x` the step or its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])`
     with Student's t at the residual degrees of freedom, both turned back into steps. A rise
     sharper than the checkpoints are dense can lie anywhere between two of them: its interval is
     widened to these two. Fewer than five checkpoints, a fit that fails, or a midpoint outside the

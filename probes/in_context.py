@@ -106,8 +106,8 @@ def repeated_pairs(
     """Where the next token is what followed an earlier occurrence of the present one.
 
     `∃ k < i: t[k] = t[i], t[k+1] = t[i+1]`: the predictions for which induction is right. On a
-    block of different tokens repeated twice: the second copy without its first token. Padding, where
-    an attention mask is 0, is no token.
+    block of different tokens repeated twice: the second copy without its first token. Padding,
+    where an attention mask is 0, is no token.
 
     >>> repeated_pairs(torch.tensor([[5, 6, 7, 5, 6, 7]]))
     tensor([[False, False, False,  True,  True]])

@@ -23,6 +23,7 @@ from mechcausal.targets import TargetError, load_target
 from mechcausal.training import RunResult, train
 from probes import InductionScores, attach
 from probes.padding import real_positions
+from probes.stimuli import fitting_repeat_lengths
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
 
@@ -184,8 +185,11 @@ def test_a_model_that_reads_both_ways_predicts_no_next_token(tmp_path: Path) -> 
     found = detect(target)
     assert found.in_context is None
     assert "in_context" not in found.to_dict()
-    # Every key is visible: uniform attention over the whole sequence.
-    assert found.scores.uniform_baseline[0, 0] < 0.07
+    # Every key is visible, one in a block repeated twice is the one looked for.
+    lengths = fitting_repeat_lengths(32, 30)
+    expected = [1 / (2 * lengths[i % len(lengths)]) for i in range(found.scores.sequences)]
+    uniform = found.scores.uniform_baseline[0, 0].item()
+    assert uniform == pytest.approx(sum(expected) / len(expected))
     with pytest.raises(ValueError, match="--ablate needs next-token predictions"):
         detect(target, ablate=True)
 

@@ -134,7 +134,10 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
         padding=(0, 1, 0, 0),
     )
     table.add_column("head")
-    for heading in ("induction", "control", "uniform", "previous", "dupl.", "copying"):
+    for heading in (
+        *("induction", "control", "uniform", "previous", "dupl.", "control"),
+        *("positional", "copying"),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
     for row in shown:
@@ -145,6 +148,8 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
             _number(row["uniform_baseline"]),
             _number(row["previous_token"]),
             _number(row["duplicate_token"]),
+            _number(row["duplicate_control"]),
+            _at_offset(row["positional"], row["positional_offset"]),
             _number(row["copying"]),
             ", ".join(row["verdict"]).replace("_", " "),
         )
@@ -199,6 +204,10 @@ def _print_composition(console: Any, detection: "Detection") -> None:
             for (layer, head), score in found
         )
         console.print(f"keys of induction head {later[0]}.{later[1]} read: {circuit or 'nothing'}")
+
+
+def _at_offset(score: float | None, offset: int) -> str:
+    return _number(score) if score is None else f"{_number(score)} at {offset}"
 
 
 def _number(value: float | None) -> str:

@@ -31,7 +31,8 @@ def test_the_circuit_is_needed_and_everything_else_is_not(seed: int):
         assert not effects[needed].removable
     for spare in (wiring.useless, wiring.previous, wiring.duplicate, wiring.positional):
         assert abs(effects[spare].rise) < 0.5
-        assert effects[spare].removable or effects[spare].rise > 0.05
+        clearly_below = effects[spare].rise + 2 * effects[spare].stderr < 0.05
+        assert effects[spare].removable == clearly_below
     assert effects[wiring.useless].removable
 
 
