@@ -1,16 +1,25 @@
 """Where a disentangled transformer's weights lie: the share of each named block in A and W.
 
-Parts of A and W that no prediction can show are taken away first, so that shares speak of what the
-model computes. The entries of a stream sum to 1 (tokens and positions are one-hot, copies are
-averages of those). So a number added to all keys of a stream, in one row of A, adds the same to
-the scores of all keys, and softmax removes it: every row is centred over each key stream. Rows of
-the positions themselves never meet positions after them: those entries count as 0 and the mean is
-over the others. Rows of W are centred over the vocabulary, for the same reason. Gradient descent
-from 0 keeps all these means at 0 by itself; Adam and a random start do not.
+Parts of A and W that no prediction can show are taken away first, so that weights that compute the
+same have the same shares. The entries of a stream sum to 1 (tokens and positions are one-hot,
+copies are averages of those). So for every pair of a query and a key stream of A
+
+- a number added to all keys of a stream, in one row, adds the same to the scores of all keys, and
+  softmax removes it: every row is centred over each key stream, rows of W over the vocabulary;
+- what is the same in all rows of a query stream depends on the key alone, and could as well stand
+  in the rows of another stream: it is counted in the rows of the positions, and so is the same
+  in W, the bias of the logits: the other streams keep what differs between their rows;
+- rows of positions do not meet all keys: not those of later positions, not any in the row of
+  position 0, which sees one key, and in the last layer and W the last position is the only query;
+- position T - 1 occurs in a query and a key at once, or not at all. There, reading copy b of it
+  with the query's copy a is the same as the other way round: it counts where a comes first.
+
+For random weights nothing else is hidden. (What these weights happen to hide, as where one stream
+is a function of another, is counted as it is.)
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 
 import torch
@@ -22,11 +31,14 @@ from mechcausal.models.disentangled import DisentangledTransformer
 
 _PREFIX = "blocks/"
 
+Matrix = Float[Tensor, "row column"]
+Streams = Mapping[str, slice]
+
 
 def block_shares(model: DisentangledTransformer) -> dict[str, float]:
     """Share of the squared Frobenius norm of each head's A, and of W, in each of its blocks.
 
-    `|block|^2 / |matrix|^2` after centring (see the module). Names are `blocks/A1.0/query:key`,
+    `|block|^2 / |matrix|^2` of what predictions can show (see the module). Names are `blocks/A1.0/query:key`,
     layers from 1 as in the paper, heads from 0, and `blocks/W/stream`; streams are the model's.
     The shares of a matrix sum to 1; NaN where the whole matrix is 0.
 
@@ -111,7 +123,8 @@ def solution_blocks(model: DisentangledTransformer, graph: CausalGraph) -> tuple
 def block_effects(model: DisentangledTransformer, loss: Callable[[], float]) -> dict[str, float]:
     """Rise of the loss when a block of A or W is set to 0, for each block: what it is used for.
 
-    A share of the norm may lie in rows that hardly occur; an effect on the loss may not.
+    A share of the norm may lie in rows that hardly occur; an effect on the loss may not. But it is
+    an effect of the weights as they are: others that compute the same may have another.
 
     Args:
         model: left as it was, by an exception in `loss` too.
@@ -153,22 +166,25 @@ def _named_blocks(model: DisentangledTransformer) -> Iterator[tuple[str, Tensor]
 
 
 def _squares(model: DisentangledTransformer) -> dict[str, dict[str, float]]:
-    """Squared norm of every centred block, by matrix and block."""
+    """Squared norm of what can be seen of every block, by matrix and block."""
     squares = {}
     for layer in range(len(model.heads)):
         streams = model.streams(layer)
         for head, matrix in enumerate(_plain(model.A(layer))):
+            visible = _visible(matrix, model, layer)
             squares[f"A{layer + 1}.{head}"] = {
-                f"{query}:{key}": _square(
-                    matrix[rows, columns],
-                    causal=query == "position" and key.endswith("position"),
-                )
+                f"{query}:{key}": float(visible[rows, columns].square().sum())
                 for query, rows in streams.items()
                 for key, columns in streams.items()
             }
-    readout = _plain(model.W)
-    last = model.streams(len(model.heads))
-    squares["W"] = {name: _square(readout[rows], causal=False) for name, rows in last.items()}
+    last = len(model.heads)
+    seen = torch.ones_like(_plain(model.W))
+    seen[model.streams(last)["position"]][:-1] = 0
+    vocabulary = {"vocabulary": slice(0, model.vocab_size)}
+    readout = _centred(_plain(model.W), seen, model.streams(last), vocabulary)
+    squares["W"] = {
+        name: float(readout[rows].square().sum()) for name, rows in model.streams(last).items()
+    }
     return squares
 
 
@@ -176,9 +192,57 @@ def _plain(weight: Tensor) -> Tensor:
     return weight.detach().double().cpu()
 
 
-def _square(block: Float[Tensor, "row column"], *, causal: bool) -> float:
-    seen = torch.ones_like(block)
-    if causal:
-        seen = seen.tril()
-    mean = (block * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
-    return float(((block - mean) * seen).square().sum())
+def _visible(matrix: Matrix, model: DisentangledTransformer, layer: int) -> Matrix:
+    """The one matrix, of all that give a head the same patterns, that has no part left to move."""
+    streams = model.streams(layer)
+    seen = _seen(matrix, streams, last=layer == len(model.heads) - 1)
+    visible = _centred(matrix, seen, streams, streams)
+    for kept, moved in _twins(streams):
+        unseen = torch.zeros_like(matrix)
+        unseen[kept], unseen[moved] = 1, -1
+        unseen = _centred(unseen, seen, streams, streams)
+        if unseen[moved] != 0:
+            visible = visible - visible[moved] / unseen[moved] * unseen
+    return visible
+
+
+def _centred(matrix: Matrix, seen: Matrix, rows: Streams, columns: Streams) -> Matrix:
+    """Row means away, and means over all rows of a stream moved to the rows of the positions."""
+    matrix = matrix * seen
+    for name, stream in rows.items():
+        if name != "position":
+            mean = matrix[stream].mean(0)
+            matrix[stream] -= mean
+            matrix[rows["position"]] += mean * seen[rows["position"]]
+    for stream in columns.values():
+        count = seen[:, stream].sum(1, keepdim=True).clamp(min=1)
+        mean = matrix[:, stream].sum(1, keepdim=True) / count
+        matrix[:, stream] -= mean * seen[:, stream]
+    return matrix
+
+
+def _seen(matrix: Matrix, streams: Streams, *, last: bool) -> Matrix:
+    """1 at entries of A that a query and a key can meet in, where there is a choice of keys."""
+    seen = torch.ones_like(matrix)
+    of_positions = seen[streams["position"]]
+    for name, stream in streams.items():
+        if name.endswith("position"):
+            of_positions[:, stream] = of_positions[:, stream].tril()
+    of_positions[: -1 if last else 1] = 0
+    return seen
+
+
+def _twins(streams: Streams) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Entries for position T - 1 that the same product is multiplied with, the first of each kind
+    and another.
+
+    A stream that heads have copied holds, for position T - 1, the product of their attention from
+    it to itself; so the heads of both streams, in any order, tell what an entry is multiplied with.
+    """
+    first: dict[tuple[str, ...], tuple[int, int]] = {}
+    ends = [(name, stream.stop - 1) for name, stream in streams.items() if "position" in name]
+    for (query, row), (key, column) in product(ends, ends):
+        heads = tuple(sorted((*query.split("/")[:-1], *key.split("/")[:-1])))
+        kept = first.setdefault(heads, (row, column))
+        if kept != (row, column):
+            yield kept, (row, column)
