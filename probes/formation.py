@@ -84,8 +84,9 @@ def track_formation(
 
     The first crossing is the first step given at which the score reaches the threshold, half of it
     above what uniform attention scores (`HeadScores.reaches`). For heads that cross,
-    `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x` the step or its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])`
-    with Student's t at the residual degrees of freedom, both turned back into steps. A rise
+    `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x` the step or
+    its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])` with Student's t
+    at the residual degrees of freedom, both turned back into steps. A rise
     sharper than the checkpoints are dense can lie anywhere between two of them: its interval is
     widened to these two. Fewer than five checkpoints, a fit that fails, or a midpoint outside the
     steps seen leave NaN. Models are scored one at a time, all on the same sequences.

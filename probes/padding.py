@@ -20,6 +20,7 @@ def real_positions(
     Raises:
         ValueError: the mask has another shape than the tokens.
 
+    >>> import torch
     >>> mask = torch.tensor([[0, 1, 1]])
     >>> real_positions(nn.Identity(), torch.tensor([[4, 4, 5]]), mask)
     tensor([[False,  True,  True]])

@@ -659,10 +659,9 @@ def test_saved_matrices_are_those_that_were_seen(run: RunResult) -> None:
 def test_formation_step_is_the_first_with_a_strong_induction_head(tmp_path: Path) -> None:
     recipe = tiny(
         graph={"preset": "chain", "sequence_length": 16},
-        task__alpha=0.1,
+        task={"vocab_size": 10, "alpha": 0.1},
         training__stage1__steps=20,
-        training__stage2__steps=20,
-        training__stage2__lr=40.0,
+        training__stage2__steps=30,
         evaluation__n_sequences=256,
     )
     run = train(recipe, out=tmp_path / "run")
@@ -698,8 +697,8 @@ def test_an_untrained_head_has_not_formed_and_is_not_forming(
         checkpoints={"schedule": "formation", "every": 100},
     )
     result = train(recipe, out=tmp_path / "run")
-    assert result.history[0]["induction/attention"] > 0.25
-    assert all(abs(row["induction/score"]) < 0.1 for row in result.history)
+    assert (result.history[0]["induction/attention"] or 0) > 0.25
+    assert all(abs(row["induction/score"] or 0) < 0.1 for row in result.history)
     assert result.summary["induction/formation_step"] is None
     assert list(checkpoint_folders(result.folder)) == [recipe.n_steps]
 

@@ -23,7 +23,7 @@ def test_the_circuit_is_needed_and_everything_else_is_not(seed: int):
     wiring = planted(seed)
     effects = {
         (effect.layer, effect.head): effect
-        for effect in ablation_effects(wiring.model, list(wiring.verdicts), n_sequences=16)
+        for effect in ablation_effects(wiring.model, list(wiring.verdicts), n_sequences=64)
     }
     for needed in (wiring.partner, wiring.induction):
         assert effects[needed].rise > 1
