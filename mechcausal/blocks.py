@@ -38,8 +38,9 @@ Streams = Mapping[str, slice]
 def block_shares(model: DisentangledTransformer) -> dict[str, float]:
     """Share of the squared Frobenius norm of each head's A, and of W, in each of its blocks.
 
-    `|block|^2 / |matrix|^2` of what predictions can show (see the module). Names are `blocks/A1.0/query:key`,
-    layers from 1 as in the paper, heads from 0, and `blocks/W/stream`; streams are the model's.
+    `|block|^2 / |matrix|^2` of what predictions can show (see the module). Names are
+    `blocks/A1.0/query:key`, layers from 1 as in the paper, heads from 0, and `blocks/W/stream`;
+    streams are the model's.
     The shares of a matrix sum to 1; NaN where the whole matrix is 0.
 
     Example:
@@ -193,7 +194,7 @@ def _plain(weight: Tensor) -> Tensor:
 
 
 def _visible(matrix: Matrix, model: DisentangledTransformer, layer: int) -> Matrix:
-    """The one matrix, of all that give a head the same patterns, that has no part left to move."""
+    """Of all matrices that give a head the same patterns the one with nothing hidden in it."""
     streams = model.streams(layer)
     seen = _seen(matrix, streams, last=layer == len(model.heads) - 1)
     visible = _centred(matrix, seen, streams, streams)
@@ -233,8 +234,7 @@ def _seen(matrix: Matrix, streams: Streams, *, last: bool) -> Matrix:
 
 
 def _twins(streams: Streams) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Entries for position T - 1 that the same product is multiplied with, the first of each kind
-    and another.
+    """Entries for position T - 1 of which only the sum counts: the first of a kind, and another.
 
     A stream that heads have copied holds, for position T - 1, the product of their attention from
     it to itself; so the heads of both streams, in any order, tell what an entry is multiplied with.

@@ -270,9 +270,8 @@ def _strategy(history: History, start: int, stop: int) -> str | None:
             continue
         for name, value in row.items():
             if name.startswith(STRATEGY):
-                finite = value is not None and math.isfinite(value)
-                found = divergences.setdefault(name.removeprefix(STRATEGY), [])
-                found.append(float(value) if finite else math.inf)
+                finite = value if value is not None and math.isfinite(value) else math.inf
+                divergences.setdefault(name.removeprefix(STRATEGY), []).append(finite)
     means = {name: float(np.mean(values)) for name, values in divergences.items()}
     nearest = min(means, key=lambda name: means[name], default=None)
     return nearest if nearest is not None and math.isfinite(means[nearest]) else None

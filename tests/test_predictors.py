@@ -216,9 +216,9 @@ def test_a_fixed_matrix_is_predicted_exactly() -> None:
 
 def test_smoothing_of_a_single_token_is_that_of_the_exact_posterior_mean() -> None:
     """One token x ~ mu: `E[mean row | x]` is linear in its frequency, by integrating over pi."""
-    p, weight = np.polynomial.legendre.leggauss(200)
-    p, weight = (p + 1) / 2, weight / 2
-    p, q = np.meshgrid(p, p, indexing="ij")
+    node, weight = np.polynomial.legendre.leggauss(200)
+    node, weight = (node + 1) / 2, weight / 2
+    p, q = np.meshgrid(node, node, indexing="ij")
     mu, mean_row = q / (1 - p + q), (p + q) / 2
     agree = np.multiply.outer(weight, weight) * (mu * mean_row + (1 - mu) * (1 - mean_row))
     share = 2 * agree.sum() - 1

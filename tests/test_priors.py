@@ -158,9 +158,7 @@ def test_a_vanishing_concentration_gives_rows_with_one_token(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("alpha", [1e25, 1e40, 1.7e308])
 def test_an_immense_concentration_gives_its_mean(alpha: float, dtype: torch.dtype) -> None:
-    matrices = DirichletPrior((alpha, alpha, alpha / 2)).sample(
-        5, generator=seeded(8), dtype=dtype
-    )
+    matrices = DirichletPrior((alpha, alpha, alpha / 2)).sample(5, generator=seeded(8), dtype=dtype)
     mean = torch.tensor([0.4, 0.4, 0.2], dtype=dtype)
     torch.testing.assert_close(matrices, mean.expand(5, 3, 3), rtol=2e-5, atol=0)
 

@@ -178,7 +178,7 @@ def test_one_sequence_of_a_batch_is_a_batch(graph: CausalGraph) -> None:
         if batch.transition is not None:
             assert one.transition is not None
             assert torch.equal(one.transition, batch.transition[3:])
-    assert [int(one.query) for one in batch] == batch.query.tolist()
+    assert [int(batch[row].query) for row in range(4)] == batch.query.tolist()
     for beyond in (4, -5):
         with pytest.raises(IndexError, match=f"sequence {beyond}: the batch has 4"):
             batch[beyond]

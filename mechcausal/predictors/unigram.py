@@ -5,6 +5,7 @@ an average of rows, and the frequencies are those of the tokens that were visite
 is fitted to the task, once, on sequences drawn for it.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -70,13 +71,13 @@ def smoothing_total(task: Task) -> float:
     change = counts / n - mean
     low, high = _TOTALS
     for _ in range(_BISECTIONS):
-        total = (low * high) ** 0.5
+        total = math.sqrt(low * high)
         share = n / (n + total)
         if (target * change / (mean + share * change)).sum() > 0:  # more of the frequencies helps
             high = total
         else:
             low = total
-    return (low * high) ** 0.5
+    return math.sqrt(low * high)
 
 
 def _counts(task: Task, tokens: Tensor) -> Float[Tensor, "batch vocab"]:
