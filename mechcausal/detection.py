@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mechcausal.drawing import HEAD_SCORES
@@ -170,8 +171,12 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
     )
     if run.folder is None:
         return None
-    picture = run.folder / "heads.png"
-    draw_heatmap(detection, picture)
+    pictures: dict[str, np.ndarray | Path] = {"heads/heatmap": run.folder / "heads.png"}
+    try:
+        draw_heatmap(detection, run.folder / "heads.png")
+    except OSError as error:
+        warnings.append(f"{run.folder / 'heads.png'}: cannot be written: {error.strerror or error}")
+        pictures = {}
     frame = detection.scores.to_frame()
     frame["verdict"] = [", ".join(names) for names in frame["verdict"]]
     rows: dict[str, Any] = {"heads": wandb.Table(dataframe=frame)}
@@ -181,6 +186,6 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
         rows["in_context_gain"] = detection.in_context.in_context_gain
     for effect in detection.ablations or ():
         rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
-    run.log(0, rows, {"heads/heatmap": picture})
+    run.log(0, rows, pictures)
     run.finish({}, exit_code=0)
     return run.url or str(run.folder)

@@ -1,6 +1,5 @@
 """The files of a run folder, read with one-line errors."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +8,15 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechcausal.files import read_json_lines
-from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value, finite
+from mechcausal.run_folder import (
+    MATRICES_FILE,
+    MATRICES_FOLDER,
+    SUMMARY_FILE,
+    Value,
+    read_metrics,
+    read_object,
+    read_summary,
+)
 
 Matrices = Mapping[str, np.ndarray]
 
@@ -31,7 +37,14 @@ class Frames(Mapping[int, Matrices]):
 
     def __getitem__(self, step: int) -> Matrices:
         path, prefix = self.sources[step]
-        return _read(path, prefix)
+        try:
+            return _read(path, prefix)
+        except RunDataError:
+            # A run that finishes gathers the matrices of single steps, and deletes their files.
+            whole = path.parent.parent / MATRICES_FILE
+            if prefix or path.exists() or not whole.is_file():
+                raise
+            return _read(whole, f"{step:08d}/")
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sources)
@@ -41,39 +54,27 @@ class Frames(Mapping[int, Matrices]):
 
 
 def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
-    """Rows of figures, and what was left out: a last line that was torn when the run was killed."""
+    """Rows of metrics.jsonl, and what was left out: a last line that was torn by a kill."""
     try:
-        content = path.read_bytes()
-        rows = read_json_lines(path)
+        is_torn = path.read_bytes()[-1:] not in (b"", b"\n")
+        rows = read_metrics(path.parent)
     except OSError as error:
         raise RunDataError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise RunDataError(str(error)) from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(STEP), int):
-            raise RunDataError(f"{path}, line {number}: not a row of figures")
-    is_torn = content[-1:] not in (b"", b"\n")
-    notes = [f"{path.name}: the last line is torn, and left out"] if is_torn else []
-    return [{k: finite(v) for k, v in row.items() if _is_figure(v)} for row in rows], notes
-
-
-def _is_figure(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return rows, [f"{path.name}: the last line is torn, and left out"] if is_torn else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """The object in summary.json or run.json; empty where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_summary(path.parent) if path.name == SUMMARY_FILE else read_object(path)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise RunDataError(f"{path}: {error.strerror or error}") from None
-    except ValueError:
-        raise RunDataError(f"{path}: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise RunDataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise RunDataError(str(error)) from None
 
 
 def find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, list[str]]:
@@ -83,14 +84,14 @@ def find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, 
     notes: list[str] = []
     for path in sorted((folder / MATRICES_FOLDER).glob("*.safetensors")):
         try:
-            names = _names(path)
-        except RunDataError:  # the run may be writing it at this moment
-            notes.append(f"{path.parent.name}/{path.name} cannot be read, and is left out")
-            continue
-        if path.stem.isdigit():
-            sources[int(path.stem)] = (path, "")
-        elif names:
-            references |= _read(path, "")
+            if path.stem.isdigit():
+                _names(path)
+                sources[int(path.stem)] = (path, "")
+            else:
+                references |= _read(path, "")
+        except RunDataError:
+            if path.exists():  # else the run has finished: it gathered them before
+                notes.append(f"{path.parent.name}/{path.name} cannot be read, and is left out")
     whole = folder / MATRICES_FILE
     if whole.is_file():
         prefixes = {match[0] for name in _names(whole) if (match := re.match(r"\d+/", name))}

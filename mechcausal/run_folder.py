@@ -15,12 +15,12 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
@@ -133,37 +133,95 @@ def read_metrics(folder: str | Path) -> list[dict[str, Value]]:
     """Rows of a run folder's metrics.jsonl, in order; a torn last line is left out.
 
     Raises:
-        OSError, ValueError: not readable.
+        OSError, ValueError: not readable, or a line is no row of figures.
     """
-    return read_json_lines(Path(folder) / METRICS_FILE)
+    path, rows = Path(folder) / METRICS_FILE, []
+    for number, values in enumerate(read_json_lines(path), start=1):
+        if not _is_count(values.get(STEP)):
+            raise ValueError(f"{path}, line {number}: not a row of figures")
+        rows.append({name: finite(value) for name, value in values.items() if _is_figure(value)})
+    return rows
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that is nested no deeper than what a run writes.
+
+    Raises:
+        OSError: not readable.
+        ValueError: no such object; the message is one line that names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_deep = _is_deeper(content, 50)
+    except RecursionError:
+        content, is_deep = {}, True
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON") from None
+    if is_deep:
+        raise ValueError(f"{path}: nested too deep")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    nested = [value]
+    for _ in range(levels):
+        nested = [
+            inner
+            for outer in nested
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(nested)
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
     """A run folder's summary.json.
 
     Raises:
-        OSError, ValueError: not there or not readable.
+        OSError, ValueError: not there, not readable, or a value of another kind than a run writes.
     """
-    content = json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{Path(folder) / SUMMARY_FILE}: not a summary")
+    path = Path(folder) / SUMMARY_FILE
+    content = read_object(path)
+    for key, (is_valid, needed) in _SUMMARY.items():
+        if key in content and not is_valid(content[key]):
+            raise ValueError(f"{path}: {key} is {excerpt(content[key])}: {needed} is needed")
     return content
+
+
+_SUMMARY: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "state": (lambda value: value in get_args(State), "finished, interrupted or failed"),
+    "recipe": (lambda value: isinstance(value, str), "a name"),
+    "first": (lambda value: isinstance(value, dict), "an object"),
+    "warnings": (lambda value: isinstance(value, list), "a list"),
+    "rows": (_is_count, "a whole number"),
+    "train/steps": (_is_count, "a whole number"),
+}
+"""What others rely on: is a value valid, and what is needed."""
 
 
 def read_process(folder: str | Path) -> dict[str, Any]:
     """A run folder's run.json; empty where there is none that can be read."""
     try:
-        content = json.loads((Path(folder) / PROCESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(Path(folder) / PROCESS_FILE)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def has_finished(folder: str | Path) -> bool:
     """Whether a run folder holds a run that has come to its end."""
     try:
-        return bool(read_summary(folder).get("state") == "finished")
-    except (OSError, ValueError, RecursionError):
+        return bool(read_object(Path(folder) / SUMMARY_FILE).get("state") == "finished")
+    except (OSError, ValueError):
         return False
 
 
@@ -221,20 +279,23 @@ def run_info(folder: Path) -> RunInfo:
         state = "running"
     elif (folder / SUMMARY_FILE).is_file():
         try:
-            said = read_summary(folder).get("state")
-            state = said if said in ("finished", "interrupted", "failed") else "interrupted"
+            state = read_summary(folder).get("state", state)
         except (OSError, ValueError) as error:
             problems.append(str(error))
     last = rows[-1] if rows else {}
-    step = last.get(STEP)
+    try:
+        updated = (metrics if metrics.exists() else folder).stat().st_mtime
+    except OSError as error:  # deleted meanwhile
+        updated = 0.0
+        problems.append(str(error))
     return RunInfo(
         folder=folder,
         recipe=recipe,
         state=state,
-        step=step if isinstance(step, int) else 0,
+        step=int(last.get(STEP) or 0),
         n_steps=recipe.n_steps if recipe else 0,
         figures=last,
-        updated=(metrics if metrics.exists() else folder).stat().st_mtime,
+        updated=updated,
         problem=problems[0] if problems else "",
     )
 

@@ -7,6 +7,8 @@ Face model is never run.
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from mechcausal.checkpoints import checkpoint_folders
-from mechcausal.messages import excerpt
+from mechcausal.messages import excerpt, first_line
 from mechcausal.models.adapter import (
     CONFIG_FILE,
     FORMAT,
@@ -27,6 +29,7 @@ from mechcausal.models.adapter import (
 )
 from mechcausal.models.loading import KINDS
 from mechcausal.run_folder import MODEL_FOLDER, RECIPE_FILE
+from probes import ProbeError
 from probes.passes import attends_ahead
 from probes.stimuli import Bos
 
@@ -40,7 +43,28 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tok
 
 
 class TargetError(ValueError):
-    """A target that cannot be loaded; the message is one line that names it."""
+    """A target that cannot be loaded or run; the message is one line that names it."""
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Within the block, what a model raises when it is run becomes one line for the user.
+
+    A model that was loaded may still not run: its parts do not fit together, or memory is short.
+
+    Args:
+        name: of the target.
+
+    Raises:
+        TargetError: the model cannot be run.
+        ProbeError: as a probe raised it.
+    """
+    try:
+        yield
+    except ProbeError:
+        raise
+    except (IndexError, MemoryError, RuntimeError) as error:
+        raise TargetError(f"{name}: cannot be run: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ def send_again(folder: Path) -> str:
         recipe, around = load_recipe(folder / RECIPE_FILE), read_process(folder).get("environment")
         record = RunRecord(folder, recipe, "online", rows=rows, environment=around)
         sent = record.mode == "online"
-        record.finish(summary, summary["state"])
+        record.finish(summary, summary.get("state", "interrupted"))
         return "" if sent and not record.warnings else "; ".join(record.warnings)
 
 

@@ -1,6 +1,7 @@
 """The `detect` command: right about planted heads, plain in its output, curt about bad input."""
 
 import csv
+import errno
 import io
 import json
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
@@ -329,6 +331,46 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert part in errors
     assert output == ""
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat c10"), "mat1 and mat2 shapes"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+        (IndexError("index out of range in self"), "index out of range in self"),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_cannot_be_run_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformer_lens.HookedTransformer.forward", fail)
+    code, output, errors = command("random")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"mechcausal: random: cannot be run: {said}")
+    assert errors.count("\n") == 1
+
+
+def test_a_heatmap_that_wandb_cannot_be_given_costs_neither_the_run_nor_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = set((folder / "graph").glob("wandb/*run-*"))
+    monkeypatch.setattr("mechcausal.detection.draw_heatmap", fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert "No space left on device" in errors
+    assert errors.count("\n") == 1
+    (fragment,) = set((folder / "run").glob("wandb/offline-run-*-*")) - before
+    assert count_wandb_rows(fragment) == 1
 
 
 def test_help_names_the_options(command: Command) -> None:

@@ -207,6 +207,18 @@ def test_wrong_input_is_one_line(command: Command, arguments, message: str) -> N
     assert message in errors
 
 
+def test_a_model_that_cannot_be_run_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat c10")
+
+    monkeypatch.setattr("transformer_lens.HookedTransformer.forward", fail)
+    code, output, errors = command("model", "--tokens", "1,2,3")
+    assert (code, output) == (2, "")
+    assert errors == "mechcausal: model: cannot be run: mat1 and mat2 shapes cannot be multiplied\n"
+
+
 def test_help_says_what_n_eff_is(command: Command) -> None:
     code, output, _ = command("--help")
     assert code == 0

@@ -11,6 +11,8 @@ import wandb
 from mechcausal.applications import catalogue
 from mechcausal.applications.recommender import RecommenderSettings, train_recommender
 from mechcausal.applications.sessions import ThemeRule
+from mechcausal.signals import StopRequested
+from mechcausal.training import NonFiniteLossError, TrainingError
 from mechcausal.wandb_fragments import count_wandb_rows
 from probes.causal_discovery.explain import METHODS
 from tests.commands import outcome
@@ -132,6 +134,32 @@ def test_texts_are_explained_with_a_hugging_face_folder(
     assert (code, errors) == (0, "")
     assert TEXT.split()[0] in output
     assert "LABEL_" in output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (StopRequested("stopped while a/b trained", 15), 143, "stopped while a/b trained"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (NonFiniteLossError("the loss became nan"), 1, "the loss became nan"),
+        (TrainingError("out of memory at step 3"), 1, "out of memory at step 3"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_training_that_does_not_come_to_its_end_is_one_line(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mechcausal.applications.bridge.train", fail)
+    found = outcome(capsys, "explain", "bridge", "--quick", "--wandb-mode", "disabled")
+    assert found == (code, "", f"mechcausal: {said}\n")
 
 
 BAD = [

@@ -248,7 +248,7 @@ def test_a_run_whose_facts_cannot_be_written_anew_closes_wandb(
 ) -> None:
     from mechcausal import tracking
 
-    write, calls = tracking.write_process, 0
+    write, calls = tracking.write_process, 0  # type: ignore[attr-defined]
 
     def once(*arguments: Any) -> None:
         nonlocal calls

@@ -1,7 +1,9 @@
 """The bridge: what discovery and its rivals find in a model whose graph is known."""
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from mechcausal.applications import bridge as module
 from mechcausal.applications.bridge import bridge
 from mechcausal.applications.skeletons import READINGS, Seen, discovered, largest, scores
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
+from mechcausal.run_folder import read_summary
+from mechcausal.signals import StopRequested
+from mechcausal.training import Progress, RunResult, train
 from probes.causal_discovery import discover_attention
 
 
@@ -86,6 +91,48 @@ def test_a_skeleton_holds_the_edges_of_any_head_and_scores_count_them() -> None:
     assert (row.precision, row.precision_stderr) == (0.5, None)
     assert row.recall == pytest.approx(0.125)
     assert module._row("kind", "none", [seen, seen]).f1 is None
+
+
+@pytest.mark.parametrize(("number", "nth"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_stopped_training_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, nth: int
+) -> None:
+    begun: list[Path] = []
+
+    def stopped(recipe: Recipe, *, out: Path, **options: Any) -> RunResult:
+        begun.append(out)
+
+        def at(progress: Progress) -> None:
+            if (len(begun), progress.step) == (nth, 2):
+                signal.raise_signal(number)
+
+        return train(recipe, out=out, on_progress=at, **options)
+
+    monkeypatch.setattr(module, "train", stopped)
+    recipe = lean(training__stage1__steps=3)
+    with pytest.raises(StopRequested, match=f"stopped while {tmp_path}.* nothing was") as caught:
+        bridge(recipe, seeds=2, n_sequences=1, folder=tmp_path, wandb_mode="disabled")
+    assert caught.value.number == number
+    assert len(begun) == nth
+    assert read_summary(begun[-1])["state"] == "interrupted"
+    assert not (tmp_path / "bridge.json").exists()
+
+
+def test_what_went_wrong_with_recording_a_training_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(recipe: Recipe, *, out: Path, **options: Any) -> RunResult:
+        result = train(recipe, out=out, **options)
+        result.warnings.append("W&B kept 1 of 2 rows")
+        return result
+
+    monkeypatch.setattr(module, "train", warned)
+    monkeypatch.setattr(module, "_JOINT_STEPS", 3)
+    recipe = lean(training__stage1__steps=3)
+    result = bridge(recipe, seeds=1, n_sequences=1, folder=tmp_path, wandb_mode="disabled")
+    assert result.warnings == [
+        f"{kind}-seed-0: W&B kept 1 of 2 rows" for kind in ("simplified", "disentangled")
+    ]
 
 
 @pytest.mark.parametrize("name", ["repeated_tokens", "figure8_mlp"])

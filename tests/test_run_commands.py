@@ -126,6 +126,52 @@ def test_a_damaged_run_is_listed_with_what_is_wrong(
     assert "interrupted" in output
 
 
+DAMAGES = [
+    ("summary.json", b'{"a":' * 10_000),
+    ("summary.json", b'{"a":' * 500 + b"1" + b"}" * 500),
+    ("summary.json", b'{"state": "finished", "train/steps": "x"}'),
+    ("summary.json", b'{"state": "finished", "warnings": 5}'),
+    ("summary.json", b'{"state": []}'),
+    ("summary.json", b"{}"),
+    ("summary.json", b"\xff"),
+    ("run.json", b"[" * 10_000),
+    ("run.json", b'{"a":' * 500 + b"1" + b"}" * 500),
+    ("run.json", b"\xff"),
+    ("metrics.jsonl", b'{"train/step": 1, "loss/eval": ' + b"1" * 400 + b"}\n"),
+    ("metrics.jsonl", b'{"train/step": ' + b"1" * 400 + b"}\n"),
+    ("metrics.jsonl", b'{"train/step": 1, "a": ' + b"[" * 500 + b"]" * 500 + b"}\n"),
+    ("metrics.jsonl", b'{"train/step": "x"}\n'),
+    ("recipe.toml", b"a = " + b"[" * 10_000),
+    ("matrices.safetensors", b"\xff" * 100),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES, ids=lambda v: str(v)[:40])
+def test_one_damaged_run_keeps_no_other_from_being_listed_and_compared(
+    tmp_path: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+) -> None:
+    for run in ("bad", "good"):
+        shutil.copytree(finished, tmp_path / run)
+    (tmp_path / "bad" / name).write_bytes(content)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "good" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [Path(run["folder"]).name for run in listed] == ["bad", "good"]
+    assert listed[1]["state"] == "finished"
+    assert main(["report", str(tmp_path)]) == 0
+    assert "comparison.html" in capsys.readouterr().out
+    code = main(["report", str(tmp_path / "bad")])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) in ((0, 0), (2, 1))
+    assert main(["sync", str(tmp_path), "--dry-run"]) == 0
+    main(["resume", str(tmp_path / "bad"), "--quiet"])
+
+
 def test_a_run_without_wandb_has_nothing_to_upload(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

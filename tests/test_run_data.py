@@ -1,12 +1,16 @@
 """Runs read back: finished, unfinished, torn, broken, and folders that are none."""
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from mechcausal.pages import write_report
+from mechcausal import run_files
+from mechcausal.pages import write_page, write_report
 from mechcausal.run_data import RunData, RunDataError, find_runs
 from mechcausal.stages import stages
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
@@ -74,6 +78,18 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         ("recipe.toml", b"x = [", "not valid TOML"),
         ("summary.json", b"{", "not valid JSON"),
         ("summary.json", b"[]", "found list"),
+        ("summary.json", b'{"a":' * 10_000, "nested too deep"),
+        ("summary.json", b'{"a":' * 500 + b"1" + b"}" * 500, "nested too deep"),
+        ("run.json", b"[" * 10_000, "nested too deep"),
+        ("run.json", b'{"a":' * 500 + b"1" + b"}" * 500, "nested too deep"),
+        ("summary.json", b'{"train/steps": "x"}', "train/steps is x: a whole number"),
+        ("summary.json", b'{"train/steps": true}', "train/steps is True: a whole number"),
+        ("summary.json", b'{"warnings": 5}', "warnings is 5: a list"),
+        ("summary.json", b'{"state": "odd"}', "state is odd: finished, interrupted or failed"),
+        ("summary.json", b'{"first": []}', r"first is \[\]: an object"),
+        ("metrics.jsonl", b'{"train/step": true}\n', "line 1"),
+        ("metrics.jsonl", b'{"train/step": -1}\n', "line 1"),
+        ("metrics.jsonl", b'{"train/step": ' + b"1" * 400 + b"}\n", "line 1"),
         ("matrices.safetensors", b"nothing", "not a readable safetensors file"),
         ("metrics.jsonl", b'{"train/step": 0}\n{"loss": 1}\n{"train/step": 3}\n', "line 2"),
     ],
@@ -85,6 +101,46 @@ def test_a_broken_file_is_named_in_one_line(
         RunData.load(broken(tmp_path / "run", name, content))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+
+
+def test_a_run_that_finishes_while_it_is_read_is_read(tmp_path: Path) -> None:
+    """Its last act is to gather the matrices of single steps in one file."""
+    run = run_of()
+    folder = write_run(tmp_path / "run", run, finished=False)
+    found = RunData.load(folder)
+    shutil.rmtree(folder / "matrices")
+    with pytest.raises(RunDataError, match=r"matrices/00000000.safetensors: not a readable"):
+        found.frame(0)
+    write_run(folder, run)
+    assert found.steps == run.steps
+    for step in run.steps:
+        for name, matrix in run.frames[step].items():
+            assert np.array_equal(found.frame(step)[1][name], matrix)
+    write_page(found, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_run_that_finishes_while_its_files_are_looked_for_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    run = run_of()
+    folder = write_run(tmp_path / "run", run, finished=False)
+    opened = 0
+
+    def finishes(path: Path, **options: Any) -> Any:
+        nonlocal opened
+        if opened == after:
+            write_run(folder, run)
+            shutil.rmtree(folder / "matrices")
+        opened += 1
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(run_files, "safe_open", finishes)
+    found = RunData.load(folder)
+    assert opened > after
+    assert (found.steps, found.notes) == (run.steps, ())
+    assert set(found.references) == set(run.references)
+    assert all(set(found.frame(step)[1]) == set(run.frames[step]) for step in run.steps)
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ stands for it.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from mechcausal.drawing import ATTENTION_COLOURS, CYCLE, new_figure
 from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.replication.rows import mean_and_stderr
+from mechcausal.signals import StopRequested
 from mechcausal.training import train
 from mechcausal.wandb_runs import resolve_mode
 from probes.causal_discovery.independence import largest_given
@@ -126,6 +128,8 @@ def bridge(
         ValueError: `n_eff` is not above 3 and finite.
         RecipeError: a recipe without a causal graph, or of a standard model.
         RunFolderError: the folder cannot be written, or holds a result.
+        TrainingError: see `mechcausal.train`.
+        StopRequested: a signal stopped a training.
     """
     variants = _variants(recipe, quick)
     if not 3 < n_eff < float("inf"):
@@ -134,12 +138,20 @@ def bridge(
     mode = resolve_mode(wandb_mode)
     make_folder(folder, RESULT_FILE)
     seen: dict[str, list[Seen]] = {}
+    warnings: list[str] = []
     for kind, variant in variants.items():
         for seed in range(seeds):
             chosen = variant.with_overrides(
                 seed=recipe.seed + seed, wandb__mode=mode, wandb__group=f"bridge-{recipe.name}"
             )
             run = train(chosen, out=folder / f"{kind}-seed-{chosen.seed}")
+            warnings += [f"{run.folder.name}: {warning}" for warning in run.warnings]
+            if run.state != "finished":
+                raise StopRequested(
+                    f"stopped while {run.folder} trained: nothing was measured; "
+                    "begin again with another --out",
+                    run.signal or signal.SIGINT,
+                )
             assert isinstance(run.experiment, CausalGraphExperiment)  # _variants saw to it
             looked = read_skeletons(
                 run.experiment, chosen, n_sequences, n_eff=n_eff, alpha=alpha, max_cond=max_cond
@@ -157,7 +169,7 @@ def bridge(
         "alpha": alpha,
         "max_cond": max_cond,
     }
-    result = Bridge(recipe.name, rows, settings, folder)
+    result = Bridge(recipe.name, rows, settings, folder, warnings=warnings)
     (folder / RESULT_FILE).write_text(
         json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8"
     )

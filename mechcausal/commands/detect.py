@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     from mechcausal.detection import detect, draw_heatmap, log_to_wandb
     from mechcausal.devices import device_named
     from mechcausal.recipes import RecipeError
-    from mechcausal.targets import TargetError, load_target
+    from mechcausal.targets import TargetError, load_target, running
     from mechcausal.wandb_runs import TrackingError, resolve_mode
     from probes import ProbeError
 
@@ -81,15 +81,16 @@ def main(arguments: list[str]) -> int:
         mode = resolve_mode(options.wandb_mode) if options.wandb else "disabled"
         device = device_named(options.device)
         target = load_target(options.target, step=options.step, device=str(device))
-        detection = detect(
-            target,
-            n_sequences=options.sequences,
-            repeat_lengths=options.repeat_lengths or None,
-            threshold=options.threshold,
-            seed=options.seed,
-            ablate=options.ablate,
-            compose=options.compose,
-        )
+        with running(options.target):
+            detection = detect(
+                target,
+                n_sequences=options.sequences,
+                repeat_lengths=options.repeat_lengths or None,
+                threshold=options.threshold,
+                seed=options.seed,
+                ablate=options.ablate,
+                compose=options.compose,
+            )
         if options.heatmap is not None:
             draw_heatmap(detection, options.heatmap)
     except (TargetError, RecipeError, TrackingError) as error:

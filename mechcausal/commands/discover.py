@@ -196,7 +196,7 @@ def _from_matrix(options: Discover) -> _Prepared:
 
 def _from_model(options: Discover) -> _Prepared:
     from mechcausal.devices import device_named
-    from mechcausal.targets import load_target
+    from mechcausal.targets import load_target, running
     from probes import discover
 
     target = load_target(
@@ -207,15 +207,16 @@ def _from_model(options: Discover) -> _Prepared:
     settings = _settings(options)
 
     def search(n_eff: float | int | None) -> "Discovery":
-        return discover(
-            model,
-            tokens,
-            layer=options.layer,
-            head=options.head or 0,
-            n_eff=n_eff,
-            values=options.values,
-            **settings,
-        )
+        with running(options.target):
+            return discover(
+                model,
+                tokens,
+                layer=options.layer,
+                head=options.head or 0,
+                n_eff=n_eff,
+                values=options.values,
+                **settings,
+            )
 
     words = None
     if _has_tokenizer(target):

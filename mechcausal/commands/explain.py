@@ -57,7 +57,7 @@ class Explain:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; the exit code is 0, 1 when training failed, or 2 by `RefusedError`."""
+    """Run the command; the exit code is 0, 1 (training failed), 2 (bad input) or 128 + signal."""
     options = parse(Explain, arguments, command="explain")
     _check(options)
     import torch
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     from mechcausal.recipes import RecipeError
     from mechcausal.run_folder import RunFolderError
     from mechcausal.targets import TargetError
-    from mechcausal.training import NonFiniteLossError
+    from mechcausal.training import TrainingError
     from mechcausal.wandb_runs import TrackingError
 
     # The same figures from the same seeds: several threads add up in an order of their own.
@@ -84,12 +84,12 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(str(error)) from None
     except (GraphError, PriorError, ValueError) as error:
         raise RefusedError(f"{options.application}: {error}") from None
-    except (FloatingPointError, NonFiniteLossError) as error:
+    except (FloatingPointError, TrainingError) as error:
         print(f"mechcausal: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mechcausal: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"mechcausal: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", 2)
     except OSError as error:
         raise RefusedError(f"{error.filename or options.out}: {error.strerror or error}") from None
     finally:

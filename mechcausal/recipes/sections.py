@@ -230,7 +230,7 @@ class WandbSection:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     mode: WandbMode | None = None
-    """When absent: WANDB_MODE, else that of `wandb offline`, else online if there is a key for W&B's
+    """When absent: WANDB_MODE, else that of `wandb offline`, else online if there is a key for the
     server, else offline."""
     project: str = "mechcausal"
     """W&B project."""

@@ -36,7 +36,7 @@ def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) ->
         }
         try:
             summary = read_summary(member.folder)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             summary = {}
         figures = _cells({k: v for k, v in summary.items() if k not in _LEFT_OUT}, "/")
         rows.append(row | {k: v for k, v in figures.items() if not isinstance(v, str)})
