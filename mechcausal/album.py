@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mechcausal.experiments import Experiment
 from mechcausal.files import write_atomically
-from mechcausal.messages import excerpt
+from mechcausal.messages import excerpt, first_line
 from mechcausal.run_folder import MATRICES_FILE, MATRICES_FOLDER, STEP, Value
-from mechcausal.tracking import RunRecord, table_row, writing
+from mechcausal.tracking import RecordError, RunRecord, table_row, writing
 
 FORMATION_THRESHOLD = 0.5
 
@@ -184,13 +184,19 @@ class Album:
     def _draw(self) -> dict[str, Path]:
         if not self._matrices:
             return {}
-        with writing(self._record.folder / "figures"):
-            return self._experiment.draw_figures(
-                self._record.folder / "figures",
-                history=self.history,
-                matrices=self._matrices,
-                stage_starts=self._stage_starts,
-            )
+        try:
+            with writing(self._record.folder / "figures"):
+                return self._experiment.draw_figures(
+                    self._record.folder / "figures",
+                    history=self.history,
+                    matrices=self._matrices,
+                    stage_starts=self._stage_starts,
+                )
+        except RecordError:
+            raise
+        except Exception as error:  # a picture is no reason to lose a run that has ended
+            self._record.warn(f"figures: not drawn: {type(error).__name__}: {first_line(error)}")
+            return {}
 
 
 def read_frames(run: Path, warn: Callable[[str], None]) -> dict[int, dict[str, Tensor]]:

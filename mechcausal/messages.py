@@ -4,6 +4,7 @@ A file's content may hold anything, escape sequences that steer a terminal among
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -44,6 +45,16 @@ def excerpt(value: object, limit: int = 60) -> str:
     # Cut first: what is escaped or split may be large.
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 3] + "..."
+
+
+def shell_command(*words: object) -> str:
+    """A command for the user to copy, its words quoted for the shell.
+
+    Example:
+        >>> shell_command("mechcausal", "resume", "runs/my run")
+        "mechcausal resume 'runs/my run'"
+    """
+    return shlex.join(map(str, words))
 
 
 def suggestion(word: str, allowed: Iterable[str], *, closeness: float = 0.6) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 from filelock import FileLock, Timeout
 
 from mechcausal.files import read_json_lines, write_atomically
-from mechcausal.messages import excerpt
+from mechcausal.messages import excerpt, shell_command
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
 
 RECIPE_FILE = "recipe.toml"
@@ -120,7 +120,7 @@ def _check_free(folder: Path) -> None:
         if (folder / name).exists():
             raise RunFolderError(
                 f"{folder}: already holds a run ({name}); choose another folder with --out, "
-                f"or go on with it: mechcausal resume {folder}"
+                f"or go on with it: {shell_command('mechcausal', 'resume', folder)}"
             )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechcausal.files import JsonLines, write_atomically
+from mechcausal.messages import shell_command
 from mechcausal.nested import flat
 from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
 from mechcausal.run_folder import (
@@ -275,7 +276,7 @@ class RunRecord:
         run.define_metric("*", step_metric=STEP)
         found = [path.relative_to(self.folder) for path in fragments(self.folder, self._id)]
         self._values["fragments"] = [str(path) for path in found]
-        self._values["sync"] = [" ".join(sync_command(path)) for path in found]
+        self._values["sync"] = [shell_command(*sync_command(path)) for path in found]
         with writing(self.folder / PROCESS_FILE):
             write_process(self.folder, self._values)
 

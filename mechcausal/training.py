@@ -17,6 +17,7 @@ from mechcausal.devices import computing_on, device_named
 from mechcausal.experiments import Experiment, Generators, build_experiment, check_experiment
 from mechcausal.files import write_folder_atomically
 from mechcausal.last_pictures import LastPictures
+from mechcausal.messages import shell_command
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
 from mechcausal.run_folder import MODEL_FOLDER, History, State, Value, new_run_folder
 from mechcausal.signals import StopRequested, StopSignal, stop_on_signals
@@ -317,17 +318,18 @@ def check_finite(
             return
         what = f"the gradient became NaN or infinite (the loss is {loss:g})"
     section = stage.section
+    change = (f"--training.{stage.name}.lr", f"{section.lr / 10:g}", "--allow-change")
+    again = shell_command("mechcausal", "resume", folder, *change)
     raise NonFiniteLossError(
         f"{what} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): try a "
         "smaller learning rate or a larger epsilon; every row before it is kept; "
-        f"mechcausal resume {folder} --training.{stage.name}.lr {section.lr / 10:g} "
-        "--allow-change goes on from the last checkpoint"
+        f"{again} goes on from the last checkpoint"
     )
 
 
 def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
     """The error as the user should read it: what happened, and how to go on."""
-    again = f"mechcausal resume {folder}"
+    again = shell_command("mechcausal", "resume", folder)
     if isinstance(error, StopRequested):
         return StopRequested(f"stopped {when}; go on with: {again}", error.number)
     if isinstance(error, RecordError):

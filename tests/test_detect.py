@@ -313,6 +313,7 @@ BAD = [
     (["no-such-owner/no-such-model"], ["not fetched from Hugging Face"]),
     (["graph", "--ablate"], ["graph: --ablate needs next-token predictions"]),
     (["wired", "--wandb", "--wandb-mode", "bogus"], ["bogus"]),
+    (["wired", "--wandb-mode", "offline"], ["--wandb-mode goes with --wandb"]),
     (["wired", "run"], ["run"]),
 ]
 

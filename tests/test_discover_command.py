@@ -176,6 +176,8 @@ T = ("--tokens", "1,2,3")
         (("sink.npy", *N, "--time-budget", "-1"), "time_budget is -1"),
         (("sink.npy", *N, "--sink", "gone"), "--sink"),
         (("sink.npy", *N, "--sink", "conditioned", "--sink-position", "12"), "positions 0 to 11"),
+        (("sink.npy", *N, "--sink-position", "1"), "--sink-position goes with --sink conditioned"),
+        (("sink.npy", *N, "--device", "cuda"), "--device goes with a model"),
         (("sink.npy", *N, "--positions", "1", "1"), "positions are [1, 1]"),
         (("sink.npy", *N, "--picture", "a.txt"), "--picture is a.txt"),
         (("sink.npy", *N, "--picture", "no/a.png"), "--picture: no is no folder"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mechcausal import cli, wandb_runs
+from mechcausal.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.files import JsonLines, read_json_lines, write_atomically
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
 from mechcausal.resuming import resume
@@ -118,6 +119,19 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_there(small_disk: Path) ->
     whole = train(tiny(), out=small_disk / "whole").folder
     for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_figures_that_fail_are_a_warning_and_the_run_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr(CausalGraphExperiment, "draw_figures", broken)
+    result = train(tiny(), out=tmp_path / "run")
+    assert result.state == "finished"
+    warnings = read_summary(result.folder)["warnings"]
+    assert warnings == ["figures: not drawn: ValueError: no such colour"]
 
 
 def test_a_folder_that_becomes_read_only_stops_the_run() -> None:

@@ -96,6 +96,42 @@ def test_a_published_page_has_its_pictures_beside_it(
         assert copy.read_bytes() == path.read_bytes()
 
 
+def test_the_page_names_the_command_that_makes_its_figures(
+    everything: Replication, tmp_path: Path
+) -> None:
+    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+    assert "Made by `mechcausal replicate all --quick`" in page
+    parts = {("figure2",): "figure2", ("theory", "figure6"): "figure6 theory"}
+    for asked, named in parts.items():
+        part = replicate(
+            asked,
+            folder=everything.folder,
+            quick=True,
+            wandb_mode="disabled",
+            adjust=miniature,
+        )
+        page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+        assert f"Made by `mechcausal replicate {named} --quick`" in page
+        publish(part, tmp_path / "page.md", quick=False)
+        copy = (tmp_path / "page.md").read_text(encoding="utf-8")
+        assert f"Made by `mechcausal replicate {named}`" in copy
+
+
+def test_a_picture_that_fails_is_a_warning(
+    everything: Replication, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("mechcausal.replication.driver._drawn", broken)
+    found = replicate(
+        ["theory"], folder=everything.folder, quick=True, wandb_mode="disabled", adjust=miniature
+    )
+    assert found.warnings == ["theory: not drawn: ValueError: no such colour"]
+    assert found.rows
+    assert not found.failed
+
+
 def test_runs_are_trained_once_and_found_again(
     everything: Replication, outcomes: list[tuple[str, str]]
 ) -> None:

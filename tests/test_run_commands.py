@@ -2,16 +2,24 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from mechcausal.cli import main
+from mechcausal.commands.sweep import _report
+from mechcausal.commands.train import _print_result
 from mechcausal.recipes import load_recipe, recipe_to_toml
-from mechcausal.run_folder import hold, read_metrics, read_summary
-from mechcausal.training import train
+from mechcausal.run_folder import RunFolderError, hold, read_metrics, read_summary
+from mechcausal.sweeps.definition import load_sweep
+from mechcausal.sweeps.driver import SweepResult
+from mechcausal.sweeps.plan import plan
+from mechcausal.tracking import RecordError
+from mechcausal.training import TrainingError, explained, train
 from tests.test_resuming import crashed, killed, tiny
 
 
@@ -49,6 +57,58 @@ def test_a_failed_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert command
     assert main(command[1].split()) in (0, 1)
     assert (folder / "before-step-0-1" / "recipe.toml").is_file()
+
+
+ODD = "my run's [bold]folder[/]"
+"""A name that a shell would take apart, and that rich would take for markup."""
+
+
+def told(pattern: str, text: str) -> list[str]:
+    """The words of the command that a message tells the user to copy, as a shell reads them."""
+    found = re.search(pattern, text)
+    assert found, text
+    return shlex.split(found[0])
+
+
+def test_commands_to_copy_are_quoted_for_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ODD
+    resume = ["mechcausal", "resume", str(folder)]
+    unstable = tiny(training__epsilon=0.0, training__stage1__lr=1e9)
+    with pytest.raises(TrainingError) as failed:
+        train(unstable, out=folder)
+    words = told("mechcausal resume .*--allow-change", str(failed.value))
+    assert words == [*resume, "--training.stage1.lr", "1e+08", "--allow-change"]
+    with pytest.raises(RunFolderError) as taken:
+        train(tiny(), out=folder)
+    assert told("mechcausal resume .*", str(taken.value)) == resume
+    full = explained(RecordError("no space"), folder, tiny(), "at step 3")
+    assert told("mechcausal resume .*", str(full)) == resume
+
+    result = SimpleNamespace(state="interrupted", start=0, summary={"train/steps": 1})
+    vars(result).update(folder=folder, url=None, wandb_folder=None)
+    _print_result(cast(Any, result))
+    output = capsys.readouterr().out
+    assert told("mechcausal resume .*", output) == resume
+    assert f"run:     {folder}\n" in output
+
+    fragment = folder / "wandb" / "offline-run-1"
+    for name, value in (("fragments", [fragment]), ("is_uploaded", False), ("wandb_steps", [1])):
+        monkeypatch.setattr(f"mechcausal.wandb_fragments.{name}", lambda *_, v=value: v)
+    monkeypatch.setattr("mechcausal.commands.sync.read_process", lambda run: {"wandb_id": "id"})
+    assert main(["sync", str(folder), "--dry-run"]) == 0
+    assert told(".*", capsys.readouterr().out) == ["wandb", "sync", str(fragment)]
+
+    (tmp_path / "s.toml").write_text('recipe = "manual"\nseeds = 2')
+    file = tmp_path / ODD / "w.yaml"
+    assert main(["sweep", str(tmp_path / "s.toml"), "--as-wandb", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert told("wandb sweep .*(?=, then)", said) == ["wandb", "sweep", str(file)]
+    unfinished = SweepResult(folder, plan(load_sweep(tmp_path / "s.toml"), folder), {})
+    assert _report(unfinished) == 1
+    again = told("mechcausal sweep .*", capsys.readouterr().err)
+    assert again == ["mechcausal", "sweep", str(folder)]
 
 
 def test_a_change_is_refused_until_it_is_allowed(

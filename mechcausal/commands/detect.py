@@ -61,6 +61,8 @@ def main(arguments: list[str]) -> int:
         raise RefusedError("detect needs a target: a run, a model's folder, or a name such as gpt2")
     if options.json and options.csv:
         raise RefusedError("--json and --csv: only one of them can be printed")
+    if options.wandb_mode is not None and not options.wandb:
+        raise RefusedError("--wandb-mode goes with --wandb")
     if not 0 <= options.seed < 2**32:
         raise RefusedError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
     if options.heatmap is not None:

@@ -49,8 +49,8 @@ class Discover:
     """Take no order for known."""
     sink: Literal["node", "conditioned"] = "node"
     """Whether the attention sink is a token like others, or taken out by conditioning on it."""
-    sink_position: int = 0
-    """Where the sink is, with --sink conditioned."""
+    sink_position: int | None = None
+    """Where the sink is, with --sink conditioned; 0 when absent."""
     positions: Annotated[tuple[int, ...], tyro.conf.arg(metavar="P [P ...]")] = ()
     """Tokens to be nodes, by position; all when absent. The others count as hidden."""
     values: bool = False
@@ -78,6 +78,8 @@ def main(arguments: list[str]) -> int:
         raise RefusedError("discover needs a target: a model, or a .npy file with an attention")
     if options.ordered and options.no_ordered:
         raise RefusedError("--ordered and --no-ordered: only one of them can hold")
+    if options.sink_position is not None and options.sink != "conditioned":
+        raise RefusedError("--sink-position goes with --sink conditioned")
     sweep = _n_eff(options.n_eff)
     _check_picture(options.picture, len(sweep))
     is_matrix = Path(options.target).suffix == ".npy"
@@ -150,6 +152,7 @@ def _check_input(options: Discover, *, is_matrix: bool) -> None:
             "--head": options.head is not None,
             "--step": options.step is not None,
             "--values": options.values,
+            "--device": options.device != "cpu",
         }
         for flag, is_given in given.items():
             if is_given:
@@ -165,10 +168,15 @@ def _check_input(options: Discover, *, is_matrix: bool) -> None:
 
 
 def _settings(options: Discover) -> dict[str, Any]:
-    names = ("alpha", "sink", "sink_position", "engine", "stable", "max_cond")
+    names = ("alpha", "sink", "engine", "stable", "max_cond")
     settings = {name: getattr(options, name) for name in (*names, "time_budget")}
     ordered = True if options.ordered else False if options.no_ordered else None
-    return {**settings, "ordered": ordered, "positions": options.positions or None}
+    return {
+        **settings,
+        "ordered": ordered,
+        "sink_position": options.sink_position or 0,
+        "positions": options.positions or None,
+    }
 
 
 def _from_matrix(options: Discover) -> _Prepared:

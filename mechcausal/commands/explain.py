@@ -313,7 +313,7 @@ def _print_texts(found: "list[TextExplanation]") -> None:
 def _print_places(console: Any, picture: Path, wandb: str | None) -> None:
     for label, place in (("picture", picture), ("W&B", wandb)):
         if place is not None:
-            console.print(f"{label + ':':9}{place}", soft_wrap=True, highlight=False)
+            console.out(f"{label + ':':9}{place}", highlight=False)
 
 
 def _number(mean: float | None, stderr: float | None, digits: int = 2) -> str:

@@ -131,4 +131,4 @@ def _print(replication: "Replication") -> None:
     holds = sum(row.holds is True for row in replication.rows)
     judged = sum(row.holds is not None for row in replication.rows)
     console.print(f"{holds} of {judged} hold", highlight=False)
-    console.print(f"page: {replication.folder / PAGE_FILE}", soft_wrap=True, highlight=False)
+    console.out(f"page: {replication.folder / PAGE_FILE}", highlight=False)

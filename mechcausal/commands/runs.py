@@ -67,9 +67,9 @@ def _print_table(found: list[RunInfo], folder: Path) -> None:
 
     console = Console()
     if not found:
-        console.print(f"no runs in {folder}", highlight=False)
+        console.out(f"no runs in {folder}", highlight=False)
         return
-    table = Table(title=f"{len(found)} run{'s' * (len(found) != 1)} in {folder}")
+    table = Table(title=Text(f"{len(found)} run{'s' * (len(found) != 1)} in {folder}"))
     table.add_column("run", overflow="fold")
     table.add_column("recipe", overflow="fold")
     table.add_column("state", no_wrap=True)

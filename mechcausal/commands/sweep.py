@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.messages import shell_command
 from mechcausal.recipes import WandbMode
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps
 from mechcausal.sweeps.engine_names import EngineName, check_engine_options
@@ -111,7 +112,7 @@ def _report(result: "SweepResult") -> int:
     said += f", {len(result.failed):,} failed" if result.failed else ""
     console.print(said + (f", {left:,} left" if left else ""))
     for name, place in result.files.items():
-        console.print(f"{name + ':':9}{place}", markup=False)
+        console.out(f"{name + ':':9}{place}", highlight=False)
     for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     for name, error in result.failed.items():
@@ -119,10 +120,8 @@ def _report(result: "SweepResult") -> int:
     if result.problem:
         print(f"mechcausal: {result.problem}", file=sys.stderr)
     if left or result.failed:
-        print(
-            f"mechcausal: start it again to go on: mechcausal sweep {result.folder}",
-            file=sys.stderr,
-        )
+        again = shell_command("mechcausal", "sweep", result.folder)
+        print(f"mechcausal: start it again to go on: {again}", file=sys.stderr)
     if result.signal is not None:
         return 128 + result.signal
     return 1 if left or result.failed else 0
@@ -151,7 +150,8 @@ def _write_wandb(sweep: Sweep, file: Path) -> int:
         raise RefusedError(f"{file}: {error.strerror or error}") from None
     for path in written:
         print(f"written: {path}")
-    print(f"with a W&B account: wandb sweep {file}, then the wandb agent line that it prints")
+    command = shell_command("wandb", "sweep", file)
+    print(f"with a W&B account: {command}, then the wandb agent line that it prints")
     return 0
 
 

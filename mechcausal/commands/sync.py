@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.messages import shell_command
 from mechcausal.run_folder import find_runs, is_held, read_process
 
 
@@ -59,7 +60,7 @@ def _sync_run(run: Path, *, dry_run: bool) -> bool:
         elif not wandb_steps(fragment):
             print(f"{fragment}: holds no rows; passed over")
         elif dry_run:
-            print(" ".join(sync_command(fragment)))
+            print(shell_command(*sync_command(fragment)))
         elif not _said(fragment, sync(fragment)):
             return False  # a later fragment that arrives first is put in the wrong place
     return True

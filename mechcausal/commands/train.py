@@ -11,6 +11,7 @@ import tyro
 
 from mechcausal.commands.display import Display, display
 from mechcausal.commands.parsing import RefusedError, parse
+from mechcausal.messages import shell_command
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -172,8 +173,7 @@ def _print_result(result: "RunResult") -> None:
         ("W&B", result.url or result.wandb_folder),
     ):
         if place is not None:
-            console.print(f"{label + ':':9}{place}", soft_wrap=True, highlight=False)
+            console.out(f"{label + ':':9}{place}", highlight=False)
     if result.state != "finished":
-        console.print(
-            f"go on:   mechcausal resume {result.folder}", soft_wrap=True, highlight=False
-        )
+        again = shell_command("mechcausal", "resume", result.folder)
+        console.out(f"go on:   {again}", highlight=False)

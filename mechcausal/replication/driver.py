@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mechcausal.messages import first_line
 from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.replication.figures import FIGURES, Figure
 from mechcausal.replication.page import write_page, write_table
@@ -29,7 +30,8 @@ class Replication:
         pictures: PNG files by name, `<figure>` or `<figure>_<part>`.
         failed: what went wrong, by run or figure.
         folder: where runs, pictures, the table and the page lie.
-        warnings: what went wrong with recording.
+        warnings: what went wrong with recording and drawing.
+        figures: which figures of the paper were made; empty for all of them.
     """
 
     rows: list[Row]
@@ -37,6 +39,7 @@ class Replication:
     failed: dict[str, str]
     folder: Path
     warnings: list[str] = field(default_factory=list)
+    figures: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -102,15 +105,20 @@ def replicate(
     )
     rows: list[Row] = []
     pictures: dict[str, Path] = {}
+    warnings: list[str] = []
     for name, figure in chosen.items():
         own = [runs[member.name] for member in figure.members(quick) if member.name in runs]
         if len(own) < len(figure.members(quick)):
             failed[name] = "not measured, because a run that it needs failed"
             continue
         rows += figure.measure(own, quick)
-        pictures |= _drawn(figure, own, folder / "figures", quick)
+        try:
+            pictures |= _drawn(figure, own, folder / "figures", quick)
+        except Exception as error:  # what was measured is worth more than its picture
+            warnings.append(f"{name}: not drawn: {type(error).__name__}: {first_line(error)}")
         on_done(name, "measured")
-    replication = Replication(rows, pictures, failed, folder)
+    made = () if len(chosen) == len(FIGURES) else tuple(chosen)
+    replication = Replication(rows, pictures, failed, folder, warnings, made)
     write_table(replication, folder / TABLE_FILE)
     write_page(replication, folder / PAGE_FILE, quick=quick)
     _log(replication, mode, group)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mechcausal.messages import shell_command
 from mechcausal.replication.rows import Row
 
 if TYPE_CHECKING:
@@ -54,14 +55,18 @@ def publish(replication: "Replication", page: Path, *, quick: bool) -> None:
     write_page(replace(replication, pictures=pictures), page, quick=quick)
 
 
+def _command(figures: "tuple[str, ...]", quick: bool) -> str:
+    options = ["--quick"] if quick else []
+    return shell_command("mechcausal", "replicate", *(figures or ["all"]), *options)
+
+
 def write_page(replication: "Replication", page: Path, *, quick: bool) -> None:
     """Write the page in Markdown, pictures linked relative to it."""
     lines = [
         "# The paper, figure by figure",
         "",
-        "Made by `mechcausal replicate"
-        + (" all --quick" if quick else " all")
-        + "`: *How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
+        f"Made by `{_command(replication.figures, quick)}`: "
+        "*How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
         "Lee, ICML 2024), its values, ours (± standard error over seeds, graphs or sequences), and "
         "the theory's. An empty cell: the paper, or theory, gives no number.",
     ]

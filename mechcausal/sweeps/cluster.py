@@ -22,6 +22,9 @@ from mechcausal.sweeps.sweep import SweepError
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 _POLL_SECONDS = 1.0
+# What Dask raises for an address or certificates that are none, for encryption that is required,
+# and (an assertion) where its client does not start in time on a machine under load.
+_REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ImportError, AssertionError)
 _SILENT = ("distributed", "distributed.client", "distributed.worker", "distributed.scheduler")
 
 # Torch's threads and W&B's run are the process's: a worker of several threads takes turns.
@@ -61,10 +64,7 @@ class DaskEngine:
             self._client: Any = distributed.Client(  # type: ignore[no-untyped-call]
                 address, timeout=CONNECT_SECONDS, set_as_default=False
             )
-        # AssertionError: on a machine under load the client does not start in time.
-        except (
-            *(OSError, ValueError, TypeError, RuntimeError, ImportError, AssertionError),
-        ) as error:
+        except _REFUSALS as error:
             reason = first_line(error)[:200]
             raise SweepError(f"--address {address}: no Dask scheduler: {reason}") from None
         self._event_name = f"mechcausal-stop-{secrets.token_hex(8)}"
