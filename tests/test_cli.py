@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -346,6 +347,8 @@ def test_train_prints_a_table_and_where_everything_is(
     assert (code, errors) == (0, "")  # no progress bar: this is no terminal
     for part in ("finished after 6 steps", "graph/recovered", "loss/gap", "gradient/edge_hits"):
         assert part in output
+    assert re.search(r"loss/construction +│ +\d\.\d{4} │", output)
+    assert re.search(r"loss/construction_gap +│ +-?\d\.\d{4} │ nats above the hand-built", output)
     run = Path("here/run")
     (wandb_folder,) = (folder / run / "wandb").glob("offline-run-*")
     for place in (str(run), str(run / "figures"), wandb_folder.name):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.observer import Observer
 from mechcausal.priors import DirichletPrior, FixedTransition
-from mechcausal.tasks import Batch, Task, build_task, cross_entropies
-from mechcausal.theory import pairwise_theory, parent_information
+from mechcausal.tasks import Batch, SingleParentTask, Task, build_task, cross_entropies
+from mechcausal.theory import Information, pairwise_theory, parent_information
 from tests.oracles import forest, seeded
 
 S, T = 3, 10
@@ -29,11 +30,17 @@ def task_of(graph: CausalGraph, alpha: float = 0.2) -> Task:
 
 
 def observer_of(model: GraphModel, task: Task, kind: type[Observer] = Observer) -> Observer:
-    if task.graph.query_parents is None:
+    theory: Information
+    if isinstance(task, SingleParentTask):
         theory = pairwise_theory(task.graph, task.prior, n_priors=20, generator=seeded(1))
     else:
         theory = parent_information(task, n_priors=20, generator=seeded(1))
-    options = {"n_sequences": 200, "epsilon": 1e-3, "bayes_draws": 4, "generator": seeded(2)}
+    options: dict[str, Any] = {
+        "n_sequences": 200,
+        "epsilon": 1e-3,
+        "bayes_draws": 4,
+        "generator": seeded(2),
+    }
     return kind(model, task, theory, **options)
 
 
@@ -66,13 +73,11 @@ def test_the_loss_of_one_chain_by_hand() -> None:
 
 
 def test_the_loss_of_one_sequence_with_two_parents_by_hand() -> None:
-    # Contexts of positions 2 to 4: (0, 1), (1, 0), (0, 1); the query's is (0, 1).
+    # Contexts of positions 2 to 4: (0, 1), (1, 2), (2, 0); the query's is (0, 1).
     graph = k_gram(6, 2)
     tokens = torch.tensor([[0, 1, 2, 0, 0, 1]])
-    # Head by head: rows 0 and 1 see averages (1 and 1/2 zeros; 0 and 1/2 ones or its one parent).
-    half = {0: 1.0, 1: 0.5 + 0.5} if graph.parents[1] == () else None
-    assert half is not None
-    matches = [1.0, 1.0, 2.0, 0.0, 0.0]
+    # The roots 0 and 1 see means: token 0 alone, and a zero and a one; row 5 is the query's own.
+    matches = [1 + 0, 1 / 2 + 1 / 2, 1 + 1, 0 + 0, 0 + 0]
     target = torch.tensor([[0.2, 0.1, 0.7]])
 
     def by_hand(beta: float, gain: float) -> float:

@@ -83,6 +83,8 @@ def test_the_page_holds_the_figures_and_matrices_of_the_run(recipe: Recipe, tmp_
             expected = row.get(key)
             assert value == (expected if expected is None else pytest.approx(expected, rel=5e-6))
     assert {key for row in rows for key in row} == {*history["columns"], "train/step"}
+    graph = recipe.task.kind == "causal_graph"
+    assert ("above the hand-built model, nats" in page.text) == graph
 
     run = RunData.load(folder)
     frames = page.data["frames"]
@@ -295,6 +297,8 @@ def test_the_comparison_lists_runs_and_marks_differences(tmp_path: Path) -> None
     links = [a["href"] for tag, a in page.attributes if tag == "a"]
     assert links == ["slow/report.html"]
     assert page.tags.count("mark") == 2  # what is not as in most of the recipes
+    assert "over hand-built" in page.text
+    assert "Gap to the hand-built model, nats" in page.text
     assert [run["name"] for run in page.data["runs"]] == [
         "seed0",
         "seed1",

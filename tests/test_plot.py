@@ -10,6 +10,7 @@ import pytest
 from mechcausal import plot
 from mechcausal.plot.comparison import groups
 from mechcausal.plot.graph import WRONG
+from mechcausal.plot.style import REFERENCE_GREY
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.run_data import RunData, RunDataError
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe
@@ -194,6 +195,24 @@ def test_runs_that_differ_by_their_seed_are_a_mean_with_a_band() -> None:
     (band,) = [trace for trace in figure.data if trace.fill]
     upper = expected.mean(0) + expected.std(0, ddof=1)
     assert np.allclose(band.y[:4], upper)
+
+
+def test_the_loss_stands_beside_bayes_and_the_hand_built_model() -> None:
+    figure = plot.loss(run_of())
+    grey = {t.name: (t.line.dash, set(t.y)) for t in figure.data if t.line.color == REFERENCE_GREY}
+    assert grey == {"Bayes": ("dash", {1.0}), "hand-built": ("dashdot", {1.2})}
+    names = [trace.name for trace in plot.gap(run_of()).data]
+    assert names == ["evaluation − Bayes", "evaluation − hand-built"]
+
+
+def test_curves_of_several_runs_take_several_references() -> None:
+    keys = ("loss/bayes", "loss/construction", "no/such")
+    figure = plot.overlay(seeds(2), "loss/eval", reference=keys)
+    grey = {t.name: (t.line.dash, *t.y) for t in figure.data if t.line.color == REFERENCE_GREY}
+    assert grey == {
+        "some: loss/bayes": ("dash", 1.0, 1.0),
+        "some: loss/construction": ("dashdot", 1.2, 1.2),
+    }
 
 
 def test_runs_without_a_common_step_or_figure_are_still_drawn() -> None:

@@ -104,6 +104,15 @@ def test_figures_of_a_gradient_that_is_zero(tmp_path: Path) -> None:
     check_pictures(files)
 
 
+def test_curves_show_the_hand_built_model_beside_bayes() -> None:
+    references = {"loss/bayes": 0.1, "loss/construction": 0.2}
+    figure = draw_curves([row | references for row in history_of(5)], [0])
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert list(lines) == ["evaluation", "Bayes", "hand-built"]
+    assert set(lines["hand-built"].get_ydata()) == {0.2}
+    assert len({lines[name].get_linestyle() for name in lines}) == 3
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, 2000])
 def test_curves_take_histories_of_any_length_with_gaps(n_rows: int) -> None:
     figure = draw_curves(history_of(n_rows), [0, n_rows // 2])

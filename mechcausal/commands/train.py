@@ -143,7 +143,7 @@ _TABLE = (
     ("loss/eval", False, "nats"),
     ("loss/second_copy", False, "nats, in the repeated half"),
     ("loss/bayes", False, "nats, the best possible"),
-    ("loss/construction", False, "nats, the hand-built model of its kind"),
+    ("loss/construction", False, "nats, of the hand-built model"),
     ("loss/gap", False, "nats above Bayes"),
     ("loss/construction_gap", False, "nats above the hand-built model"),
 )

@@ -105,8 +105,8 @@ def render(
         '<h2 class="part">What differs between the recipes</h2>',
         _differences(grouped, labels, differences),
         "<footer><p>Bands are one standard deviation over runs to each side of their mean, at the "
-        "steps that all of them have; single runs are thin. Grey dashes are the best possible, dashes "
-        "with dots the hand-built model of the same kind."
+        "steps that all of them have; single runs are thin. Grey dashes are the best possible, "
+        "grey dashes with dots the hand-built model of the same kind."
         f"</p>{f'<ul>{listed}</ul>' if notes else ''}</footer>",
     ]
     return page(f"{title}: mechcausal", "\n".join(body), data, scripts=("table.js",))

@@ -18,7 +18,7 @@ SHARE = {"range": [-0.03, 1.05]}
 
 
 def loss(run: RunData) -> go.Figure:
-    """The loss in nats, of training and evaluation, with the best possible and the hand-built one."""
+    """The loss in nats beside the best possible one, and that of the hand-built model."""
     labels = {
         "loss/eval": "evaluation",
         "loss/train": "training",
