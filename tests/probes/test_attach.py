@@ -258,6 +258,22 @@ class TestModelsThatHideTheirHooks:
         model.blocks[1].compile(backend="eager")
         self.refuses(model, "attach", "compiled with torch.compile")
 
+    def test_a_compiled_copy_is_read_rightly_or_not_at_all(
+        self, model: HookedTransformer, tokens: Tensor
+    ):
+        compiled = torch.compile(model, backend="aot_eager")
+        compiled(tokens).sum().backward()
+        readings: list[Tensor] = []
+        for run in (model, compiled):
+            with attach(model, AttentionGradient("pattern")) as (gradient,):
+                run(tokens).sum().backward()
+            try:
+                readings.append(gradient.reading().values)
+            except ProbeError as error:
+                assert "a compiled copy of the model hides its own" in str(error)
+        for reading in readings[1:]:
+            torch.testing.assert_close(reading, readings[0])
+
     @pytest.mark.parametrize("instrument", [*instruments, *without_hooks])
     def test_wrapped(self, model: HookedTransformer, instrument: str):
         wrapped = nn.DataParallel(model)
