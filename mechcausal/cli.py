@@ -7,8 +7,11 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from mechcausal.commands.parsing import RefusedError
 from mechcausal.messages import printable
@@ -70,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(GARBAGE_THRESHOLD)
     try:
         main_of_command = import_module(f"mechcausal.commands.{command}").main
-        return int(main_of_command(rest))
+        with _probe_warnings_as_lines():
+            return int(main_of_command(rest))
     except RefusedError as refusal:
         return _complain(str(refusal))
     except KeyboardInterrupt as stop:  # before there was anything to complete
@@ -79,6 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextmanager
+def _probe_warnings_as_lines() -> Iterator[None]:
+    """Show what probes warn of as one line, without the place in the code."""
+    show = warnings.showwarning
+
+    def show_line(
+        message: Warning | str, category: type[Warning], *place: Any, **options: Any
+    ) -> None:
+        if category.__name__ == "ProbeWarning":  # probes would import torch
+            print(f"mechcausal: warning: {printable(str(message))}", file=sys.stderr)
+        else:
+            show(message, category, *place, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_line
+        yield
 
 
 def _complain(message: str) -> int:

@@ -249,8 +249,9 @@ def _observed(
     if backward is None or not torch.is_grad_enabled():
         return None
 
-    def on_gradient(gradient: Tensor) -> None:
-        if session.open:
+    def on_gradient(gradient: Tensor | None) -> None:
+        # None: compiled code computes with another copy of this activation.
+        if session.open and gradient is not None:
             with torch.no_grad():
                 backward(_converted(point, gradient.detach()))
 

@@ -138,8 +138,8 @@ class FirstPassCheck:
     """Checks the first pass of a model that any block sees, and warns of what does not hold."""
 
     def __init__(self, model: nn.Module, points: Mapping[str, nn.Module], hooks: Hooks) -> None:
-        config = config_of(model)
-        layers = tuple(layer for layer in range(config.n_layers) if pattern(layer) in points)
+        # No module without a pattern is asked for its configuration: it may have none.
+        layers = tuple(layer for layer in range(len(points)) if pattern(layer) in points)
         self._model = model
         self._pass = PassCheck(() if model in _CHECKED else layers)
         self._pass.watch(points, hooks)

@@ -126,7 +126,10 @@ class LayerProbe(Probe, Generic[R]):
         """The records, if every layer saw the same passes."""
         counts = {layer: record.batches for layer, record in self._records.items()}
         if not any(counts.values()):
-            raise ProbeError(f"{type(self).__name__} has no reading: no {self._seen()} seen yet")
+            raise ProbeError(
+                f"{type(self).__name__} has no reading: no {self._seen()} seen yet "
+                "(a compiled copy of the model hides its own)"
+            )
         if len(set(counts.values())) > 1:
             raise ProbeError(
                 f"{type(self).__name__} has no reading: a {self._seen()} did not reach every layer "

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookedRootModule, HookPoint
 
 from probes import (
     AttentionGradient,
@@ -226,6 +227,30 @@ def test_the_gradient_on_scores_reaches_through_what_others_make_of_the_pattern(
     torch.testing.assert_close(gradient.reading().sel(layer=0).values, true.sum(0))
 
 
+def test_any_module_with_hook_points_can_be_probed():
+    class Doubler(HookedRootModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hook_out = HookPoint()
+            self.setup()
+
+        def forward(self, x: Tensor) -> Tensor:
+            doubled: Tensor = self.hook_out(2 * x)
+            return doubled
+
+    class Out(Broken):
+        def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+            return {"hook_out": self.forward}
+
+        def forward(self, activation: Tensor) -> None:
+            self.seen = activation.tolist()
+
+    model = Doubler()
+    with attach(model, Out("never", ValueError())) as (probe,):
+        model(torch.ones(2))
+    assert probe.seen == [2.0, 2.0]
+
+
 class TestModelsThatHideTheirHooks:
     """One line names the cause."""
 
@@ -257,6 +282,23 @@ class TestModelsThatHideTheirHooks:
     def test_a_part_of_it_compiled(self, model: HookedTransformer):
         model.blocks[1].compile(backend="eager")
         self.refuses(model, "attach", "compiled with torch.compile")
+
+    @pytest.mark.slow
+    def test_a_compiled_copy_is_read_rightly_or_not_at_all(
+        self, model: HookedTransformer, tokens: Tensor
+    ):
+        compiled = torch.compile(model, backend="eager")
+        compiled(tokens).sum().backward()
+        plain, through_copy = AttentionGradient("pattern"), AttentionGradient("pattern")
+        with attach(model, plain):
+            model(tokens).sum().backward()
+        with attach(model, through_copy):
+            compiled(tokens).sum().backward()
+        if through_copy.batches:
+            torch.testing.assert_close(through_copy.reading().values, plain.reading().values)
+        else:
+            with pytest.raises(ProbeError, match="a compiled copy of the model hides its own"):
+                through_copy.reading()
 
     @pytest.mark.parametrize("instrument", [*instruments, *without_hooks])
     def test_wrapped(self, model: HookedTransformer, instrument: str):
