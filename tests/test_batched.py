@@ -412,3 +412,29 @@ def test_gradients_are_those_of_autograd_where_nothing_is_given_to_what_never_co
         for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
             assert gradient.isfinite().all()
             torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"task__transition": [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]},
+        {"task__transition": [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]},
+        {"task__alpha": 1e-40},
+        {"task__alpha": 1e40},
+    ],
+    ids=str,
+)
+def test_priors_at_the_edge_have_finite_losses_alone_and_in_a_batch(
+    tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    recipes = [tiny(seed=seed, **overrides) for seed in (0, 1)]
+    folders, outcomes = train_in(tmp_path, recipes)
+    assert outcomes == [Outcome("finished")] * 2
+    single = train(recipes[1], out=tmp_path / "single")
+    rows = zip(read_metrics(folders[1]), read_metrics(single.folder), strict=True)
+    finite = ("loss/eval", "loss/bayes", "loss/gap", "strategy/kl_unigram", "strategy/kl_bigram")
+    for ours, theirs in rows:
+        for name in finite:
+            value = theirs[name]
+            assert value is not None, name
+            assert ours[name] == pytest.approx(value, abs=1e-4), name

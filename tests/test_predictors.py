@@ -27,6 +27,7 @@ from mechcausal.predictors import (
 )
 from mechcausal.predictors.unigram import smoothing_total
 from mechcausal.priors import (
+    PROBABILITY_FLOOR,
     DirichletPrior,
     FixedTransition,
     Prior,
@@ -301,3 +302,13 @@ def test_the_unigram_strategy_gains_where_it_used_to_lose() -> None:
     batch = task.sample(20_000, generator=seeded(12))
     losses = task_losses(unigram_prediction(task, batch.tokens), batch.target)
     assert z_score(losses, math.log(10) - 0.04) < -4
+
+
+@pytest.mark.parametrize("alpha", [1e-40, 1e-3])
+def test_bayes_excludes_nothing_that_a_drawn_matrix_holds(alpha: float) -> None:
+    """Entries are kept above a floor, so their mean lies above it: else a label costs infinity."""
+    task = symmetric_task(icl_pairs(9), alpha, 3)
+    batch = task.sample(300, generator=seeded(13))
+    bayes = bayes_prediction(task, batch.tokens, generator=seeded(14), n_draws=8)
+    assert bayes.min() >= PROBABILITY_FLOOR * 0.999
+    assert task_losses(bayes, batch.target).isfinite().all()

@@ -92,7 +92,8 @@ def bayes_prediction(
     for start in range(0, tokens.shape[0], chunk):
         rows = slice(start, start + chunk)
         log_weights = _root_log_weights(posterior[rows], tokens[rows], roots, n_draws, generator)
-        parts.append((mean[rows].log() + log_weights).softmax(-1).to(mean.dtype))
+        posterior_mean = (mean[rows].log() + log_weights).softmax(-1).to(mean.dtype)
+        parts.append(posterior_mean.clamp_(min=PROBABILITY_FLOOR))  # as the entries it is a mean of
     return torch.cat(parts)
 
 
