@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens import HookedRootModule, HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from probes import (
     AttentionGradient,
