@@ -13,6 +13,9 @@ from mechcausal.experiments import Experiment, Generators
 from mechcausal.run_folder import STEP
 from mechcausal.tracking import RunRecord, writing
 
+FORMATION_MOVE = 0.05
+"""How far the induction score moves from one checkpoint of its formation to the next."""
+
 
 class Checkpointer:
     """Takes the checkpoints of a run by the schedule of its recipe."""
@@ -42,12 +45,14 @@ class Checkpointer:
         self._start = start
         self._section = experiment.recipe.checkpoints
         self._saved: int | None = None
-        rows = album.history
-        self._kept = {
-            int(row[STEP] or 0)
-            for row, before in zip(rows[1:], rows, strict=False)
-            if self._is_added(int(row[STEP] or 0), before.get("induction/score"))
-        }
+        self._kept: set[int] = set()
+        self._kept_score = 0.0
+        score = None
+        for row in album.history:
+            self._keep_if_added(int(row[STEP] or 0), score)
+            score = row.get("induction/score")
+        if start:
+            self._keep_if_added(start, score)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be taken before this step."""
@@ -77,8 +82,7 @@ class Checkpointer:
                 optimizer=optimizer,
                 generators=self._generators,
             )
-        if self._is_added(step, self._album.latest.get("induction/score")):
-            self._kept.add(step)
+        self._keep_if_added(step, self._album.latest.get("induction/score"))
         self._saved = step
 
     def publish(self, step: int) -> None:
@@ -103,4 +107,16 @@ class Checkpointer:
         """
         if self._section.schedule not in ("formation", "probes") or step not in self._album.steps:
             return False
-        return self._section.schedule == "probes" or (score is not None and 0.1 < score < 0.9)
+        if self._section.schedule == "probes":
+            return True
+        # A score may rest between the bounds for most of a run: nothing forms then.
+        return (
+            score is not None
+            and 0.1 < score < 0.9
+            and abs(score - self._kept_score) >= FORMATION_MOVE
+        )
+
+    def _keep_if_added(self, step: int, score: float | None) -> None:
+        if self._is_added(step, score):
+            self._kept.add(step)
+            self._kept_score = score or 0.0

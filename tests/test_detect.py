@@ -223,7 +223,7 @@ def test_every_verdict_has_the_columns_it_rests_on(
 ) -> None:
     _, output, _ = command("wired")
     heading = next(line for line in output.splitlines() if "induction" in line and "head" in line)
-    for column in ("induction", "control", "uniform", "previous", "dupl.", "positional", "copying"):
+    for column in ("induction", "previous", "dupl.", "positional", "copying", "verdict"):
         assert column in heading
     assert heading.count("control") == 2
     rows = {(row["layer"], row["head"]): row for row in as_json("wired")["heads"]}
@@ -232,6 +232,19 @@ def test_every_verdict_has_the_columns_it_rests_on(
     assert row["positional_offset"] == wiring.offset
     assert f"{row['positional']:.3f} at {wiring.offset}" in output
     assert f"{rows[wiring.duplicate]['duplicate_control']:.3f}" in output
+    assert f"uniform attention scores {row['uniform_baseline']:.3f}" in output
+
+
+def test_the_table_fits_a_narrow_terminal(
+    command: Command, wiring: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output, _ = command("wired")
+    assert all(len(line) <= 80 for line in output.splitlines())
+    for layer, head in wiring.verdicts:
+        assert f"{layer}.{head} " in output
+    for word in ("induction", "positional", "previous", "duplicate", "copying", "verdict"):
+        assert word in output
 
 
 def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:

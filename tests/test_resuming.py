@@ -477,6 +477,25 @@ def test_formation_is_kept_in_detail(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(checkpoint_folders(tmp_path / "run")) == forming | {24}
 
 
+def test_a_score_that_rests_is_no_formation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the bounds, but unmoved: one checkpoint of each level, and of the way between."""
+    scores = [0.0, 0.05, 0.2, 0.21, 0.19, 0.2, 0.4, 0.62, 0.61, 0.63, 0.62]
+    left = iter(scores)
+    real = Experiment.__subclasses__()[0].observe
+
+    def observe(self: Any) -> Any:
+        observation = real(self)
+        observation.figures["induction/score"] = next(left)
+        return observation
+
+    monkeypatch.setattr(Experiment.__subclasses__()[0], "observe", observe)
+    saved_steps(tmp_path, monkeypatch, checkpoints__schedule="formation", checkpoints__every=100)
+    after = [int(row[STEP] or 0) for row in read_metrics(tmp_path / "run")][1:]
+    assert set(checkpoint_folders(tmp_path / "run")) == {after[i] for i in (2, 6, 7)} | {24}
+
+
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     folder = train(
         tiny(

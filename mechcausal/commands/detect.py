@@ -134,21 +134,25 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
             f"threshold {scores.threshold:g}"
         ),
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,  # the box's own spaces are enough: 80 characters hold it all
     )
-    table.add_column("head")
+    table.add_column("head", no_wrap=True)
     for heading in (
-        *("induction", "control", "uniform", "previous", "dupl.", "control"),
-        *("positional", "copying"),
+        "induction",
+        "control",
+        "previous",
+        "dupl.",
+        "control",
+        "positional",
+        "copying",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", min_width=10)
     for row in shown:
         table.add_row(
             f"{row['layer']}.{row['head']}",
             f"{_number(row['induction'])} ±{_number(row['induction_stderr'])}",
             _number(row["positional_control"]),
-            _number(row["uniform_baseline"]),
             _number(row["previous_token"]),
             _number(row["duplicate_token"]),
             _number(row["duplicate_control"]),
@@ -157,6 +161,8 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
             ", ".join(row["verdict"]).replace("_", " "),
         )
     console.print(table)
+    uniform = _number(rows[0]["uniform_baseline"])
+    console.print(f"uniform attention scores {uniform} as induction")
     if len(shown) < len(rows):
         console.print(f"{len(rows) - len(shown)} more heads without a verdict: --all shows them")
     if detection.in_context is not None:

@@ -213,8 +213,8 @@ class CheckpointsSection:
 
     schedule: Literal["every", "formation", "probes", "none"] = "every"
     """every: each `every` steps, and at the end. formation: also at every probe step while the
-    induction score, 0 at chance, lies between 0.1 and 0.9. probes: also at every probe step. What
-    formation and probes add is kept. none: none."""
+    induction score, 0 at chance, lies between 0.1 and 0.9, whenever it has moved by 0.05. probes:
+    also at every probe step. What formation and probes add is kept. none: none."""
     every: PositiveInt = 200
     """Steps between checkpoints."""
     keep: PositiveInt = 2
