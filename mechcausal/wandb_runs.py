@@ -7,7 +7,6 @@ its rows are counted, and whatever it raises becomes a warning while the run goe
 
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,8 +115,6 @@ def start_wandb(
     said: list[str] = []
     options.setdefault("id", secrets.token_hex(4))
     for attempt in attempts:
-        pattern = f"run-*-{options['id']}"  # others may write to that folder, too
-        before = set((folder / "wandb").glob(pattern))
         try:
             run = wandb_session.open_run(
                 patience=PATIENCE_SECONDS,
@@ -128,9 +125,6 @@ def start_wandb(
             )
         except Exception as error:  # whatever W&B raises, the training goes on
             said.append(f"W&B could not start {attempt}: {first_line(error)}")
-            # Else it leaves a fragment without a row.
-            for leftover in set((folder / "wandb").glob(pattern)) - before:
-                shutil.rmtree(leftover, ignore_errors=True)
             continue
         warnings += [line for line in said if not line.startswith("W&B could not start offline")]
         actual = Path(run.settings.sync_dir).resolve()

@@ -6,6 +6,7 @@ W&B has one session a process: settings, a login, a service, and the runs that a
 
 import os
 import queue
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from mechcausal.wandb_fragments import fragments
+
 if TYPE_CHECKING:
     from wandb import Settings
     from wandb.sdk.wandb_run import Run
 
 # Held while a run is opened and while the service is ended: a run in between is on no list yet.
 _lock = threading.RLock()
-_open_runs: list["Run"] = []
-"""Ours: W&B's own list is kept free of them."""
+_open_runs: list[tuple[int, "Run"]] = []
+"""Ours, with the process that opened them: W&B's own list is kept free of them."""
 
 
 def settings() -> "Settings | None":
@@ -76,16 +79,18 @@ def open_run(*, patience: int, **options: Any) -> "Run":
 
     Args:
         patience: seconds for W&B to tidy up after an attempt that failed.
-        **options: of `wandb.init`, the run's id among them.
+        **options: of `wandb.init`, with `dir` and `id`.
 
     Raises:
-        Exception: whatever W&B raises; its session is then without the run.
+        Exception: whatever W&B raises; its session and the folder are then without the run.
     """
     import wandb
     from wandb.sdk import wandb_setup
 
     with _lock:
         _leave_service_of_others()
+        folder, run_id = Path(options["dir"]), options["id"]
+        before = fragments(folder, run_id)
         try:
             session = wandb_setup.singleton()
             # Read before the environment changes: W&B warns the user of a change that comes after.
@@ -93,12 +98,18 @@ def open_run(*, patience: int, **options: Any) -> "Run":
             # Its reports of its own errors keep a process without network from ending.
             with environment("WANDB_ERROR_REPORTING", "false", override=False):
                 run = wandb.init(**options)
-        except Exception:
-            _drop_unopened(options["id"], patience)
+        except Exception as error:
+            begun = set(fragments(folder, run_id)) - set(before)
+            if not _others_are_open():
+                _end_session(patience)
+            elif begun:
+                _close_unopened(run_id, error, patience)
+            for leftover in begun:  # without a row
+                shutil.rmtree(leftover, ignore_errors=True)
             raise
         with suppress(AttributeError):
             session.remove_active_run(run)  # else the user's next `wandb.init` returns it
-        _open_runs.append(run)
+        _open_runs.append((os.getpid(), run))
         return run
 
 
@@ -151,12 +162,12 @@ def abandon_run(run: "Run", *, patience: int) -> None:
             _end_session(patience)
 
 
-def _drop_unopened(run_id: str, patience: int) -> None:
-    """After an attempt that failed: else W&B takes the id for one in use."""
+def _close_unopened(run_id: str, error: Exception, patience: int) -> None:
+    """Free the id of a run that could not be opened: else the next attempt finds it in use."""
     from wandb.sdk import wandb_setup
+    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
-    if not _others_are_open():
-        _end_session(patience)
+    if isinstance(error, ServerResponseError):  # somebody else's run has that id
         return
     with suppress(Exception):
         service = wandb_setup.singleton().assert_service()
@@ -173,11 +184,11 @@ def _others_are_open(run: "Run | None" = None) -> bool:
     session = wandb_setup._singleton
     if session is not None and session._pid == os.getpid() and session.most_recent_active_run:
         return True
-    return any(other is not run for other in _open_runs)
+    return any(other is not run for pid, other in _open_runs if pid == os.getpid())
 
 
 def _forget(run: "Run") -> None:
-    _open_runs[:] = [other for other in _open_runs if other is not run]
+    _open_runs[:] = [(pid, other) for pid, other in _open_runs if other is not run]
 
 
 def _end_session(patience: int) -> None:

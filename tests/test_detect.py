@@ -376,7 +376,7 @@ def test_a_heatmap_that_wandb_cannot_be_given_costs_neither_the_run_nor_the_resu
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = set((folder / "graph").glob("wandb/*run-*"))
+    before = set((folder / "run").glob("wandb/offline-run-*-*"))
     monkeypatch.setattr("mechcausal.detection.draw_heatmap", fail)
     code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
     assert code == 0

@@ -408,6 +408,9 @@ def test_a_failing_member_is_reported_and_stops_no_other(
         page.count('<figure class="card"><img alt=') == len(list((out / "figures").iterdir())) > 0
     )
     assert "the loss became inf at step 0" in page
+    (out / "results.parquet").write_bytes(b"no table")
+    assert main(["report", str(out)]) == 0
+    assert "the sweep has no pictures: " in (out / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_the_folder_of_another_sweep_is_refused(tmp_path: Path, engine: InlineEngine) -> None:

@@ -255,6 +255,16 @@ def test_a_server_that_refuses_our_run_leaves_it_offline_and_the_users_open(
     user.check()
 
 
+def test_a_run_of_the_user_whose_id_ours_would_have_stays_open(tmp_path: Path) -> None:
+    user = User(tmp_path / "user")
+    user.begin()
+    user.log()
+    ours = WandbRun("offline", tmp_path / "run", lambda line: None, project="p", id="theirs")
+    assert ours.mode == "disabled"
+    assert fragments(tmp_path / "run", "theirs") == []
+    user.check()
+
+
 def test_a_failure_of_ours_forgets_no_login_of_the_user(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
