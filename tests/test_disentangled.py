@@ -372,6 +372,16 @@ def test_the_ideal_solution_predicts_the_frequencies_of_its_context(
     assert checked > 50
 
 
+@pytest.mark.parametrize("beta", [5.0, 40.0, 400.0])
+def test_the_querys_own_row_is_no_example_in_the_ideal_solution(beta: float) -> None:
+    model = DisentangledTransformer(3, 6, (2, 1))
+    model.set_ideal(k_gram(6, 2), beta=beta, gain=1.0)
+    # Its context (1, 2) is new, and the last position alone holds a 2: its share is its attention.
+    shares = model.logits(torch.tensor([[0, 0, 0, 0, 1, 2]])).detach()[0]
+    assert shares[2] < 1e-6
+    assert shares[:2].sum() == pytest.approx(1.0)
+
+
 def test_the_ideal_solution_is_the_same_in_the_hooked_transformer() -> None:
     model = DisentangledTransformer(3, 8, (2, 1))
     model.set_ideal(two_parents(8))
