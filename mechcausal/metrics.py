@@ -119,7 +119,7 @@ def correlations(left: Float[Tensor, "n"], right: Float[Tensor, "n"]) -> tuple[f
     if len(left) < 2 or bool((left == left[0]).all()) or bool((right == right[0]).all()):
         return float("nan"), float("nan")
     pair = np.stack([left.cpu().numpy(), right.cpu().numpy()])
-    # Without scipy.stats: its p-values take longer than all else in a look, to load it half a second.
+    # Without scipy.stats, which loads for half a second and takes its time over p-values.
     ranks = np.stack([_ranks(values) for values in pair])
     return float(np.corrcoef(pair)[0, 1]), float(np.corrcoef(ranks)[0, 1])
 

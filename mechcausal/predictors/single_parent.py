@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.priors import (
-    PROBABILITY_FLOOR,
     DirichletPrior,
+    normalised_exponentials,
     sample_log_gamma,
     stationary_distribution,
     stationary_with_first_row,
@@ -128,8 +128,7 @@ def _root_log_weights(
     diagonal = query_rows.diagonal(dim1=2, dim2=3)
     diagonal.copy_(torch.logaddexp(diagonal, extra))
     draws, query_rows = (
-        values.softmax(-1).clamp_(min=PROBABILITY_FLOOR).flatten(0, 1)
-        for values in (log_gamma, query_rows)
+        normalised_exponentials(values).flatten(0, 1) for values in (log_gamma, query_rows)
     )
     mu = stationary_with_first_row(draws, query_rows).view(shape)
     at_roots = exchange.gather(1, tokens[:, roots]).view(batch, 1, 1, -1)
