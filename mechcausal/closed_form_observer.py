@@ -5,7 +5,8 @@ With m, a, p and dz of `models.batched_simplified`, sequence b has at layer 1's 
 squares of the centred `dz_bi (m_bk - mean over j <= i of m_bj)`. What passes through layer 1's
 softmax is computed for each sequence, in the hooked model's precision and order of operations:
 where attention has saturated these gradients are differences of almost equal numbers, and their
-ranks would show every other rounding.
+ranks would show every other rounding. On long sequences that takes minutes, and all of it is summed
+in float64 instead.
 """
 
 import math
@@ -27,6 +28,8 @@ from probes.scores import mean_weights
 
 # Entries of what is computed for each sequence of a part of the evaluation batch.
 _MAX_ENTRIES = 4_000_000
+# Attention entries of the whole evaluation batch; where there are more, sequences are summed.
+_MOST_ENTRIES = 200_000_000
 
 
 class ClosedFormObserver(Observer):
@@ -40,6 +43,9 @@ class ClosedFormObserver(Observer):
     def __init__(self, model: SimplifiedTransformer, *args: Any, **options: Any) -> None:
         """As `Observer`."""
         super().__init__(model, *args, **options)
+        area = model.sequence_length**2
+        self._at_once = max(1, _MAX_ENTRIES // area)
+        self._is_long = len(self.batch) * area > _MOST_ENTRIES
         # With these the query's attention adds up to the induction score; NaN: it has none.
         keys = induction_keys(self.batch.tokens, self.task.graph)
         self._weights = mean_weights(keys.unsqueeze(1)).squeeze(1)
@@ -49,8 +55,8 @@ class ClosedFormObserver(Observer):
         """One look at the model, see `Observer.observe`."""
         model, total = self.model, len(self.batch)
         attention1 = model.attention1()
-        rows = max(1, _MAX_ENTRIES // model.sequence_length**2)
-        predictions, induction, sums = [], [], _Sums(attention1)
+        rows = max(self._at_once, 128) if self._is_long else self._at_once
+        predictions, induction, sums = [], [], _Sums(attention1, by_sequence=not self._is_long)
         for start in range(0, total, rows):
             part = self.batch[start : start + rows]
             attention2 = self._query_attention(attention1, part.tokens)
@@ -61,14 +67,17 @@ class ClosedFormObserver(Observer):
             predictions.append(prediction)
             induction.append((attention2 * self._weights[start : start + rows]).sum(-1))
         scores, pattern, stderr = sums.gradients()
-        repeated = self._attention2(self.repeated).unsqueeze(1)
+        matching = [
+            prefix_matching_score(self._attention2(tokens).unsqueeze(1), tokens)
+            for tokens in self.repeated.split(self._at_once)
+        ]
         look = Look(
             attention=attention1.unsqueeze(0).cpu(),
             scores=-scores.unsqueeze(0).cpu(),
             pattern=-pattern.unsqueeze(0).cpu(),
             pattern_stderr=stderr.unsqueeze(0).cpu(),
             induction=torch.cat(induction).nanmean().view(1),
-            matching=prefix_matching_score(repeated, self.repeated).nanmean(0),
+            matching=torch.cat(matching).nanmean(0),
             examples=self._query_attention(attention1, self.examples).unsqueeze(1).cpu(),
             prediction=torch.cat(predictions),
         )
@@ -82,6 +91,8 @@ class ClosedFormObserver(Observer):
         self, attention1: Float[Tensor, "query key"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
         """Layer 2's pattern in the last row, computed from keys and queries as the hooked model."""
+        if self._is_long:
+            return (self._by_query(tokens).gather(1, tokens) @ attention1.T).softmax(-1)
         vocab, length = self.model.vocab_size, self.model.sequence_length
         padding = (0, max(length - vocab, 0))  # d_head
         copied = attention1 @ F.one_hot(tokens, vocab).to(attention1.dtype)
@@ -114,8 +125,9 @@ class ClosedFormObserver(Observer):
 class _Sums:
     """Sums over sequences of the gradients at layer 1, in float64 as the probes take them."""
 
-    def __init__(self, attention1: Float[Tensor, "query key"]) -> None:
+    def __init__(self, attention1: Float[Tensor, "query key"], *, by_sequence: bool) -> None:
         self._attention1 = attention1
+        self._by_sequence = by_sequence
         length = len(attention1)
         self._n_sequences = 0
         self._n_keys = torch.arange(1, length + 1, device=attention1.device)
@@ -126,9 +138,13 @@ class _Sums:
         self, gradient: Float[Tensor, "batch pos"], matches: Float[Tensor, "batch pos"]
     ) -> None:
         """Take in sequences: dz and m."""
-        upstream = gradient.unsqueeze(2) * matches.unsqueeze(1)
-        pattern = self._attention1.expand_as(upstream)
-        self._scores = self._scores + through_softmax(upstream, pattern).sum(0, dtype=torch.float64)
+        if self._by_sequence:
+            upstream = gradient.unsqueeze(2) * matches.unsqueeze(1)
+            through = through_softmax(upstream, self._attention1.expand_as(upstream))
+            self._scores = self._scores + through.sum(0, dtype=torch.float64)
+        else:
+            upstream = gradient.double().T @ matches.double()
+            self._scores = self._scores + through_softmax(upstream, self._attention1.double())
         self._n_sequences += len(gradient)
         gradient, matches = gradient.double(), matches.double()
         mean = matches.cumsum(1) / self._n_keys  # of the keys that query i sees

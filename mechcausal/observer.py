@@ -4,6 +4,7 @@ The hooked model runs on a fixed evaluation batch, so that consecutive figures d
 model learned and not by what it was shown.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ class Observer:
     Attributes:
         batch: the evaluation sequences.
         examples: the first few of them, whose attention is kept sequence by sequence.
-        bayes_loss: cross entropy of the Bayes predictor on them, nats.
+        bayes: the Bayes loss on them.
         construction: the hand-built solution of the model's kind on them; None if it has none.
         strategy_losses: cross entropy of every strategy on them, nats.
         uniform_induction: what uniform attention of the last layer's query scores on them as
@@ -88,6 +89,8 @@ class Observer:
         epsilon: float,
         bayes_draws: int,
         generator: torch.Generator,
+        max_seconds: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Draw the evaluation batch and what it is compared with.
 
@@ -97,8 +100,10 @@ class Observer:
             theory: of the same graph and prior.
             n_sequences: size of the evaluation batch.
             epsilon: smoothing of predictions, as in training.
-            bayes_draws: see `predictors.bayes_prediction`.
+            bayes_draws: see `predictors.bayes_loss`.
             generator: of the evaluation alone.
+            max_seconds: for the Bayes loss, see there.
+            on_progress: told how far the Bayes loss is.
         """
         self.model = model
         self.task = task
@@ -107,8 +112,14 @@ class Observer:
         self.batch = task.sample(n_sequences, generator=generator)
         tokens, target = self.batch.tokens, self.batch.target
         self.examples = tokens[:_N_EXAMPLES]
-        bayes = predictors.bayes_prediction(task, tokens, generator=generator, n_draws=bayes_draws)
-        self.bayes_loss = soft_cross_entropy(bayes, target).item()
+        self.bayes = predictors.bayes_loss(
+            task,
+            self.batch,
+            generator=generator,
+            max_draws=bayes_draws,
+            max_seconds=max_seconds,
+            on_progress=on_progress,
+        )
         self.construction = best_construction(model, task.graph, self.batch, epsilon=epsilon)
         self._strategies = predictors.strategies(task, tokens)
         self.strategy_losses = {
@@ -256,8 +267,8 @@ class Observer:
 
     def _losses(self, prediction: Tensor) -> dict[str, float]:
         loss = soft_cross_entropy(prediction, self.batch.target, epsilon=self.epsilon).item()
-        losses = {"loss/eval": loss, "loss/bayes": self.bayes_loss}
-        losses["loss/gap"] = loss - self.bayes_loss
+        losses = {"loss/eval": loss, "loss/bayes": self.bayes.mean}
+        losses["loss/gap"] = loss - self.bayes.mean
         if self.construction is not None:
             losses["loss/construction"] = self.construction.loss
             losses["loss/construction_gap"] = loss - self.construction.loss

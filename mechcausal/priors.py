@@ -1,9 +1,8 @@
 """Priors over transition matrices `pi`, and the stationary distribution `mu` of each matrix."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +12,9 @@ from torch import Tensor
 # reducible. Probabilities are kept above this floor: far below anything that can be sampled, and
 # far enough above the smallest float32 for products of a few of them.
 PROBABILITY_FLOOR = 1e-30
+# Entries of the matrices that are eliminated together.
+_CACHED_ENTRIES = 150_000
+_CUDA_ENTRIES = 20_000_000
 
 # Totals of Dirichlet parameters outside these cannot be told from them by any draw: rows have one
 # token, or are the mean to all digits. Within, float32 holds every step of the arithmetic.
@@ -25,9 +27,9 @@ class PriorError(ValueError):
 
 
 def stationary_distribution(
-    transition: Float[Tensor, "batch vocab vocab"],
+    transition: Float[Tensor, "batch vocab vocab"], *, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "batch vocab"]:
-    """The distribution `mu` with `mu pi = mu`, by Grassmann-Taksar-Heyman elimination in float64.
+    """The distribution `mu` with `mu pi = mu`, by Grassmann-Taksar-Heyman elimination.
 
     The elimination subtracts nothing, so it stays accurate to rounding where solving the linear
     system fails (sparse rows, nearly reducible chains). A reducible chain gets the stationary
@@ -35,25 +37,39 @@ def stationary_distribution(
 
     Args:
         transition: rows sum to 1.
+        dtype: to compute in. float32 keeps six digits of entries that are not below the floor.
 
     Returns:
-        float64, rows sum to 1.
+        Of that dtype, rows sum to 1.
 
     Example:
         >>> pi = torch.tensor([[[0.9, 0.1], [0.3, 0.7]]])
         >>> [round(p, 6) for p in stationary_distribution(pi)[0].tolist()]
         [0.75, 0.25]
     """
+    parts = [_stationary(part, dtype) for part in transition.split(_at_once(transition))]
+    return torch.cat(parts) if parts else transition.new_zeros(transition.shape[:2], dtype=dtype)
+
+
+def _at_once(transition: Tensor) -> int:
+    """How many matrices are eliminated together: as many as a processor's cache holds."""
+    most = _CUDA_ENTRIES if transition.is_cuda else _CACHED_ENTRIES
+    return max(128, most // transition.shape[-1] ** 2)
+
+
+def _stationary(
+    transition: Float[Tensor, "batch vocab vocab"], dtype: torch.dtype
+) -> Float[Tensor, "batch vocab"]:
     vocab = transition.shape[-1]
     # The batch goes last: every operation below then runs over contiguous memory.
-    reduced = transition.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
+    reduced = transition.permute(1, 2, 0).to(dtype, copy=True).contiguous()
     reduced.clamp_(min=PROBABILITY_FLOOR)
     for state in range(vocab - 1, 0, -1):
         reduced[:state, state] /= reduced[state, :state].sum(0)
         reduced[:state, :state].addcmul_(
             reduced[:state, state].unsqueeze(1), reduced[state, :state].unsqueeze(0)
         )
-    mu = torch.ones(vocab, transition.shape[0], dtype=torch.float64, device=transition.device)
+    mu = torch.ones(vocab, transition.shape[0], dtype=dtype, device=transition.device)
     for state in range(1, vocab):
         mu[state] = (mu[:state] * reduced[:state, state]).sum(0)
         # A near-absorbing state outweighs the others by up to 1/floor per level: rescale.
@@ -69,6 +85,14 @@ def stationary_with_first_row(
     As `stationary_distribution`, whose elimination leaves state 0 to the end: all variants share
     the work on the other states.
     """
+    size = _at_once(transition)
+    pairs = zip(transition.split(size), first_rows.split(size), strict=True)
+    return torch.cat([_stationary_with_first_row(*pair) for pair in pairs])
+
+
+def _stationary_with_first_row(
+    transition: Float[Tensor, "batch vocab vocab"], first_rows: Float[Tensor, "batch variant vocab"]
+) -> Float[Tensor, "batch variant vocab"]:
     vocab = transition.shape[-1]
     reduced = transition.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
     variants = first_rows.permute(1, 2, 0).to(torch.float64, copy=True).contiguous()
@@ -88,95 +112,147 @@ def stationary_with_first_row(
 
 
 def sample_log_gamma(
-    concentration: Float[Tensor, "*any"], shape: Sequence[int], *, generator: torch.Generator
+    concentration: Float[Tensor, "*any"],
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Float[Tensor, "*shape"]:
     """Logarithms of independent Gamma(concentration, 1) draws, safe for any concentration > 0.
 
     Marsaglia and Tsang (2000), vectorised; below 1 through Gamma(a) = Gamma(a + 1) U^(1/a), whose
-    logarithm cannot underflow. (torch's own gamma sampler has no public generator argument, works
-    on one thread, and returns 0 for small concentrations.)
+    logarithm cannot underflow. (torch's own gamma sampler takes twice as long, on one thread, and
+    returns 0 for small concentrations.)
 
     Args:
-        concentration: broadcast to `shape`, on the generator's device.
+        concentration: broadcast to `shape`, on the generators' device.
         shape: of the draws.
-        generator: source of randomness.
+        generator: source of randomness; of several, each draws its equal share along the first
+            axis, and nothing that it draws depends on the others.
     """
-
-    def propose(scale: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        options: Any = {"generator": generator, "dtype": scale.dtype, "device": generator.device}
-        normal = torch.randn(shape, **options)
-        return propose_log_gamma(scale, normal, torch.rand(shape, **options))
-
-    scale = log_gamma_scale(concentration)
-    log_draw, accepted = propose(scale, shape)
-    rejected = (~accepted).nonzero(as_tuple=True)
-    everywhere = scale.expand(shape)
-    while len(rejected[0]):  # one proposal in twenty at first
-        proposal, accepted = propose(everywhere[rejected], rejected[0].shape)
-        log_draw[rejected] = proposal
-        rejected = tuple(index[~accepted] for index in rejected)
-    if bool((concentration < 1).any()):
-        uniform = torch.rand(
-            shape, generator=generator, dtype=concentration.dtype, device=generator.device
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    share = math.prod(shape) // len(generators)
+    dtype = concentration.dtype
+    normal, uniform = (
+        draw_for_each(generators, draw, [share] * len(generators), dtype=dtype).view(*shape)
+        for draw in (torch.randn, torch.rand)
+    )
+    log_draw, accepted = _propose_log_gamma(concentration, normal, uniform)
+    flat = log_draw.view(-1)
+    rejected = accepted.logical_not_().view(-1).nonzero().squeeze(1)  # one in twenty
+    concentration = _entries(concentration, shape, rejected).view(-1, 1)
+    n_tries = 1
+    while len(rejected):
+        counts = [len(rejected)]
+        if len(generators) > 1:
+            counts = (rejected // share).bincount(minlength=len(generators)).tolist()
+        normal, uniform = (
+            draw_for_each(generators, draw, [n_tries * n for n in counts], dtype=dtype)
+            for draw in (torch.randn, torch.rand)
         )
-        log_draw += log_gamma_correction(concentration, uniform)
+        proposals, accepted = _propose_log_gamma(
+            concentration, normal.view(-1, n_tries), uniform.view(-1, n_tries)
+        )
+        is_accepted, first = accepted.max(1)
+        flat[rejected] = proposals.gather(1, first.unsqueeze(1)).squeeze(1)
+        rejected, concentration = rejected[~is_accepted], concentration[~is_accepted]
+        n_tries = _RETRIES
     return log_draw
 
 
-def log_gamma_scale(concentration: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """What `propose_log_gamma` needs for a concentration."""
-    return torch.where(concentration < 1, concentration + 1, concentration) - 1 / 3
+# Proposals at a time for the few draws rejected twice: nearly always one of them will do.
+_RETRIES = 4
 
 
-def propose_log_gamma(
-    scale: Float[Tensor, "*any"], normal: Float[Tensor, "*shape"], uniform: Float[Tensor, "*shape"]
-) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
-    """Candidates for log Gamma(scale + 1/3), and which of them are accepted.
+def _entries(values: Tensor, shape: Sequence[int], index: Tensor) -> Tensor:
+    """Entries of `values` broadcast to a shape, by their numbers there."""
+    values = values.contiguous()
+    offset, size = torch.zeros_like(index), 1
+    for length, stride in zip(shape[::-1], values.expand(*shape).stride()[::-1], strict=True):
+        if stride:
+            offset += (index // size if size > 1 else index) % length * stride
+        size *= length
+    return values.view(-1)[offset]
+
+
+def draw_for_each(
+    generators: Sequence[torch.Generator],
+    draw: Callable[..., Tensor],
+    counts: Sequence[int],
+    *,
+    dtype: torch.dtype,
+) -> Float[Tensor, "all"]:
+    """Draws of each generator one after another, as many as each is to give.
 
     Args:
-        scale: broadcast to the draws.
+        generators: on one device.
+        draw: torch.rand, torch.randn.
+        counts: of each generator.
+        dtype: of the draws.
+    """
+    drawn = torch.empty(sum(counts), dtype=dtype, device=generators[0].device)
+    for part, count, generator in zip(drawn.split(list(counts)), counts, generators, strict=True):
+        if count:
+            draw(count, generator=generator, out=part)
+    return drawn
+
+
+def _propose_log_gamma(
+    concentration: Float[Tensor, "*any"],
+    normal: Float[Tensor, "*shape"],
+    uniform: Float[Tensor, "*shape"],
+) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
+    """Candidates for log Gamma(concentration), and which of them are accepted.
+
+    Args:
+        concentration: broadcast to the draws.
         normal: standard normal draws, overwritten.
         uniform: draws from [0, 1), overwritten.
     """
-    root = (normal / (9 * scale).sqrt()).add_(1)
-    log_cube = root.log().mul_(3)  # NaN where the root is negative: no comparison accepts that
-    bound = root.pow_(3).neg_().add_(log_cube).add_(1).mul_(scale)
-    bound += normal.square_().mul_(0.5)
-    accepted = _log_of_complement(uniform) < bound
-    return log_cube.add_(scale.log()), accepted
+    is_small = concentration < 1
+    scale = torch.where(is_small, concentration + 1, concentration) - 1 / 3
+    root = (normal * (9 * scale).rsqrt()).add_(1)
+    cube = root.square().mul_(root)
+    log_draw = root.log_().mul_(3)  # NaN where the root is negative: no comparison accepts that
+    log_chance = normal.square_().mul_(0.5).add_((log_draw - cube).add_(1).mul_(scale))
+    log_uniform = uniform.neg_().add_(1).log_()  # of (0, 1]: finite
+    accepted = log_uniform < log_chance
+    log_draw.add_(scale.log())
+    if bool(is_small.any()):
+        # Where U was accepted against a chance c, U / min(c, 1) is uniform and says nothing of the
+        # draw: it serves as the U of Gamma(a + 1) U^(1/a).
+        inverse = torch.where(is_small, 1 / concentration, 0.0)
+        inverse.clamp_(
+            max=torch.finfo(inverse.dtype).max / 128
+        )  # no log(U) of floats is below -128
+        log_draw.add_(log_uniform.sub_(log_chance.clamp_(max=0)).mul_(inverse))
+    return log_draw, accepted
 
 
-def log_gamma_correction(
-    concentration: Float[Tensor, "*any"], uniform: Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
-    """What takes log Gamma(a + 1) to log Gamma(a): `log(U) / a` for a < 1, else 0; finite.
+def normalised_exponentials(
+    log_weights: Float[Tensor, "*any vocab"],
+) -> Float[Tensor, "*any vocab"]:
+    """The softmax along the last axis, no entry below `PROBABILITY_FLOOR`; overwrites its argument.
 
-    Args:
-        concentration: a, broadcast to the draws.
-        uniform: draws from [0, 1), overwritten.
+    torch's own takes many times as long for axes of a few entries.
     """
-    inverse = torch.where(concentration < 1, 1 / concentration, 0.0)
-    inverse.clamp_(max=torch.finfo(inverse.dtype).max / 128)  # no log(U) of floats is below -128
-    return _log_of_complement(uniform).mul_(inverse)
-
-
-def _log_of_complement(uniform: Tensor) -> Tensor:
-    """The logarithm of uniform draws from (0, 1]: finite."""
-    return uniform.neg_().add_(1).log_()
+    weights = log_weights.sub_(log_weights.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True)).clamp_(min=PROBABILITY_FLOOR)
 
 
 def sample_dirichlet(
-    concentration: Float[Tensor, "*any vocab"], shape: Sequence[int], *, generator: torch.Generator
+    concentration: Float[Tensor, "*any vocab"],
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Float[Tensor, "*shape vocab"]:
     """Independent Dirichlet draws along the last axis, no entry below `PROBABILITY_FLOOR`.
 
     Args:
-        concentration: broadcast to `shape`, on the generator's device.
+        concentration: broadcast to `shape`, on the generators' device.
         shape: of the draws, the last axis the tokens.
-        generator: source of randomness.
+        generator: source of randomness, or several, see `sample_log_gamma`.
     """
-    log_gamma = sample_log_gamma(concentration, shape, generator=generator)
-    return log_gamma.softmax(-1).clamp_(min=PROBABILITY_FLOOR)
+    return normalised_exponentials(sample_log_gamma(concentration, shape, generator=generator))
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from torch import nn
 from mechcausal.checkpoints import checkpoint_folders
 from mechcausal.messages import excerpt, first_line
 from mechcausal.models.adapter import (
-    CONFIG_FILE,
     FORMAT,
-    WEIGHTS_FILE,
     ModelFileError,
     build_from_files,
     read_config,
     read_shapes,
 )
+from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.models.loading import KINDS
 from mechcausal.run_folder import MODEL_FOLDER, RECIPE_FILE
 from probes import ProbeError

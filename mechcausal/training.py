@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,15 +37,16 @@ class NonFiniteLossError(TrainingError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress display may show: sent before every step.
+    """What a progress display may show: sent before every step, and while the first is prepared.
 
     Attributes:
         step: steps done.
         n_steps: steps of the whole run.
-        stage: what is being trained.
+        stage: what is being trained, or prepared.
         figures: of the last probe step.
         matrices: of the last probe step, by name, on the CPU.
         history: a row of figures for every probe step so far; grows while the run goes on.
+        is_preparing: whether the first step is still to come, after something that takes long.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Progress:
     figures: dict[str, Value]
     matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
     history: History = ()
+    is_preparing: bool = False
 
 
 @dataclass
@@ -170,7 +173,7 @@ def run(
             RunRecord, folder, recipe, mode, rows=rows, environment=around, on_warning=on_warning
         )
         try:
-            experiment = build_experiment(recipe, generators)
+            experiment = build_experiment(recipe, generators, _telling(on_progress, recipe, start))
         except BaseException as error:
             with suppress(RecordError):  # what went wrong first is what the user has to know
                 opening.result().finish({}, "interrupted" if stop.received else "failed")
@@ -181,6 +184,8 @@ def run(
             record = opening.result()
         except RecordError as error:
             raise explained(error, folder, recipe, "before the first step") from None
+        for note in experiment.notes:
+            record.warn(note)
         album = Album(
             record,
             experiment,
@@ -257,6 +262,21 @@ def run(
         wandb_folder=record.wandb_folder,
         url=record.url,
     )
+
+
+def _telling(
+    on_progress: Callable[[Progress], None] | None, recipe: Recipe, start: int
+) -> Callable[[str], None]:
+    """Pass on what is being prepared before the first step, a few times a second."""
+    due = time.monotonic() + 1  # what takes no longer is not worth a word
+
+    def tell(text: str) -> None:
+        nonlocal due
+        if on_progress is not None and time.monotonic() > due:
+            on_progress(Progress(start, recipe.n_steps, text, {}, is_preparing=True))
+            due = time.monotonic() + 0.25
+
+    return tell
 
 
 def schedule(

@@ -54,12 +54,19 @@ class ProgressBar(Display):
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Any = None
+        self._is_preparing = False
 
     def show(self, progress: "Progress") -> None:
         """Before every step."""
+        if progress.is_preparing:
+            self._tell(progress.stage)
+            return
+        if self._bar is not None and self._is_preparing:
+            self.close()  # its clock began before the first step
         if self._bar is None:
             from tqdm import tqdm
 
+            self._is_preparing = False
             self._bar = tqdm(
                 total=progress.n_steps,
                 disable=True if self._quiet else None,
@@ -80,6 +87,20 @@ class ProgressBar(Display):
         bar.set_description(progress.stage, refresh=False)
         bar.set_postfix(texts, refresh=False)
         bar.update(progress.step - bar.n)
+
+    def _tell(self, text: str) -> None:
+        """One line that changes, until the bar takes its place."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._is_preparing = True
+            self._bar = tqdm(
+                bar_format="{desc} [{elapsed}]",
+                disable=True if self._quiet else None,
+                dynamic_ncols=True,
+                leave=False,
+            )
+        self._bar.set_description_str(text)
 
     def warn(self, message: str) -> None:
         """A line above the bar."""
@@ -119,6 +140,11 @@ class LiveView(Display):
         now = time.monotonic()
         if self._live is None:
             self._start()
+        if progress.is_preparing:
+            from rich.text import Text
+
+            self._live.update(Text(progress.stage), refresh=True)
+            return
         left = self._clock.seconds_left(progress.step, progress.n_steps, now)
         if now < self._due and progress.step < progress.n_steps:
             return

@@ -4,7 +4,7 @@ The training loop knows only `Experiment`; each experiment brings its data, mode
 pictures.
 """
 
-from mechcausal.experiments.base import Experiment, Generators, Observation
+from mechcausal.experiments.base import Experiment, Generators, Observation, Tell, tell_nobody
 from mechcausal.experiments.memory import check_memory, experiment_needs
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import SeveralParentsTask, Task, build_task
@@ -57,8 +57,15 @@ def check_model(recipe: Recipe, task: Task) -> None:
         )
 
 
-def build_experiment(recipe: Recipe, generators: Generators) -> Experiment:
+def build_experiment(
+    recipe: Recipe, generators: Generators, tell: Tell = tell_nobody
+) -> Experiment:
     """The experiment that a recipe describes.
+
+    Args:
+        recipe: checked.
+        generators: of the run.
+        tell: told what takes its time.
 
     Raises:
         GraphError, PriorError: a graph or prior that is not one.
@@ -69,4 +76,4 @@ def build_experiment(recipe: Recipe, generators: Generators) -> Experiment:
         return RepeatedTokens(recipe, generators)
     from mechcausal.experiments.causal_graph import CausalGraphExperiment
 
-    return CausalGraphExperiment(recipe, generators)
+    return CausalGraphExperiment(recipe, generators, tell)

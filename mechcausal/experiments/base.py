@@ -1,7 +1,7 @@
 """What the training loop asks of an experiment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,14 @@ from mechcausal.run_folder import History
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+
+
+Tell = Callable[[str], None]
+"""Told what an experiment is doing while it is built."""
+
+
+def tell_nobody(_: str) -> None:
+    """For who does not want to know."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,15 @@ class Observation:
 
 
 class Experiment(ABC):
-    """Data, model, probes and pictures of one kind of run."""
+    """Data, model, probes and pictures of one kind of run.
+
+    Attributes:
+        recipe: what it was built from.
+        notes: what a reader of its figures should know, a line each.
+    """
 
     recipe: Recipe
+    notes: Sequence[str] = ()
 
     @property
     @abstractmethod

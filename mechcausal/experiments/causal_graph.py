@@ -1,6 +1,6 @@
 """The paper's experiments: a transformer learns the causal graph of its data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,16 +12,24 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal import paper_figures, report
-from mechcausal.experiments.base import Experiment, Generators, Observation
+from mechcausal.closed_form_observer import ClosedFormObserver
+from mechcausal.experiments.base import Experiment, Generators, Observation, Tell, tell_nobody
 from mechcausal.experiments.models import build_model
+from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.observer import Observer
 from mechcausal.plateaus import find_drops, find_plateaus, steepest_drop
 from mechcausal.predictors import bayes_prediction
 from mechcausal.recipes import Recipe
 from mechcausal.run_folder import History
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
+from mechcausal.tasks.ahead import BatchesAhead
 from mechcausal.theory import Information, PairwiseTheory, pairwise_theory, parent_information
+
+# Where hooks take longer for a look, on a busy core, the closed form is read if there is one.
+_MOST_SECONDS = 20.0
+_MULTIPLICATIONS_PER_SECOND = 1e10  # float32
 
 
 class CausalGraphExperiment(Experiment):
@@ -36,16 +44,24 @@ class CausalGraphExperiment(Experiment):
 
     observer_type: ClassVar[type[Observer]] = Observer
 
-    def __init__(self, recipe: Recipe, generators: Generators) -> None:
+    def __init__(self, recipe: Recipe, generators: Generators, tell: Tell = tell_nobody) -> None:
         """Build the task, its theory, the model at its start, and the observer."""
         training, evaluation = recipe.training, recipe.evaluation
         self.recipe = recipe
         self.task = build_task(recipe.build_graph(), recipe.build_prior())
-        self.theory = _theory(self.task, recipe, generators)
+        self.theory = _theory(self.task, recipe, generators, tell)
         self.model = build_model(
             recipe, self.task, seed=generators.init, device=generators.data.device
         )
-        self.observer = self.observer_type(
+        self.notes = list(theory_notes(self.theory))
+        observer_type = self.observer_type
+        seconds = hooked_look_seconds(self.model, evaluation.n_sequences)
+        if seconds > _MOST_SECONDS and recipe.probing.enabled:
+            is_simplified = isinstance(self.model, SimplifiedTransformer)
+            self.notes.append(_look_note(seconds, evaluation.n_sequences, closed=is_simplified))
+            if is_simplified:
+                observer_type = ClosedFormObserver
+        self.observer = observer_type(
             self.model,
             self.task,
             self.theory,
@@ -53,8 +69,18 @@ class CausalGraphExperiment(Experiment):
             epsilon=training.epsilon,
             bayes_draws=evaluation.bayes_draws,
             generator=generators.evaluation,
+            max_seconds=evaluation.theory_seconds,
+            on_progress=_counted(tell, "the Bayes loss: {:,} of {:,} sequences"),
         )
+        bayes = self.observer.bayes
+        if bayes.n_draws < evaluation.bayes_draws and bayes.excess > bayes.stderr / 10:
+            self.notes.append(
+                f"the Bayes loss rests on {bayes.n_draws} of {evaluation.bayes_draws} draws, as "
+                f"many as take about {evaluation.theory_seconds:g} s (evaluation.theory_seconds), "
+                f"and is about {bayes.excess:.2g} nats too high"
+            )
         self._data = generators.data
+        self._batches = BatchesAhead(self.task, generators.data)
 
     @property
     def hooked(self) -> HookedTransformer:
@@ -73,7 +99,7 @@ class CausalGraphExperiment(Experiment):
     def training_loss(self, n_sequences: int) -> Tensor:
         """Cross entropy of the closed form on fresh sequences."""
         training = self.recipe.training
-        batch = self.task.sample(n_sequences, generator=self._data)
+        batch = self._batches.sample(n_sequences)
         target = batch.target
         if training.target == "posterior":
             target = bayes_prediction(self.task, batch.tokens, generator=self._data)
@@ -143,15 +169,59 @@ class CausalGraphExperiment(Experiment):
         return tuple(self.model.parameters_by_name) if "all" in names else tuple(names)
 
 
-def _theory(task: Task, recipe: Recipe, generators: Generators) -> Information:
+def _theory(task: Task, recipe: Recipe, generators: Generators, tell: Tell) -> Information:
     n_priors = recipe.evaluation.theory_priors
+    options: dict[str, Any] = {
+        "generator": generators.theory,
+        "max_seconds": recipe.evaluation.theory_seconds,
+        "on_progress": _counted(tell, "theory: {:,} of {:,} draws of the prior"),
+    }
     if isinstance(task, SingleParentTask):
-        return pairwise_theory(
-            task.graph,
-            task.prior,
-            n_priors=n_priors,
-            generator=generators.theory,
-            beta0=recipe.training.beta0,
-        )
+        beta0 = recipe.training.beta0
+        return pairwise_theory(task.graph, task.prior, n_priors=n_priors, beta0=beta0, **options)
     # A set of tensors costs more than a matrix, and says more: it holds S^k rows.
-    return parent_information(task, n_priors=max(2, n_priors // 10), generator=generators.theory)
+    return parent_information(task, n_priors=max(2, n_priors // 10), **options)
+
+
+def _counted(tell: Tell, text: str) -> Callable[[int, int], None]:
+    def count(done: int, total: int) -> None:
+        if done < total:
+            tell(text.format(done, total))
+
+    return count
+
+
+def theory_notes(theory: Information) -> list[str]:
+    """That theory was averaged over fewer draws than were asked for, and what that means."""
+    if theory.n_priors == theory.n_wanted:
+        return []
+    note = (
+        f"theory was averaged over {theory.n_priors:,} draws of the prior instead of "
+        f"{theory.n_wanted:,}, as many as take about its time (evaluation.theory_seconds)"
+    )
+    edges = [(child, parent) for parent, child in theory.graph.edges]
+    if edges:
+        child, parent = max(edges, key=lambda edge: float(theory.chi2_stderr[edge]))
+        note += (
+            f": the χ²-information of an edge is known to ± "
+            f"{theory.chi2_stderr[child, parent]:.2g} ({parent} → {child}: "
+            f"{theory.chi2[child, parent]:.4g}) or better"
+        )
+    return [note]
+
+
+def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:
+    """About what the hooked model takes on a busy core for a look, forward and backward."""
+    config = model.hooked.cfg
+    width = config.n_heads * config.d_head
+    layer = 4 * config.d_model * width + 2 * config.n_ctx * width
+    layer += 2 * config.d_model * (config.d_mlp or 0)
+    multiplications = 3 * config.n_layers * config.n_ctx * layer
+    return n_sequences * multiplications / _MULTIPLICATIONS_PER_SECOND
+
+
+def _look_note(seconds: float, n_sequences: int, *, closed: bool) -> str:
+    takes = f"with hooks on {n_sequences:,} sequences a look would take about {seconds:,.0f} s"
+    if closed:
+        return f"{takes}: attention and gradients are read off the closed form instead, as equals"
+    return takes.replace("would take", "takes") + ": reduce evaluation.n_sequences or the looks"

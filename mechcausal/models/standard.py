@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.adapter import WEIGHTS_FILE, ModelFileError, build_hooked
+from mechcausal.models.adapter import ModelFileError, build_hooked
 from mechcausal.models.base import GraphModel, read_hooked
+from mechcausal.models.file_names import WEIGHTS_FILE
 
 
 def standard_config(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.predictors import single_parent
+from mechcausal.predictors.bayes_loss import BayesLoss, bayes_loss
 from mechcausal.predictors.several_parents import context_prediction
 from mechcausal.predictors.single_parent import (
     bigram_prediction,
@@ -74,6 +75,8 @@ def strategies(
 
 
 __all__ = [
+    "BayesLoss",
+    "bayes_loss",
     "bayes_prediction",
     "bigram_prediction",
     "context_prediction",

@@ -178,9 +178,12 @@ class EvaluationSection:
     n_sequences: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1024
     """Sequences of the evaluation batch, which the probes see too."""
     bayes_draws: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 128
-    """Draws for each sequence that integrate over what the roots say about the matrix."""
+    """The most draws for each sequence that integrate over what the roots say about the matrix."""
     theory_priors: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1000
     """Transition matrices over which information and predicted gradient are averaged."""
+    theory_seconds: PositiveFloat = 60.0
+    """Seconds that theory, and the Bayes loss, may each take, as counted from the sizes: over fewer
+    draws if need be."""
 
 
 @dataclass(frozen=True, kw_only=True)

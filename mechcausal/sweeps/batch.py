@@ -121,6 +121,8 @@ class BatchMember:
             if not isinstance(error, Exception):
                 raise
             return
+        for note in self.experiment.notes:
+            self._record.warn(note)
         self._album = Album(
             self._record,
             self.experiment,

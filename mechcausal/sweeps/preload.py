@@ -3,14 +3,13 @@
 import gc
 import os
 
-from mechcausal.cli import GARBAGE_THRESHOLD
-from mechcausal.wandb_runs import load_wandb
-
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-gc.set_threshold(GARBAGE_THRESHOLD)
 
-load_wandb()  # before TransformerLens
+import wandb.apis.public  # noqa: F401  before TransformerLens, see `wandb_runs.load_wandb`
 
 import mechcausal.experiments.causal_graph
 import mechcausal.resuming
 import mechcausal.training  # noqa: F401
+from mechcausal.cli import GARBAGE_THRESHOLD
+
+gc.set_threshold(GARBAGE_THRESHOLD)

@@ -5,23 +5,15 @@ follows from them is computed for all runs together. So what a run gets depends 
 alone, up to rounding, and not on the runs beside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.priors import (
-    PROBABILITY_FLOOR,
-    DirichletPrior,
-    FixedTransition,
-    log_gamma_correction,
-    log_gamma_scale,
-    propose_log_gamma,
-    stationary_distribution,
-)
-from mechcausal.tasks.base import cumulative
+from mechcausal.priors import DirichletPrior, FixedTransition, draw_for_each, sample_dirichlet
+from mechcausal.tasks.sequences import Level, draw_tokens
 from mechcausal.tasks.single_parent import SingleParentTask
 
 
@@ -71,9 +63,7 @@ class BatchedTask:
         self._generators = list(generators)
         self._device = generators[0].device
         self._vocab, self._length, _ = next(iter(sizes))
-        self._levels = [
-            torch.tensor(level, device=self._device).T for level in _levels(tasks, self._length)
-        ]
+        self._levels = _levels(tasks, self._length, self._device)
         dirichlet = [t.prior.representable for t in tasks if isinstance(t.prior, DirichletPrior)]
         fixed = [t.prior.rows for t in tasks if isinstance(t.prior, FixedTransition)]
         values = torch.tensor(dirichlet or fixed, dtype=torch.float32, device=self._device)
@@ -84,79 +74,32 @@ class BatchedTask:
         """Draw that many sequences of every run, as `SingleParentTask.sample` does."""
         runs, vocab, length = len(self._generators), self._vocab, self._length
         transition = self._transitions(n_sequences).view(-1, vocab, vocab)
-        # One contiguous column for each threshold: what is looked up lies close together.
-        thresholds = cumulative(transition).view(-1, vocab)[:, :-1].T.contiguous()
-        stationary = stationary_distribution(transition).to(transition.dtype)
-        root_thresholds = cumulative(stationary)[:, :-1].T.contiguous()
-        uniform = self._draw(torch.rand, [length * n_sequences] * runs).view(-1, n_sequences)
-        tokens = torch.empty(runs * length, n_sequences, dtype=torch.int64, device=self._device)
-        sequence = torch.arange(runs * n_sequences, device=self._device).view(runs, -1)
-        offsets = sequence * vocab
-        for number, (run, position, parent) in enumerate(self._levels):
-            table, rows = root_thresholds, sequence.index_select(0, run)
-            if number > 0:
-                table, rows = thresholds, offsets.index_select(0, run)
-                rows += tokens.index_select(0, parent)
-            drawn = _token(uniform.index_select(0, position), table, rows)
-            tokens.index_copy_(0, position, drawn)
+        uniform = draw_for_each(
+            self._generators, torch.rand, [length * n_sequences] * runs, dtype=transition.dtype
+        )
+        tokens = draw_tokens(transition, uniform.view(-1, n_sequences), self._levels)
         query = torch.empty(runs, n_sequences, dtype=torch.int64, device=self._device)
         for row, generator in zip(query, self._generators, strict=True):
             torch.randint(vocab, row.shape, generator=generator, out=row)
         tokens = tokens.view(runs, length, n_sequences)
         tokens[:, -1] = query
-        target = transition.view(-1, vocab)[query + offsets]
+        sequence = torch.arange(runs * n_sequences, device=self._device).view(runs, -1)
+        target = transition.view(-1, vocab)[query + sequence * vocab]
         return RunsBatch(tokens.mT.contiguous(), target)
 
     def _transitions(self, n_sequences: int) -> Float[Tensor, "run batch vocab vocab"]:
         if self._fixed is not None:
             return self._fixed.unsqueeze(1).repeat(1, n_sequences, 1, 1)
-        return self._log_gamma(n_sequences).softmax(-1).clamp_(min=PROBABILITY_FLOOR)
-
-    def _log_gamma(self, n_sequences: int) -> Float[Tensor, "run batch vocab vocab"]:
-        """As `sample_log_gamma`, which see, of every run."""
         assert self._concentration is not None
-        concentration = self._concentration
-        runs, vocab = concentration.shape
-        shape = (runs, n_sequences, vocab, vocab)
-        size = n_sequences * vocab * vocab
-        scale = log_gamma_scale(concentration)
-        normal, uniform = (self._draw(draw, [size] * runs) for draw in (torch.randn, torch.rand))
-        log_draw, accepted = propose_log_gamma(
-            scale.view(runs, 1, 1, vocab), normal.view(shape), uniform.view(shape)
+        runs, vocab = self._concentration.shape
+        return sample_dirichlet(
+            self._concentration.view(runs, 1, 1, vocab),
+            (runs, n_sequences, vocab, vocab),
+            generator=self._generators,
         )
-        everywhere = log_draw.view(-1)
-        rejected = (~accepted).view(-1).nonzero().squeeze(1)
-        while len(rejected):
-            run = rejected // size
-            counts = run.bincount(minlength=runs).tolist()
-            normal, uniform = (self._draw(draw, counts) for draw in (torch.randn, torch.rand))
-            proposal, accepted = propose_log_gamma(scale[run, rejected % vocab], normal, uniform)
-            everywhere[rejected] = proposal
-            rejected = rejected[~accepted]
-        below = (concentration < 1).any(1).tolist()
-        if any(below):
-            # Runs without a concentration below 1 draw nothing here; what stands in counts as 0.
-            uniform = self._draw(torch.rand, [size * is_below for is_below in below])
-            if not all(below):
-                whole = uniform.new_zeros(runs, size)
-                whole[torch.tensor(below, device=self._device)] = uniform.view(-1, size)
-                uniform = whole
-            broadcast = concentration.view(runs, 1, 1, vocab)
-            log_draw += log_gamma_correction(broadcast, uniform.view(shape))
-        return log_draw
-
-    def _draw(self, draw: Callable[..., Tensor], sizes: Sequence[int]) -> Float[Tensor, "all"]:
-        """Draws of each run one after another, from its own generator."""
-        buffer = torch.empty(sum(sizes), device=self._device)
-        parts = buffer.split(list(sizes))
-        for part, size, generator in zip(parts, sizes, self._generators, strict=True):
-            if size:
-                draw(size, generator=generator, out=part)
-        return buffer
 
 
-def _levels(tasks: Sequence[SingleParentTask], length: int) -> list[list[tuple[int, int, int]]]:
-    """By depth in the graph: run, position and parent, counted through all runs."""
+def _levels(tasks: Sequence[SingleParentTask], length: int, device: torch.device) -> list[Level]:
     levels: list[list[tuple[int, int, int]]] = []
     for run, task in enumerate(tasks):
         parents = task.graph.parent_array()
@@ -165,16 +108,4 @@ def _levels(tasks: Sequence[SingleParentTask], length: int) -> list[list[tuple[i
                 levels.append([])
             start = run * length
             levels[depth] += [(run, start + i, start + max(parents[i], 0)) for i in level]
-    return levels
-
-
-def _token(
-    uniform: Float[Tensor, "pos batch"],
-    thresholds: Float[Tensor, "step row"],
-    rows: Int[Tensor, "pos batch"],
-) -> Int[Tensor, "pos batch"]:
-    """How many thresholds of its row each draw has passed."""
-    flat, tokens = rows.view(-1), torch.zeros_like(rows)
-    for column in thresholds:
-        tokens += uniform >= column.index_select(0, flat).view(rows.shape)
-    return tokens
+    return [Level.of(rows, device) for rows in levels]

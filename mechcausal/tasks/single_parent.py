@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError
-from mechcausal.priors import Prior, stationary_distribution
-from mechcausal.tasks.base import Batch, cumulative
+from mechcausal.priors import Prior
+from mechcausal.tasks.base import Batch
+from mechcausal.tasks.sequences import Level, draw_tokens
 
 
 @dataclass(frozen=True)
@@ -74,37 +75,24 @@ class SingleParentTask:
         """Draw one sequence from each of the given transition matrices."""
         batch, vocab, _ = transition.shape
         device = generator.device
-        offsets = torch.arange(batch, device=device) * vocab
-        thresholds = cumulative(transition).view(batch * vocab, vocab)
-        root_thresholds = cumulative(stationary_distribution(transition).to(transition.dtype))
-        shape = (self.sequence_length, batch, 1)
+        shape = (self.sequence_length, batch)
         uniform = torch.rand(shape, generator=generator, device=device, dtype=transition.dtype)
-        # Position first: a level's positions are then contiguous rows.
-        tokens = torch.empty(self.sequence_length, batch, dtype=torch.int64, device=device)
-        for number, (positions, parents) in enumerate(self._levels(device)):
-            if number == 0:
-                rows = root_thresholds.unsqueeze(0)
-            else:
-                rows = thresholds[tokens[parents] + offsets]
-            tokens[positions] = (uniform[positions] >= rows[..., :-1]).sum(-1)
+        tokens = draw_tokens(transition, uniform, self._levels(device))
         query = torch.randint(vocab, (batch,), generator=generator, device=device)
         tokens[-1] = query
         target = transition[torch.arange(batch, device=device), query]
         return Batch(tokens.T.contiguous(), target, transition)
 
-    def _levels(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    def _levels(self, device: torch.device) -> list[Level]:
         """Positions of equal depth, roots first, each with its parents; kept for each device."""
         if device not in self._level_cache:
             parents = self.graph.parent_array()
             self._level_cache[device] = [
-                (
-                    torch.tensor(level, device=device),
-                    torch.tensor([parents[i] for i in level], device=device),
-                )
+                Level.of([(0, i, max(parents[i], 0)) for i in level], device)
                 for level in self.graph.levels
             ]
         return self._level_cache[device]
 
     @cached_property
-    def _level_cache(self) -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
+    def _level_cache(self) -> dict[torch.device, list[Level]]:
         return {}

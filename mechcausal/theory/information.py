@@ -14,7 +14,13 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph
 from mechcausal.priors import FixedTransition
 from mechcausal.tasks import SeveralParentsTask
-from mechcausal.theory.averages import mean_and_stderr
+from mechcausal.theory.averages import (
+    PRODUCTS_PER_SECOND,
+    TABLE_ENTRIES_PER_SECOND,
+    Report,
+    affordable,
+    mean_and_stderr,
+)
 from mechcausal.theory.elimination import elimination_width, exact_information
 from mechcausal.theory.sampled import N_GROUPS, sampled_information
 
@@ -34,6 +40,7 @@ class ParentInformation:
         graph: the causal graph.
         method: given the transition tensors, "exact" or "monte carlo".
         n_priors: sets of transition tensors averaged over.
+        n_wanted: sets that were asked for, more where time was limited.
         n_sequences: sequences for each of them; 0 for the exact method.
         chi2: chi-squared information of each pair of positions, symmetric; the diagonal is the
             number of tokens that occur at a position less one: S - 1 under a Dirichlet prior.
@@ -49,6 +56,7 @@ class ParentInformation:
     graph: CausalGraph
     method: Literal["exact", "monte carlo"]
     n_priors: int
+    n_wanted: int
     n_sequences: int
     chi2: Float[Tensor, "pos pos"]
     chi2_stderr: Float[Tensor, "pos pos"]
@@ -76,6 +84,8 @@ def parent_information(
     generator: torch.Generator | None = None,
     n_sequences: int = 4096,
     max_states: int = 20_000,
+    max_seconds: float | None = None,
+    on_progress: Report | None = None,
 ) -> ParentInformation:
     """Average the information between positions over the prior.
 
@@ -86,6 +96,9 @@ def parent_information(
         generator: source of tensors and sequences.
         n_sequences: for each set of tensors, if the method is Monte Carlo.
         max_states: the largest joint table, S^`elimination_width`, for the exact method.
+        max_seconds: average over fewer sets where these would take longer, by the number of
+            operations; as long as it takes when absent.
+        on_progress: told from time to time how many sets are done.
 
     Raises:
         PriorError: the transition tensors are too large.
@@ -109,6 +122,10 @@ def parent_information(
     if not exact and n_sequences < 2 * N_GROUPS:
         raise ValueError(f"n_sequences is {n_sequences}: at least {2 * N_GROUPS} are needed")
     n_sequences = 0 if exact else n_sequences - n_sequences % N_GROUPS
+    n_wanted = n_priors
+    if n_priors > 1:
+        seconds = _seconds_each(task, states if exact else None, n_sequences)
+        n_priors = affordable(n_priors, max_seconds=max_seconds, seconds_each=seconds)
     chunk = max(1, _MAX_ELEMENTS // max(states, task.sequence_length * task.vocab_size**2))
     totals: dict[str, Tensor] = {}
     for start in range(0, n_priors, chunk if exact else 1):
@@ -122,8 +139,26 @@ def parent_information(
         for name, values in found.items():
             moments = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
             totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
+        if on_progress is not None:
+            on_progress(min(start + (chunk if exact else 1), n_priors), n_priors)
     fields = {}
     for name, total in totals.items():
         fields[name], fields[f"{name}_stderr"] = mean_and_stderr(total, n_priors)
     method: Literal["exact", "monte carlo"] = "exact" if exact else "monte carlo"
-    return ParentInformation(task.graph, method, n_priors, n_sequences, **fields)
+    return ParentInformation(task.graph, method, n_priors, n_wanted, n_sequences, **fields)
+
+
+def _seconds_each(task: SeveralParentsTask, states: int | None, n_sequences: int) -> float:
+    """About what one set of tensors takes on a busy core.
+
+    Args:
+        task: graph and prior.
+        states: of the largest joint table, where the method is exact.
+        n_sequences: where it is not.
+    """
+    n, size = task.sequence_length + 1, task.vocab_size
+    if states is not None:  # summed over again and again: a tenth of the work of a logarithm
+        return n * n / 2 * states / (10 * TABLE_ENTRIES_PER_SECOND)
+    products = (n * size) ** 2 * n_sequences
+    entries = (N_GROUPS + 1) * (n * size) ** 2 + n_sequences * n * size
+    return products / PRODUCTS_PER_SECOND + entries / TABLE_ENTRIES_PER_SECOND

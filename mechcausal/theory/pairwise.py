@@ -13,8 +13,9 @@ With `D = diag(mu)`, `M = D^(1/2) pi D^(-1/2)`, `u = sqrt(mu)` and the deflated 
 - the paper's `g_ij = E sum_ss' pi(s'|s) / mu(s') P(s_j = s, s_i = s') - 1 = <C_{m+1}, C_n>` for
   a key j at distance m and a query i at distance n from their common ancestor.
 
-All pairs of distances are two Gram matrices, so the work depends on the number of distinct
-distances and not on T^2 S^3. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 4.
+All pairs of distances are products of matrices whose rows are the distinct distances, so the work
+depends on their number and not on T^2 S^3. Powers below the range of float64 are left out.
+Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 4.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,18 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.priors import FixedTransition, Prior, stationary_distribution
-from mechcausal.theory.averages import mean_and_stderr
+from mechcausal.theory.averages import (
+    PRODUCTS_PER_SECOND,
+    TABLE_ENTRIES_PER_SECOND,
+    Report,
+    affordable,
+    mean_and_stderr,
+)
 
 # Chunks of the average over the prior are chosen so that no intermediate has more entries.
 _MAX_ELEMENTS = 8_000_000
+# Deflated powers with no larger entry count as 0: their products are below the range of float64.
+_VANISHED = 1e-160
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class PairwiseTheory:
     Attributes:
         graph: the causal graph.
         n_priors: transition matrices averaged over.
+        n_wanted: transition matrices that were asked for, more where time was limited.
         chi2: chi-squared information `E sum P(x,y)^2 / (P(x)P(y)) - 1` over the states that
             occur, symmetric; the diagonal is their number less one: S - 1, but for a fixed matrix
             that leaves some states for good.
@@ -97,6 +107,7 @@ class PairwiseTheory:
 
     graph: CausalGraph
     n_priors: int
+    n_wanted: int
     chi2: Float[Tensor, "pos pos"]
     chi2_stderr: Float[Tensor, "pos pos"]
     shannon: Float[Tensor, "pos pos"]
@@ -130,6 +141,8 @@ def pairwise_theory(
     n_priors: int = 1000,
     generator: torch.Generator | None = None,
     beta0: float = 1.0,
+    max_seconds: float | None = None,
+    on_progress: Report | None = None,
 ) -> PairwiseTheory:
     """Average the exact information of every pair over the prior.
 
@@ -139,6 +152,9 @@ def pairwise_theory(
         n_priors: transition matrices to average over.
         generator: source of the matrices; not needed for a fixed matrix.
         beta0: initial scale of A2, a factor of the predicted gradient.
+        max_seconds: average over fewer matrices where these would take longer, by the number of
+            operations that the first of them take; as long as it takes when absent.
+        on_progress: told from time to time how many matrices are done.
 
     Raises:
         GraphError: a position with several parents.
@@ -160,17 +176,27 @@ def pairwise_theory(
         raise ValueError(f"n_priors is {n_priors}: at least 2 are needed for a standard error")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    n_wanted = n_priors
     n_powers = int(distances.pairs.max()) + 2
-    chunk = max(1, _MAX_ELEMENTS // (n_powers * max(n_powers, prior.vocab_size**2)))
+    n_near, n_far = (len(np.unique(column)) for column in distances.pairs.T)
+    chunk = max(1, _MAX_ELEMENTS // max(n_powers * prior.vocab_size**2, n_near * n_far))
     totals: dict[str, Tensor] = {}
-    for start in range(0, n_priors, chunk):
-        size = min(chunk, n_priors - start)
+    done = 0
+    while done < n_priors:
+        size = min(chunk, n_priors - done)
         transition = prior.sample(size, generator=generator, dtype=torch.float64)
         if isinstance(prior, FixedTransition):
             transition = _visited(transition)
-        for name, values in _by_distance(transition, distances.pairs).items():
+        powers = _Powers(transition, distances.pairs)
+        for name, values in powers.quantities().items():
             moments = torch.stack([values.sum(0), values.square().sum(0)])
             totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
+        done += size
+        if done == size:  # the first
+            n_priors = affordable(n_priors, max_seconds=max_seconds, seconds_each=powers.seconds)
+            n_priors = max(n_priors, done)
+        if on_progress is not None:
+            on_progress(done, n_priors)
     spread = {name: mean_and_stderr(total, n_priors) for name, total in totals.items()}
     index = torch.from_numpy(distances.index)
     up = torch.from_numpy(distances.up)
@@ -191,6 +217,7 @@ def pairwise_theory(
     return PairwiseTheory(
         graph=graph,
         n_priors=n_priors,
+        n_wanted=n_wanted,
         chi2=on_pairs(spread["chi2"][0]),
         chi2_stderr=on_pairs(spread["chi2"][1]),
         shannon=on_pairs(spread["shannon"][0]),
@@ -226,45 +253,87 @@ def _visited(transition: Float[Tensor, "1 all all"]) -> Float[Tensor, "1 vocab v
     return transition[:, visited][:, :, visited]
 
 
-def _by_distance(
-    transition: Float[Tensor, "prior vocab vocab"], pairs: Int[np.ndarray, "kinds 2"]
-) -> dict[str, Float[Tensor, "prior kinds"]]:
-    """Every quantity at every distinct pair of distances (m, n), m <= n, for each matrix."""
-    near, far = (torch.from_numpy(column).to(transition.device) for column in pairs.T)
-    mu = stationary_distribution(transition)
-    root = mu.sqrt()
-    eye = torch.eye(mu.shape[1], dtype=mu.dtype, device=mu.device)
-    top = root.unsqueeze(2) * root.unsqueeze(1)
-    deflated = root.unsqueeze(2) * transition / root.unsqueeze(1) - top
-    powers = [eye - top]
-    for _ in range(int(pairs.max()) + 1):
-        powers.append(powers[-1] @ deflated)
-    c = torch.stack(powers, dim=1)  # prior power vocab vocab
-    flat = c.flatten(2)
-    gram = (c @ c.mT).flatten(2)
-    chi2 = (gram @ gram.mT)[:, near, far]
-    overlap = flat @ flat.mT
-    direct = overlap[:, 1, 1].unsqueeze(1)  # information between a position and its parent
-    bound = (chi2 * direct).clamp(min=0).sqrt()
-    return {
-        "chi2": chi2,
-        "g_key_nearer": overlap[:, near + 1, far],
-        "g_key_farther": overlap[:, far + 1, near],
-        "bound": bound,
-        "shannon": _shannon(mu, c[:, :-1], near, far),
-    }
+class _Powers:
+    """The deflated powers `C_m` of some matrices, and what follows at pairs of distances (m, n).
 
+    Attributes:
+        seconds: about what one of the matrices takes on a busy core.
+    """
 
-def _shannon(mu: Tensor, c: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """`sum P log(P / (P_x P_y))` with `P / sqrt(P_x P_y) = u u^T + C_m^T C_n`."""
-    root = mu.sqrt().unsqueeze(1)
-    chunk = max(1, _MAX_ELEMENTS // (mu.shape[0] * mu.shape[1] ** 2))
-    parts = []
-    for start in range(0, len(near), chunk):
-        deviation = c[:, near[start : start + chunk]].mT @ c[:, far[start : start + chunk]]
-        independent = root.unsqueeze(3) * root.unsqueeze(2)
-        # ratio = P / (P_x P_y); deviation / independent is 0/0 only where P itself is 0.
-        excess = deviation / independent.clamp(min=1e-300)
-        joint = independent * independent * (1 + excess).clamp(min=0)
-        parts.append((joint * excess.clamp(min=-1).log1p()).nan_to_num(0.0).sum((2, 3)))
-    return torch.cat(parts, dim=1)
+    def __init__(
+        self,
+        transition: Float[Tensor, "prior vocab vocab"],
+        pairs: Int[np.ndarray, "kinds 2"],
+    ) -> None:
+        """Compute them.
+
+        Args:
+            transition: the matrices.
+            pairs: distances, m <= n.
+        """
+        self._mu = stationary_distribution(transition)
+        root = self._mu.sqrt()
+        eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+        top = root.unsqueeze(2) * root.unsqueeze(1)
+        deflated = root.unsqueeze(2) * transition / root.unsqueeze(1) - top
+        powers = [eye - top]
+        n_powers = int(pairs.max()) + 2
+        while len(powers) < n_powers:
+            powers.append(powers[-1] @ deflated)
+            if float(powers[-1].abs().amax()) < _VANISHED:
+                powers[-1] = torch.zeros_like(top)
+                break
+        self._c = torch.stack(powers, dim=1)  # prior power vocab vocab
+        last = len(powers) - 1
+        near, far = (torch.from_numpy(column).to(root.device) for column in pairs.T)
+        # Distances from the last one on share its matrix: it is 0, if there are any.
+        self._near, self._far = near.clamp(max=last), far.clamp(max=last)
+        self._rows, self._near_row = self._near.unique(return_inverse=True)
+        self._columns, self._far_column = self._far.unique(return_inverse=True)
+        self._kept = far < n_powers if len(powers) == n_powers else far < last
+        n_kept, n_rows, n_columns = int(self._kept.sum()), len(self._rows), len(self._columns)
+        size = root.shape[1]
+        products = (len(powers) + n_rows + n_columns + n_kept) * size**3
+        products += 3 * n_rows * n_columns * size**2
+        self.seconds = products / PRODUCTS_PER_SECOND + (
+            n_kept * size**2 / TABLE_ENTRIES_PER_SECOND
+        )
+
+    def quantities(self) -> dict[str, Float[Tensor, "prior kinds"]]:
+        """Every quantity at every pair of distances, for each matrix."""
+        c, last = self._c, self._c.shape[1] - 1
+        rows, columns = c[:, self._rows], c[:, self._columns]
+        chi2 = self._products(rows @ rows.mT, columns @ columns.mT)
+        after_rows = c[:, (self._rows + 1).clamp(max=last)]
+        after_columns = c[:, (self._columns + 1).clamp(max=last)]
+        direct = c[:, min(1, last)].square().sum((1, 2))  # of a position and its parent
+        return {
+            "chi2": chi2,
+            "g_key_nearer": self._products(after_rows, columns),
+            "g_key_farther": self._products(rows, after_columns),
+            "bound": (chi2 * direct.unsqueeze(1)).clamp(min=0).sqrt(),
+            "shannon": self._shannon(),
+        }
+
+    def _products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Inner products of the matrices of each pair, one of `rows` with one of `columns`."""
+        return (rows.flatten(2) @ columns.flatten(2).mT)[:, self._near_row, self._far_column]
+
+    def _shannon(self) -> Tensor:
+        """`sum P log(P / (P_x P_y))` with `P / sqrt(P_x P_y) = u u^T + C_m^T C_n`."""
+        near, far = self._near[self._kept], self._far[self._kept]
+        n_priors, size = self._mu.shape
+        root = self._mu.sqrt().unsqueeze(1)
+        found = self._mu.new_zeros(n_priors, len(self._kept))
+        chunk = max(1, _MAX_ELEMENTS // (n_priors * size**2))
+        parts = []
+        for start in range(0, len(near), chunk):
+            part = slice(start, start + chunk)
+            deviation = self._c[:, near[part]].mT @ self._c[:, far[part]]
+            independent = root.unsqueeze(3) * root.unsqueeze(2)
+            # ratio = P / (P_x P_y); deviation / independent is 0/0 only where P itself is 0.
+            excess = deviation / independent.clamp(min=1e-300)
+            joint = independent * independent * (1 + excess).clamp(min=0)
+            parts.append((joint * excess.clamp(min=-1).log1p()).nan_to_num(0.0).sum((2, 3)))
+        found[:, self._kept] = torch.cat(parts, dim=1)
+        return found

@@ -1,0 +1,77 @@
+"""Tokens along the edges of graphs, for the sequences of one run or of many at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.priors import stationary_distribution
+from mechcausal.tasks.base import cumulative
+
+# Positions of one depth are drawn together, as long as their distributions have no more entries.
+_MAX_ENTRIES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Level:
+    """The positions of one depth in the graphs of some runs, counted through all runs.
+
+    Attributes:
+        run: whose position it is.
+        position: run r's position i is number r T + i.
+        parent: its parent, counted alike; 0 for roots.
+    """
+
+    run: Int[Tensor, "n"]
+    position: Int[Tensor, "n"]
+    parent: Int[Tensor, "n"]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int]], device: torch.device) -> "Level":
+        """From run, position and parent of each."""
+        return cls(*torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).T)
+
+    def parts(self, size: int) -> list["Level"]:
+        """The same positions, at most so many at a time."""
+        if len(self.run) <= size:
+            return [self]
+        columns = (column.split(size) for column in (self.run, self.position, self.parent))
+        return [Level(*part) for part in zip(*columns, strict=True)]
+
+
+def draw_tokens(
+    transition: Float[Tensor, "sequence vocab vocab"],
+    uniform: Float[Tensor, "position batch"],
+    levels: Sequence[Level],
+) -> Int[Tensor, "position batch"]:
+    """One token for every position: of roots from `mu`, else from the row of the parent's token.
+
+    Args:
+        transition: of every sequence, those of a run one after another, as many in each run.
+        uniform: one draw from [0, 1) for each position of a run, in each of its sequences.
+        levels: by depth, roots first.
+
+    Returns:
+        The tokens; positions that are in no level are not set.
+    """
+    n_sequences, vocab, _ = transition.shape
+    batch = uniform.shape[1]
+    by_token = cumulative(transition).view(-1, vocab)
+    of_roots = cumulative(stationary_distribution(transition, dtype=transition.dtype))
+    sequence = torch.arange(n_sequences, device=transition.device).view(-1, batch)
+    first_rows = sequence * vocab
+    tokens = torch.empty(uniform.shape, dtype=torch.int64, device=transition.device)
+    at_once = max(1, _MAX_ENTRIES // (batch * vocab))
+    for depth, level in enumerate(levels):
+        for part in level.parts(at_once):
+            table, rows = of_roots, sequence.index_select(0, part.run)
+            if depth > 0:
+                table, rows = by_token, first_rows.index_select(0, part.run)
+                rows += tokens.index_select(0, part.parent)
+            passed = table.index_select(0, rows.view(-1))
+            drawn = uniform.index_select(0, part.position).view(-1, 1)
+            token = torch.searchsorted(passed, drawn, right=True)
+            tokens.index_copy_(0, part.position, token.view(rows.shape))
+    return tokens
