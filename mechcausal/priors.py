@@ -167,7 +167,7 @@ def _entries(values: Tensor, shape: Sequence[int], index: Tensor) -> Tensor:
     """Entries of `values` broadcast to a shape, by their numbers there."""
     values = values.contiguous()
     offset, size = torch.zeros_like(index), 1
-    for length, stride in zip(shape[::-1], values.expand(*shape).stride()[::-1], strict=True):
+    for length, stride in zip(shape[::-1], values.expand(tuple(shape)).stride()[::-1], strict=True):
         if stride:
             offset += (index // size if size > 1 else index) % length * stride
         size *= length

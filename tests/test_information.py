@@ -184,3 +184,14 @@ def test_too_few_priors_or_sequences_are_refused() -> None:
         parent_information(task, n_priors=1)
     with pytest.raises(ValueError, match="n_sequences is 15: at least 16"):
         parent_information(task, n_sequences=15, max_states=1)
+
+
+@pytest.mark.parametrize("states", [1, 20_000], ids=["monte carlo", "exact"])
+def test_a_time_limit_makes_fewer_draws(states: int) -> None:
+    task = symmetric_task(MIXED, 1.0, 3)
+    options = {"n_sequences": 64, "max_states": states}
+    short = parent_information(task, n_priors=500, generator=seeded(3), max_seconds=1e-9, **options)
+    assert (short.n_priors, short.n_wanted) == (2, 500)
+    free = parent_information(task, n_priors=2, generator=seeded(3), **options)
+    assert torch.equal(short.chi2, free.chi2)
+    assert free.n_wanted == free.n_priors

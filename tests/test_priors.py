@@ -12,6 +12,7 @@ from mechcausal.priors import (
     DirichletPrior,
     FixedTransition,
     PriorError,
+    _entries,
     sample_dirichlet,
     sample_log_gamma,
     stationary_distribution,
@@ -65,6 +66,19 @@ def test_stationary_distribution_of_nearly_reducible_chains(rows: list[list[floa
     assert largest_relative_error(matrix) < 1e-13
 
 
+def test_many_matrices_are_eliminated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = DirichletPrior.symmetric(0.1, 3).sample(300, generator=seeded())
+    whole = stationary_distribution(matrices)
+    monkeypatch.setattr("mechcausal.priors._at_once", lambda _: 7)
+    torch.testing.assert_close(stationary_distribution(matrices), whole, rtol=1e-14, atol=0)
+
+
+def test_single_precision_is_enough_to_draw_roots() -> None:
+    matrices = DirichletPrior.symmetric(0.01, 5).sample(2000, generator=seeded())
+    single = stationary_distribution(matrices, dtype=torch.float32)
+    assert (single - stationary_distribution(matrices)).abs().max() < 1e-5
+
+
 def test_stationary_distribution_leaves_its_argument_alone() -> None:
     matrix = torch.eye(3, dtype=torch.float64).unsqueeze(0)
     stationary_distribution(matrix)
@@ -103,6 +117,21 @@ def test_log_gamma_draws_follow_the_distribution(alpha: float) -> None:
         return np.asarray(np.where(log_x < -40, small, special.gammainc(alpha, np.exp(log_x))))
 
     assert stats.kstest(draws, cumulative).pvalue > 1e-3
+
+
+def test_several_generators_draw_as_each_of_them_alone() -> None:
+    alpha = torch.tensor([[0.05, 1.0, 30.0], [0.3, 0.7, 2.0]]).view(2, 1, 3)
+    together = sample_log_gamma(alpha, (2, 5000, 3), generator=[seeded(1), seeded(2)])
+    for number in range(2):
+        alone = sample_log_gamma(alpha[number], (5000, 3), generator=seeded(1 + number))
+        assert torch.equal(together[number], alone)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 2, 3)])
+def test_entries_of_a_broadcast_tensor_by_number(shape: tuple[int, ...]) -> None:
+    values = torch.rand(shape[-2:] if len(shape) > 2 else shape[-1:], generator=seeded(3))
+    index = torch.arange(math.prod(shape))
+    assert torch.equal(_entries(values, shape, index), values.expand(shape).reshape(-1))
 
 
 def test_log_gamma_draws_broadcast_their_concentrations() -> None:

@@ -747,6 +747,14 @@ def test_importing_is_cheap(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["mechcausal.training", "mechcausal.theory"])
+def test_theory_and_training_load_transformer_lens_when_a_model_is_built(module: str) -> None:
+    heavy = "{'transformer_lens', 'transformers', 'wandb', 'matplotlib', 'scipy.stats', 'plotly'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_recipe_is_immutable() -> None:
     with pytest.raises(AttributeError):
         Recipe().seed = 3  # type: ignore[misc]

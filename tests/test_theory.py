@@ -35,6 +35,7 @@ from mechcausal.theory import (
     pairwise_theory,
     parent_information,
     predicted_gradient,
+    theory_notes,
 )
 from tests.oracles import (
     forest,
@@ -242,6 +243,45 @@ def test_a_fixed_matrix_has_no_standard_error() -> None:
     assert theory.n_priors == 1
     assert not theory.chi2_stderr.any()
     assert not theory.g_stderr.any()
+
+
+def test_a_time_limit_is_counted_not_measured() -> None:
+    graph, prior = chain(19), DirichletPrior.symmetric(0.1, vocab_size=10)
+    found = [
+        pairwise_theory(graph, prior, n_priors=5000, generator=seeded(1), max_seconds=0.1)
+        for _ in range(2)
+    ]
+    n_priors = found[0].n_priors
+    assert 2 <= n_priors == found[1].n_priors < 5000 == found[0].n_wanted
+    assert torch.equal(found[0].g, found[1].g)
+    told: list[tuple[int, int]] = []
+    free = pairwise_theory(
+        graph,
+        prior,
+        n_priors=n_priors,
+        generator=seeded(1),
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    assert torch.equal(free.chi2, found[0].chi2)
+    assert told[-1] == (n_priors, n_priors)
+    assert theory_notes(free, "this") == []
+    (note,) = theory_notes(found[0], "this")
+    for said in (f"{n_priors:,} draws", "5,000", "raise this", "largest standard error"):
+        assert said in note
+
+
+@pytest.mark.parametrize("graph", [chain(900), forest(*[-1, 0, 0, *range(1, 300)])])
+def test_distances_beyond_the_range_of_float64_carry_no_information(graph: CausalGraph) -> None:
+    prior = DirichletPrior.symmetric(5.0, vocab_size=4)
+    theory = pairwise_theory(graph, prior, n_priors=3, generator=seeded(2))
+    distance = torch.from_numpy(pair_distances(graph).up)
+    total = distance + distance.T
+    for name in ("chi2", "shannon", "g"):
+        values = getattr(theory, name)
+        assert values.isfinite().all()
+        assert not values[total > 800].any()
+    near = (total <= 40) & (total >= 1)
+    assert (theory.chi2[near] > 0).all()
 
 
 def test_one_matrix_cannot_give_a_standard_error() -> None:

@@ -1,8 +1,10 @@
 """`mechcausal theory`."""
 
 import json
+import sys
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -10,7 +12,7 @@ from mechcausal.commands.parsing import RefusedError, parse
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
-    from mechcausal.theory import ParentInformation
+    from mechcausal.theory import PairwiseTheory, ParentInformation
 
 
 @dataclass
@@ -25,8 +27,8 @@ class Theory:
     """Number of tokens S (with --parents; default 10)."""
     alpha: float | None = None
     """Dirichlet concentration (with --parents; default 0.1)."""
-    priors: int = 1000
-    """Transition matrices to average over."""
+    priors: int | None = None
+    """Transition matrices to average over; when absent 1,000, or what about a minute allows."""
     seed: int | None = None
     """Seed of the matrices, and of a recipe's random graph; the recipe's, else 0, when absent."""
     json: bool = False
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
                 "seed": options.seed or 0,
             }
             recipe = parse_recipe(data, source="command line")
-        if options.priors < 2:
+        if options.priors is not None and options.priors < 2:
             raise RefusedError(f"--priors is {options.priors}: at least 2 are needed")
         source = options.recipe or "--parents"
         return _print_theory(recipe, source, options.priors, as_json=options.json)
@@ -61,36 +63,78 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(str(error)) from None
 
 
-def _print_theory(recipe: Recipe, source: str, n_priors: int, *, as_json: bool) -> int:
+def _print_theory(recipe: Recipe, source: str, n_priors: int | None, *, as_json: bool) -> int:
     import torch
 
     from mechcausal.experiments.memory import check_memory, theory_needs
     from mechcausal.graphs import GraphError
     from mechcausal.priors import PriorError
     from mechcausal.tasks import SeveralParentsTask, build_task
-    from mechcausal.theory import pairwise_theory, parent_information
+    from mechcausal.theory import (
+        Information,
+        ParentInformation,
+        pairwise_theory,
+        parent_information,
+        theory_notes,
+    )
 
     generator = torch.Generator().manual_seed(recipe.seed)
+    progress = _Progress()
     try:
         graph = recipe.build_graph()
         task = build_task(graph, recipe.build_prior())
         check_memory(theory_needs(recipe, graph))
+        options: dict[str, Any] = {
+            "n_priors": 1000 if n_priors is None else n_priors,
+            "generator": generator,
+            "max_seconds": None if n_priors else recipe.evaluation.theory_seconds,
+            "on_progress": progress.tell,
+        }
+        information: Information
         if isinstance(task, SeveralParentsTask):
-            information = parent_information(task, n_priors=n_priors, generator=generator)
-            return _print_information(information, as_json=as_json)
-        theory = pairwise_theory(
-            task.graph,
-            task.prior,
-            n_priors=n_priors,
-            generator=generator,
-            beta0=recipe.training.beta0,
-        )
+            information = parent_information(task, **options)
+        else:
+            beta0 = recipe.training.beta0
+            information = pairwise_theory(task.graph, task.prior, beta0=beta0, **options)
     except (GraphError, PriorError) as error:
         raise RefusedError(f"{source}: {error}") from None
+    finally:
+        progress.close()
+    for note in theory_notes(information, "--priors"):
+        print(f"mechcausal: {note}", file=sys.stderr)
+    if isinstance(information, ParentInformation):
+        return _print_information(information, as_json=as_json)
+    return _print_pairs(information, as_json=as_json)
+
+
+class _Progress:
+    """How many draws are done, on a terminal, where they take more than a moment."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._began = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """After some draws."""
+        if self._bar is None and done < total and time.monotonic() > self._began + 1:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc="draws", total=total, disable=None, leave=False)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _print_pairs(theory: "PairwiseTheory", *, as_json: bool) -> int:
     edges = theory.predicted_edges()
     if as_json:
         content = {
             "parents": list(theory.graph.parent_array()),
+            "n_priors": theory.n_priors,
             "chi2": theory.chi2.tolist(),
             "chi2_stderr": theory.chi2_stderr.tolist(),
             "shannon": theory.shannon.tolist(),

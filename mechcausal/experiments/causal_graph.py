@@ -25,7 +25,13 @@ from mechcausal.recipes import Recipe
 from mechcausal.run_folder import History
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
 from mechcausal.tasks.ahead import BatchesAhead
-from mechcausal.theory import Information, PairwiseTheory, pairwise_theory, parent_information
+from mechcausal.theory import (
+    Information,
+    PairwiseTheory,
+    pairwise_theory,
+    parent_information,
+    theory_notes,
+)
 
 # Where hooks take longer for a look, on a busy core, the closed form is read if there is one.
 _MOST_SECONDS = 20.0
@@ -53,7 +59,7 @@ class CausalGraphExperiment(Experiment):
         self.model = build_model(
             recipe, self.task, seed=generators.init, device=generators.data.device
         )
-        self.notes = list(theory_notes(self.theory))
+        self.notes = theory_notes(self.theory, "evaluation.theory_seconds")
         observer_type = self.observer_type
         seconds = hooked_look_seconds(self.model, evaluation.n_sequences)
         if seconds > _MOST_SECONDS and recipe.probing.enabled:
@@ -189,25 +195,6 @@ def _counted(tell: Tell, text: str) -> Callable[[int, int], None]:
             tell(text.format(done, total))
 
     return count
-
-
-def theory_notes(theory: Information) -> list[str]:
-    """That theory was averaged over fewer draws than were asked for, and what that means."""
-    if theory.n_priors == theory.n_wanted:
-        return []
-    note = (
-        f"theory was averaged over {theory.n_priors:,} draws of the prior instead of "
-        f"{theory.n_wanted:,}, as many as take about its time (evaluation.theory_seconds)"
-    )
-    edges = [(child, parent) for parent, child in theory.graph.edges]
-    if edges:
-        child, parent = max(edges, key=lambda edge: float(theory.chi2_stderr[edge]))
-        note += (
-            f": the χ²-information of an edge is known to ± "
-            f"{theory.chi2_stderr[child, parent]:.2g} ({parent} → {child}: "
-            f"{theory.chi2[child, parent]:.4g}) or better"
-        )
-    return [note]
 
 
 def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:

@@ -2,6 +2,7 @@
 
 from mechcausal.theory.information import ParentInformation, parent_information
 from mechcausal.theory.named_edges import named_edges
+from mechcausal.theory.notes import theory_notes
 from mechcausal.theory.pairwise import (
     PairDistances,
     PairwiseTheory,
@@ -23,4 +24,5 @@ __all__ = [
     "pairwise_theory",
     "parent_information",
     "predicted_gradient",
+    "theory_notes",
 ]
