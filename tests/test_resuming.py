@@ -480,7 +480,7 @@ def test_formation_is_kept_in_detail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     folder = train(
         tiny(
-            training__stage2__lr=50.0,  # spoils what stage 1 has learned
+            training__stage2__lr=400.0,  # spoils what stage 1 has learned
             training__stage2__optimizer="sgd",
             checkpoints__every=4,
             checkpoints__keep=1,
