@@ -26,6 +26,9 @@ from mechcausal.stages import Stage, learning_rate, probe_steps, stages
 from mechcausal.tracking import RecordError, RunRecord, writing
 from mechcausal.wandb_runs import load_wandb, resolve_mode
 
+SILENT_SECONDS = 1.0
+"""What is prepared before the first step is told of when it takes longer."""
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one line that says why, and how to go on."""
@@ -268,7 +271,7 @@ def _telling(
     on_progress: Callable[[Progress], None] | None, recipe: Recipe, start: int
 ) -> Callable[[str], None]:
     """Pass on what is being prepared before the first step, a few times a second."""
-    due = time.monotonic() + 1  # what takes no longer is not worth a word
+    due = time.monotonic() + SILENT_SECONDS
 
     def tell(text: str) -> None:
         nonlocal due

@@ -263,7 +263,8 @@ def test_theory_prints_json_of_the_documented_shape(
 ) -> None:
     content = theory(capsys, *arguments, "--priors", "50")
     assert list(content) == [
-        *("parents", "chi2", "chi2_stderr", "shannon", "g", "predicted_gradient", "edges")
+        *("parents", "n_priors", "chi2", "chi2_stderr", "shannon", "g"),
+        *("predicted_gradient", "edges"),
     ]
     assert content["parents"] == [-1, 0, 0, 1, 2]
     assert content["edges"] == [[0, 1], [0, 2], [1, 3], [2, 4]]
@@ -302,6 +303,42 @@ def test_theory_of_several_parents_prints_information_with_their_set(
     assert code == 0
     for text in ("0, 1 → 2", "1, 3 → predicted token", "exact"):
         assert text in output
+
+
+def test_theory_takes_about_a_minute_unless_told_how_many_draws(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 1)
+    (folder / "short.toml").write_text(
+        LEAN.replace("theory_priors = 10", "theory_priors = 10\ntheory_seconds = 1e-9")
+    )
+    code, output, errors = outcome(capsys, "theory", "short.toml", "--json")
+    assert (code, json.loads(output)["n_priors"]) == (0, 2)
+    assert "theory was averaged over 2 draws of the prior in place of 1,000" in errors
+    assert "raise --priors" in errors
+    code, output, errors = outcome(capsys, "theory", "short.toml", "--json", "--priors", "5")
+    assert (code, json.loads(output)["n_priors"], errors) == (0, 5, "")
+
+
+@pytest.mark.slow
+def test_a_run_loads_what_it_uses_in_the_order_that_is_quickest(folder: Path) -> None:
+    code = (
+        "import sys; from mechcausal.cli import main\n"
+        "main(['train', 'lean.toml', '--quiet', '--wandb-mode', 'offline', '--out', 'order'])\n"
+        "names = [*sys.modules]\n"
+        "assert names.index('wandb.apis.public') < names.index('transformer_lens')\n"
+        "assert not {'scipy.stats', 'dask'} & {*names}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+
+
+def test_theory_loads_no_models(folder: Path) -> None:
+    code = (
+        "import sys; from mechcausal.cli import main\n"
+        "main(['theory', '--parents', '-1,0', '--priors', '2'])\n"
+        "assert not {'transformer_lens', 'wandb', 'scipy'} & {*sys.modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def test_theory_repeats_from_its_seed(capsys: pytest.CaptureFixture[str]) -> None:

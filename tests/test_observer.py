@@ -7,6 +7,7 @@ import torch
 
 from mechcausal import observer as observer_module
 from mechcausal.closed_form_observer import ClosedFormObserver
+from mechcausal.experiments import Observation
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, two_parents
 from mechcausal.metrics import gradient_figures, induction_mask
 from mechcausal.models.base import GraphModel
@@ -457,3 +458,30 @@ def test_looking_at_the_other_models_leaves_no_trace(make: type | None) -> None:
     assert first.prediction is not None
     torch.testing.assert_close(first.prediction, prediction, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(first.matrices["attention/layer0"], pattern)
+
+
+def test_long_sequences_are_summed_to_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where the order of additions cannot show."""
+    model, graph = random_model(), icl_pairs(T - 1)
+    task = SingleParentTask(graph, DirichletPrior.symmetric(0.3, S))
+    theory = pairwise_theory(graph, task.prior, n_priors=100, generator=seeded(1))
+
+    def look(most: int) -> Observation:
+        monkeypatch.setattr("mechcausal.closed_form_observer._MOST_ENTRIES", most)
+        watcher = ClosedFormObserver(
+            model,
+            task,
+            theory,
+            n_sequences=300,
+            epsilon=1e-3,
+            bayes_draws=4,
+            generator=seeded(2),
+        )
+        return watcher.observe()
+
+    long, short = look(0), look(10**9)
+    assert long.figures.keys() == short.figures.keys()
+    for name, value in short.figures.items():
+        assert long.figures[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+    for name, matrix in short.matrices.items():
+        torch.testing.assert_close(long.matrices[name], matrix, rtol=1e-4, atol=1e-7)

@@ -499,7 +499,7 @@ def test_a_score_that_rests_is_no_formation(
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     folder = train(
         tiny(
-            training__stage2__lr=50.0,  # spoils what stage 1 has learned
+            training__stage2__lr=400.0,  # spoils what stage 1 has learned
             training__stage2__optimizer="sgd",
             checkpoints__every=4,
             checkpoints__keep=1,

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from mechcausal.checkpoints import checkpoint_folders
+from mechcausal.closed_form_observer import ClosedFormObserver
 from mechcausal.detection import detect
 from mechcausal.experiments import Generators, build_experiment
-from mechcausal.experiments.causal_graph import CausalGraphExperiment
+from mechcausal.experiments.causal_graph import CausalGraphExperiment, hooked_look_seconds
 from mechcausal.models.adapter import load_model
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import load_graph_model
@@ -190,6 +191,55 @@ def test_other_seed_gives_other_data(run: RunResult, tmp_path: Path) -> None:
         row["loss/train"] for row in run.history
     ]
     assert other.summary["loss/bayes"] != run.summary["loss/bayes"]
+
+
+def test_what_takes_long_before_the_first_step_is_told(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.training.SILENT_SECONDS", -1.0)
+    monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 1)  # one draw at a time
+    told: list[Progress] = []
+    other = train(tiny(), out=tmp_path / "other", on_progress=told.append)
+    assert (told[0].step, told[0].is_preparing) == (0, True)
+    assert told[0].stage == "theory: 1 of 50 draws of the prior"
+    assert [p.step for p in told if not p.is_preparing] == list(range(13))
+    assert other.history[-1]["loss/eval"] == run.history[-1]["loss/eval"]
+
+
+def test_theory_takes_no_longer_than_the_recipe_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 1)
+    recipe = tiny(evaluation__theory_seconds=1e-9)
+    result = train(recipe, out=tmp_path / "run")
+    assert graph_experiment(result).theory.n_priors == 2
+    (warning,) = read_summary(result.folder)["warnings"]
+    assert warning.startswith("theory was averaged over 2 draws of the prior in place of 50")
+    assert "raise evaluation.theory_seconds" in warning
+
+
+def test_looks_that_would_take_too_long_read_the_closed_form(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechcausal.experiments.causal_graph._MOST_SECONDS", 0.0)
+    other = train(tiny(), out=tmp_path / "other")
+    assert isinstance(graph_experiment(other).observer, ClosedFormObserver)
+    (warning,) = other.warnings
+    assert warning.endswith("attention and gradients are read off the closed form instead")
+    for ours, theirs in zip(other.history, run.history, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if value is None:
+                assert ours[name] is None
+            elif not name.endswith("_spearman"):  # ranks show every rounding
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), name
+
+
+def test_the_cost_of_a_look_grows_with_its_sizes() -> None:
+    small = hooked_look_seconds(SimplifiedTransformer(10, 20), 1024)
+    assert small < 1
+    assert hooked_look_seconds(SimplifiedTransformer(10, 20), 2048) == pytest.approx(2 * small)
+    assert hooked_look_seconds(SimplifiedTransformer(100, 400), 1024) > 100
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,37 @@ def live_view(recipe: Recipe) -> tuple[LiveView, io.StringIO]:
     return LiveView(recipe, console), file
 
 
+def test_what_is_prepared_is_named_and_starts_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mechcausal.commands.display.time.monotonic", lambda: now[0])
+    recipe = recipe_of()
+    view, file = live_view(recipe)
+    view.show(Progress(0, 40, "theory: 3 of 50 draws of the prior", {}, is_preparing=True))
+    assert "theory: 3 of 50 draws" in file.getvalue()
+    now[0] = 100.0
+    view.show(progress_of(recipe, 0))
+    now[0] = 110.0
+    view.show(progress_of(recipe, 20))
+    assert "0:10 left" in file.getvalue()
+    view.close()
+
+
+def test_the_bar_begins_when_all_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = ProgressBar(quiet=False)
+    bar.show(Progress(0, 40, "theory: 3 of 50 draws of the prior", {}, is_preparing=True))
+    assert "theory: 3 of 50 draws" in terminal.getvalue()
+    bar.show(progress_of(recipe_of(), 0))
+    bar.show(progress_of(recipe_of(), 40))
+    bar.close()
+    assert "40/40" in terminal.getvalue()
+
+
 def test_it_is_drawn_again_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("mechcausal.commands.display.time.monotonic", lambda: now[0])

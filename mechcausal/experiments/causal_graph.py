@@ -210,5 +210,5 @@ def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:
 def _look_note(seconds: float, n_sequences: int, *, closed: bool) -> str:
     takes = f"with hooks on {n_sequences:,} sequences a look would take about {seconds:,.0f} s"
     if closed:
-        return f"{takes}: attention and gradients are read off the closed form instead, as equals"
+        return f"{takes}: attention and gradients are read off the closed form instead"
     return takes.replace("would take", "takes") + ": reduce evaluation.n_sequences or the looks"
