@@ -62,15 +62,20 @@ def draw_tokens(
     of_roots = cumulative(stationary_distribution(transition, dtype=transition.dtype))
     sequence = torch.arange(n_sequences, device=transition.device).view(-1, batch)
     first_rows = sequence * vocab
+
+    def of_runs(values: Tensor, level: Level) -> Tensor:
+        return values if len(values) == 1 else values.index_select(0, level.run)
+
     tokens = torch.empty(uniform.shape, dtype=torch.int64, device=transition.device)
     at_once = max(1, _MAX_ENTRIES // (batch * vocab))
     for depth, level in enumerate(levels):
         for part in level.parts(at_once):
-            table, rows = of_roots, sequence.index_select(0, part.run)
-            if depth > 0:
-                table, rows = by_token, first_rows.index_select(0, part.run)
-                rows += tokens.index_select(0, part.parent)
-            passed = table.index_select(0, rows.view(-1))
+            if depth == 0:
+                table, rows = of_roots, of_runs(sequence, part).expand(len(part.run), -1)
+            else:
+                table, rows = by_token, tokens.index_select(0, part.parent)
+                rows += of_runs(first_rows, part)
+            passed = table.index_select(0, rows.reshape(-1))
             drawn = uniform.index_select(0, part.position).view(-1, 1)
             token = torch.searchsorted(passed, drawn, right=True)
             tokens.index_copy_(0, part.position, token.view(rows.shape))
