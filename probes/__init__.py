@@ -13,18 +13,6 @@ Cost: a probe keeps only what its reading needs. `AttentionPattern` without `red
 whose memory grows with the number of sequences squared in length.
 """
 
-from probes.attach import Probe, attach
-from probes.attention import AttentionGradient, AttentionPattern
-from probes.attention_check import AttentionCheck, check_attention
-from probes.attention_edits import (
-    AttentionEffect,
-    attention_effects,
-    edit_attention,
-    knock_out,
-    make_uniform,
-    redirect,
-    replace_pattern,
-)
 from probes.causal_discovery import (
     PAG,
     Discovery,
@@ -35,18 +23,15 @@ from probes.causal_discovery import (
     save_picture,
 )
 from probes.causal_discovery.explain import Explanation, explain
-from probes.circuits import copying_score
-from probes.composition import KComposition, k_composition
-from probes.errors import ProbeError, ProbeWarning
-from probes.formation import Formation, track_formation
-from probes.head_scores import score_heads
-from probes.head_table import HeadScores
-from probes.in_context import PositionLoss, loss_by_position
-from probes.induction import AttentionTo, InductionScores
-from probes.interventions import AblationEffect, ablation_effects, mean_ablate
-from probes.labelled import LabelledTensor
-from probes.repeated import repeated_tokens
-from probes.scores import (
+from probes.heads.composition import KComposition, k_composition
+from probes.heads.copying import copying_score
+from probes.heads.formation import Formation, track_formation
+from probes.heads.head_scores import score_heads
+from probes.heads.head_table import HeadScores
+from probes.heads.in_context import PositionLoss, loss_by_position
+from probes.heads.induction import AttentionTo, InductionScores
+from probes.heads.repeated import repeated_tokens
+from probes.heads.scores import (
     above_chance,
     attention_to,
     duplicate_token_score,
@@ -54,6 +39,21 @@ from probes.scores import (
     previous_token_score,
     uniform_baseline,
 )
+from probes.intervening.ablation import AblationEffect, ablation_effects, mean_ablate
+from probes.intervening.attention_edits import (
+    AttentionEffect,
+    attention_effects,
+    edit_attention,
+    knock_out,
+    make_uniform,
+    redirect,
+    replace_pattern,
+)
+from probes.reading.attach import Probe, attach
+from probes.reading.attention import AttentionGradient, AttentionPattern
+from probes.reading.attention_check import AttentionCheck, check_attention
+from probes.reading.errors import ProbeError, ProbeWarning
+from probes.reading.labelled import LabelledTensor
 
 __all__ = [
     "PAG",

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import pytest
 
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 
 Command: TypeAlias = Callable[..., tuple[int, str, str]]
 """Run a command with some arguments: exit code, output, error output."""

@@ -74,7 +74,7 @@ def repository() -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave their figures empty: for tests of something else, half of whose time they take."""
-    from mechcausal.experiments.causal_graph import CausalGraphExperiment
+    from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
     def draw(self: CausalGraphExperiment, folder: Path, **options: object) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)

@@ -34,11 +34,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mechcausal import checkpoints, cli, resuming, training
-from mechcausal.checkpoints import CheckpointError
-from mechcausal.experiments import Generators, build_experiment, check_experiment
-from mechcausal.experiments.memory import experiment_needs
-from mechcausal.experiments.models import build_model
+from mechcausal.cli import main as cli
 from mechcausal.graphs import CausalGraph, GraphError, chain
 from mechcausal.models.adapter import ModelFileError, load_model, save_model
 from mechcausal.models.base import GraphModel
@@ -46,7 +42,6 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.priors import PriorError
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -56,9 +51,16 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
-from mechcausal.run_folder import RunFolderError
-from mechcausal.targets import TargetError, load_target
+from mechcausal.records.run_folder import RunFolderError
+from mechcausal.studies.targets import TargetError, load_target
 from mechcausal.tasks import build_task
+from mechcausal.tasks.priors import PriorError
+from mechcausal.training import checkpoints, resuming
+from mechcausal.training import run as training
+from mechcausal.training.checkpoints import CheckpointError
+from mechcausal.training.experiments import Generators, build_experiment, check_experiment
+from mechcausal.training.experiments.memory import experiment_needs
+from mechcausal.training.experiments.models import build_model
 
 Check = Callable[[], bool]
 """Reads the input; True where it was accepted, and is valid."""

@@ -29,14 +29,14 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import wandb
 
-from mechcausal.album import Album
-from mechcausal.checkpointing import Checkpointer
 from mechcausal.recipes import Recipe, parse_recipe
-from mechcausal.resuming import resume
-from mechcausal.run_folder import STEP, read_metrics, read_process, read_summary
-from mechcausal.training import train
-from mechcausal.wandb_fragments import fragments, wandb_steps
-from mechcausal.wandb_runs import WandbRun
+from mechcausal.records.run_folder import STEP, read_metrics, read_process, read_summary
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.records.wandb_runs import WandbRun
+from mechcausal.training.album import Album
+from mechcausal.training.checkpointing import Checkpointer
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import train
 
 PHASES = ("anywhere", "probe step", "checkpoint", "W&B")
 COMPARED = ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors")

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
-from mechcausal.run_data import RunData
+from mechcausal.records.run_data import RunData
 
 
 def recipe_of(**changes: Any) -> Recipe:

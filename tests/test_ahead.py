@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mechcausal.graphs import chain, two_parents
-from mechcausal.priors import DirichletPrior
 from mechcausal.tasks import Batch, Task, ahead, build_task
 from mechcausal.tasks.ahead import BatchesAhead
+from mechcausal.tasks.priors import DirichletPrior
 from tests.oracles import seeded
 
 

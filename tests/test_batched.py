@@ -16,16 +16,22 @@ from safetensors.torch import load_file
 from mechcausal.graphs import chain, manual, star
 from mechcausal.models.batched_simplified import BatchedSimplified
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.recipes import Recipe, parse_recipe
-from mechcausal.resuming import resume
-from mechcausal.run_folder import MATRICES_FILE, is_held, read_metrics, read_summary, run_info
+from mechcausal.records.run_folder import (
+    MATRICES_FILE,
+    is_held,
+    read_metrics,
+    read_summary,
+    run_info,
+)
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.sweeps.batched import batchable, groups, obstacle, train_batched
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask, soft_cross_entropy
 from mechcausal.tasks.batched import BatchedTask, RunsBatch
-from mechcausal.training import Progress, train
-from mechcausal.wandb_fragments import fragments, wandb_steps
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import Progress, train
 
 Folders = list[Path]
 
@@ -112,7 +118,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Single runs draw nothing here: that takes longer than all the rest of them."""
-    monkeypatch.setattr("mechcausal.report.draw_figures", lambda *_, **__: {})
+    monkeypatch.setattr("mechcausal.pictures.static.run_figures.draw_figures", lambda *_, **__: {})
 
 
 @pytest.fixture(scope="module")

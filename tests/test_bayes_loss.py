@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, star, two_parents
-from mechcausal.predictors import bayes_loss, bayes_prediction
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import Batch, SeveralParentsTask, SingleParentTask, Task, cross_entropies
+from mechcausal.tasks.predictors import bayes_loss, bayes_prediction
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from tests.oracles import forest, seeded
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechcausal import blocks
-from mechcausal.blocks import block_effects, block_shares, solution_blocks, solution_share
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, k_gram, two_parents
+from mechcausal.measures import blocks
+from mechcausal.measures.blocks import block_effects, block_shares, solution_blocks, solution_share
 from mechcausal.models.disentangled import DisentangledTransformer
 from tests.oracles import seeded
 

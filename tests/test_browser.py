@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from mechcausal import plot
-from mechcausal.pages import write_comparison, write_report
-from mechcausal.plot.matrices import attention_of_heads, examples_of_heads, gradient_of_heads
-from mechcausal.plot.scatter import scatters
-from mechcausal.run_data import RunData
+from mechcausal.pictures.interactive.matrices import (
+    attention_of_heads,
+    examples_of_heads,
+    gradient_of_heads,
+)
+from mechcausal.pictures.interactive.scatter import scatters
+from mechcausal.pictures.pages import write_comparison, write_report
+from mechcausal.records.run_data import RunData
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mechcausal import checkpoints
-from mechcausal.checkpoints import (
+from mechcausal.recipes import Recipe, parse_recipe, recipe_to_dict
+from mechcausal.training import checkpoints
+from mechcausal.training.checkpoints import (
     Checkpoint,
     CheckpointError,
     checkpoint_folders,
@@ -20,8 +21,7 @@ from mechcausal.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from mechcausal.experiments import Experiment, Generators, build_experiment
-from mechcausal.recipes import Recipe, parse_recipe, recipe_to_dict
+from mechcausal.training.experiments import Experiment, Generators, build_experiment
 
 CPU = torch.device("cpu")
 

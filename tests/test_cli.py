@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from mechcausal import __version__
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 from mechcausal.recipes import load_recipe, packaged_recipes
-from mechcausal.run_folder import read_metrics, read_summary
-from mechcausal.wandb_fragments import count_wandb_rows
+from mechcausal.records.run_folder import read_metrics, read_summary
+from mechcausal.records.wandb_fragments import count_wandb_rows
 from tests.commands import outcome
 
 # A run of a few steps, S = 3, T = 6.
@@ -106,7 +106,7 @@ def test_help_of_a_command_names_its_options(
 def test_help_is_quick() -> None:
     """A bound against heavy imports, far above what it takes (benchmarks measure that)."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "mechcausal.cli", "--help"]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "--help"]
     root = Path(__file__).parents[1]
     subprocess.run(command, check=True, capture_output=True, cwd=root)
     assert time.monotonic() - start < 5
@@ -215,9 +215,7 @@ def test_invalid_wandb_mode_in_the_environment_is_refused(
 
 
 def test_a_reader_that_goes_away_is_no_error(repository: Path) -> None:
-    command = (
-        f"{sys.executable} -m mechcausal.cli theory markov_chain --json --priors 20 | head -c 1"
-    )
+    command = f"{sys.executable} -m mechcausal.cli.main theory markov_chain --json --priors 20 | head -c 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=repository, capture_output=True, text=True
     )
@@ -230,7 +228,7 @@ def test_output_does_not_depend_on_the_encoding_of_the_terminal(
 ) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [sys.executable, "-m", "mechcausal.cli", *arguments],
+            [sys.executable, "-m", "mechcausal.cli.main", *arguments],
             cwd=repository,
             env={**os.environ, "PYTHONIOENCODING": encoding},
             capture_output=True,
@@ -323,7 +321,7 @@ def test_theory_takes_about_a_minute_unless_told_how_many_draws(
 @pytest.mark.slow
 def test_a_run_loads_what_it_uses_in_the_order_that_is_quickest(folder: Path) -> None:
     code = (
-        "import sys; from mechcausal.cli import main\n"
+        "import sys; from mechcausal.cli.main import main\n"
         "main(['train', 'lean.toml', '--quiet', '--wandb-mode', 'offline', '--out', 'order'])\n"
         "names = [*sys.modules]\n"
         "assert names.index('wandb.apis.public') < names.index('transformer_lens')\n"
@@ -334,7 +332,7 @@ def test_a_run_loads_what_it_uses_in_the_order_that_is_quickest(folder: Path) ->
 
 def test_theory_loads_no_models(folder: Path) -> None:
     code = (
-        "import sys; from mechcausal.cli import main\n"
+        "import sys; from mechcausal.cli.main import main\n"
         "main(['theory', '--parents', '-1,0', '--priors', '2'])\n"
         "assert not {'transformer_lens', 'wandb', 'scipy'} & {*sys.modules}\n"
     )

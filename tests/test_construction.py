@@ -8,16 +8,16 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from mechcausal.closed_form_observer import ClosedFormObserver
-from mechcausal.construction import Construction, best_construction
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, k_gram, random_tree, two_parents
+from mechcausal.measures.closed_form_observer import ClosedFormObserver
+from mechcausal.measures.construction import Construction, best_construction
+from mechcausal.measures.observer import Observer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.observer import Observer
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import Batch, SingleParentTask, Task, build_task, cross_entropies
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import Information, pairwise_theory, parent_information
 from tests.oracles import forest, seeded
 
@@ -255,7 +255,7 @@ def test_parts_of_the_sequences_do_not_matter(monkeypatch: pytest.MonkeyPatch) -
     batch = task_of(FOREST).sample(50, generator=seeded(3))
     model = SimplifiedTransformer(S, T)
     together = of(model, FOREST, batch)
-    monkeypatch.setattr("mechcausal.construction._MAX_ENTRIES", 7 * T)
+    monkeypatch.setattr("mechcausal.measures.construction._MAX_ENTRIES", 7 * T)
     apart = of(model, FOREST, batch)
     assert replace(apart, beta=together.beta) == replace(together, loss=apart.loss)
     assert apart.loss == pytest.approx(together.loss, abs=1e-12)

@@ -14,12 +14,12 @@ import wandb
 from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
-from mechcausal.detection import Detection, detect
 from mechcausal.models.adapter import save_model
 from mechcausal.recipes import parse_recipe
-from mechcausal.targets import load_target
-from mechcausal.training import train
-from mechcausal.wandb_fragments import count_wandb_rows
+from mechcausal.records.wandb_fragments import count_wandb_rows
+from mechcausal.studies.detection import Detection, detect
+from mechcausal.studies.targets import load_target
+from mechcausal.training.run import train
 from tests.commands import Command, outcome
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
@@ -377,7 +377,7 @@ def test_a_heatmap_that_wandb_cannot_be_given_costs_neither_the_run_nor_the_resu
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = set((folder / "run").glob("wandb/offline-run-*-*"))
-    monkeypatch.setattr("mechcausal.detection.draw_heatmap", fail)
+    monkeypatch.setattr("mechcausal.studies.detection.draw_heatmap", fail)
     code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
     assert code == 0
     assert json.loads(output)["n_layers"] == 2

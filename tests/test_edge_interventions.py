@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.graphs.presets import chain, icl_pairs, k_gram, random_forest, two_parents
-from mechcausal.interventions import (
+from mechcausal.measures.interventions import (
     InterventionEffect,
     Kind,
     edge_effects,
@@ -16,8 +16,8 @@ from mechcausal.interventions import (
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior
 from mechcausal.tasks import Batch, SingleParentTask, build_task, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior
 from probes import edit_attention, knock_out
 from tests.oracles import forest, seeded
 

@@ -5,13 +5,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechcausal.effect_figures import draw_edge_effects
 from mechcausal.graphs import CausalGraph, chain, two_parents
-from mechcausal.interventions import EdgeEffects, InterventionEffect, edge_effects
+from mechcausal.measures.interventions import EdgeEffects, InterventionEffect, edge_effects
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior
+from mechcausal.pictures.static.effect_figures import draw_edge_effects
 from mechcausal.tasks import Batch, build_task
+from mechcausal.tasks.priors import DirichletPrior
 from tests.oracles import forest, seeded
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import wandb
 
-from mechcausal.applications import catalogue
-from mechcausal.applications.recommender import RecommenderSettings, train_recommender
-from mechcausal.applications.sessions import ThemeRule
-from mechcausal.signals import StopRequested
-from mechcausal.training import NonFiniteLossError, TrainingError
-from mechcausal.wandb_fragments import count_wandb_rows
+from mechcausal.records.wandb_fragments import count_wandb_rows
+from mechcausal.studies.explanations import catalogue
+from mechcausal.studies.explanations.recommender import RecommenderSettings, train_recommender
+from mechcausal.studies.explanations.sessions import ThemeRule
+from mechcausal.support.signals import StopRequested
+from mechcausal.training.run import NonFiniteLossError, TrainingError
 from probes.causal_discovery.explain import METHODS
 from tests.commands import outcome
 from tests.test_sentiment import TEXT, save_bert
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def small() -> ThemeRule:
         return ThemeRule(themes=2, members=1, others=2, length=4, most=2)
 
-    monkeypatch.setattr("mechcausal.applications.sessions.ThemeRule", small)
+    monkeypatch.setattr("mechcausal.studies.explanations.sessions.ThemeRule", small)
     monkeypatch.setattr(catalogue, "_HELD_OUT", 20)
     return tmp_path
 
@@ -157,7 +157,7 @@ def test_a_training_that_does_not_come_to_its_end_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("mechcausal.applications.bridge.train", fail)
+    monkeypatch.setattr("mechcausal.studies.explanations.bridge.train", fail)
     found = outcome(capsys, "explain", "bridge", "--quick", "--wandb-mode", "disabled")
     assert found == (code, "", f"mechcausal: {said}\n")
 

@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from mechcausal import cli, wandb_runs
-from mechcausal.experiments.causal_graph import CausalGraphExperiment
-from mechcausal.files import JsonLines, read_json_lines, write_atomically
+from mechcausal.cli import main as cli
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
-from mechcausal.resuming import resume
-from mechcausal.run_folder import (
+from mechcausal.records import wandb_runs
+from mechcausal.records.run_folder import (
     MATRICES_FOLDER,
     PROCESS_FILE,
     STEP,
@@ -29,9 +27,12 @@ from mechcausal.run_folder import (
     read_process,
     read_summary,
 )
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.support.files import JsonLines, read_json_lines, write_atomically
 from mechcausal.sweeps.batched import train_batched
-from mechcausal.training import NonFiniteLossError, Progress, RunResult, TrainingError, train
-from mechcausal.wandb_fragments import fragments, wandb_steps
+from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, TrainingError, train
 from tests import kill_runs
 from tests.wandb_server import WandbServer
 
@@ -260,7 +261,7 @@ def test_a_run_whose_pictures_cannot_be_begun_ends_as_a_failed_run(tmp_path: Pat
 def test_a_run_whose_facts_cannot_be_written_anew_closes_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechcausal import tracking
+    from mechcausal.records import tracking
 
     write, calls = tracking.write_process, 0  # type: ignore[attr-defined]
 
@@ -281,7 +282,7 @@ def test_a_run_whose_facts_cannot_be_written_anew_closes_wandb(
 def test_a_full_disk_while_the_model_is_built_hides_no_error_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechcausal import training
+    from mechcausal.training import run as training
 
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -341,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_gone_on_with(tmp_pat
             with torch.no_grad():
                 spoilt[0].fill_(torch.nan)
 
-    from mechcausal import training
+    from mechcausal.training import run as training
 
     real = training.build_experiment  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
@@ -367,7 +368,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_gone_on_with(tmp_pat
 def test_a_gradient_that_is_not_finite_spoils_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    from mechcausal.experiments.causal_graph import CausalGraphExperiment
+    from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
     real = CausalGraphExperiment.training_loss
     calls = 0
@@ -402,7 +403,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
 def test_out_of_memory_says_what_to_reduce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, moment: str
 ) -> None:
-    from mechcausal import training
+    from mechcausal.training import run as training
 
     def fail(*_: Any) -> None:
         raise error

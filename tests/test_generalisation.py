@@ -12,7 +12,8 @@ import torch
 from matplotlib import image as mpimg
 from torch import Tensor
 
-from mechcausal.generalisation import (
+from mechcausal.graphs import CausalGraph, chain, icl_pairs, manual
+from mechcausal.measures.generalisation import (
     STANDARD_FAMILIES,
     MatrixFamily,
     bounded_family,
@@ -32,18 +33,17 @@ from mechcausal.generalisation import (
     two_block_matrices,
     uniform_matrices,
 )
-from mechcausal.generalisation_figures import draw_generalisation, draw_ood
-from mechcausal.graphs import CausalGraph, chain, icl_pairs, manual
 from mechcausal.models.base import GraphModel
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.predictors import bayes_prediction, transition_counts
-from mechcausal.priors import (
+from mechcausal.pictures.static.generalisation_figures import draw_generalisation, draw_ood
+from mechcausal.tasks import SingleParentTask, cross_entropies, soft_cross_entropy
+from mechcausal.tasks.predictors import bayes_prediction, transition_counts
+from mechcausal.tasks.priors import (
     DirichletPrior,
     FixedTransition,
     PriorError,
     stationary_distribution,
 )
-from mechcausal.tasks import SingleParentTask, cross_entropies, soft_cross_entropy
 from tests.oracles import seeded
 
 EVERY_FAMILY = (*STANDARD_FAMILIES, bounded_family(0.2), bounded_family(0.2, base="permutation"))

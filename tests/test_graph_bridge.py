@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from mechcausal.applications import bridge as module
-from mechcausal.applications.bridge import bridge
-from mechcausal.applications.skeletons import READINGS, Seen, discovered, largest, scores
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
-from mechcausal.run_folder import read_summary
-from mechcausal.signals import StopRequested
-from mechcausal.training import Progress, RunResult, train
+from mechcausal.records.run_folder import read_summary
+from mechcausal.studies.explanations import bridge as module
+from mechcausal.studies.explanations.bridge import bridge
+from mechcausal.studies.explanations.skeletons import READINGS, Seen, discovered, largest, scores
+from mechcausal.support.signals import StopRequested
+from mechcausal.training.run import Progress, RunResult, train
 from probes.causal_discovery import discover_attention
 
 

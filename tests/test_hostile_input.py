@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mechcausal import cli
-from mechcausal.experiments import check_experiment, memory
+from mechcausal.cli import main as cli
 from mechcausal.graphs import CausalGraph, GraphError, chain
 from mechcausal.models.adapter import ModelFileError, load_model, save_model
 from mechcausal.models.disentangled import DisentangledTransformer
@@ -27,7 +26,8 @@ from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.recipes import RecipeError, load_recipe, parse_recipe
-from mechcausal.targets import TargetError, load_target
+from mechcausal.studies.targets import TargetError, load_target
+from mechcausal.training.experiments import check_experiment, memory
 from tests.fuzz_inputs import KINDS, one_line, plan, try_input
 from tests.hugging_face import save_gpt2
 from tests.probes.wired import blank
@@ -273,7 +273,7 @@ def test_any_edge_list_is_read_that_the_user_names(
         given.append(recipe.build_graph().edges)
         raise RecipeError("left out")
 
-    monkeypatch.setattr("mechcausal.training.train", train)
+    monkeypatch.setattr("mechcausal.training.run.train", train)
     assert cli.main(["train", str(mine), "--graph.edge-list", str(edges)]) == 2
     assert given == [((0, 1), (1, 2))]
 

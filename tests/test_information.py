@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import SeveralParentsTask
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import pairwise_theory, parent_information
 from mechcausal.theory.elimination import elimination_width, exact_information
 from mechcausal.theory.joint_tables import table_information

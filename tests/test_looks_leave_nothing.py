@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from mechcausal import interventions
-from mechcausal import observer as observer_module
-from mechcausal.blocks import block_effects
-from mechcausal.detection import detect
-from mechcausal.generalisation import evaluate_ood, evaluation
 from mechcausal.graphs import CausalGraph, chain, two_parents
-from mechcausal.interventions import edge_effects, patch_ideal
-from mechcausal.matching import match_heads
+from mechcausal.measures import interventions
+from mechcausal.measures import observer as observer_module
+from mechcausal.measures.blocks import block_effects
+from mechcausal.measures.generalisation import evaluate_ood, evaluation
+from mechcausal.measures.interventions import edge_effects, patch_ideal
+from mechcausal.measures.matching import match_heads
+from mechcausal.measures.observer import Observer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.observer import Observer
-from mechcausal.priors import DirichletPrior
-from mechcausal.targets import Target
+from mechcausal.studies.detection import detect
+from mechcausal.studies.targets import Target
 from mechcausal.tasks import SingleParentTask, Task, build_task
+from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import pairwise_theory, parent_information
-from probes import attention, records
+from probes.reading import attention, records
 from tests.left_as_found import fingerprint, interrupted, left_as_found
 
 PRIOR = DirichletPrior.symmetric(0.5, vocab_size=3)

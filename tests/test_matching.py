@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, random_forest, two_parents
-from mechcausal.matching import Matching, contested_rows, match_heads, matching_figures
+from mechcausal.measures.matching import Matching, contested_rows, match_heads, matching_figures
 from mechcausal.models.disentangled import DisentangledTransformer
-from mechcausal.priors import DirichletPrior
 from mechcausal.tasks import Batch, build_task
+from mechcausal.tasks.priors import DirichletPrior
 from tests.oracles import forest, seeded
 
 UNEVEN = CausalGraph(((), (0,), (), (0, 2), (1, 2, 3), (4,), (1, 5)), (2, 4, 5))

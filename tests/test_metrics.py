@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, random_forest
-from mechcausal.metrics import (
+from mechcausal.measures.metrics import (
     correlations,
     edge_f1,
     edge_hits,
@@ -17,7 +17,7 @@ from mechcausal.metrics import (
     induction_mask,
     strategy_figures,
 )
-from mechcausal.priors import DirichletPrior
+from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import PairwiseTheory, pairwise_theory
 from tests.oracles import forest, seeded
 

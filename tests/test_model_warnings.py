@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 
 
 @pytest.mark.parametrize(

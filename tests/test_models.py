@@ -23,8 +23,8 @@ from mechcausal.models.adapter import (
     save_model,
 )
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import Batch, SingleParentTask, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from tests.oracles import forest, seeded
 
 SIZES = [(2, 4), (3, 20), (10, 20), (10, 100)]

@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from mechcausal import observer as observer_module
-from mechcausal.closed_form_observer import ClosedFormObserver
-from mechcausal.experiments import Observation
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, two_parents
-from mechcausal.metrics import gradient_figures, induction_mask
+from mechcausal.measures import observer as observer_module
+from mechcausal.measures.closed_form_observer import ClosedFormObserver
+from mechcausal.measures.metrics import gradient_figures, induction_mask
+from mechcausal.measures.observer import Observer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.observer import Observer
-from mechcausal.priors import DirichletPrior, FixedTransition
 from mechcausal.tasks import SeveralParentsTask, SingleParentTask, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import pairwise_theory, parent_information
+from mechcausal.training.experiments import Observation
 from tests.oracles import forest, pattern_gradient, seeded
 
 S, T = 4, 12
@@ -467,7 +467,7 @@ def test_long_sequences_are_summed_to_the_same_figures(monkeypatch: pytest.Monke
     theory = pairwise_theory(graph, task.prior, n_priors=100, generator=seeded(1))
 
     def look(most: int) -> Observation:
-        monkeypatch.setattr("mechcausal.closed_form_observer._MOST_ENTRIES", most)
+        monkeypatch.setattr("mechcausal.measures.closed_form_observer._MOST_ENTRIES", most)
         watcher = ClosedFormObserver(
             model,
             task,

@@ -101,7 +101,12 @@ def test_wheel_declares_the_command_and_the_dependencies(wheel: Path, repository
     with zipfile.ZipFile(wheel) as archive:
         entry_points = archive.read("mechcausal-0.1.0.dist-info/entry_points.txt").decode()
         header = Parser().parsestr(archive.read("mechcausal-0.1.0.dist-info/METADATA").decode())
-    assert entry_points.split() == ["[console_scripts]", "mechcausal", "=", "mechcausal.cli:main"]
+    assert entry_points.split() == [
+        "[console_scripts]",
+        "mechcausal",
+        "=",
+        "mechcausal.cli.main:main",
+    ]
     assert header["Requires-Python"] == ">=3.11"
     runtime = [line for line in header.get_all("Requires-Dist", []) if "extra ==" not in line]
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]

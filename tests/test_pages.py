@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechcausal.cli import main
-from mechcausal.commands.parsing import parse
-from mechcausal.commands.train import Train
-from mechcausal.last_pictures import LastPictures
-from mechcausal.pages import write_comparison, write_report
-from mechcausal.pages.captions import frame_captions
-from mechcausal.pages.comparison_page import differing_keys, group_labels
-from mechcausal.pages.packing import LEVELS, pack_frames, quantise, unpack
-from mechcausal.pages.reproduce import reproduce_command
-from mechcausal.pages.run_page import render
-from mechcausal.plot.comparison import groups
+from mechcausal.cli.main import main
+from mechcausal.cli.parsing import parse
+from mechcausal.cli.train import Train
+from mechcausal.pictures.interactive.comparison import groups
+from mechcausal.pictures.pages import write_comparison, write_report
+from mechcausal.pictures.pages.captions import frame_captions
+from mechcausal.pictures.pages.comparison_page import differing_keys, group_labels
+from mechcausal.pictures.pages.packing import LEVELS, pack_frames, quantise, unpack
+from mechcausal.pictures.pages.reproduce import reproduce_command
+from mechcausal.pictures.pages.run_page import render
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
-from mechcausal.run_data import RunData
-from mechcausal.signals import StopSignal
-from mechcausal.tracking import RunRecord
-from mechcausal.training import train
+from mechcausal.records.run_data import RunData
+from mechcausal.records.tracking import RunRecord
+from mechcausal.support.signals import StopSignal
+from mechcausal.training.last_pictures import LastPictures
+from mechcausal.training.run import train
 from tests.run_folders import (
     heads_recipe,
     history_of,

@@ -10,19 +10,19 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mechcausal.blocks import block_shares, solution_blocks
-from mechcausal.drawing import OTHER_COLOUR
 from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
-from mechcausal.matching import match_heads
+from mechcausal.measures.blocks import block_shares, solution_blocks
+from mechcausal.measures.matching import match_heads
+from mechcausal.measures.plateaus import Plateau
 from mechcausal.models.disentangled import DisentangledTransformer
-from mechcausal.paper_figures import (
+from mechcausal.pictures.static.paper_figures import (
     PAPER,
     draw_blocks,
     draw_graph_distribution,
     draw_heads,
     draw_loss,
 )
-from mechcausal.plateaus import Plateau
+from mechcausal.pictures.static.style import OTHER_COLOUR
 from tests.oracles import seeded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mechcausal import cli
+from mechcausal.cli import main as cli
 from mechcausal.models.adapter import save_model
 from tests.hugging_face import save_gpt2
 from tests.probes.wired import blank

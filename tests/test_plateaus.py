@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from mechcausal.plateaus import Plateau, find_drops, find_plateaus, steepest_drop
+from mechcausal.measures.plateaus import Plateau, find_drops, find_plateaus, steepest_drop
 
 EVERY_10 = range(0, 4000, 10)
 LOGARITHMIC = sorted({int(s) - 1 for s in np.geomspace(1, 4000, 140)})

@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 import pytest
 
 from mechcausal import plot
-from mechcausal.plot.comparison import groups
-from mechcausal.plot.graph import WRONG
-from mechcausal.plot.style import REFERENCE_GREY
+from mechcausal.pictures.interactive.comparison import groups
+from mechcausal.pictures.interactive.graph import WRONG
+from mechcausal.pictures.interactive.style import REFERENCE_GREY
 from mechcausal.recipes import Recipe, parse_recipe
-from mechcausal.run_data import RunData, RunDataError
+from mechcausal.records.run_data import RunData, RunDataError
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe
 
 MATRICES = (

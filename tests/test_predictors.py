@@ -17,7 +17,9 @@ from mechcausal.graphs import (
     star,
     two_parents,
 )
-from mechcausal.predictors import (
+from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
+from mechcausal.tasks import cross_entropies as task_losses
+from mechcausal.tasks.predictors import (
     bayes_prediction,
     bigram_prediction,
     strategies,
@@ -25,8 +27,8 @@ from mechcausal.predictors import (
     uniform_prediction,
     unigram_prediction,
 )
-from mechcausal.predictors.unigram import smoothing_total
-from mechcausal.priors import (
+from mechcausal.tasks.predictors.unigram import smoothing_total
+from mechcausal.tasks.priors import (
     PROBABILITY_FLOOR,
     DirichletPrior,
     FixedTransition,
@@ -34,8 +36,6 @@ from mechcausal.priors import (
     stationary_distribution,
     stationary_with_first_row,
 )
-from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
-from mechcausal.tasks import cross_entropies as task_losses
 from tests.oracles import forest, integrated_probability, seeded
 
 

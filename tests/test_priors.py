@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from mechcausal.priors import (
+from mechcausal.tasks.priors import (
     PROBABILITY_FLOOR,
     DirichletPrior,
     FixedTransition,
@@ -69,7 +69,7 @@ def test_stationary_distribution_of_nearly_reducible_chains(rows: list[list[floa
 def test_many_matrices_are_eliminated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = DirichletPrior.symmetric(0.1, 3).sample(300, generator=seeded())
     whole = stationary_distribution(matrices)
-    monkeypatch.setattr("mechcausal.priors._at_once", lambda _: 7)
+    monkeypatch.setattr("mechcausal.tasks.priors._at_once", lambda _: 7)
     torch.testing.assert_close(stationary_distribution(matrices), whole, rtol=1e-14, atol=0)
 
 

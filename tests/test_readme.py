@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -111,19 +111,19 @@ def test_command_exists_with_its_options(
         raise ReachedError
 
     monkeypatch.chdir(repository)
-    monkeypatch.setattr("mechcausal.training.train", reach)
-    monkeypatch.setattr("mechcausal.resuming.resume", reach)
+    monkeypatch.setattr("mechcausal.training.run.train", reach)
+    monkeypatch.setattr("mechcausal.training.resuming.resume", reach)
     monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
-    monkeypatch.setattr("mechcausal.targets.load_target", reach)
-    monkeypatch.setattr("mechcausal.commands.discover._from_matrix", reach)
-    monkeypatch.setattr("mechcausal.replication.driver.replicate", reach)
-    monkeypatch.setattr("mechcausal.applications.driver.run_application", reach)
-    monkeypatch.setattr("mechcausal.applications.bridge.bridge", reach)
-    monkeypatch.setattr("mechcausal.applications.hugging_face.TextClassifier", reach)
-    monkeypatch.setattr("mechcausal.applications.movielens.load_ratings", reach)
-    monkeypatch.setattr("mechcausal.commands.runs.find_runs", reach)
-    monkeypatch.setattr("mechcausal.commands.sync.find_runs", reach)
-    monkeypatch.setattr("mechcausal.run_folder.find_runs", reach)
+    monkeypatch.setattr("mechcausal.studies.targets.load_target", reach)
+    monkeypatch.setattr("mechcausal.cli.discover._from_matrix", reach)
+    monkeypatch.setattr("mechcausal.studies.replication.driver.replicate", reach)
+    monkeypatch.setattr("mechcausal.studies.explanations.driver.run_application", reach)
+    monkeypatch.setattr("mechcausal.studies.explanations.bridge.bridge", reach)
+    monkeypatch.setattr("mechcausal.studies.explanations.hugging_face.TextClassifier", reach)
+    monkeypatch.setattr("mechcausal.studies.explanations.movielens.load_ratings", reach)
+    monkeypatch.setattr("mechcausal.cli.runs.find_runs", reach)
+    monkeypatch.setattr("mechcausal.cli.sync.find_runs", reach)
+    monkeypatch.setattr("mechcausal.records.run_folder.find_runs", reach)
     monkeypatch.setattr("mechcausal.sweeps.driver.run_sweep", reach)
     monkeypatch.setattr("mechcausal.sweeps.wandb_sweep.write_wandb_sweep", reach)
     try:

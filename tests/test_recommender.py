@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from mechcausal.applications.comparison import changes, compare, over_seeds
-from mechcausal.applications.movielens import RatingsError, load_ratings
-from mechcausal.applications.recommender import (
+from mechcausal.studies.explanations.comparison import changes, compare, over_seeds
+from mechcausal.studies.explanations.movielens import RatingsError, load_ratings
+from mechcausal.studies.explanations.recommender import (
     RecommenderSettings,
     hit_rate,
     train_recommender,
     with_mask,
 )
-from mechcausal.applications.sessions import FIRST_ITEM, MASK, PAD, SessionBatch, ThemeRule
+from mechcausal.studies.explanations.sessions import FIRST_ITEM, MASK, PAD, SessionBatch, ThemeRule
 from probes import explain
 
 

@@ -8,10 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.checkpoints import checkpoint_folders
-from mechcausal.detection import detect
-from mechcausal.experiments import Generators, build_experiment, repeated_tokens
-from mechcausal.experiments.repeated_tokens import BOS, RepeatedTokens
 from mechcausal.models.adapter import load_model
 from mechcausal.recipes import (
     Recipe,
@@ -21,10 +17,14 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
-from mechcausal.run_folder import MATRICES_FILE, read_metrics, read_summary
-from mechcausal.stages import stages
-from mechcausal.targets import load_target
-from mechcausal.training import RunResult, train
+from mechcausal.recipes.stages import stages
+from mechcausal.records.run_folder import MATRICES_FILE, read_metrics, read_summary
+from mechcausal.studies.detection import detect
+from mechcausal.studies.targets import load_target
+from mechcausal.training.checkpoints import checkpoint_folders
+from mechcausal.training.experiments import Generators, build_experiment, repeated_tokens
+from mechcausal.training.experiments.repeated_tokens import BOS, RepeatedTokens
+from mechcausal.training.run import RunResult, train
 from probes import HeadScores, score_heads, track_formation
 from tests.test_targets import LEAN
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import wandb
 
-from mechcausal.averages import sequence_mean
 from mechcausal.recipes import Recipe, load_recipe
-from mechcausal.replication import FIGURES, Replication, replicate
-from mechcausal.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
-from mechcausal.replication.evaluation import losses, miscounted_prediction
-from mechcausal.replication.page import measured, number, publish
-from mechcausal.replication.rows import Row, mean_and_stderr
-from mechcausal.replication.runs import Member, run_all
+from mechcausal.studies.replication import FIGURES, Replication, replicate
+from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
+from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
+from mechcausal.studies.replication.page import measured, number, publish
+from mechcausal.studies.replication.rows import Row, mean_and_stderr
+from mechcausal.studies.replication.runs import Member, run_all
+from mechcausal.support.statistics import sequence_mean
 from mechcausal.tasks import SingleParentTask
 from tests.oracles import seeded
 
@@ -123,7 +123,7 @@ def test_a_picture_that_fails_is_a_warning(
     def broken(*_: object) -> None:
         raise ValueError("no such colour")
 
-    monkeypatch.setattr("mechcausal.replication.driver._drawn", broken)
+    monkeypatch.setattr("mechcausal.studies.replication.driver._drawn", broken)
     found = replicate(
         ["theory"], folder=everything.folder, quick=True, wandb_mode="disabled", adjust=miniature
     )

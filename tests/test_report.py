@@ -9,9 +9,9 @@ import torch
 from matplotlib import image as mpimg
 
 from mechcausal.graphs import CausalGraph, chain, manual, random_tree
-from mechcausal.priors import DirichletPrior
+from mechcausal.pictures.static.run_figures import draw_curves, draw_figures, heatmaps
 from mechcausal.recipes import Recipe
-from mechcausal.report import draw_curves, draw_figures, heatmaps
+from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import PairwiseTheory, pairwise_theory
 
 NAMES = ("attention/layer0", "gradient/scores", "gradient/pattern")

@@ -14,11 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.checkpoints import checkpoint_folders
-from mechcausal.experiments import Experiment
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe
-from mechcausal.resuming import resume
-from mechcausal.run_folder import (
+from mechcausal.records.run_folder import (
     STEP,
     RunFolderError,
     find_runs,
@@ -30,9 +27,12 @@ from mechcausal.run_folder import (
     read_summary,
     run_info,
 )
-from mechcausal.signals import StopRequested
-from mechcausal.training import Progress, RunResult, TrainingError, train
-from mechcausal.wandb_fragments import fragments, wandb_steps
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.support.signals import StopRequested
+from mechcausal.training.checkpoints import checkpoint_folders
+from mechcausal.training.experiments import Experiment
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import Progress, RunResult, TrainingError, train
 from tests import kill_runs
 
 COMPARED = kill_runs.COMPARED
@@ -272,7 +272,8 @@ def test_a_finished_run_is_left_alone_but_may_be_made_longer(tmp_path: Path, who
 def test_another_version_or_device_is_named_and_needs_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    from mechcausal import checkpoints, training
+    from mechcausal.training import checkpoints
+    from mechcausal.training import run as training
 
     real = checkpoints.environment
     for module in (training, checkpoints):
@@ -403,7 +404,7 @@ def test_killed_runs_end_the_same(repository: Path) -> None:
 def test_a_signal_while_the_experiment_is_built_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    from mechcausal import training
+    from mechcausal.training import run as training
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "build_experiment", lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -419,7 +420,7 @@ def test_a_signal_while_the_experiment_is_built_stops_at_once(
 
 def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> list[int]:
     """Steps at which checkpoints were taken, whether they were kept or not."""
-    from mechcausal import checkpointing
+    from mechcausal.training import checkpointing
 
     taken: list[int] = []
     real = checkpointing.write_checkpoint  # type: ignore[attr-defined]

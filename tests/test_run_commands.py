@@ -10,16 +10,16 @@ from typing import Any, cast
 
 import pytest
 
-from mechcausal.cli import main
-from mechcausal.commands.sweep import _report
-from mechcausal.commands.train import _print_result
+from mechcausal.cli.main import main
+from mechcausal.cli.sweep import _report
+from mechcausal.cli.train import _print_result
 from mechcausal.recipes import load_recipe, recipe_to_toml
-from mechcausal.run_folder import RunFolderError, hold, read_metrics, read_summary
+from mechcausal.records.run_folder import RunFolderError, hold, read_metrics, read_summary
+from mechcausal.records.tracking import RecordError
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepResult
 from mechcausal.sweeps.plan import plan
-from mechcausal.tracking import RecordError
-from mechcausal.training import TrainingError, explained, train
+from mechcausal.training.run import TrainingError, explained, train
 from tests.test_resuming import crashed, killed, tiny
 
 
@@ -95,8 +95,8 @@ def test_commands_to_copy_are_quoted_for_the_shell(
 
     fragment = folder / "wandb" / "offline-run-1"
     for name, value in (("fragments", [fragment]), ("is_uploaded", False), ("wandb_steps", [1])):
-        monkeypatch.setattr(f"mechcausal.wandb_fragments.{name}", lambda *_, v=value: v)
-    monkeypatch.setattr("mechcausal.commands.sync.read_process", lambda run: {"wandb_id": "id"})
+        monkeypatch.setattr(f"mechcausal.records.wandb_fragments.{name}", lambda *_, v=value: v)
+    monkeypatch.setattr("mechcausal.cli.sync.read_process", lambda run: {"wandb_id": "id"})
     assert main(["sync", str(folder), "--dry-run"]) == 0
     assert told(".*", capsys.readouterr().out) == ["wandb", "sync", str(fragment)]
 

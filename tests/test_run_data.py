@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mechcausal import run_files
-from mechcausal.pages import write_page, write_report
-from mechcausal.run_data import RunData, RunDataError, find_runs
-from mechcausal.stages import stages
+from mechcausal.pictures.pages import write_page, write_report
+from mechcausal.recipes.stages import stages
+from mechcausal.records import run_files
+from mechcausal.records.run_data import RunData, RunDataError, find_runs
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 
 

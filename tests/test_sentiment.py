@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mechcausal.applications.hugging_face import TextClassifier
-from mechcausal.applications.reviews import CLASSES, CLS, NOT, PAD, WORDS, ReviewRule
-from mechcausal.applications.sentiment import ClassifierSettings, train_classifier
-from mechcausal.targets import TargetError
+from mechcausal.studies.explanations.hugging_face import TextClassifier
+from mechcausal.studies.explanations.reviews import CLASSES, CLS, NOT, PAD, WORDS, ReviewRule
+from mechcausal.studies.explanations.sentiment import ClassifierSettings, train_classifier
+from mechcausal.studies.targets import TargetError
 from probes.causal_discovery.explain import METHODS
 from tests.hugging_face import malicious_pickle
 

@@ -9,14 +9,6 @@ from scipy import stats
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError, chain, k_gram, two_parents
-from mechcausal.predictors import (
-    bayes_prediction,
-    bigram_prediction,
-    context_prediction,
-    strategies,
-)
-from mechcausal.predictors.unigram import smoothing_total
-from mechcausal.priors import DirichletPrior, FixedTransition, PriorError, sample_dirichlet
 from mechcausal.tasks import (
     Batch,
     SeveralParentsTask,
@@ -25,6 +17,14 @@ from mechcausal.tasks import (
     soft_cross_entropy,
 )
 from mechcausal.tasks import several_parents as module
+from mechcausal.tasks.predictors import (
+    bayes_prediction,
+    bigram_prediction,
+    context_prediction,
+    strategies,
+)
+from mechcausal.tasks.predictors.unigram import smoothing_total
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError, sample_dirichlet
 from tests.oracles import integrated_probability, seeded, urn_counts
 
 MIXED = CausalGraph(((), (0,), (0, 1), (0, 1), (2,), (1, 3)), (2, 5))

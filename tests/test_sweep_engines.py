@@ -14,14 +14,14 @@ import dask.config
 import psutil
 import pytest
 
-from mechcausal.cli import main
-from mechcausal.run_folder import read_metrics, read_process, run_info
+from mechcausal.cli.main import main
+from mechcausal.records.run_folder import read_metrics, read_process, run_info
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.sweeps.cluster import DaskEngine
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepProgress, run_sweep
 from mechcausal.sweeps.member import Done, Job
 from mechcausal.sweeps.sweep import SweepError
-from mechcausal.wandb_fragments import fragments, wandb_steps
 
 SWEEP = """
 recipe = "manual"
@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_members_that_can_be_gone_on_with(
     request: pytest.FixtureRequest,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mechcausal.cli", "sweep", str(sweep_file(1000))]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "sweep", str(sweep_file(1000))]
     options = ["--out", str(out), "--engine", engine]
     if engine == "dask":
         options += ["--address", request.getfixturevalue("cluster").address]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 from mechcausal.sweeps import driver, results
 from mechcausal.sweeps.picture import draw
 from mechcausal.sweeps.results import picture_names

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from mechcausal.cli import main
+from mechcausal.cli.main import main
 from mechcausal.recipes import load_recipe, recipe_to_dict, recipe_to_toml
-from mechcausal.run_folder import RunFolderError, find_runs, read_summary, run_info
+from mechcausal.records.run_folder import RunFolderError, find_runs, read_summary, run_info
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps, sweep_to_dict
@@ -348,8 +348,8 @@ def test_starting_again_skips_what_finished_and_resumes_what_did_not(
     first = run_sweep(sweep, out)
     assert [o.state for o in first.outcomes.values()].count("finished") == 2
     begun = next(m for m in first.members if first.outcomes[m.name].state == "interrupted")
-    from mechcausal.signals import StopSignal
-    from mechcausal.training import train
+    from mechcausal.support.signals import StopSignal
+    from mechcausal.training.run import train
 
     stop = StopSignal()
     train(
@@ -501,7 +501,7 @@ def test_wandbs_agents_draw_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mechcausal.training.train", reach)
+    monkeypatch.setattr("mechcausal.training.run.train", reach)
     assert main([*command[2:-1], "--seed=1"]) == 130
     assert seen == [plan(sweep, tmp_path)[1].recipe]
 
@@ -534,7 +534,7 @@ def test_wandbs_own_form_is_valid_and_its_agents_call_train(
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mechcausal.training.train", reach)
+    monkeypatch.setattr("mechcausal.training.run.train", reach)
     assert main(words[2:]) == 130
     expected = recipe_to_dict(member.recipe)
     assert recipe_to_dict(seen[0]) == expected

@@ -15,15 +15,15 @@ from transformers import (
     ResNetConfig,
 )
 
-from mechcausal.checkpoints import checkpoint_folders
-from mechcausal.detection import detect
 from mechcausal.models.adapter import load_model, save_model
 from mechcausal.recipes import parse_recipe
-from mechcausal.targets import TargetError, load_target
-from mechcausal.training import RunResult, train
+from mechcausal.studies.detection import detect
+from mechcausal.studies.targets import TargetError, load_target
+from mechcausal.training.checkpoints import checkpoint_folders
+from mechcausal.training.run import RunResult, train
 from probes import InductionScores, attach
-from probes.padding import real_positions
-from probes.stimuli import fitting_repeat_lengths
+from probes.heads.stimuli import fitting_repeat_lengths
+from probes.reading.padding import real_positions
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
 

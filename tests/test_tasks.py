@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from mechcausal.graphs import CausalGraph, GraphError, chain, k_gram, random_forest, two_parents
-from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
 from mechcausal.tasks import SingleParentTask, build_task, cross_entropies, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, stationary_distribution
 from tests.oracles import forest, joint_distribution, seeded
 
 TWO = ((0.9, 0.1), (0.35, 0.65))

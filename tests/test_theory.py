@@ -24,10 +24,10 @@ from mechcausal.graphs import (
     star,
     two_parents,
 )
-from mechcausal.metrics import edge_f1
+from mechcausal.measures.metrics import edge_f1
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior, FixedTransition, stationary_distribution
 from mechcausal.tasks import SeveralParentsTask, SingleParentTask, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, stationary_distribution
 from mechcausal.theory import (
     PairwiseTheory,
     named_edges,

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechcausal import tracking
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
-from mechcausal.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
-from mechcausal.signals import StopRequested, stop_on_signals
-from mechcausal.tracking import RunRecord
-from mechcausal.wandb_fragments import count_wandb_rows
-from mechcausal.wandb_runs import TrackingError, resolve_mode
+from mechcausal.records import tracking
+from mechcausal.records.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
+from mechcausal.records.tracking import RunRecord
+from mechcausal.records.wandb_fragments import count_wandb_rows
+from mechcausal.records.wandb_runs import TrackingError, resolve_mode
+from mechcausal.support.signals import StopRequested, stop_on_signals
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -142,7 +142,7 @@ def test_finding_the_mode_starts_nothing_and_sets_nothing(bare: Path) -> None:
     write = f"""
 import os, sys, threading
 from pathlib import Path
-from mechcausal.wandb_runs import resolve_mode
+from mechcausal.records.wandb_runs import resolve_mode
 before = dict(os.environ), threading.active_count()
 assert resolve_mode(None) == "offline"
 assert "wandb" not in sys.modules
@@ -479,7 +479,7 @@ def long_run(tmp_path: Path, repository: Path) -> Iterator[subprocess.Popen[str]
         "[evaluation]\nn_sequences = 16\nbayes_draws = 4\ntheory_priors = 10\n"
         '[probing]\nschedule = "geometric"\nimages = 2\n'
     )
-    command = [sys.executable, "-m", "mechcausal.cli", "train", str(path)]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "train", str(path)]
     process = subprocess.Popen(
         [*command, "--quiet", "--out", str(tmp_path / "run")],
         cwd=tmp_path,

@@ -13,17 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechcausal.checkpoints import checkpoint_folders
-from mechcausal.closed_form_observer import ClosedFormObserver
-from mechcausal.detection import detect
-from mechcausal.experiments import Generators, build_experiment
-from mechcausal.experiments.causal_graph import CausalGraphExperiment, hooked_look_seconds
+from mechcausal.measures.closed_form_observer import ClosedFormObserver
+from mechcausal.measures.plateaus import find_drops, find_plateaus
 from mechcausal.models.adapter import load_model
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer
-from mechcausal.plateaus import find_drops, find_plateaus
 from mechcausal.recipes import (
     ProbingSection,
     Recipe,
@@ -32,11 +28,15 @@ from mechcausal.recipes import (
     load_recipe,
     parse_recipe,
 )
-from mechcausal.run_folder import MATRICES_FILE, RunFolderError, read_metrics, read_summary
-from mechcausal.stages import Stage, learning_rate, probe_steps, stages
-from mechcausal.targets import load_target
+from mechcausal.recipes.stages import Stage, learning_rate, probe_steps, stages
+from mechcausal.records.run_folder import MATRICES_FILE, RunFolderError, read_metrics, read_summary
+from mechcausal.studies.detection import detect
+from mechcausal.studies.targets import load_target
 from mechcausal.tasks import SeveralParentsTask, soft_cross_entropy
-from mechcausal.training import NonFiniteLossError, Progress, RunResult, train
+from mechcausal.training.checkpoints import checkpoint_folders
+from mechcausal.training.experiments import Generators, build_experiment
+from mechcausal.training.experiments.causal_graph import CausalGraphExperiment, hooked_look_seconds
+from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, train
 
 # What a run on a graph with edges reports, by the names of design.md.
 FIGURES = {
@@ -196,7 +196,7 @@ def test_other_seed_gives_other_data(run: RunResult, tmp_path: Path) -> None:
 def test_what_takes_long_before_the_first_step_is_told(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechcausal.training.SILENT_SECONDS", -1.0)
+    monkeypatch.setattr("mechcausal.training.run.SILENT_SECONDS", -1.0)
     monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 1)  # one draw at a time
     told: list[Progress] = []
     other = train(tiny(), out=tmp_path / "other", on_progress=told.append)
@@ -221,7 +221,7 @@ def test_theory_takes_no_longer_than_the_recipe_allows(
 def test_looks_that_would_take_too_long_read_the_closed_form(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechcausal.experiments.causal_graph._MOST_SECONDS", 0.0)
+    monkeypatch.setattr("mechcausal.training.experiments.causal_graph._MOST_SECONDS", 0.0)
     other = train(tiny(), out=tmp_path / "other")
     assert isinstance(graph_experiment(other).observer, ClosedFormObserver)
     (warning,) = other.warnings
@@ -270,7 +270,9 @@ def test_watching_does_not_change_what_is_learned(
 def test_evaluation_is_split_without_changing_the_figures(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechcausal.observer._MAX_ENTRIES", 1000)  # 15 of 64 sequences at a time
+    monkeypatch.setattr(
+        "mechcausal.measures.observer._MAX_ENTRIES", 1000
+    )  # 15 of 64 sequences at a time
     other = train(tiny(), out=tmp_path / "other")
     for key in ("loss/eval", "graph/f1", "gradient/theory_correlation", "induction/score"):
         for ours, theirs in zip(run.history, other.history, strict=True):

@@ -11,17 +11,18 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from mechcausal import plot, wandb_panels
-from mechcausal.last_pictures import LastPictures
+from mechcausal import plot
+from mechcausal.pictures import wandb_panels
+from mechcausal.pictures.wandb_panels import draw_panels, edge_table, head_table, portable
 from mechcausal.recipes import Recipe
-from mechcausal.resuming import resume
-from mechcausal.run_data import RunData
-from mechcausal.run_folder import STEP, read_metrics, read_summary
-from mechcausal.signals import StopSignal
-from mechcausal.tracking import RunRecord
-from mechcausal.training import Progress, RunResult, train
-from mechcausal.wandb_fragments import fragments, wandb_steps
-from mechcausal.wandb_panels import draw_panels, edge_table, head_table, portable
+from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import STEP, read_metrics, read_summary
+from mechcausal.records.tracking import RunRecord
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.support.signals import StopSignal
+from mechcausal.training.last_pictures import LastPictures
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import Progress, RunResult, train
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 from tests.test_tracking import inspect, kind
 
@@ -245,7 +246,7 @@ def test_a_run_killed_before_wandb_got_its_last_row_gives_it_with_the_panels(
         raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr("mechcausal.training.LastPictures.draw_page", killed)
+        patched.setattr("mechcausal.training.run.LastPictures.draw_page", killed)
         with pytest.raises(KilledError):
             train(tiny(), out=tmp_path / "run")
     folder = tmp_path / "run"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import wandb
 
-from mechcausal import wandb_runs
 from mechcausal.recipes import Recipe, parse_recipe
-from mechcausal.resuming import resume
-from mechcausal.run_folder import STEP, read_metrics, read_process
+from mechcausal.records import wandb_runs
+from mechcausal.records.run_folder import STEP, read_metrics, read_process
+from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.records.wandb_runs import WandbRun
 from mechcausal.sweeps.batched import train_batched
-from mechcausal.training import Progress, train
-from mechcausal.wandb_fragments import fragments, wandb_steps
-from mechcausal.wandb_runs import WandbRun
+from mechcausal.training.resuming import resume
+from mechcausal.training.run import Progress, train
 from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -22,14 +22,14 @@ from rich.color import Color
 from rich.console import Console
 from rich.text import Text
 
-from mechcausal import cli
-from mechcausal.commands.display import LiveView, ProgressBar, display
-from mechcausal.commands.parsing import RefusedError
+from mechcausal.cli import main as cli
+from mechcausal.cli.display import LiveView, ProgressBar, display
+from mechcausal.cli.parsing import RefusedError
+from mechcausal.cli.watch import Clock, Watched, along_steps, duration, sparkline
+from mechcausal.pictures.terminal.text_matrix import pooled
 from mechcausal.recipes import Recipe, recipe_to_toml
-from mechcausal.run_data import RunData
-from mechcausal.text_matrix import pooled
-from mechcausal.training import Progress
-from mechcausal.watch import Clock, Watched, along_steps, duration, sparkline
+from mechcausal.records.run_data import RunData
+from mechcausal.training.run import Progress
 from tests.run_folders import (
     heads_recipe,
     history_of,
@@ -234,7 +234,7 @@ def live_view(recipe: Recipe) -> tuple[LiveView, io.StringIO]:
 
 def test_what_is_prepared_is_named_and_starts_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("mechcausal.commands.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mechcausal.cli.display.time.monotonic", lambda: now[0])
     recipe = recipe_of()
     view, file = live_view(recipe)
     view.show(Progress(0, 40, "theory: 3 of 50 draws of the prior", {}, is_preparing=True))
@@ -265,7 +265,7 @@ def test_the_bar_begins_when_all_is_prepared(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_it_is_drawn_again_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("mechcausal.commands.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mechcausal.cli.display.time.monotonic", lambda: now[0])
     recipe = recipe_of()
     view, file = live_view(recipe)
     sizes = []
@@ -340,7 +340,7 @@ def test_watching_changes_nothing_of_the_run(tmp_path: Path) -> None:
         wandb__mode="disabled",
     )
     (tmp_path / "some.toml").write_text(recipe_to_toml(recipe))
-    from mechcausal.training import train
+    from mechcausal.training.run import train
 
     view, file = live_view(recipe)
     watched = train(recipe, out=tmp_path / "watched", on_progress=view.show)
@@ -364,7 +364,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(tmp_path: Path, repository: Path) 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
     before = termios.tcgetattr(theirs)
-    command = [sys.executable, "-m", "mechcausal.cli", "train", str(tmp_path / "long.toml")]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "train", str(tmp_path / "long.toml")]
     process = subprocess.Popen(
         [*command, "--watch", "--out", str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": str(repository), "TERM": "xterm-256color"},

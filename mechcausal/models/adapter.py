@@ -1,6 +1,6 @@
 """The one place that touches TransformerLens classes: building, saving and loading models.
 
-Hook names come from `probes.hook_names`; everything else in the laboratory goes through here.
+Hook names come from `probes.reading.hook_names`; everything else in the laboratory goes through here.
 """
 
 import json
@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.messages import excerpt
 from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.support.messages import excerpt
 
 FORMAT = "mechcausal-hooked-transformer-1"
 MAX_CONFIG_BYTES = 16 * 2**20

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.messages import excerpt
 from mechcausal.models.adapter import ModelFileError, build_from_files, save_model
 from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.support.messages import excerpt
 from probes import AttentionPattern, attach
 
 # What a config says about where and by whom a model was made, not about what it computes.

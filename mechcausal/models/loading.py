@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from mechcausal.messages import excerpt
 from mechcausal.models.adapter import ModelFileError, build_from_files
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer
+from mechcausal.support.messages import excerpt
 
 KINDS: tuple[type[SimplifiedTransformer | DisentangledTransformer | StandardTransformer], ...] = (
     SimplifiedTransformer,

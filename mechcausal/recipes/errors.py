@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
-from mechcausal.messages import excerpt, suggestion
+from mechcausal.support.messages import excerpt, suggestion
 
 # A file may hold a million mistakes: what is said of the first ones is enough.
 MAX_ERRORS = 100

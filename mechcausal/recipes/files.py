@@ -6,9 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from mechcausal.messages import excerpt, suggestion
 from mechcausal.recipes.errors import RecipeError
 from mechcausal.recipes.recipe import Recipe, parse_recipe, recipe_to_dict
+from mechcausal.support.messages import excerpt, suggestion
 
 MAX_FILE_BYTES = 4 * 2**20
 """The largest recipe file read."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mechcausal.graphs import CausalGraph, build_preset
-from mechcausal.messages import excerpt
 from mechcausal.recipes.checks import check_together
 from mechcausal.recipes.errors import RecipeError, first_error
 from mechcausal.recipes.sections import (
@@ -23,9 +22,10 @@ from mechcausal.recipes.sections import (
     TrainingSection,
     WandbSection,
 )
+from mechcausal.support.messages import excerpt
 
 if TYPE_CHECKING:
-    from mechcausal.priors import Prior
+    from mechcausal.tasks.priors import Prior
 
 # Presets in which the predicted token has parents of its own: no query token is added.
 _WITHOUT_QUERY = ("two_parents", "k_gram")
@@ -137,7 +137,7 @@ class Recipe:
 
     def build_prior(self) -> "Prior":
         """The prior over transition matrices, or the fixed matrix."""
-        from mechcausal.priors import DirichletPrior, FixedTransition
+        from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 
         if self.task.transition is not None:
             return FixedTransition(self.task.transition)

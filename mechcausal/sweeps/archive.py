@@ -4,8 +4,8 @@ import io
 import tarfile
 from pathlib import Path
 
-from mechcausal.files import write_atomically
-from mechcausal.run_folder import LOCK_FILE, SUMMARY_FILE, RunFolderError
+from mechcausal.records.run_folder import LOCK_FILE, SUMMARY_FILE, RunFolderError
+from mechcausal.support.files import write_atomically
 
 MAX_BYTES = 2**31
 """The most that an archive may unpack to."""

@@ -15,25 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechcausal.album import Album
-from mechcausal.checkpointing import Checkpointer
-from mechcausal.checkpoints import environment
-from mechcausal.closed_form_observer import ClosedFormObserver
-from mechcausal.devices import device_named
-from mechcausal.experiments import Generators
-from mechcausal.experiments.causal_graph import CausalGraphExperiment
-from mechcausal.files import write_folder_atomically
+from mechcausal.measures.closed_form_observer import ClosedFormObserver
 from mechcausal.models.batched_simplified import BatchedSimplified
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.recipes import Recipe, WandbMode
-from mechcausal.run_folder import MODEL_FOLDER, State, new_run_folder
-from mechcausal.stages import Stage, probe_steps, stages
+from mechcausal.recipes.stages import Stage, probe_steps, stages
+from mechcausal.records.run_folder import MODEL_FOLDER, State, new_run_folder
+from mechcausal.records.tracking import RunRecord, writing
+from mechcausal.support.devices import device_named
+from mechcausal.support.files import write_folder_atomically
 from mechcausal.sweeps.member import one_line
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.batched import BatchedTask
-from mechcausal.tracking import RunRecord, writing
-from mechcausal.training import Progress, check_finite, explained, schedule
+from mechcausal.training.album import Album
+from mechcausal.training.checkpointing import Checkpointer
+from mechcausal.training.checkpoints import environment
+from mechcausal.training.experiments import Generators
+from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
+from mechcausal.training.run import Progress, check_finite, explained, schedule
 
 P = ParamSpec("P")
 Tell = Callable[[Progress | Outcome], None]

@@ -15,15 +15,15 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from mechcausal.devices import computing_on
 from mechcausal.recipes import Recipe, RecipeError
-from mechcausal.signals import stop_on_signals
-from mechcausal.stages import probe_steps, stages
+from mechcausal.recipes.stages import probe_steps, stages
+from mechcausal.records.wandb_runs import resolve_mode
+from mechcausal.support.devices import computing_on
+from mechcausal.support.signals import stop_on_signals
 from mechcausal.sweeps.batch import BatchMember, train_batch
 from mechcausal.sweeps.member import one_line
 from mechcausal.sweeps.outcome import Outcome
-from mechcausal.training import Progress, check
-from mechcausal.wandb_runs import resolve_mode
+from mechcausal.training.run import Progress, check
 
 # Members trained at a time, by the numbers that a step of one holds: what fits into the processor's
 # cache, or into a part of a small GPU's memory.

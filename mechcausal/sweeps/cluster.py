@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mechcausal.messages import first_line
+from mechcausal.support.messages import first_line
 from mechcausal.sweeps.engines import EngineLostError
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.sweep import SweepError

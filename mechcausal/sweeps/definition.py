@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mechcausal.messages import excerpt, suggestion
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -25,6 +24,7 @@ from mechcausal.recipes import (
     recipe_to_dict,
 )
 from mechcausal.recipes.files import name_after, read_text
+from mechcausal.support.messages import excerpt, suggestion
 from mechcausal.sweeps.sweep import (
     COPY_FILE,
     MAX_MEMBERS,

@@ -12,10 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mechcausal.files import write_atomically
 from mechcausal.recipes import RecipeError, WandbMode, recipe_to_dict
-from mechcausal.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
-from mechcausal.signals import stop_on_signals
+from mechcausal.records.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
+from mechcausal.records.wandb_runs import TrackingError, resolve_mode
+from mechcausal.support.files import write_atomically
+from mechcausal.support.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import sweep_to_dict
 from mechcausal.sweeps.engine_names import EngineName, check_engine_options
@@ -24,7 +25,6 @@ from mechcausal.sweeps.member import Done, Job, one_line
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member, plan
 from mechcausal.sweeps.sweep import COPY_FILE, Sweep, SweepError
-from mechcausal.wandb_runs import TrackingError, resolve_mode
 
 # Parts of a sweep that may change without its members changing.
 _FREE = ("pictures", "search")
@@ -267,12 +267,12 @@ def _check(members: Sequence[Member], *, everywhere: bool, wandb_mode: WandbMode
     Raises:
         SweepError: one cannot.
     """
-    from mechcausal.experiments import check_model
     from mechcausal.graphs import GraphError
-    from mechcausal.priors import PriorError
-    from mechcausal.stages import stages
+    from mechcausal.recipes.stages import stages
     from mechcausal.tasks import build_task
-    from mechcausal.training import check
+    from mechcausal.tasks.priors import PriorError
+    from mechcausal.training.experiments import check_model
+    from mechcausal.training.run import check
 
     try:
         resolve_mode(wandb_mode)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechcausal.recipes import Recipe, WandbMode, parse_recipe
-from mechcausal.run_folder import RECIPE_FILE, has_finished, is_held
+from mechcausal.records.run_folder import RECIPE_FILE, has_finished, is_held
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.outcome import Outcome
 
@@ -126,9 +126,9 @@ def run_member(
         wandb_mode: instead of that of a run that is there.
         should_stop: asked a few times a second; a member that stops can be resumed.
     """
-    from mechcausal.resuming import resume
-    from mechcausal.signals import StopSignal
-    from mechcausal.training import Progress, train
+    from mechcausal.support.signals import StopSignal
+    from mechcausal.training.resuming import resume
+    from mechcausal.training.run import Progress, train
 
     stop, asked = StopSignal(), time.monotonic()
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mechcausal.run_folder import State
+from mechcausal.records.run_folder import State
 
 
 @dataclass(frozen=True)

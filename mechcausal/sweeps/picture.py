@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from mechcausal.drawing import CYCLE, new_figure
+from mechcausal.pictures.static.style import CYCLE, new_figure
 from mechcausal.sweeps.sweep import Picture
 
 if TYPE_CHECKING:

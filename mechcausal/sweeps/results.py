@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from mechcausal.files import write_atomically
-from mechcausal.messages import first_line
-from mechcausal.run_folder import read_metrics
+from mechcausal.records.run_folder import read_metrics
+from mechcausal.support.files import write_atomically
+from mechcausal.support.messages import first_line
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.picture import draw

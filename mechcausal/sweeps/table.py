@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from mechcausal.nested import flat
 from mechcausal.recipes import recipe_to_dict
-from mechcausal.run_folder import read_summary
+from mechcausal.records.run_folder import read_summary
+from mechcausal.support.nested import flat
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member
 

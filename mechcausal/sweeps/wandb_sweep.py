@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mechcausal.files import write_atomically
 from mechcausal.recipes import recipe_to_toml
+from mechcausal.support.files import write_atomically
 from mechcausal.sweeps.sweep import Range, Sweep, SweepError
 
 

@@ -1,8 +1,8 @@
 """Sequences that a causal graph generates, and the target that a model learns to predict."""
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.priors import Prior
 from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy, to_score
+from mechcausal.tasks.priors import Prior
 from mechcausal.tasks.several_parents import SeveralParentsTask
 from mechcausal.tasks.single_parent import SingleParentTask
 
@@ -19,7 +19,7 @@ def build_task(graph: CausalGraph, prior: Prior) -> Task:
 
     Example:
         >>> from mechcausal.graphs import chain, two_parents
-        >>> from mechcausal.priors import DirichletPrior
+        >>> from mechcausal.tasks.priors import DirichletPrior
         >>> prior = DirichletPrior.symmetric(0.1, vocab_size=5)
         >>> [type(build_task(g, prior)).__name__ for g in (chain(9), two_parents(9))]
         ['SingleParentTask', 'SeveralParentsTask']

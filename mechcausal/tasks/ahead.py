@@ -34,7 +34,7 @@ class BatchesAhead:
 
     Example:
         >>> from mechcausal.graphs import chain
-        >>> from mechcausal.priors import DirichletPrior
+        >>> from mechcausal.tasks.priors import DirichletPrior
         >>> from mechcausal.tasks import SingleParentTask
         >>> task = SingleParentTask(chain(5), DirichletPrior.symmetric(0.1, vocab_size=3))
         >>> ahead = BatchesAhead(task, torch.Generator().manual_seed(0))

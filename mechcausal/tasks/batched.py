@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.priors import DirichletPrior, FixedTransition, draw_for_each, sample_dirichlet
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, draw_for_each, sample_dirichlet
 from mechcausal.tasks.sequences import Level, draw_tokens
 from mechcausal.tasks.single_parent import SingleParentTask
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.priors import stationary_distribution
 from mechcausal.tasks.base import cumulative
+from mechcausal.tasks.priors import stationary_distribution
 
 # Positions of one depth are drawn together, as long as their distributions have no more entries.
 _MAX_ENTRIES = 8_000_000

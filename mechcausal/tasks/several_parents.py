@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError
-from mechcausal.priors import FixedTransition, Prior, PriorError, sample_dirichlet
 from mechcausal.tasks.base import Batch, cumulative
+from mechcausal.tasks.priors import FixedTransition, Prior, PriorError, sample_dirichlet
 
 # Transition tensors with more entries for each sequence are refused before memory is.
 _MAX_ENTRIES = 10**8
@@ -43,7 +43,7 @@ class SeveralParentsTask:
 
     Example:
         >>> from mechcausal.graphs import two_parents
-        >>> from mechcausal.priors import DirichletPrior
+        >>> from mechcausal.tasks.priors import DirichletPrior
         >>> task = SeveralParentsTask(two_parents(32), DirichletPrior.symmetric(0.1, vocab_size=5))
         >>> task.sample(4, generator=torch.Generator().manual_seed(0)).tokens.shape
         torch.Size([4, 32])

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError
-from mechcausal.priors import Prior
 from mechcausal.tasks.base import Batch
+from mechcausal.tasks.priors import Prior
 from mechcausal.tasks.sequences import Level, draw_tokens
 
 
@@ -34,7 +34,7 @@ class SingleParentTask:
 
     Example:
         >>> from mechcausal.graphs import chain
-        >>> from mechcausal.priors import DirichletPrior
+        >>> from mechcausal.tasks.priors import DirichletPrior
         >>> task = SingleParentTask(chain(19), DirichletPrior.symmetric(0.1, vocab_size=10))
         >>> task.sample(4, generator=torch.Generator().manual_seed(0)).tokens.shape
         torch.Size([4, 20])

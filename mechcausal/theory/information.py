@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.priors import FixedTransition
 from mechcausal.tasks import SeveralParentsTask
+from mechcausal.tasks.priors import FixedTransition
 from mechcausal.theory.averages import (
     PRODUCTS_PER_SECOND,
     TABLE_ENTRIES_PER_SECOND,

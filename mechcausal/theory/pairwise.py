@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.priors import FixedTransition, Prior, stationary_distribution
+from mechcausal.tasks.priors import FixedTransition, Prior, stationary_distribution
 from mechcausal.theory.averages import (
     PRODUCTS_PER_SECOND,
     TABLE_ENTRIES_PER_SECOND,

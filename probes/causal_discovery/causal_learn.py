@@ -11,7 +11,7 @@ from probes.causal_discovery.independence import IndependenceTest
 from probes.causal_discovery.orientation import ARROW, CIRCLE, NONE, TAIL
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.search import Found
-from probes.errors import ProbeError
+from probes.reading.errors import ProbeError
 
 _NAME = "probes_independence"
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.errors import ProbeError
+from probes.reading.errors import ProbeError
 
 Logits: TypeAlias = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch cls"]]
 """One row of logits (or log-probabilities) a sequence; its largest entry is the prediction."""

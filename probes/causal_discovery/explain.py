@@ -15,9 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes import hook_names
-from probes.attach import attach
-from probes.attention import AttentionPattern
 from probes.causal_discovery import explanation_search as ways
 from probes.causal_discovery.counterfactuals import (
     Counterfactuals,
@@ -29,8 +26,11 @@ from probes.causal_discovery.counterfactuals import (
 from probes.causal_discovery.discovery import discover_attention
 from probes.causal_discovery.independence import largest_given
 from probes.causal_discovery.pag import PAG
-from probes.errors import ProbeError
-from probes.passes import checked_tokens, run, undisturbed
+from probes.reading import hook_names
+from probes.reading.attach import attach
+from probes.reading.attention import AttentionPattern
+from probes.reading.errors import ProbeError
+from probes.reading.passes import checked_tokens, run, undisturbed
 
 Method: TypeAlias = Literal["causal", "attention", "occlusion", "random", "exhaustive"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes import hook_names
-from probes.attach import ForwardHook, attach
-from probes.attention import AttentionPattern
-from probes.errors import ProbeError
-from probes.labelled import LabelledTensor
-from probes.passes import checked_tokens, run, undisturbed
-from probes.records import Concatenated, LayerProbe
+from probes.reading import hook_names
+from probes.reading.attach import ForwardHook, attach
+from probes.reading.attention import AttentionPattern
+from probes.reading.errors import ProbeError
+from probes.reading.labelled import LabelledTensor
+from probes.reading.passes import checked_tokens, run, undisturbed
+from probes.reading.records import Concatenated, LayerProbe
 
 
 @dataclass(frozen=True, eq=False)

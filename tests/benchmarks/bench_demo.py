@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from mechcausal.graphs import chain
-from mechcausal.priors import DirichletPrior, sample_dirichlet
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.ahead import BatchesAhead
+from mechcausal.tasks.priors import DirichletPrior, sample_dirichlet
 
 pytestmark = pytest.mark.benchmark
 
@@ -36,7 +36,7 @@ def _command(tree: Path, *arguments: str) -> tuple[float, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "mechcausal.cli", *arguments],
+        [sys.executable, "-m", "mechcausal.cli.main", *arguments],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

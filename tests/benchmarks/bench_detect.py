@@ -19,8 +19,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from probes import score_heads
-from probes.passes import run, undisturbed
-from probes.stimuli import draw_stimuli
+from probes.heads.stimuli import draw_stimuli
+from probes.reading.passes import run, undisturbed
 
 pytestmark = pytest.mark.benchmark
 

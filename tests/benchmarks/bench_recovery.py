@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from mechcausal.recipes import load_recipe, packaged_recipes
-from mechcausal.run_folder import read_metrics, read_summary
-from mechcausal.wandb_fragments import count_wandb_rows
+from mechcausal.records.run_folder import read_metrics, read_summary
+from mechcausal.records.wandb_fragments import count_wandb_rows
 
 pytestmark = pytest.mark.benchmark
 
@@ -28,7 +28,7 @@ def test_recovery_over_seeds(recipe, tmp_path):
     )
     for seed in range(5):
         folder = tmp_path / str(seed)
-        command = [sys.executable, "-m", "mechcausal.cli", "train", recipe, "--quiet"]
+        command = [sys.executable, "-m", "mechcausal.cli.main", "train", recipe, "--quiet"]
         options = ["--seed", str(seed), "--out", str(folder), "--wandb-mode", "offline"]
         subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
         summary = read_summary(folder)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from mechcausal import report
+from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe, load_recipe
-from mechcausal.run_folder import read_metrics
+from mechcausal.records.run_folder import read_metrics
 from mechcausal.sweeps.batched import train_batched
-from mechcausal.training import train
+from mechcausal.training.run import train
 
 pytestmark = pytest.mark.benchmark
 

@@ -43,7 +43,7 @@ def _file(folder: Path, seeds: int) -> Path:
 
 def plan(folder: Path) -> None:
     """Ten thousand members planned by the command."""
-    command = [sys.executable, "-m", "mechcausal.cli", "sweep", str(_file(folder, 10_000))]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "sweep", str(_file(folder, 10_000))]
     begin = time.perf_counter()
     subprocess.run([*command, "--dry-run"], check=True, stdout=subprocess.DEVNULL)
     print(f"10,000 members planned in {time.perf_counter() - begin:.2f} s (at most 5)")
@@ -56,7 +56,7 @@ def overhead(folder: Path) -> None:
     from mechcausal.sweeps.definition import load_sweep
     from mechcausal.sweeps.driver import SweepProgress, run_sweep
     from mechcausal.sweeps.plan import plan as members_of
-    from mechcausal.training import train
+    from mechcausal.training.run import train
 
     torch.set_num_threads(1)
     sweep = load_sweep(_file(folder, 40))

@@ -17,8 +17,8 @@ import torch
 from mechcausal.graphs import chain, two_parents
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.priors import DirichletPrior
 from mechcausal.tasks import SingleParentTask, build_task, soft_cross_entropy
+from mechcausal.tasks.priors import DirichletPrior
 
 pytestmark = pytest.mark.benchmark
 
@@ -122,7 +122,7 @@ def test_sampling_against_a_step(vocab, length, batch, _target):
 
 
 def _train_seconds(folder: Path, *options: str) -> float:
-    command = [sys.executable, "-m", "mechcausal.cli", "train", "markov_chain", "--quiet"]
+    command = [sys.executable, "-m", "mechcausal.cli.main", "train", "markov_chain", "--quiet"]
     arguments = [*command, "--out", str(folder), *options]
     start = time.perf_counter()
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)

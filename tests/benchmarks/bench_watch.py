@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mechcausal.commands.display import LiveView
+from mechcausal.cli.display import LiveView
 from mechcausal.recipes import Recipe, load_recipe
-from mechcausal.training import Progress, train
+from mechcausal.training.run import Progress, train
 
 pytestmark = pytest.mark.benchmark
 

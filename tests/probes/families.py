@@ -27,7 +27,7 @@ from probes import (
     attach,
     check_attention,
 )
-from probes.hooking import Hooks
+from probes.reading.hooking import Hooks
 
 VOCAB, N_LAYERS, N_HEADS = 11, 2, 2
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

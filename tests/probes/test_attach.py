@@ -27,8 +27,8 @@ from probes import (
     mean_ablate,
     score_heads,
 )
-from probes.attach import ForwardHook
-from probes.hook_names import pattern as pattern_name
+from probes.reading.attach import ForwardHook
+from probes.reading.hook_names import pattern as pattern_name
 
 
 def hooks_of(model: nn.Module) -> dict[str, tuple[int, int, int]]:

@@ -17,7 +17,7 @@ from probes import (
     attach,
     check_attention,
 )
-from probes.records import Moments
+from probes.reading.records import Moments
 
 close = torch.testing.assert_close
 TOKENS = torch.tensor([[0, 1, 0], [1, 1, 0]])

@@ -15,7 +15,7 @@ from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_wei
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from probes import ProbeError, copying_score, repeated_tokens, score_heads, track_formation
-from probes.stimuli import bos_token, draw_stimuli, fitting_repeat_lengths
+from probes.heads.stimuli import bos_token, draw_stimuli, fitting_repeat_lengths
 from tests.probes.wired import CONTEXT, POSITION, VOCAB, blank, look_back, planted
 
 close = torch.testing.assert_close

@@ -35,8 +35,8 @@ from probes import (
     score_heads,
     track_formation,
 )
-from probes.attach import Probe
-from probes.hook_names import pattern, z
+from probes.reading.attach import Probe
+from probes.reading.hook_names import pattern, z
 from tests.left_as_found import fingerprint, interrupted, left_as_found
 from tests.probes.test_attach import Broken
 
@@ -165,7 +165,7 @@ def test_nothing_is_left_after_a_fault_in_the_model(
         (records.Concatenated, "values"),
         (InductionScores, "reading"),
         (hooking, "_take_off"),
-        (sys.modules["probes.attach"], "_reads_activation"),
+        (sys.modules["probes.reading.attach"], "_reads_activation"),
         (head_scores, "run"),
         (passes, "checked_tokens"),
         (torch.nn.functional, "cross_entropy"),

@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from probes import ProbeError, ablation_effects, mean_ablate, repeated_tokens
-from probes.interventions import NEGLIGIBLE
-from probes.passes import token_losses
+from probes.intervening.ablation import NEGLIGIBLE
+from probes.reading.passes import token_losses
 from tests.probes.wired import VOCAB, planted
 
 close = torch.testing.assert_close

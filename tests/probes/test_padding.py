@@ -25,10 +25,10 @@ from probes import (
     track_formation,
     uniform_baseline,
 )
-from probes.in_context import repeated_pairs
-from probes.padding import real_positions
-from probes.passes import token_losses
-from probes.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
+from probes.heads.in_context import repeated_pairs
+from probes.heads.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
+from probes.reading.padding import real_positions
+from probes.reading.passes import token_losses
 
 close = torch.testing.assert_close
 VOCAB, PAD, BOS = 20, 0, 19

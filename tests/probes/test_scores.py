@@ -24,7 +24,7 @@ from probes import (
     repeated_tokens,
     uniform_baseline,
 )
-from probes.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
+from probes.heads.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
 
 close = torch.testing.assert_close
 

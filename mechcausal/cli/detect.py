@@ -1,0 +1,223 @@
+"""`mechcausal detect`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.recipes import WandbMode
+from mechcausal.support.messages import printable
+
+if TYPE_CHECKING:
+    from mechcausal.studies.detection import Detection
+
+
+@dataclass
+class Detect:
+    """Which heads are induction heads, and what they do: scores, controls and interventions."""
+
+    target: tyro.conf.Positional[str] = ""
+    """A run folder; a folder of `save_model`; a folder with a Hugging Face model (safetensors); or
+    the name of one, such as gpt2."""
+    step: int | None = None
+    """Checkpoint of a run folder; its final weights when absent."""
+    threshold: float = 0.4
+    """Score from which on a head gets its verdict."""
+    sequences: int = 32
+    """Repeated sequences to score; as many controls that do not repeat come on top."""
+    repeat_lengths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="R [R ...]")] = ()
+    """Lengths of the repeated block; about five that fit the context when absent."""
+    ablate: bool = False
+    """Mean-ablate induction and previous-token heads: how much the second copy's loss rises."""
+    compose: bool = False
+    """Which earlier heads the keys of the induction heads read (K-composition)."""
+    all: bool = False
+    """Show every head, not only the highest and those with a verdict."""
+    json: bool = False
+    """Print one JSON object."""
+    csv: bool = False
+    """Print comma-separated values."""
+    heatmap: Path | None = None
+    """Draw scores by layer and head to this PNG file."""
+    wandb: bool = False
+    """Log it all to W&B."""
+    wandb_mode: WandbMode | None = None
+    """W&B mode, with --wandb."""
+    seed: int = 0
+    """Seed of the random tokens."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, or 2 by way of `RefusedError`."""
+    options = parse(Detect, arguments, command="detect")
+    if not options.target:
+        raise RefusedError("detect needs a target: a run, a model's folder, or a name such as gpt2")
+    if options.json and options.csv:
+        raise RefusedError("--json and --csv: only one of them can be printed")
+    if options.wandb_mode is not None and not options.wandb:
+        raise RefusedError("--wandb-mode goes with --wandb")
+    if not 0 <= options.seed < 2**32:
+        raise RefusedError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
+    if options.heatmap is not None:
+        if options.heatmap.suffix != ".png":
+            raise RefusedError(
+                f"--heatmap is {options.heatmap}: a file that ends in .png is needed"
+            )
+        if not options.heatmap.parent.is_dir():
+            raise RefusedError(f"--heatmap: {options.heatmap.parent} is no folder")
+    from mechcausal.recipes import RecipeError
+    from mechcausal.records.wandb_runs import TrackingError, resolve_mode
+    from mechcausal.studies.detection import detect, draw_heatmap, log_to_wandb
+    from mechcausal.studies.targets import TargetError, load_target, running
+    from mechcausal.support.devices import device_named
+    from probes import ProbeError
+
+    try:
+        mode = resolve_mode(options.wandb_mode) if options.wandb else "disabled"
+        device = device_named(options.device)
+        target = load_target(options.target, step=options.step, device=str(device))
+        with running(options.target):
+            detection = detect(
+                target,
+                n_sequences=options.sequences,
+                repeat_lengths=options.repeat_lengths or None,
+                threshold=options.threshold,
+                seed=options.seed,
+                ablate=options.ablate,
+                compose=options.compose,
+            )
+        if options.heatmap is not None:
+            draw_heatmap(detection, options.heatmap)
+    except (TargetError, RecipeError, TrackingError) as error:
+        raise RefusedError(str(error)) from None
+    except (ProbeError, ValueError) as error:
+        raise RefusedError(f"{options.target}: {error}") from None
+    except OSError as error:
+        raise RefusedError(f"--heatmap: {options.heatmap}: {error.strerror or error}") from None
+    warnings: list[str] = []
+    place = log_to_wandb(detection, mode, warnings) if mode != "disabled" else None
+    for warning in warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(detection.to_dict(), indent=2, allow_nan=False))
+    elif options.csv:
+        print(detection.scores.to_frame().to_csv(index=False), end="")
+    else:
+        _print_tables(detection, everything=options.all)
+        for label, found in (("heatmap", options.heatmap), ("W&B", place)):
+            if found is not None:
+                print(f"{label + ':':9}{found}")
+    return 0
+
+
+def _print_tables(detection: "Detection", *, everything: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    scores = detection.scores
+    console = Console()
+    rows = detection.to_dict()["heads"]
+    shown = rows if everything else [r for i, r in enumerate(rows) if i < 5 or r["verdict"]]
+    table = Table(
+        # As text: rich would take a name in brackets for its markup.
+        title=Text(
+            f"{printable(detection.target.name)}: {len(rows)} heads, {scores.sequences} sequences, "
+            f"threshold {scores.threshold:g}"
+        ),
+        box=SIMPLE_HEAD,
+        padding=0,  # the box's own spaces are enough: 80 characters hold it all
+    )
+    table.add_column("head", no_wrap=True)
+    for heading in (
+        "induction",
+        "control",
+        "previous",
+        "dupl.",
+        "control",
+        "positional",
+        "copying",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=10)
+    for row in shown:
+        table.add_row(
+            f"{row['layer']}.{row['head']}",
+            f"{_number(row['induction'])} ±{_number(row['induction_stderr'])}",
+            _number(row["positional_control"]),
+            _number(row["previous_token"]),
+            _number(row["duplicate_token"]),
+            _number(row["duplicate_control"]),
+            _at_offset(row["positional"], row["positional_offset"]),
+            _number(row["copying"]),
+            ", ".join(row["verdict"]).replace("_", " "),
+        )
+    console.print(table)
+    uniform = _number(rows[0]["uniform_baseline"])
+    console.print(f"uniform attention scores {uniform} as induction")
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more heads without a verdict: --all shows them")
+    if detection.in_context is not None:
+        gain, stderr = (
+            detection.in_context.in_context_gain,
+            detection.in_context.in_context_gain_stderr,
+        )
+        console.print(f"in-context gain of the second copy: {gain:.3f} ± {stderr:.3f} nats a token")
+    if detection.ablations is not None:
+        _print_ablations(console, detection)
+    if detection.composition is not None:
+        _print_composition(console, detection)
+
+
+def _print_ablations(console: Any, detection: "Detection") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    effects: Sequence[Any] = detection.ablations or ()
+    if not effects:
+        console.print("ablation: no induction or previous-token head to take out")
+        return
+    console.print(f"loss of the second copy with all heads: {effects[0].loss:.3f} nats a token")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("without", "verdict", "rise (nats)", ""):
+        table.add_column(heading)
+    for effect in effects:
+        verdict = detection.scores.verdicts[effect.layer, effect.head]
+        table.add_row(
+            f"{effect.layer}.{effect.head}",
+            ", ".join(verdict).replace("_", " "),
+            f"{effect.rise:+.3f} ± {_number(effect.stderr)}",
+            "removable without loss" if effect.removable else "",
+        )
+    console.print(table)
+
+
+def _print_composition(console: Any, detection: "Detection") -> None:
+    composition = detection.composition
+    assert composition is not None
+    if not composition.later:
+        console.print("composition: no induction head whose keys could read an earlier one")
+    for later in composition.later:
+        found = composition.partners(later, 3)
+        circuit = ", ".join(
+            f"{layer}.{head} ({score:+.3f}"
+            + (", previous token)" if detection.is_previous_token((layer, head)) else ")")
+            for (layer, head), score in found
+        )
+        console.print(f"keys of induction head {later[0]}.{later[1]} read: {circuit or 'nothing'}")
+
+
+def _at_offset(score: float | None, offset: int) -> str:
+    return _number(score) if score is None else f"{_number(score)} at {offset}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3f}"

@@ -1,0 +1,315 @@
+"""`mechcausal discover`."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from mechcausal.cli.parsing import RefusedError, parse
+
+if TYPE_CHECKING:
+    from mechcausal.studies.targets import Target
+    from probes import Discovery
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclass
+class Discover:
+    """A causal graph over the tokens of one input, read from one head's attention.
+
+    Edges: `a --> b` a is a cause of b; `a <-> b` a hidden common cause; `a o-> b` one of the two;
+    `a o-o b` open. --n-eff is a knob of sparsity, not a sample size: one forward pass has no
+    samples. The larger it is, the more edges stay; try several (--n-eff 32,64,128).
+    """
+
+    target: tyro.conf.Positional[str] = ""
+    """A run folder; a folder of `save_model`; a folder with a Hugging Face model (safetensors); the
+    name of one; or a .npy file with one attention matrix (query by key, rows that sum to 1)."""
+    text: str | None = None
+    """The input as text, for a model with a tokenizer."""
+    tokens: str | None = None
+    """The input as token numbers, such as "1,2,3"."""
+    step: int | None = None
+    """Checkpoint of a run folder; its final weights when absent."""
+    layer: int | None = None
+    """Whose attention; the deepest layer when absent."""
+    head: int | None = None
+    """Which of its heads; 0 when absent."""
+    n_eff: str | None = None
+    """Knob of sparsity, or several, such as 32,64,128; the model's d_head when absent."""
+    alpha: float = 0.01
+    """Level of the independence tests; the smaller, the fewer edges."""
+    ordered: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take token order for causal order; that is the default where no token attends to a later."""
+    no_ordered: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take no order for known."""
+    sink: Literal["node", "conditioned"] = "node"
+    """Whether the attention sink is a token like others, or taken out by conditioning on it."""
+    sink_position: int | None = None
+    """Where the sink is, with --sink conditioned; 0 when absent."""
+    positions: Annotated[tuple[int, ...], tyro.conf.arg(metavar="P [P ...]")] = ()
+    """Tokens to be nodes, by position; all when absent. The others count as hidden."""
+    values: bool = False
+    """Take covariances of the attention-weighted values instead of the attention."""
+    engine: Literal["icd", "fci", "pc"] = "icd"
+    """Search: ours, or FCI or PC of causal-learn (the extra `discovery`) as a check."""
+    max_cond: int | None = None
+    """Largest conditioning set; no limit when absent."""
+    time_budget: float | None = None
+    """Seconds after which the search stops, with a sound partial graph."""
+    stable: bool = False
+    """Make the edges independent of the order in which pairs are tested; more tests."""
+    json: bool = False
+    """Print one JSON object."""
+    picture: Path | None = None
+    """Draw the graph to this file (.png, .svg or .pdf)."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, or 2 by way of `RefusedError`."""
+    options = parse(Discover, arguments, command="discover")
+    if not options.target:
+        raise RefusedError("discover needs a target: a model, or a .npy file with an attention")
+    if options.ordered and options.no_ordered:
+        raise RefusedError("--ordered and --no-ordered: only one of them can hold")
+    if options.sink_position is not None and options.sink != "conditioned":
+        raise RefusedError("--sink-position goes with --sink conditioned")
+    sweep = _n_eff(options.n_eff)
+    _check_picture(options.picture, len(sweep))
+    is_matrix = Path(options.target).suffix == ".npy"
+    _check_input(options, is_matrix=is_matrix)
+    from mechcausal.recipes import RecipeError
+    from mechcausal.studies.targets import TargetError
+    from probes import ProbeError, save_picture
+
+    try:
+        prepared = _from_matrix(options) if is_matrix else _from_model(options)
+        found = [prepared.discover(n_eff) for n_eff in sweep]
+        if options.picture is not None:
+            save_picture(
+                found[0].pag, options.picture, prepared.words, title=_title(options.target, found)
+            )
+    except (TargetError, RecipeError) as error:
+        raise RefusedError(str(error)) from None
+    except (ProbeError, ValueError) as error:
+        raise RefusedError(f"{options.target}: {error}") from None
+    except OSError as error:
+        raise RefusedError(f"--picture: {options.picture}: {error.strerror or error}") from None
+    if options.json:
+        contents = [discovery.to_dict() for discovery in found]
+        content = contents[0] if len(contents) == 1 else {"sweep": contents}
+        print(json.dumps(content, indent=2, allow_nan=False))
+    elif len(found) == 1:
+        _print_graph(options.target, found[0], prepared.words)
+    else:
+        _print_sweep(options.target, found)
+    if options.picture is not None and not options.json:
+        print(f"picture: {options.picture}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is ready to be searched at any n_eff (None for the default), and its tokens' text."""
+
+    discover: "Callable[[float | int | None], Discovery]"
+    words: list[str] | None
+
+
+def _n_eff(text: str | None) -> list[float | int | None]:
+    if text is None:
+        return [None]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RefusedError(f"--n-eff is {text!r}: a number is needed, or several: 32,64") from None
+    return [int(value) if value.is_integer() else value for value in values]
+
+
+def _check_picture(picture: Path | None, n_graphs: int) -> None:
+    if picture is None:
+        return
+    if n_graphs > 1:
+        raise RefusedError("--picture shows one graph: give one --n-eff")
+    if picture.suffix not in _PICTURES:
+        raise RefusedError(f"--picture is {picture}: a file that ends in {', '.join(_PICTURES)}")
+    if not picture.parent.is_dir():
+        raise RefusedError(f"--picture: {picture.parent} is no folder")
+
+
+def _check_input(options: Discover, *, is_matrix: bool) -> None:
+    if is_matrix:
+        given = {
+            "--text": options.text is not None,
+            "--tokens": options.tokens is not None,
+            "--layer": options.layer is not None,
+            "--head": options.head is not None,
+            "--step": options.step is not None,
+            "--values": options.values,
+            "--device": options.device != "cpu",
+        }
+        for flag, is_given in given.items():
+            if is_given:
+                raise RefusedError(f"{flag} goes with a model, and {options.target} is a matrix")
+        if options.n_eff is None:
+            raise RefusedError(f"{options.target}: a matrix has no d_head: give --n-eff")
+        return
+    if (options.text is None) == (options.tokens is None):
+        both = "both are given" if options.text is not None else "neither is given"
+        raise RefusedError(f'--text or --tokens "1,2,3": one of them is needed, {both}')
+    if options.text is not None and not options.text.strip():
+        raise RefusedError("--text is empty: at least one token is needed")
+
+
+def _settings(options: Discover) -> dict[str, Any]:
+    names = ("alpha", "sink", "engine", "stable", "max_cond")
+    settings = {name: getattr(options, name) for name in (*names, "time_budget")}
+    ordered = True if options.ordered else False if options.no_ordered else None
+    return {
+        **settings,
+        "ordered": ordered,
+        "sink_position": options.sink_position or 0,
+        "positions": options.positions or None,
+    }
+
+
+def _from_matrix(options: Discover) -> _Prepared:
+    import numpy as np
+
+    from mechcausal.studies.targets import TargetError
+    from probes import discover_attention
+
+    try:
+        # Without pickles: a .npy file can hold any Python object.
+        attention: Any = np.load(options.target, allow_pickle=False)
+    except FileNotFoundError:
+        raise TargetError(f"{options.target}: no such file") from None
+    except OSError as error:
+        raise TargetError(f"{options.target}: not read: {error.strerror or error}") from None
+    except Exception:  # numpy raises what its parser, the zip reader or the allocator raise
+        raise TargetError(f"{options.target}: not a .npy file with a matrix of numbers") from None
+    if not isinstance(attention, np.ndarray):
+        raise TargetError(f"{options.target}: an archive of arrays; one matrix is needed")
+    settings = _settings(options)
+    return _Prepared(
+        lambda n_eff: discover_attention(attention, n_eff=n_eff or 0, **settings), words=None
+    )
+
+
+def _from_model(options: Discover) -> _Prepared:
+    from mechcausal.studies.targets import load_target, running
+    from mechcausal.support.devices import device_named
+    from probes import discover
+
+    target = load_target(
+        options.target, step=options.step, device=str(device_named(options.device))
+    )
+    tokens = _tokens(options, target)
+    model: Any = target.model
+    settings = _settings(options)
+
+    def search(n_eff: float | int | None) -> "Discovery":
+        with running(options.target):
+            return discover(
+                model,
+                tokens,
+                layer=options.layer,
+                head=options.head or 0,
+                n_eff=n_eff,
+                values=options.values,
+                **settings,
+            )
+
+    words = None
+    if _has_tokenizer(target):
+        words = [model.tokenizer.decode([int(token)]) for token in tokens]
+    return _Prepared(search, words)
+
+
+def _has_tokenizer(target: "Target") -> bool:
+    # A bridge without one gets a placeholder that would read words as numbers.
+    return target.bos == "auto" and getattr(target.model, "tokenizer", None) is not None
+
+
+def _tokens(options: Discover, target: "Target") -> Any:
+    import torch
+
+    if options.text is not None:
+        if not _has_tokenizer(target):
+            raise RefusedError(f"{options.target}: has no tokenizer: give --tokens, not --text")
+        model: Any = target.model
+        # Too long a text is refused later, not cut.
+        return model.to_tokens(options.text, truncate=False)[0]
+    parts = (options.tokens or "").replace(",", " ").split()
+    if not parts:
+        raise RefusedError("--tokens is empty: at least one token is needed")
+    try:
+        return torch.tensor([int(part) for part in parts])
+    except (ValueError, OverflowError, RuntimeError):
+        raise RefusedError(
+            f"--tokens is {options.tokens!r}: whole numbers are needed, such as 1,2,3"
+        ) from None
+
+
+def _title(target: str, found: "list[Discovery]") -> str:
+    first = found[0]
+    place = "" if first.layer is None else f", layer {first.layer}, head {first.head}"
+    order = "token order is causal order" if first.ordered else "no order known"
+    return f"{target}{place}: {len(first.pag.nodes)} tokens, alpha {first.alpha:g}, {order}"
+
+
+def _print_graph(target: str, found: "Discovery", words: list[str] | None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    edges = found.pag.edges()
+    console.print(escape(_title(target, [found])))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("from", justify="right")
+    table.add_column("edge", no_wrap=True)
+    table.add_column("to")
+    for edge in edges:
+        table.add_row(_node(edge.start, words), escape(edge.marks), _node(edge.end, words))
+    if edges:
+        console.print(table)
+    console.print(f"edges: {len(edges)}, tests: {found.tests}, n_eff: {found.n_eff:g}")
+    if not found.complete:
+        reached = "none" if found.reached is None else found.reached
+        console.print(
+            f"stopped early (largest conditioning set with all tests made: {reached}): "
+            "edges may be too many"
+        )
+
+
+def _node(position: int, words: list[str] | None) -> str:
+    from rich.markup import escape
+
+    return str(position) if words is None else escape(f"{position} {words[position]!r}")
+
+
+def _print_sweep(target: str, found: "list[Discovery]") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(escape(_title(target, found)))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("n_eff", "edges", "-->", "<->", "tests", "complete"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        marks = [edge.marks for edge in one.pag.edges()]
+        counts = (len(marks), marks.count("-->"), marks.count("<->"), one.tests)
+        row = (f"{one.n_eff:g}", *map(str, counts), "yes" if one.complete else "no")
+        table.add_row(*row)
+    console.print(table)

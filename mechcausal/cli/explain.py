@@ -1,0 +1,323 @@
+"""`mechcausal explain`."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.recipes import WandbMode
+
+if TYPE_CHECKING:
+    from mechcausal.studies.explanations.bridge import Bridge
+    from mechcausal.studies.explanations.driver import Result
+    from mechcausal.studies.explanations.hugging_face import TextExplanation
+
+APPLICATIONS = ("recommender", "sentiment", "bridge")
+
+
+@dataclass
+class Explain:
+    """The smallest set of tokens that changes a prediction, by causal discovery and by controls."""
+
+    application: tyro.conf.Positional[str] = ""
+    """recommender, sentiment, or bridge: what discovery sees of the graph that a trained model's
+    data came from."""
+    recipe: tyro.conf.Positional[str | None] = None
+    """Of the bridge: a recipe of a causal graph; random_tree when absent."""
+    seeds: int | None = None
+    """Models to train, from seeds 0, 1, ...; 5 (bridge: 3) when absent."""
+    sequences: int | None = None
+    """Predictions explained for each model; 60 (bridge: 20 sequences) when absent."""
+    budget: int | None = None
+    """Model runs that each method may spend on one explanation; 300 when absent."""
+    n_eff: float | None = None
+    """Knob of sparsity of the discovered graphs; d_head (bridge: 768) when absent."""
+    data: Path | None = None
+    """Of the recommender: a MovieLens file, ratings.dat, ratings.csv or u.data, in place of
+    generated sessions."""
+    model: Path | None = None
+    """Of sentiment: a folder with a Hugging Face classifier, with --text."""
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")] = ()
+    """Texts to explain with --model."""
+    out: Path | None = None
+    """Folder of models, table and picture; runs/explain_<application>/<time> when absent."""
+    quick: bool = False
+    """Fewer seeds and sequences, shorter training: under a minute."""
+    json: bool = False
+    """Print one JSON object."""
+    wandb_mode: WandbMode | None = None
+    """W&B mode; see `mechcausal train --help`."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, 1 (training failed), 2 (bad input) or 128 + signal."""
+    options = parse(Explain, arguments, command="explain")
+    _check(options)
+    import torch
+
+    from mechcausal.graphs import GraphError
+    from mechcausal.recipes import RecipeError
+    from mechcausal.records.run_folder import RunFolderError
+    from mechcausal.records.wandb_runs import TrackingError
+    from mechcausal.studies.explanations.movielens import RatingsError
+    from mechcausal.studies.targets import TargetError
+    from mechcausal.tasks.priors import PriorError
+    from mechcausal.training.run import TrainingError
+
+    # The same figures from the same seeds: several threads add up in an order of their own.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if options.model is not None:
+            return _explain_texts(options, options.model)
+        if options.application == "bridge":
+            return _bridge(options)
+        return _compare(options)
+    except (RatingsError, RecipeError, RunFolderError, TargetError, TrackingError) as error:
+        raise RefusedError(str(error)) from None
+    except (GraphError, PriorError, ValueError) as error:
+        raise RefusedError(f"{options.application}: {error}") from None
+    except (FloatingPointError, TrainingError) as error:
+        print(f"mechcausal: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"mechcausal: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", 2)
+    except OSError as error:
+        raise RefusedError(f"{error.filename or options.out}: {error.strerror or error}") from None
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(options: Explain) -> None:
+    name = options.application
+    if name not in APPLICATIONS:
+        found = f"{name}: no such application" if name else "explain needs an application"
+        raise RefusedError(f"{found}; allowed: {', '.join(APPLICATIONS)}")
+    for flag, value, belongs in (
+        ("a recipe", options.recipe, ("bridge",)),
+        ("--data", options.data, ("recommender",)),
+        ("--model", options.model, ("sentiment",)),
+        ("--text", options.text or None, ("sentiment",)),
+        ("--budget", options.budget, ("recommender", "sentiment")),
+    ):
+        if value is not None and name not in belongs:
+            raise RefusedError(f"{flag} goes with {' or '.join(belongs)}, not with {name}")
+    if (options.model is None) != (not options.text):
+        raise RefusedError("--model and --text go together")
+    if options.model is not None:
+        for flag, given in (
+            ("--seeds", options.seeds),
+            ("--sequences", options.sequences),
+            ("--out", options.out),
+            ("--wandb-mode", options.wandb_mode),
+            ("--quick", options.quick or None),
+        ):
+            if given is not None:
+                raise RefusedError(f"{flag} goes with training, not with --model")
+    for flag, value, least in (
+        ("--seeds", options.seeds, 1),
+        ("--sequences", options.sequences, 1),
+        ("--budget", options.budget, 3),
+    ):
+        if value is not None and value < least:
+            raise RefusedError(f"{flag} is {value}: at least {least}")
+    if options.n_eff is not None and not 3 < options.n_eff < float("inf"):
+        raise RefusedError(f"--n-eff is {options.n_eff:g}: it must be above 3 and finite")
+
+
+def _compare(options: Explain) -> int:
+    from mechcausal.studies.explanations import catalogue
+    from mechcausal.studies.explanations.driver import run_application
+    from mechcausal.studies.explanations.movielens import load_ratings
+    from mechcausal.studies.explanations.recommender import RecommenderSettings
+    from mechcausal.studies.explanations.recording import new_folder
+    from mechcausal.studies.explanations.reviews import ReviewRule
+    from mechcausal.studies.explanations.sentiment import ClassifierSettings
+    from mechcausal.studies.explanations.sessions import SessionSource, ThemeRule
+    from mechcausal.support.devices import device_named
+
+    device = str(device_named(options.device))
+    application: catalogue.Recommendation | catalogue.Sentiment
+    if options.application == "recommender":
+        source: SessionSource = ThemeRule() if options.data is None else load_ratings(options.data)
+        settings = RecommenderSettings()
+        if options.quick:
+            settings = replace(settings, steps=300)
+        application = catalogue.Recommendation(source, settings, device)
+    else:
+        classifier = ClassifierSettings()
+        if options.quick:
+            classifier = replace(classifier, steps=600)
+        application = catalogue.Sentiment(ReviewRule(), classifier, device)
+    result = run_application(
+        application,
+        seeds=options.seeds or (2 if options.quick else 5),
+        n_sequences=options.sequences or (20 if options.quick else 60),
+        budget=options.budget or 300,
+        folder=options.out or new_folder(options.application),
+        n_eff=options.n_eff,
+        wandb_mode=options.wandb_mode,
+        on_progress=_report,
+    )
+    return _show(options, result, _print_comparison)
+
+
+def _bridge(options: Explain) -> int:
+    from mechcausal.recipes import load_recipe
+    from mechcausal.studies.explanations.bridge import bridge
+    from mechcausal.studies.explanations.recording import new_folder
+
+    recipe = load_recipe(options.recipe or "random_tree").with_overrides(device=options.device)
+    result = bridge(
+        recipe,
+        seeds=options.seeds or (1 if options.quick else 3),
+        n_sequences=options.sequences or (5 if options.quick else 20),
+        folder=options.out or new_folder("bridge"),
+        n_eff=options.n_eff or 768,
+        quick=options.quick,
+        wandb_mode=options.wandb_mode,
+        on_progress=_report,
+    )
+    return _show(options, result, _print_bridge)
+
+
+def _explain_texts(options: Explain, folder: Path) -> int:
+    from mechcausal.studies.explanations.hugging_face import TextClassifier
+    from mechcausal.support.devices import device_named
+    from probes.causal_discovery.explain import METHODS
+
+    classifier = TextClassifier(folder, device=str(device_named(options.device)))
+    found = [
+        classifier.explain(text, method=method, budget=options.budget or 300, n_eff=options.n_eff)
+        for text in options.text
+        for method in METHODS
+    ]
+    if options.json:
+        print(json.dumps({"explanations": [one.as_json() for one in found]}, indent=2))
+    else:
+        _print_texts(found)
+    return 0
+
+
+def _report(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _show(options: Explain, result: Any, print_table: Callable[[Any], None]) -> int:
+    for warning in result.warnings:
+        print(f"mechcausal: warning: {warning}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result.as_json(), indent=2, allow_nan=False))
+    else:
+        print_table(result)
+    return 0
+
+
+def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < n_left else "right")
+    return table
+
+
+def _print_comparison(result: "Result") -> None:
+    from rich.console import Console
+
+    from mechcausal.studies.explanations.comparison import LABELS
+    from mechcausal.studies.explanations.driver import PICTURE_FILE
+
+    settings = result.settings
+    table = _table(
+        f"{result.application}: {settings['seeds']} seeds, {settings['sequences']} predictions "
+        f"each, at most {settings['budget']} model runs for one; accuracy "
+        f"{_number(*result.accuracy)}",
+        ("method", "tokens", "excess", "explained", "verified", "in rule", "model runs"),
+    )
+    for row in result.rows:
+        mean, stderr = row.mean, row.stderr
+        table.add_row(
+            LABELS[row.method],
+            _number(mean["size"], stderr["size"]),
+            *(_number(mean[name], None) for name in ("above_minimum", "found")),
+            *(_number(mean[name], None) for name in ("verified", "causes")),
+            _number(mean["calls"], stderr["calls"], 1),
+        )
+    console = Console()
+    console.print(table)
+    _print_places(console, result.folder / PICTURE_FILE, result.wandb)
+
+
+def _print_bridge(result: "Bridge") -> None:
+    from rich.console import Console
+
+    from mechcausal.studies.explanations.bridge import PICTURE_FILE
+    from mechcausal.studies.explanations.skeletons import READINGS
+
+    settings = result.settings
+    table = _table(
+        f"{result.recipe}: pairs found against the true graph; {settings['seeds']} seeds, "
+        f"{settings['sequences']} sequences each, n_eff {settings['n_eff']:g}",
+        ("model", "read from", "precision", "recall", "F1"),
+        n_left=2,
+    )
+    previous = ""
+    for row in result.rows:
+        if previous not in ("", row.model):
+            table.add_section()
+        table.add_row(
+            row.model if row.model != previous else "",
+            READINGS[row.reading],
+            _number(row.precision, row.precision_stderr),
+            _number(row.recall, row.recall_stderr),
+            _number(row.f1, row.f1_stderr),
+        )
+        previous = row.model
+    console = Console()
+    console.print(table)
+    _print_places(console, result.folder / PICTURE_FILE, result.wandb)
+
+
+def _print_texts(found: "list[TextExplanation]") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    table = _table(
+        "the tokens without which the label changes",
+        ("text", "method", "tokens", "label", "model runs"),
+        n_left=4,
+    )
+    previous = ""
+    for one in found:
+        table.add_row(
+            escape(one.text) if one.text != previous else "",
+            one.explanation.method,
+            escape(" ".join(one.words)) or "–",
+            escape(one.label if one.new_label is None else f"{one.label} → {one.new_label}"),
+            str(one.explanation.calls),
+        )
+        previous = one.text
+    Console().print(table)
+
+
+def _print_places(console: Any, picture: Path, wandb: str | None) -> None:
+    for label, place in (("picture", picture), ("W&B", wandb)):
+        if place is not None:
+            console.out(f"{label + ':':9}{place}", highlight=False)
+
+
+def _number(mean: float | None, stderr: float | None, digits: int = 2) -> str:
+    if mean is None or mean != mean:
+        return "–"
+    error = "" if stderr is None or stderr != stderr else f" ± {stderr:.{digits}f}"
+    return f"{mean:.{digits}f}{error}"

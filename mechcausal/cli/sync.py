@@ -1,0 +1,80 @@
+"""`mechcausal sync`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.records.run_folder import find_runs, is_held, read_process
+from mechcausal.support.messages import shell_command
+
+
+@dataclass
+class Sync:
+    """Upload the offline W&B fragments of runs, oldest first."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or a folder of runs."""
+    dry_run: bool = False
+    """Print the `wandb sync` commands instead of running them."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, or 1 when a fragment was not uploaded."""
+    options = parse(Sync, arguments, command="sync")
+    runs = find_runs(options.run)
+    if not runs:
+        raise RefusedError(f"{options.run}: no run folder there")
+    failed = False
+    for run in runs:
+        failed |= not _sync_run(run, dry_run=options.dry_run)
+    return 1 if failed else 0
+
+
+def _sync_run(run: Path, *, dry_run: bool) -> bool:
+    """Upload one run's fragments up to the first that fails; whether all were uploaded."""
+    from mechcausal.records.tracking import send_again
+    from mechcausal.records.wandb_fragments import (
+        fragments,
+        is_uploaded,
+        sync,
+        sync_command,
+        wandb_steps,
+    )
+
+    if is_held(run):
+        print(f"{run}: still running; left for later")
+        return True
+    run_id = read_process(run).get("wandb_id")
+    found = fragments(run, run_id) if isinstance(run_id, str) else []
+    if not found:
+        print(f"{run}: no W&B run in it")
+    if not all(fragment.name.startswith("offline-") for fragment in found):
+        # Its rows are replayed: whatever went online got all rows there were before it.
+        if dry_run:
+            print(f"{run}: went online: the rows that have not arrived are sent again")
+            return True
+        try:
+            return _said(run, send_again(run))
+        except (OSError, ValueError) as error:
+            return _said(run, str(error))
+    for fragment in found:
+        if is_uploaded(fragment):
+            print(f"{fragment}: uploaded already")
+        elif not wandb_steps(fragment):
+            print(f"{fragment}: holds no rows; passed over")
+        elif dry_run:
+            print(shell_command(*sync_command(fragment)))
+        elif not _said(fragment, sync(fragment)):
+            return False  # a later fragment that arrives first is put in the wrong place
+    return True
+
+
+def _said(what: Path, problem: str) -> bool:
+    if problem:
+        print(f"mechcausal: {what}: not uploaded: {problem}", file=sys.stderr)
+    else:
+        print(f"{what}: uploaded")
+    return not problem

@@ -1,0 +1,179 @@
+"""`mechcausal train`."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mechcausal.cli.display import Display, display
+from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.recipes import (
+    Recipe,
+    RecipeError,
+    WandbMode,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    recipe_fields,
+    recipe_to_dict,
+)
+from mechcausal.support.messages import shell_command
+
+if TYPE_CHECKING:
+    from mechcausal.training.run import RunResult
+
+
+@dataclass
+class Train:
+    """Train a recipe's model, watched by hooks, recorded to W&B and files."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """Path of a recipe (TOML), or the name of one that comes along."""
+    out: Path | None = None
+    """Folder of this run; runs/<recipe>/<run-id> when absent."""
+    wandb_mode: WandbMode | None = None
+    """Short for --wandb.mode."""
+    quiet: bool = False
+    """No progress bar."""
+    watch: bool = False
+    """Attention beside the graph, and curves, live in the terminal in place of the bar."""
+    values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit code is 0, 1 when the run failed, or 128 + signal."""
+    # Values on the command line override those of the recipe: read which recipe it is first.
+    arguments = _with_flags(arguments)
+    target = parse(Train, arguments, command="train").recipe
+    if not target:
+        raise RefusedError(f"train needs a recipe: a file, or {', '.join(packaged_recipes())}")
+    try:
+        start = Train(values=load_recipe(target))
+        options = parse(Train, arguments, command="train", default=start)
+        recipe = recipe_of(options.values)
+        if options.wandb_mode is not None:
+            recipe = recipe.with_overrides(wandb__mode=options.wandb_mode)
+    except RecipeError as error:
+        raise RefusedError(str(error)) from None
+    shown = display(recipe, quiet=options.quiet, watch=options.watch)
+    return _run_training(recipe, target, options.out, shown)
+
+
+def _with_flags(arguments: list[str]) -> list[str]:
+    """W&B's agents write a flag as --probing.enabled=False: as --probing.no-enabled it is known."""
+    flags = {path for path, kind in recipe_fields().items() if kind is bool}
+    changed = []
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").replace("-", "_").partition("=")
+        if name in flags and value in ("True", "False"):
+            section, _, last = name.rpartition(".")
+            argument = f"--{section}.{last if value == 'True' else f'no-{last}'}".replace("_", "-")
+        changed.append(argument)
+    return changed
+
+
+def recipe_of(parsed: Recipe) -> Recipe:
+    """The recipe that tyro made of the command line, checked as a whole.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    values = recipe_to_dict(parsed)
+    # Words after --graph.parents come as the parents of one position, which has none to have.
+    match values["graph"].get("parents"):
+        case [[*parents]]:
+            values["graph"]["parents"] = parents
+    return parse_recipe(values, source="command line")
+
+
+def _run_training(recipe: Recipe, source: str, out: Path | None, shown: Display) -> int:
+    print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
+    from mechcausal.training.run import train
+
+    def start() -> "RunResult":
+        return train(recipe, out=out, on_progress=shown.show, on_warning=shown.warn)
+
+    return run_shown(start, source, shown)
+
+
+def run_shown(start: "Callable[[], RunResult]", source: str, shown: Display) -> int:
+    """Run a training that is displayed and print what came out; the command's exit code.
+
+    Raises:
+        RefusedError: bad input, before anything was trained.
+    """
+    from mechcausal.graphs import GraphError
+    from mechcausal.records.run_folder import RunFolderError
+    from mechcausal.records.wandb_runs import TrackingError
+    from mechcausal.tasks.priors import PriorError
+    from mechcausal.training.run import TrainingError
+
+    try:
+        result = start()
+    except (GraphError, PriorError) as error:
+        raise RefusedError(f"{source}: {error}") from None
+    except (RecipeError, RunFolderError, TrackingError) as error:
+        raise RefusedError(str(error)) from None
+    except TrainingError as error:
+        shown.close()
+        print(f"mechcausal: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shown.close()
+    _print_result(result)
+    return 128 + result.signal if result.signal is not None else 0
+
+
+# Rows of the closing table: figure, whether the first probe step is what counts, what it means.
+_TABLE = (
+    ("gradient/edge_hits", True, "first gradient: rows that name the parent"),
+    ("graph/f1", True, "first gradient: F1 of the edges it names"),
+    ("gradient/theory_correlation", True, "first gradient with the predicted one"),
+    ("gradient/chi2_correlation", True, "first gradient with χ²-information"),
+    ("graph/recovered", False, "edges that get the row's attention"),
+    ("graph/rows_matched", False, "rows whose parents all have a head"),
+    ("graph/parent_attention", False, "mean attention on the parent"),
+    ("induction/score", False, "attention of the induction head above chance"),
+    ("induction/attention", False, "the same, with chance"),
+    ("induction/formation_step", False, "step at which induction/score reached 0.5"),
+    ("loss/eval", False, "nats"),
+    ("loss/second_copy", False, "nats, in the repeated half"),
+    ("loss/bayes", False, "nats, the best possible"),
+    ("loss/construction", False, "nats, of the hand-built model"),
+    ("loss/gap", False, "nats above Bayes"),
+    ("loss/construction_gap", False, "nats above the hand-built model"),
+)
+
+
+def _print_result(result: "RunResult") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    resumed = f", resumed at {result.start:,}" if result.start else ""
+    title = f"{result.state} after {result.summary['train/steps']:,} steps{resumed}"
+    table = Table(title=title)
+    for heading, justify in (("figure", "left"), ("value", "right"), ("meaning", "left")):
+        table.add_column(heading, justify="right" if justify == "right" else "left")
+    for name, first, meaning in _TABLE:
+        source = result.summary.get("first", {}) if first else result.summary
+        value = source.get(name)
+        if value is not None and not math.isnan(value):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            table.add_row(name, text, meaning)
+    console = Console()
+    console.print(table)
+    figures = result.folder / "figures"
+    for label, place in (
+        ("run", result.folder),
+        ("figures", figures if figures.is_dir() else None),
+        ("W&B", result.url or result.wandb_folder),
+    ):
+        if place is not None:
+            console.out(f"{label + ':':9}{place}", highlight=False)
+    if result.state != "finished":
+        again = shell_command("mechcausal", "resume", result.folder)
+        console.out(f"go on:   {again}", highlight=False)

@@ -1,0 +1,289 @@
+"""A training run as text in a terminal: attention beside the graph, sparklines, time left."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from rich.console import Console, ConsoleOptions
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from mechcausal.pictures.interactive.style import MOST_HEADS, by_head
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.pictures.terminal.text_matrix import half_blocks, pooled, shaded
+from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import STEP, History
+
+if TYPE_CHECKING:
+    from mechcausal.training.run import Progress
+
+Part = Text | Table | ProgressBar | Segment
+
+SPARKS = "▁▂▃▄▅▆▇█"
+_GAP = 3
+_LINES = 8  # beside the matrices: heading, bar, titles, note, and four curves
+_LARGEST = 44  # characters that a matrix is stretched to
+_SMALLEST = 4
+_MOST_LISTED = 8  # heads of a model on repeated tokens
+_LABEL, _VALUES = 22, 38  # characters beside a sparkline
+
+# Label, figures of which the first one there is shown, references by name, whether from 0 to 1.
+_CURVES: tuple[tuple[str, tuple[str, ...], Mapping[str, str], bool], ...] = (
+    (
+        "loss, nats",
+        ("loss/eval",),
+        {"Bayes": "loss/bayes", "hand-built": "loss/construction"},
+        False,
+    ),
+    ("loss in second copy", ("loss/second_copy",), {}, False),
+    ("edges recovered", ("graph/recovered",), {}, True),
+    (
+        "gradient, theory (r)",
+        ("gradient/pattern_theory_correlation", "gradient/pattern_chi2_correlation"),
+        {},
+        True,
+    ),
+    ("induction score", ("induction/score",), {}, True),
+)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is shown of a run at one moment; rich prints it.
+
+    Attributes:
+        run: recipe and rows of figures so far.
+        progress: where training is.
+        seconds_left: until its end; None while nobody can know.
+        colours: False draws matrices as shades.
+    """
+
+    run: RunData
+    progress: "Progress"
+    seconds_left: float | None = None
+    colours: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Part]:
+        """Lines that fit into the terminal as it is now."""
+        width, height = options.max_width, console.height
+        yield self._heading()
+        yield ProgressBar(
+            total=max(self.progress.n_steps, 1), completed=self.progress.step, width=width
+        )
+        yield Segment.line()
+        if self.run.kind == "causal_graph":
+            panels = self._panels()
+            if panels:
+                yield from self._matrices(panels, width, height - _LINES)
+        elif self.progress.matrices:
+            yield from self._heads(height - _LINES)
+        yield from self._curves(width)
+
+    def _heading(self) -> Text:
+        progress, recipe = self.progress, self.run.recipe
+        left = "" if self.seconds_left is None else f" · {duration(self.seconds_left)} left"
+        text = f"{progress.stage} · step {progress.step:,} of {progress.n_steps:,}{left}"
+        text += f" · {recipe.name}, seed {recipe.seed}"
+        return Text(text, no_wrap=True, overflow="ellipsis")
+
+    def _panels(self) -> dict[str, Float[np.ndarray, "query key"]]:
+        """What is drawn side by side, by title: every head of layer 1, and the graph."""
+        found = self.progress.matrices.get("attention/layer0")
+        if found is None:
+            return {}
+        heads = by_head({"attention/layer0": found.float().numpy()}, "attention/layer0")
+        names = ["attention"] if len(heads) == 1 else [f"head {i}" for i in range(len(heads))]
+        panels = dict(zip(names, heads, strict=True))
+        truth = self.run.truth
+        shares = truth / np.maximum(truth.sum(1, keepdims=True), 1)
+        return {**panels, "true graph": shares}
+
+    def _matrices(
+        self, panels: Mapping[str, Float[np.ndarray, "query key"]], width: int, height: int
+    ) -> Iterator[Part]:
+        length = len(panels["true graph"])
+        cell = 1 if self.colours else 2
+        rows = 2 if self.colours else 1  # of cells in a line
+        room = _room(len(panels), width, height, cell, rows)
+        if len(panels) > 2 and (len(panels) > MOST_HEADS + 1 or room < min(length, 16)):
+            heads = [matrix for name, matrix in panels.items() if name != "true graph"]
+            panels = {"largest of heads": np.max(heads, axis=0), "true graph": panels["true graph"]}
+            room = _room(2, width, height, cell, rows)
+        if room < _SMALLEST:
+            yield Text("(too small a terminal for the matrices)", no_wrap=True, overflow="ellipsis")
+            return
+        block = math.ceil(length / room)
+        scale = max(1, min(room, _LARGEST) // length) if self.colours else 1
+        lines, titles = [], []
+        for name, matrix in panels.items():
+            values = pooled(np.asarray(matrix, dtype=np.float64), block)
+            lines.append(list(half_blocks(values, scale) if self.colours else shaded(values)))
+            size = len(values) * cell * scale
+            titles.append(name[:size].ljust(size + _GAP))
+        yield Text("".join(titles).rstrip(), style="bold", no_wrap=True, overflow="ellipsis")
+        for row in zip(*lines, strict=True):
+            for segments in row:
+                yield from segments
+                yield Segment(" " * _GAP)
+            yield Segment.line()
+        if block > 1:
+            yield Text(
+                f"{length} positions: a cell is the largest of {block} × {block}",
+                style="dim",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+
+    def _heads(self, height: int) -> Iterator[Part]:
+        """The heads with the largest induction scores."""
+        found = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
+        if found[0] is None:
+            return
+        scores = [None if m is None else m.float().numpy() for m in found]
+        assert scores[0] is not None
+        order = np.argsort(-np.nan_to_num(scores[0], nan=-1.0), axis=None, kind="stable")
+        shown = order[: max(1, min(_MOST_LISTED, height - 2))]
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("head")
+        for kind in HEAD_SCORES:
+            table.add_column(kind.replace("_", " "), no_wrap=True)
+        for index in shown.tolist():
+            layer, head = divmod(index, scores[0].shape[1])
+            cells = [_gauge(None if s is None else float(s[layer, head])) for s in scores]
+            table.add_row(f"{layer}.{head}", *cells)
+        yield table
+        if len(shown) < order.size:
+            yield Text(f"the best {len(shown)} of {order.size} heads", style="dim")
+
+    def _curves(self, width: int) -> Iterator[Part]:
+        for label, keys, references, unit in _CURVES:
+            key = next((key for key in keys if self._last(key) is not None), None)
+            if key is None:
+                continue
+            compared = {name: self._last(figure) for name, figure in references.items()}
+            known = {name: level for name, level in compared.items() if level is not None}
+            value = f" {self._last(key):.3f}"
+            value += "".join(f", {name} {level:.3f}" for name, level in known.items())
+            room = min(60, width - _LABEL - _VALUES)
+            line = Text(label.ljust(_LABEL), no_wrap=True, overflow="ellipsis")
+            if room >= _SMALLEST:
+                values = along_steps(self.progress.history, key, self.progress.n_steps, room)
+                low = 0.0 if unit else min(known.values(), default=None)
+                line.append(sparkline(values, low=low, high=1.0 if unit else None), style="cyan")
+            line.append(value)
+            yield line
+
+    def _last(self, key: str) -> float | None:
+        """The newest value that is a number."""
+        for row in reversed(self.progress.history):
+            value = row.get(key)
+            if value is not None and math.isfinite(value):
+                return float(value)
+        return None
+
+
+class Clock:
+    """Says how long the rest will take, from the pace so far."""
+
+    def __init__(self) -> None:
+        """Starts with the first step that it is told of."""
+        self._first: tuple[int, float] | None = None
+
+    def seconds_left(self, step: int, n_steps: int, now: float | None = None) -> float | None:
+        """Seconds until the last step; None at the first one."""
+        now = time.monotonic() if now is None else now
+        if self._first is None:
+            self._first = (step, now)
+        first, began = self._first
+        if step <= first:
+            return None
+        return (now - began) / (step - first) * (n_steps - step)
+
+
+def along_steps(
+    history: History, key: str, n_steps: int, width: int
+) -> Float[np.ndarray, "column"]:
+    """A figure at evenly spaced steps of the whole run, each the newest until then.
+
+    NaN where there is none: before its first number, and in the steps still to come.
+
+    Example:
+        >>> rows = [{"train/step": 0, "x": 1.0}, {"train/step": 5, "x": 3.0}]
+        >>> along_steps(rows, "x", 10, 5)
+        array([ 1.,  1.,  3., nan, nan])
+    """
+    found = [
+        (int(row[STEP] or 0), float(value))
+        for row in history
+        if (value := row.get(key)) is not None and math.isfinite(value)
+    ]
+    columns = np.full(width, np.nan)
+    if not found or width < 1:
+        return columns
+    steps, values = np.array([s for s, _ in found]), np.array([v for _, v in found])
+    ends = np.linspace(0, max(n_steps, 1), width)
+    newest = np.searchsorted(steps, ends, side="right") - 1
+    seen = int(np.searchsorted(ends, steps[-1], side="left")) + 1
+    known = (newest >= 0) & (np.arange(width) < seen)
+    columns[known] = values[newest[known]]
+    # The last look lies between two columns: the second one shows it.
+    columns[min(seen, width) - 1] = values[-1]
+    return columns
+
+
+def sparkline(
+    values: Shaped[np.ndarray, "column"], *, low: float | None = None, high: float | None = None
+) -> str:
+    """Values as blocks of eight heights, a blank for NaN.
+
+    Args:
+        values: one a character.
+        low: what the lowest block stands for; the smallest value when absent or larger than it.
+        high: of the highest block; the largest value when absent or smaller than it.
+
+    Example:
+        >>> sparkline(np.array([0.0, 0.5, np.nan, 1.0]))
+        '▁▅ █'
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return " " * len(values)
+    low = min([float(finite.min()), *([] if low is None else [low])])
+    high = max([float(finite.max()), *([] if high is None else [high])])
+    shares = (values - low) / ((high - low) or 1.0)
+    return "".join(
+        " " if math.isnan(share) else SPARKS[min(int(share * len(SPARKS)), len(SPARKS) - 1)]
+        for share in shares.tolist()
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    Example:
+        >>> duration(75.0), duration(4000.0), duration(2e5)
+        ('1:15', '1:06:40', '2 days')
+    """
+    whole = round(min(seconds, 1e11))
+    if whole >= 2 * 86_400:
+        return f"{whole // 86_400} days"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _room(n_panels: int, width: int, height: int, cell: int, rows: int) -> int:
+    """Cells of a side that fit."""
+    return min((width - n_panels * _GAP) // n_panels // cell, height * rows)
+
+
+def _gauge(score: float | None) -> str:
+    if score is None or math.isnan(score):
+        return ""
+    filled = round(min(max(score, 0.0), 1.0) * 10)
+    return f"{'█' * filled}{'░' * (10 - filled)} {score:.2f}"

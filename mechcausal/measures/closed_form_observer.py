@@ -1,0 +1,164 @@
+"""Looks at a simplified model in closed form: the readings that hooks give, several times faster.
+
+With m, a, p and dz of `models.batched_simplified`, sequence b has at layer 1's pattern the gradient
+`G_ik = dz_bi m_bk`. So its sums over sequences are products of matrices, and so are those of the
+squares of the centred `dz_bi (m_bk - mean over j <= i of m_bj)`. What passes through layer 1's
+softmax is computed for each sequence, in the hooked model's precision and order of operations:
+where attention has saturated these gradients are differences of almost equal numbers, and their
+ranks would show every other rounding. On long sequences that takes minutes, and all of it is summed
+in float64 instead.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from mechcausal.measures.metrics import induction_keys
+from mechcausal.measures.observer import Look, Observer
+from mechcausal.models.batched_simplified import through_softmax
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.tasks import Batch, to_score
+from mechcausal.training.experiments.base import Observation
+from probes import prefix_matching_score
+from probes.heads.scores import mean_weights
+
+# Entries of what is computed for each sequence of a part of the evaluation batch.
+_MAX_ENTRIES = 4_000_000
+# Attention entries of the whole evaluation batch; where there are more, sequences are summed.
+_MOST_ENTRIES = 200_000_000
+
+
+class ClosedFormObserver(Observer):
+    """An `Observer` of a simplified model that attaches nothing; its figures are the same.
+
+    Up to rounding: to 1e-6 in every figure but ranks of values that are equal up to rounding.
+    """
+
+    model: SimplifiedTransformer
+
+    def __init__(self, model: SimplifiedTransformer, *args: Any, **options: Any) -> None:
+        """As `Observer`."""
+        super().__init__(model, *args, **options)
+        area = model.sequence_length**2
+        self._at_once = max(1, _MAX_ENTRIES // area)
+        self._is_long = len(self.batch) * area > _MOST_ENTRIES
+        # With these the query's attention adds up to the induction score; NaN: it has none.
+        keys = induction_keys(self.batch.tokens, self.task.graph)
+        self._weights = mean_weights(keys.unsqueeze(1)).squeeze(1)
+
+    @torch.no_grad()
+    def observe(self) -> Observation:
+        """One look at the model, see `Observer.observe`."""
+        model, total = self.model, len(self.batch)
+        attention1 = model.attention1()
+        rows = max(self._at_once, 128) if self._is_long else self._at_once
+        predictions, induction, sums = [], [], _Sums(attention1, by_sequence=not self._is_long)
+        for start in range(0, total, rows):
+            part = self.batch[start : start + rows]
+            attention2 = self._query_attention(attention1, part.tokens)
+            zeros = attention2.new_zeros(len(part), model.vocab_size)
+            prediction = zeros.scatter_add(1, part.tokens, attention2)
+            gradient = self._gradient(part, prediction, attention2, share=len(part) / total)
+            sums.add(gradient, self._by_query(part.tokens).gather(1, part.tokens))
+            predictions.append(prediction)
+            induction.append((attention2 * self._weights[start : start + rows]).sum(-1))
+        scores, pattern, stderr = sums.gradients()
+        matching = [
+            prefix_matching_score(self._attention2(tokens).unsqueeze(1), tokens)
+            for tokens in self.repeated.split(self._at_once)
+        ]
+        look = Look(
+            attention=attention1.unsqueeze(0).cpu(),
+            scores=-scores.unsqueeze(0).cpu(),
+            pattern=-pattern.unsqueeze(0).cpu(),
+            pattern_stderr=stderr.unsqueeze(0).cpu(),
+            induction=torch.cat(induction).nanmean().view(1),
+            matching=torch.cat(matching).nanmean(0),
+            examples=self._query_attention(attention1, self.examples).unsqueeze(1).cpu(),
+            prediction=torch.cat(predictions),
+        )
+        return self.figures_of(look)
+
+    def _by_query(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
+        """The match of each copied token with the query."""
+        return self.model.A2.T[tokens[:, -1]]
+
+    def _query_attention(
+        self, attention1: Float[Tensor, "query key"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos"]:
+        """Layer 2's pattern in the last row, computed from keys and queries as the hooked model."""
+        if self._is_long:
+            return (self._by_query(tokens).gather(1, tokens) @ attention1.T).softmax(-1)
+        vocab, length = self.model.vocab_size, self.model.sequence_length
+        padding = (0, max(length - vocab, 0))  # d_head
+        copied = attention1 @ F.one_hot(tokens, vocab).to(attention1.dtype)
+        queries = F.pad(self._by_query(tokens), padding).unsqueeze(1).expand(-1, length, -1)
+        return (queries @ F.pad(copied, padding).mT)[:, -1].softmax(-1)
+
+    def _gradient(
+        self,
+        part: Batch,
+        prediction: Float[Tensor, "batch vocab"],
+        attention2: Float[Tensor, "batch pos"],
+        *,
+        share: float,
+    ) -> Float[Tensor, "batch pos"]:
+        """The gradient of the mean loss at layer 2's scores of the query."""
+        weight = prediction.new_tensor(share) / len(part)
+        by_token = part.target * -weight / to_score(prediction, part.target, self.epsilon)
+        return through_softmax(by_token.gather(1, part.tokens), attention2)
+
+    def _attention2(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:
+        """Layer 2's patterns of every query, on sequences that may be shorter."""
+        length = tokens.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        one_hot = F.one_hot(tokens, self.model.vocab_size).to(self.model.A1.dtype)
+        first = self.model.A1[:length, :length].masked_fill(future, -math.inf).softmax(-1)
+        scores = one_hot @ self.model.A2.T @ (first @ one_hot).mT
+        return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+class _Sums:
+    """Sums over sequences of the gradients at layer 1, in float64 as the probes take them."""
+
+    def __init__(self, attention1: Float[Tensor, "query key"], *, by_sequence: bool) -> None:
+        self._attention1 = attention1
+        self._by_sequence = by_sequence
+        length = len(attention1)
+        self._n_sequences = 0
+        self._n_keys = torch.arange(1, length + 1, device=attention1.device)
+        zeros = attention1.new_zeros(length, length, dtype=torch.float64)
+        self._scores, self._pattern, self._squares = zeros, zeros, zeros
+
+    def add(
+        self, gradient: Float[Tensor, "batch pos"], matches: Float[Tensor, "batch pos"]
+    ) -> None:
+        """Take in sequences: dz and m."""
+        if self._by_sequence:
+            upstream = gradient.unsqueeze(2) * matches.unsqueeze(1)
+            through = through_softmax(upstream, self._attention1.expand_as(upstream))
+            self._scores = self._scores + through.sum(0, dtype=torch.float64)
+        else:
+            upstream = gradient.double().T @ matches.double()
+            self._scores = self._scores + through_softmax(upstream, self._attention1.double())
+        self._n_sequences += len(gradient)
+        gradient, matches = gradient.double(), matches.double()
+        mean = matches.cumsum(1) / self._n_keys  # of the keys that query i sees
+        centre = (gradient * mean).sum(0).unsqueeze(1)
+        self._pattern = self._pattern + gradient.T @ matches - centre
+        square = gradient.square()
+        centre = (square * mean.square()).sum(0).unsqueeze(1)
+        cross = square.T @ matches.square() - 2 * (square * mean).T @ matches
+        self._squares = self._squares + cross + centre
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the scores, of the centred pattern, and the latter's standard error."""
+        pattern, squares = self._pattern.tril(), self._squares.tril()
+        spread = (self._n_sequences * squares - pattern.square()).clamp(min=0)
+        stderr = (spread / (self._n_sequences - 1)).sqrt()
+        dtype = self._attention1.dtype
+        return self._scores.to(dtype), pattern.to(dtype), stderr.to(dtype)

@@ -1,0 +1,275 @@
+"""One look at a model in training: all probes in one forward and backward pass.
+
+The hooked model runs on a fixed evaluation batch, so that consecutive figures differ by what the
+model learned and not by what it was shown.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechcausal.measures import metrics
+from mechcausal.measures.blocks import block_shares, solution_share
+from mechcausal.measures.construction import best_construction
+from mechcausal.measures.matching import matching_figures
+from mechcausal.models.base import GraphModel
+from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.tasks import Task, predictors, soft_cross_entropy
+from mechcausal.theory import Information, PairwiseTheory, named_edges
+from mechcausal.training.experiments.base import Observation
+from probes import (
+    AttentionGradient,
+    AttentionPattern,
+    AttentionTo,
+    InductionScores,
+    above_chance,
+    attach,
+    copying_score,
+    k_composition,
+    repeated_tokens,
+)
+
+# Attention entries, or activations, of a pass through the hooked model; larger evaluation batches
+# are split.
+_MAX_ENTRIES = 4_000_000
+# Sequences whose attention in the last layer is kept one by one, to be looked at.
+_N_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the probes read in one look, on the CPU but for the prediction.
+
+    Attributes:
+        attention: layer 1's patterns, mean over sequences.
+        scores: descent direction on layer 1's scores.
+        pattern: descent direction on layer 1's patterns, centred by row.
+        pattern_stderr: standard error of `pattern`.
+        induction: attention of the last layer's heads where an induction head should look.
+        matching: their prefix-matching scores on repeated tokens.
+        examples: attention of the last position in the last layer on a few sequences.
+        prediction: the model's output on the evaluation batch.
+    """
+
+    attention: Float[Tensor, "head query key"]
+    scores: Float[Tensor, "head query key"]
+    pattern: Float[Tensor, "head query key"]
+    pattern_stderr: Float[Tensor, "head query key"]
+    induction: Float[Tensor, "last_head"]
+    matching: Float[Tensor, "last_head"]
+    examples: Float[Tensor, "example last_head key"]
+    prediction: Float[Tensor, "batch vocab"]
+
+
+class Observer:
+    """Looks at the same sequences again and again.
+
+    Attributes:
+        batch: the evaluation sequences.
+        examples: the first few of them, whose attention is kept sequence by sequence.
+        bayes: the Bayes loss on them.
+        construction: the hand-built solution of the model's kind on them; None if it has none.
+        strategy_losses: cross entropy of every strategy on them, nats.
+        uniform_induction: what uniform attention of the last layer's query scores on them as
+            `induction/attention`; NaN where no query has anything to find.
+        repeated: sequences of random tokens, repeated.
+    """
+
+    def __init__(
+        self,
+        model: GraphModel,
+        task: Task,
+        theory: Information,
+        *,
+        n_sequences: int,
+        epsilon: float,
+        bayes_draws: int,
+        generator: torch.Generator,
+        max_seconds: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Draw the evaluation batch and what it is compared with.
+
+        Args:
+            model: looked at, never changed.
+            task: graph and prior.
+            theory: of the same graph and prior.
+            n_sequences: size of the evaluation batch.
+            epsilon: smoothing of predictions, as in training.
+            bayes_draws: see `predictors.bayes_loss`.
+            generator: of the evaluation alone.
+            max_seconds: for the Bayes loss, see there.
+            on_progress: told how far the Bayes loss is.
+        """
+        self.model = model
+        self.task = task
+        self.theory = theory
+        self.epsilon = epsilon
+        self.batch = task.sample(n_sequences, generator=generator)
+        tokens, target = self.batch.tokens, self.batch.target
+        self.examples = tokens[:_N_EXAMPLES]
+        self.bayes = predictors.bayes_loss(
+            task,
+            self.batch,
+            generator=generator,
+            max_draws=bayes_draws,
+            max_seconds=max_seconds,
+            on_progress=on_progress,
+        )
+        self.construction = best_construction(model, task.graph, self.batch, epsilon=epsilon)
+        self._strategies = predictors.strategies(task, tokens)
+        self.strategy_losses = {
+            name: soft_cross_entropy(prediction, target).item()
+            for name, prediction in self._strategies.items()
+        }
+        keys = metrics.induction_keys(tokens, task.graph)
+        # The last position sees every key; a query that has nothing to find is not scored.
+        self.uniform_induction = keys[keys.any(1)].double().mean().item()
+        self.repeated = repeated_tokens(
+            64, task.sequence_length // 2, task.vocab_size, generator=generator
+        )
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Evaluation loss, those of Bayes and of the construction, and the gaps to both, nats."""
+        prediction = self.model(self.batch.tokens)
+        return self._losses(prediction)
+
+    def observe(self) -> Observation:
+        """Run the hooked model on the evaluation batch with every probe attached.
+
+        The matrices are `attention/layer0` and the descent directions `gradient/scores` and
+        `gradient/pattern` (centred by row), each [query, key], or [head, query, key] where layer 1
+        has several heads; and `attention/examples` [example, head, key], the last layer's attention
+        from the last position of `examples`.
+        """
+        graph, model = self.task.graph, self.model
+        last = len(model.heads) - 1
+        pattern = AttentionPattern(0, reduce="mean")
+        by_scores = AttentionGradient("scores", 0)
+        by_pattern = AttentionGradient("pattern", 0, centred=True)
+        induction = AttentionTo(last, lambda tokens: metrics.induction_mask(tokens, graph))
+        with model.frozen():
+            with attach(model.hooked, pattern, by_scores, by_pattern, induction):
+                prediction = self._backward()
+            repeated = InductionScores(last)
+            with torch.no_grad(), attach(model.hooked, repeated):
+                model.hooked(self.repeated, return_type=None)
+            last_pattern = AttentionPattern(last)
+            with torch.no_grad(), attach(model.hooked, last_pattern):
+                model.hooked(self.examples, return_type=None)
+        heads = slice(model.heads[0])
+        last_heads = slice(model.heads[last])
+        scores = induction.reading().sel(layer=last).values[:, last_heads]
+        matching = repeated.reading().sel(score="prefix_matching", layer=last).values[:, last_heads]
+        look = Look(
+            attention=pattern.reading().sel(layer=0).values[heads].cpu(),
+            scores=-by_scores.reading().sel(layer=0).values[heads].cpu(),
+            pattern=-by_pattern.reading().sel(layer=0).values[heads].cpu(),
+            pattern_stderr=by_pattern.stderr().sel(layer=0).values[heads].cpu(),
+            induction=scores.nanmean(0),
+            matching=matching.nanmean(0),
+            examples=last_pattern.reading().sel(layer=last).values[:, last_heads, -1].cpu(),
+            prediction=prediction,
+        )
+        return self.figures_of(look)
+
+    def figures_of(self, look: Look) -> Observation:
+        """The figures that follow from what the probes read, see `observe`."""
+        model, last = self.model, len(self.model.heads) - 1
+        matrices = {
+            "attention/layer0": look.attention,
+            "gradient/scores": look.scores,
+            "gradient/pattern": look.pattern,
+        }
+        figures = self._losses(look.prediction)
+        figures |= matching_figures(look.attention, self.task.graph)
+        figures |= self._gradient_figures(matrices, look.pattern_stderr)
+        attention = look.induction.max().cpu().double()
+        figures |= {  # of the head that does it best
+            "induction/score": above_chance(
+                attention, attention.new_tensor(self.uniform_induction)
+            ).item(),
+            "induction/attention": attention.item(),
+            "induction/prefix_matching": look.matching.max().item(),
+            "induction/copying": copying_score(model.hooked, last)[: model.heads[last]]
+            .max()
+            .item(),
+        }
+        figures |= metrics.strategy_figures(look.prediction, self._strategies, epsilon=self.epsilon)
+        figures |= self._weight_figures()
+        if model.heads[0] == 1:
+            matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}
+        matrices["attention/examples"] = look.examples
+        return Observation(figures, matrices, look.prediction)
+
+    def _backward(self) -> Tensor:
+        """Forward and backward pass over the evaluation batch, in parts; the predictions."""
+        model, total = self.model, len(self.batch)
+        config = model.hooked.cfg
+        entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
+        rows = max(1, _MAX_ENTRIES // entries)
+        predictions = []
+        for start in range(0, total, rows):
+            part = self.batch[start : start + rows]
+            prediction = model.probabilities(model.hooked(part.tokens))
+            loss = soft_cross_entropy(prediction, part.target, epsilon=self.epsilon)
+            # Weighted, so that the parts add up to the mean loss of the whole batch.
+            (loss * (len(part) / total)).backward()
+            predictions.append(prediction.detach())
+        return torch.cat(predictions)
+
+    def _gradient_figures(self, matrices: dict[str, Tensor], spread: Tensor) -> dict[str, float]:
+        """Gradients against information: of the sum over heads, and of each head."""
+        graph, n = self.task.graph, self.task.graph.n_positions
+        scores, pattern = matrices["gradient/scores"], matrices["gradient/pattern"]
+        figures = metrics.gradient_figures(scores.sum(0), self.theory)
+        # Where attention has saturated the gradient of the scores is 0; that of the pattern, seen
+        # as the gradient that uniform attention would have, still tells.
+        n_keys = torch.arange(1, pattern.shape[-1] + 1).unsqueeze(1)
+        at_uniform = pattern / n_keys
+        figures |= metrics.gradient_figures(
+            at_uniform.sum(0), self.theory, prefix="gradient/pattern_"
+        )
+        if len(scores) > 1:
+            for head in range(len(scores)):
+                of_head = metrics.gradient_figures(
+                    at_uniform[head], self.theory, prefix=f"gradient/head{head}/pattern_"
+                )
+                figures |= {k: v for k, v in of_head.items() if not k.endswith("_spearman")}
+        if isinstance(self.theory, PairwiseTheory) and len(scores) == 1:
+            named = named_edges(pattern[0, :n, :n], spread[0, :n, :n])
+            figures["graph/f1"] = metrics.edge_f1(named, graph)
+        return figures
+
+    def _weight_figures(self) -> dict[str, float]:
+        """Where the weights of a model lie, and which heads read which."""
+        model = self.model
+        figures: dict[str, float] = {}
+        if isinstance(model, DisentangledTransformer):
+            figures |= block_shares(model)
+            if len(model.heads) == 2:  # the paper's solution has two layers
+                figures["blocks/solution_share"] = solution_share(model, self.task.graph)
+        if not isinstance(model, SimplifiedTransformer) and len(model.heads) > 1:
+            last = len(model.heads) - 1
+            later = [(last, head) for head in range(model.heads[last])]
+            earlier = [(layer, head) for layer in range(last) for head in range(model.heads[layer])]
+            scores = k_composition(model.hooked, later, earlier).scores
+            for row, (layer, head) in enumerate(later):
+                for column, (source, writer) in enumerate(earlier):
+                    name = f"composition/L{layer}H{head}_reads_L{source}H{writer}"
+                    figures[name] = scores[row, column].item()
+        return figures
+
+    def _losses(self, prediction: Tensor) -> dict[str, float]:
+        loss = soft_cross_entropy(prediction, self.batch.target, epsilon=self.epsilon).item()
+        losses = {"loss/eval": loss, "loss/bayes": self.bayes.mean}
+        losses["loss/gap"] = loss - self.bayes.mean
+        if self.construction is not None:
+            losses["loss/construction"] = self.construction.loss
+            losses["loss/construction_gap"] = loss - self.construction.loss
+        return losses

@@ -1,0 +1,44 @@
+"""Interactive pictures of a run, as Plotly figures: in a notebook, on a page, in W&B.
+
+Each takes a `RunData`; those that show matrices take one of the steps whose matrices were kept,
+the last one when absent. `film` turns such a picture into one with a slider over the steps.
+
+    >>> from mechcausal import plot
+    >>> from mechcausal.records.run_data import RunData
+    >>> plot.film(RunData.load("my_run"), plot.attention).show()  # doctest: +SKIP
+"""
+
+from mechcausal.pictures.interactive.comparison import overlay
+from mechcausal.pictures.interactive.curves import (
+    composition,
+    correlations,
+    formation,
+    gap,
+    head_scores,
+    loss,
+    recovery,
+    strategies,
+)
+from mechcausal.pictures.interactive.film import film
+from mechcausal.pictures.interactive.graph import causal_graph
+from mechcausal.pictures.interactive.matrices import attention, examples, gradient, heads
+from mechcausal.pictures.interactive.scatter import gradient_scatter
+
+__all__ = [
+    "attention",
+    "causal_graph",
+    "composition",
+    "correlations",
+    "examples",
+    "film",
+    "formation",
+    "gap",
+    "gradient",
+    "gradient_scatter",
+    "head_scores",
+    "heads",
+    "loss",
+    "overlay",
+    "recovery",
+    "strategies",
+]

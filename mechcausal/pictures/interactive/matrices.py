@@ -1,0 +1,243 @@
+"""Matrices of one probe step, each beside what it should look like."""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+
+from mechcausal.pictures.interactive.style import (
+    ATTENTION_SCALE,
+    COLORBAR,
+    INFORMATION_SCALE,
+    LARGE,
+    MARK_COLOUR,
+    MOST_HEADS,
+    add_squares,
+    by_head,
+    causal,
+    draw_matrix,
+    head_choices,
+    head_label,
+    mark_parents,
+    new_figure,
+    reduced,
+    side_by_side,
+)
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.records.run_data import Matrices, RunData, RunDataError
+
+
+def attention(run: RunData, step: int | None = None) -> go.Figure:
+    """Layer-1 attention, one picture a head, beside the true graph.
+
+    Args:
+        run: a run on a causal graph.
+        step: one of `run.steps`; the last when absent.
+
+    Raises:
+        RunDataError: no matrices were kept, or none at that step.
+    """
+    return side_by_side([*attention_of_heads(run, step), true_graph(run)])
+
+
+def attention_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """Layer-1 attention, a figure for each head; parents are marked with squares."""
+    found = _of_heads(
+        run, step, "attention/layer0", "layer-1 attention", high=1.0, unit="attention"
+    )
+    for figure in found:
+        mark_parents(figure, run)
+    return found
+
+
+def true_graph(run: RunData) -> go.Figure:
+    """The graph as attention would show it: each position's parents share its row."""
+    truth = run.truth
+    several = run.graph.query_parents is not None
+    title = "true graph (last row: query)" if several else "true graph"
+    shares = truth / np.maximum(truth.sum(1, keepdims=True), 1)
+    figure = draw_matrix(causal(shares), title, high=1.0, unit="share of the parent")
+    mark_parents(figure, run)
+    return figure
+
+
+def gradient(run: RunData, step: int | None = None) -> go.Figure:
+    """The gradient of the layer-1 pattern beside the paper's g and the chi-squared information.
+
+    All rows are centred, as the softmax sees them: the gradient `-dL/dpattern` and g over keys up
+    to the query; information over the keys before it, as it stands.
+
+    Raises:
+        RunDataError: no matrices were kept, or none at that step.
+    """
+    return side_by_side([*gradient_of_heads(run, step), *theory_matrices(run)])
+
+
+def gradient_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """`-dL/dpattern` of layer 1, centred by row, a figure for each head."""
+    title = "−∂L/∂pattern"
+    found = _of_heads(run, step, "gradient/pattern", title, signed=True, unit=title)
+    for figure in found:
+        mark_parents(figure, run, MARK_COLOUR)
+    return found
+
+
+def theory_matrices(run: RunData) -> list[go.Figure]:
+    """The paper's g, centred by row, where there is one, and chi-squared information."""
+    figures = []
+    if "theory/g" in run.references:
+        g = np.tril(run.references["theory/g"])
+        n_keys = np.arange(1, len(g) + 1)[:, None]
+        centred = causal(g - g.sum(1, keepdims=True) / n_keys)
+        figures.append(
+            draw_matrix(centred, "theory: g minus its row's mean", signed=True, unit="g − mean")
+        )
+    if "theory/chi2" in run.references:
+        n = run.graph.n_positions
+        chi2 = causal(run.references["theory/chi2"][:n, :n], -1)
+        figures.append(
+            draw_matrix(chi2, "theory: χ²-information", unit="χ²", scale=INFORMATION_SCALE)
+        )
+    for figure in figures:
+        mark_parents(figure, run, MARK_COLOUR, run.n_graph_rows)
+    return figures
+
+
+def examples(run: RunData, step: int | None = None) -> go.Figure:
+    """The last layer's attention from the last position of example sequences, tokens shown.
+
+    Squares mark where an induction head should look: positions whose parents hold the query's
+    token.
+
+    Raises:
+        RunDataError: no such matrices were kept.
+    """
+    return side_by_side(examples_of_heads(run, step), width=760)
+
+
+def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """The last layer's attention in example sequences, a figure for each head."""
+    _, matrices = _frame(run, step, "attention/examples")
+    values, tokens = matrices["attention/examples"], run.examples
+    if tokens is None:
+        raise RunDataError(f"{run.folder or run.name}: the tokens of its examples were not kept")
+    n_heads = min(values.shape[1], MOST_HEADS)
+    return [_example_figure(run, values[:, head], tokens, head, n_heads) for head in range(n_heads)]
+
+
+def _example_figure(
+    run: RunData,
+    values: Float[np.ndarray, "example key"],
+    tokens: Int[np.ndarray, "example key"],
+    head: int,
+    n_heads: int,
+) -> go.Figure:
+    n_examples, length = values.shape
+    layer = _last_layer(run)
+    figure = new_figure(f"layer-{layer} attention of the query{head_label(head, n_heads)}")
+    shown = length <= LARGE
+    figure.add_heatmap(
+        z=values.astype(np.float32),
+        zmin=0.0,
+        zmax=1.0,
+        colorscale=ATTENTION_SCALE,
+        text=[[str(token) for token in row] for row in tokens.tolist()],
+        texttemplate="%{text}" if shown else None,
+        textfont={"size": float(np.clip(320 / length, 8, 14))},
+        xgap=1 if shown else 0,
+        ygap=3,
+        hovertemplate="sequence %{y}, position %{x}<br>token %{text}"
+        "<br>attention %{z:.4g}<extra></extra>",
+        colorbar=COLORBAR | {"len": 0.5, "y": -0.22},
+        meta={"from": "attention/examples", "head": head, "as": "rows"},
+    )
+    targets = run.example_targets
+    if targets is not None and shown and bool(targets.any()):
+        rows, columns = np.nonzero(targets)
+        size = float(np.clip(460 / length, 8, 24))
+        add_squares(figure, rows, columns, "parent holds the query's token", size=size)
+    figure.update_xaxes(
+        title="position (the last one asks)", showgrid=False, zeroline=False, nticks=12
+    )
+    figure.update_yaxes(
+        title="example",
+        range=[n_examples - 0.5, -0.5],
+        dtick=1,
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_layout(margin={"b": 78})
+    return figure
+
+
+def _last_layer(run: RunData) -> int:
+    model = run.recipe.model
+    layers = {"simplified": 2, "disentangled": len(model.heads), "standard": model.n_layers}
+    return layers[model.kind]
+
+
+def heads(run: RunData, step: int | None = None) -> go.Figure:
+    """Scores of every head of a run on repeated tokens, layers downwards, heads to the right.
+
+    Raises:
+        RunDataError: no matrices were kept, or none at that step.
+    """
+    return side_by_side(scores_of_heads(run, step))
+
+
+def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """A figure for each score of heads."""
+    _, matrices = _frame(run, step, "heads/induction")
+    figures = []
+    for kind in HEAD_SCORES:
+        values = matrices[f"heads/{kind}"]
+        figure = new_figure(kind.replace("_", " "))
+        settings: dict[str, Any] = {"showgrid": False, "zeroline": False, "tickformat": "d"}
+        figure.add_heatmap(
+            z=values.astype(np.float32),
+            zmin=0.0,
+            zmax=1.0,
+            colorscale=ATTENTION_SCALE,
+            texttemplate="%{z:.2f}" if values.size <= 100 else None,
+            xgap=2,
+            ygap=2,
+            hovertemplate="layer %{y}, head %{x}<br>score %{z:.4f}<extra></extra>",
+            colorbar=COLORBAR,
+            meta={"from": f"heads/{kind}", "as": "plain"},
+        )
+        figure.update_xaxes(title="head", dtick=1 if values.shape[1] <= 16 else None, **settings)
+        figure.update_yaxes(
+            title="layer", dtick=1 if len(values) <= 16 else None, autorange="reversed", **settings
+        )
+        figure.update_layout(margin={"b": 78})
+        figures.append(figure)
+    return figures
+
+
+def _of_heads(
+    run: RunData, step: int | None, name: str, title: str, *, signed: bool = False, **settings: Any
+) -> list[go.Figure]:
+    """A matrix of layer 1, a figure for each head."""
+    values = by_head(_frame(run, step, name)[1], name)
+    choices = head_choices(len(values), name)
+    return [
+        draw_matrix(
+            causal(reduced(values, head)),
+            title + head_label(head, len(choices)),
+            signed=signed,
+            meta={"from": name, "head": head, "as": "matrix", "signed": signed},
+            **settings,
+        )
+        for head in choices
+    ]
+
+
+def _frame(run: RunData, step: int | None, name: str) -> tuple[int, Matrices]:
+    found, matrices = run.frame(step)
+    if name not in matrices:
+        raise RunDataError(
+            f"{run.folder or run.name}: step {found} has no matrix {name}; "
+            f"there are {', '.join(sorted(matrices))}"
+        )
+    return found, matrices

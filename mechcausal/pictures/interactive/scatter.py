@@ -1,0 +1,97 @@
+"""The gradient of layer-1 attention against information theory, entry by entry."""
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Bool, Float
+
+from mechcausal.pictures.interactive.style import by_head, new_figure, side_by_side
+from mechcausal.pictures.static.style import EDGE_COLOUR, OTHER_COLOUR
+from mechcausal.records.run_data import RunData, RunDataError
+
+_MOST_POINTS = 1500  # browsers draw more of them too slowly to be watched
+
+
+def gradient_scatter(run: RunData, step: int | None = None) -> go.Figure:
+    """The gradient against what theory predicts, and against chi-squared information.
+
+    Vertically `-dL/dpattern`, summed over heads; against the predicted gradient, over keys up to
+    the query, it is divided by the number of keys, as a uniform softmax would.
+
+    Raises:
+        RunDataError: no matrices were kept, or none at that step.
+    """
+    return side_by_side(scatters(run, step))
+
+
+def scatters(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """A figure for each of the two; only the second where nothing is predicted."""
+    found, matrices = run.frame(step)
+    if "gradient/pattern" not in matrices:
+        raise RunDataError(f"{run.folder or run.name}: step {found} has no gradient")
+    n = run.n_graph_rows
+    measured = by_head(matrices, "gradient/pattern").sum(0)
+    visible = np.tril(np.ones((n, n), dtype=bool))
+    figures = []
+    if "theory/gradient" in run.references:
+        predicted = run.references["theory/gradient"][:n, :n]
+        figure = _scatter(run, measured, predicted, visible, per_key=True)
+        ends = [float(predicted[visible].min()), float(predicted[visible].max())]
+        figure.add_scatter(
+            x=ends, y=ends, mode="lines", name="equal", line={"width": 1, "dash": "dash"}
+        )
+        figure.update_layout(title_text="gradient against its prediction")
+        figure.update_xaxes(title="predicted gradient")
+        figure.update_yaxes(title="−∂L/∂pattern ÷ keys")
+        figures.append(figure)
+    if "theory/chi2" in run.references:
+        chi2 = run.references["theory/chi2"][:n, :n]
+        figure = _scatter(run, measured, chi2, np.tril(visible, -1), per_key=False)
+        figure.update_layout(title_text="gradient against χ²-information")
+        figure.update_xaxes(title="χ²-information")
+        figure.update_yaxes(title="−∂L/∂pattern")
+        figures.append(figure)
+    return figures
+
+
+def _scatter(
+    run: RunData,
+    measured: Float[np.ndarray, "query key"],
+    expected: Float[np.ndarray, "pos pos"],
+    where: Bool[np.ndarray, "pos pos"],
+    *,
+    per_key: bool,
+) -> go.Figure:
+    n, length = len(where), len(measured)
+    is_edge = run.truth[:n, :n].astype(bool)
+    figure = new_figure("")
+    for chosen, name, marker in (
+        (where & ~is_edge, "other pairs", {"color": OTHER_COLOUR, "size": 6, "symbol": "circle"}),
+        (where & is_edge, "edges", {"color": EDGE_COLOUR, "size": 9, "symbol": "diamond"}),
+    ):
+        queries, keys = np.nonzero(chosen)
+        if name == "other pairs" and len(queries) > _MOST_POINTS:
+            picked = np.linspace(0, len(queries) - 1, _MOST_POINTS).round().astype(int)
+            name = f"{_MOST_POINTS:,} of {len(queries):,} other pairs"
+            queries, keys = queries[picked], keys[picked]
+        values = measured[queries, keys] / (queries + 1 if per_key else 1)
+        figure.add_scatter(
+            x=expected[queries, keys].astype(np.float32),
+            y=values.astype(np.float32),
+            customdata=np.stack([queries, keys], 1).astype(np.int16),
+            mode="markers",
+            name=name,
+            marker=marker | {"opacity": 0.8},
+            hovertemplate="query %{customdata[0]}, key %{customdata[1]}<br>theory %{x:.4g}"
+            "<br>gradient %{y:.4g}<extra></extra>",
+            meta={
+                "from": "gradient/pattern",
+                "head": "sum",
+                "as": "points",
+                "per_key": per_key,
+                "index": (queries * length + keys).tolist(),
+            },
+        )
+    figure.update_layout(margin={"b": 78})
+    figure.update_xaxes(nticks=6, exponentformat="power")
+    figure.update_yaxes(nticks=6, exponentformat="power")
+    return figure

@@ -1,0 +1,258 @@
+"""What all interactive pictures share: templates for light and dark, colours, matrices, rows.
+
+Colours are safe for colour-blind readers, and none is the only sign of anything. Traces drawn from
+a run's matrices say in their `meta` how, so that a page can redraw them at another step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int, Shaped
+from plotly.subplots import make_subplots
+
+from mechcausal.pictures.static.style import EDGE_COLOUR
+from mechcausal.records.run_data import Matrices, RunData
+
+WRONG_COLOUR = "#8f6fd6"
+REFERENCE_GREY = "#8a94a0"
+ATTENTION_SCALE = "Viridis"
+_NEAR_ZERO = "rgba(140,146,156,0.13)"  # on a light page as on a dark one
+SIGNED_SCALE = (
+    (0.0, "rgba(94,60,153,1)"),
+    (0.3, "rgba(148,128,196,0.75)"),
+    (0.5, _NEAR_ZERO),
+    (0.7, "rgba(245,158,66,0.8)"),
+    (1.0, "rgba(202,92,10,1)"),
+)
+INFORMATION_SCALE = (
+    (0.0, _NEAR_ZERO),
+    (0.4, "rgba(245,158,66,0.8)"),
+    (1.0, "rgba(202,92,10,1)"),
+)
+MARK_COLOUR = "#00a08a"
+MOST_HEADS = 8  # with more only their largest attention, or the sum of their gradients, is drawn
+LARGE = 60  # positions from which on marks would hide what they mark
+COLORBAR = {
+    "orientation": "h",
+    "thickness": 8,
+    "len": 0.8,
+    "y": -0.16,
+    "yanchor": "top",
+    "outlinewidth": 0,
+    "tickfont": {"size": 10},
+}
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+
+
+def template(*, dark: bool = False) -> go.layout.Template:
+    """Fonts, grids and line colours on a light or dark page; backgrounds are the page's own."""
+    ink, grid = ("#d7dce2", "#343b45") if dark else ("#2b3138", "#e3e7ec")
+    lines = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#4aa3df")
+    on_dark = ("#5ab4f0", "#ff9345", "#2fd0a5", "#e9a3c9", "#e6c84a", "#a9c7ff")
+    axis = {
+        "gridcolor": grid,
+        "linecolor": grid,
+        "zerolinecolor": grid,
+        "ticks": "",
+        "title": {"standoff": 6, "font": {"size": 12}},
+        "tickfont": {"size": 11},
+        "automargin": True,
+    }
+    layout = {
+        "font": {"family": FONT, "size": 12, "color": ink},
+        "title": {"font": {"size": 14}, "x": 0.5, "xanchor": "center", "y": 0.97, "yanchor": "top"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": list(on_dark if dark else lines),
+        "xaxis": axis,
+        "yaxis": axis,
+        "margin": {"l": 48, "r": 16, "t": 36, "b": 40},
+        "hoverlabel": {"font": {"family": FONT}},
+        "legend": {"orientation": "h", "y": -0.2, "x": 0, "font": {"size": 11}},
+    }
+    return go.layout.Template(layout=layout)
+
+
+def new_figure(title: str, **layout: Any) -> go.Figure:
+    """An empty figure in the house style."""
+    figure = go.Figure()
+    figure.update_layout(template=template(), title_text=title, **layout)
+    return figure
+
+
+def by_head(matrices: Matrices, name: str) -> Float[np.ndarray, "head query key"]:
+    """A matrix of layer 1 with its axis of heads, which one head leaves out."""
+    matrix = matrices[name]
+    return matrix[None] if matrix.ndim == 2 else matrix
+
+
+def head_choices(n_heads: int, name: str) -> list[int | str]:
+    """Heads to draw one by one; of more than `MOST_HEADS` their maximum, or a gradient's sum."""
+    if n_heads > MOST_HEADS:
+        return ["max" if name.startswith("attention") else "sum"]
+    return list(range(n_heads))
+
+
+def reduced(
+    values: Float[np.ndarray, "head query key"], head: int | str
+) -> Float[np.ndarray, "query key"]:
+    """One head, or the largest or the sum over heads."""
+    if head == "max":
+        return np.asarray(values.max(0))
+    return np.asarray(values.sum(0) if head == "sum" else values[int(head)])
+
+
+def head_label(head: int | str, n_choices: int) -> str:
+    """Which head a picture shows: nothing where there is only one."""
+    names = {"max": ", largest over heads", "sum": ", sum over heads"}
+    if isinstance(head, str):
+        return names[head]
+    return f", head {head}" if n_choices > 1 else ""
+
+
+def causal(
+    matrix: Float[np.ndarray, "query key"], diagonal: int = 0
+) -> Float[np.ndarray, "query key"]:
+    """The matrix with NaN, which is not drawn, for keys after the query."""
+    visible = np.tril(np.ones(matrix.shape, dtype=bool), diagonal)
+    return np.where(visible, matrix, np.nan).astype(np.float32)
+
+
+def limit_of(matrix: Shaped[np.ndarray, "..."]) -> float:
+    """The largest finite absolute value; 1 where everything is 0."""
+    finite = np.abs(matrix[np.isfinite(matrix)])
+    return float(finite.max(initial=0.0)) or 1.0
+
+
+def draw_matrix(
+    matrix: Float[np.ndarray, "query key"],
+    title: str,
+    *,
+    signed: bool = False,
+    high: float | None = None,
+    unit: str = "",
+    scale: Any = None,
+    meta: dict[str, Any] | None = None,
+) -> go.Figure:
+    """A matrix over positions, query downwards, key to the right, NaN left out.
+
+    Args:
+        matrix: what is drawn.
+        title: of the picture.
+        signed: colours are symmetric about 0.
+        high: value of the last colour; the largest entry when absent.
+        unit: named on hover.
+        scale: colours; attention's when absent.
+        meta: how the matrix comes out of a run's matrices.
+    """
+    limit = limit_of(matrix) if high is None else high
+    length = len(matrix)
+    figure = new_figure(title)
+    figure.add_heatmap(
+        z=matrix,
+        zmin=-limit if signed else 0.0,
+        zmax=limit,
+        colorscale=scale or (SIGNED_SCALE if signed else ATTENTION_SCALE),
+        xgap=1 if length <= 40 else 0,
+        ygap=1 if length <= 40 else 0,
+        hoverongaps=False,
+        hovertemplate=f"query %{{y}}, key %{{x}}<br>{unit} %{{z:.4g}}<extra></extra>",
+        colorbar=COLORBAR | {"nticks": 5, "exponentformat": "power"},
+        meta=meta,
+    )
+    square_axes(figure, length)
+    figure.update_layout(margin={"b": 78})
+    return figure
+
+
+def square_axes(figure: go.Figure, length: int) -> None:
+    """Axes over key and query positions, equally long, the first query on top."""
+    figure.update_xaxes(
+        title="key position",
+        range=[-0.5, length - 0.5],
+        constrain="domain",
+        showgrid=False,
+        zeroline=False,
+        tickformat="d",
+        nticks=8,
+    )
+    figure.update_yaxes(
+        title="query position",
+        range=[length - 0.5, -0.5],
+        constrain="domain",
+        scaleanchor="x",
+        showgrid=False,
+        zeroline=False,
+        tickformat="d",
+        nticks=8,
+    )
+
+
+def mark_parents(
+    figure: go.Figure, run: RunData, colour: str = EDGE_COLOUR, n_rows: int | None = None
+) -> None:
+    """Put an open square on each true edge, where there is room for it."""
+    children, parents = np.nonzero(run.truth[:n_rows])
+    length = run.graph.sequence_length
+    if length > LARGE or not len(children):
+        return
+    size, line = float(np.clip(190 / length, 5, 18)), 2 if length <= 24 else 1
+    add_squares(figure, children, parents, "parent", size=size, colour=colour, line=line)
+
+
+def add_squares(
+    figure: go.Figure,
+    rows: Int[np.ndarray, "square"],
+    columns: Int[np.ndarray, "square"],
+    name: str,
+    *,
+    size: float,
+    colour: str = EDGE_COLOUR,
+    line: int = 2,
+) -> None:
+    """Put open squares on entries of a matrix; sizes are in pixels."""
+    figure.add_scatter(
+        x=columns.tolist(),
+        y=rows.tolist(),
+        mode="markers",
+        marker={
+            "symbol": "square-open",
+            "size": size,
+            "color": colour,
+            "line": {"width": line},
+        },
+        hoverinfo="skip",
+        showlegend=False,
+        name=name,
+    )
+
+
+def side_by_side(figures: Sequence[go.Figure], width: int = 380) -> go.Figure:
+    """Pictures with one pair of axes each, in a row, so many pixels wide; a name is given once."""
+    row = make_subplots(1, len(figures), subplot_titles=[f.layout.title.text for f in figures])
+    row.update_layout(template=template(), height=420, width=max(460, width * len(figures)))
+    named: set[str] = set()
+    for column, figure in enumerate(figures, 1):
+        name = "" if column == 1 else str(column)
+        target = row.layout[f"xaxis{name}"]
+        left, right = target.domain
+        for trace in figure.data:
+            if trace.type == "heatmap" and trace.showscale is not False:
+                trace = go.Heatmap(trace)
+                trace.colorbar.update(
+                    x=(left + right) / 2, xanchor="center", len=0.8 * (right - left)
+                )
+            row.add_trace(trace, row=1, col=column)
+            if trace.name in named:
+                row.data[-1].showlegend = False
+            named |= {trace.name} - {None}
+        for axis, other in (("xaxis", f"y{name}"), ("yaxis", f"x{name}")):
+            settings = figure.layout[axis].to_plotly_json()
+            if "scaleanchor" in settings:
+                settings["scaleanchor"] = f"x{name}"
+            row.layout[f"{axis}{name}"].update(settings | {"anchor": other})
+    row.update_layout(margin={"b": 90, "t": 60}, meta=figures[0].layout.meta)
+    return row

@@ -1,0 +1,6 @@
+"""Self-contained pages: the film of one run, the comparison of several. Nothing is fetched."""
+
+from mechcausal.pictures.pages.comparison_page import write_comparison
+from mechcausal.pictures.pages.run_page import REPORT_FILE, write_page, write_report
+
+__all__ = ["REPORT_FILE", "write_comparison", "write_page", "write_report"]

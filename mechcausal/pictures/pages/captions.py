@@ -1,0 +1,139 @@
+"""What each picture shows, in words and numbers: for who cannot see it, and for who can."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from mechcausal.pictures.interactive.graph import WRONG, rows_of
+from mechcausal.pictures.interactive.style import by_head
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.records.run_data import Matrices, RunData
+from mechcausal.records.run_folder import Value
+
+
+def frame_captions(run: RunData, step: int) -> dict[str, str]:
+    """A sentence or two on every picture of a step, by the picture's name."""
+    matrices = run.frames[step]
+    row = run.row(step)
+    found = {}
+    if "attention/layer0" in matrices:
+        found["attention"] = _attention(run, matrices)
+        found["graph"] = _graph(run, matrices)
+    if "gradient/pattern" in matrices:
+        found["gradient"] = _gradient(run, matrices)
+        found["scatter"] = _scatter(row)
+    if "attention/examples" in matrices and run.examples is not None:
+        found["examples"] = _examples(run, matrices)
+    if "heads/induction" in matrices:
+        found["heads"] = _heads(matrices)
+    return found
+
+
+def curve_caption(run: RunData, labels: dict[str, str], step: int) -> str:
+    """The values of curves at a step."""
+    row = run.row(step)
+    parts = [f"{label} {number(row[key])}" for key, label in labels.items() if key in row]
+    return f"At step {step:,}: {', '.join(parts)}." if parts else f"No figures of step {step:,}."
+
+
+def number(value: Value) -> str:
+    """A number for a sentence.
+
+    Example:
+        >>> number(0.123456), number(None), number(1.5e-7), number(1), number(0.0)
+        ('0.123', 'not defined', '1.5e-07', '1', '0')
+    """
+    if value is None or value != value:
+        return "not defined"
+    if isinstance(value, int) or value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.3f}" if abs(value) >= 1e-3 else f"{value:.2g}"
+
+
+def _hits(
+    run: RunData, matrix: Float[np.ndarray, "query key"], n_rows: int | None = None
+) -> tuple[int, int]:
+    """Rows whose largest entry is a parent, of those with parents among the first so many."""
+    rows = np.flatnonzero(run.truth[:n_rows].any(1)).tolist()
+    hits = sum(bool(run.truth[i, int(np.argmax(matrix[i, : i + 1]))]) for i in rows)
+    return hits, len(rows)
+
+
+def _attention(run: RunData, matrices: Matrices) -> str:
+    values = by_head(matrices, "attention/layer0")
+    largest = values.max(0)
+    truth = run.truth.astype(bool)
+    if not truth.any():
+        return "The graph has no edges for layer 1 to find."
+    heads = f" of {len(values)} heads" if len(values) > 1 else ""
+    hits, rows = _hits(run, largest)
+    return (
+        f"The largest attention{heads} lies on a parent in {hits} of {rows} rows; "
+        f"true edges get {number(float(largest[truth].mean()))} on average, "
+        f"the weakest {number(float(largest[truth].min()))}."
+    )
+
+
+def _graph(run: RunData, matrices: Matrices) -> str:
+    largest = by_head(matrices, "attention/layer0").max(0)
+    n_edges = int(run.truth.sum())
+    strong = int((largest[run.truth.astype(bool)] >= 0.5).sum())
+    wrong = sum(
+        int((largest[row, :n_keys][run.truth[row, :n_keys] == 0] >= WRONG).sum())
+        for row, _, n_keys in rows_of(run)
+    )
+    return (
+        f"{strong} of {n_edges} true edges carry at least half of their row's attention; "
+        f"{wrong} other pairs carry {WRONG:g} or more. Edges run from lower to higher numbers; "
+        "circles attend most to a parent, diamonds elsewhere, squares have none."
+    )
+
+
+def _gradient(run: RunData, matrices: Matrices) -> str:
+    total = by_head(matrices, "gradient/pattern").sum(0)
+    hits, rows = _hits(run, total, run.n_graph_rows)
+    return (
+        f"The gradient's largest entry is a parent in {hits} of {rows} rows; "
+        f"the largest of all is {number(float(np.abs(total).max()))}. "
+        "Each picture has its own scale; squares are the true edges."
+    )
+
+
+def _scatter(row: Mapping[str, Value]) -> str:
+    parts = [
+        f"{number(row[key])} with {label}"
+        for key, label in (
+            ("gradient/pattern_theory_correlation", "the prediction"),
+            ("gradient/pattern_chi2_correlation", "χ²-information"),
+            ("gradient/pattern_shannon_correlation", "Shannon information"),
+        )
+        if key in row
+    ]
+    listed = ", ".join(parts) or "not recorded"
+    return f"Correlation of the gradient: {listed}. Diamonds are true edges."
+
+
+def _examples(run: RunData, matrices: Matrices) -> str:
+    values = matrices["attention/examples"]
+    targets = run.example_targets
+    if targets is None:
+        return ""
+    shares = [
+        f"{number(float(values[i, :, mask].sum(0).max()))} ({n} position{'' if n == 1 else 's'})"
+        for i, (mask, n) in enumerate(zip(targets, targets.sum(1).tolist(), strict=True))
+    ]
+    return (
+        "Attention on positions whose parent holds the query's token (squares), "
+        f"by example: {', '.join(shares)}."
+    )
+
+
+def _heads(matrices: Matrices) -> str:
+    parts = []
+    for kind in HEAD_SCORES:
+        values = matrices[f"heads/{kind}"]
+        layer, head = np.unravel_index(int(values.argmax()), values.shape)
+        best = number(float(values.max()))
+        parts.append(f"{kind.replace('_', ' ')} {best} in L{layer}H{head}")
+    return f"Best heads: {', '.join(parts)}."

@@ -1,0 +1,251 @@
+"""Several runs on one page: curves with a band over seeds, summaries, and how recipes differ."""
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote
+
+import plotly.graph_objects as go
+
+from mechcausal import plot
+from mechcausal.pictures.interactive.comparison import escaped, groups
+from mechcausal.pictures.pages.captions import number
+from mechcausal.pictures.pages.packing import pack_history
+from mechcausal.pictures.pages.run_page import REPORT_FILE
+from mechcausal.pictures.pages.shell import figure_json, page, panel, text, top, write
+from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import Value
+
+_CURVES = (
+    ("loss/eval", "Evaluation loss, nats", ("loss/bayes", "loss/construction")),
+    ("loss/gap", "Gap to Bayes, nats", ()),
+    ("loss/construction_gap", "Gap to the hand-built model, nats", ()),
+    ("loss/second_copy", "Loss in the second copy, nats", ("loss/chance",)),
+    ("graph/recovered", "Edges recovered", ()),
+    ("graph/parent_attention", "Attention on the parent", ()),
+    ("gradient/pattern_theory_correlation", "Gradient with its prediction, correlation", ()),
+    ("gradient/pattern_chi2_correlation", "Gradient with χ²-information, correlation", ()),
+    ("induction/score", "Induction score", ()),
+    ("strategy/kl_bigram", "KL to the bigram strategy, nats", ()),
+)
+_COLUMNS = (
+    ("loss/eval", "loss"),
+    ("loss/gap", "gap"),
+    ("loss/construction_gap", "over hand-built"),
+    ("loss/second_copy", "second copy"),
+    ("graph/recovered", "edges"),
+    ("graph/parent_attention", "on parent"),
+    ("graph/f1", "gradient F1"),
+    ("induction/score", "induction"),
+    ("induction/formation_step", "formed at"),
+)
+
+
+def write_comparison(
+    runs: Sequence[RunData],
+    out: Path,
+    *,
+    notes: Sequence[str] = (),
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
+    """Draw the page of several runs.
+
+    Args:
+        runs: at least one.
+        out: the file.
+        notes: what the reader should know, as plain text.
+        pictures: PNG files to begin with, by what they show.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    write(out, render(runs, out.parent, notes=notes, pictures=pictures))
+    return out
+
+
+def render(
+    runs: Sequence[RunData],
+    beside: Path,
+    *,
+    notes: Sequence[str] = (),
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
+) -> str:
+    """The page as HTML; links to the runs' own pages are relative to the folder `beside`."""
+    grouped = groups(runs)
+    differences = differing_keys(grouped)
+    labels = group_labels(grouped, differences)
+    figures: list[go.Figure] = []
+    html: list[str] = []
+    for key, title, reference in _CURVES:
+        escaped_labels = [escaped(label) for label in labels]
+        figure = plot.overlay(runs, key, title=title, reference=reference, labels=escaped_labels)
+        if not figure.data:
+            continue
+        figure.update_layout(title=None, margin={"t": 16})
+        caption = _caption(grouped, labels, key)
+        html.append(panel(key, title, [len(figures)], caption, shape="curve", cells=1.25))
+        figures.append(figure)
+    data = {
+        "figures": [figure_json(figure) for figure in figures],
+        "captions": {},
+        "runs": [{"name": run.name, "history": pack_history(run.history)} for run in runs],
+    }
+    seeds = f"{len(grouped)} recipe{'s' if len(grouped) > 1 else ''}"
+    title = f"{len(runs)} runs compared"
+    listed = "".join(f"<li>{text(note)}</li>" for note in notes)
+    body = [
+        top(title, f"{seeds}; runs that differ by their seed alone are one curve with a band"),
+        _pictures(pictures),
+        f'<section class="panels" aria-label="Curves">{"".join(html)}</section>',
+        '<h2 class="part">Summaries</h2>',
+        _summaries(grouped, labels, beside),
+        '<h2 class="part">What differs between the recipes</h2>',
+        _differences(grouped, labels, differences),
+        "<footer><p>Bands are one standard deviation over runs to each side of their mean, at the "
+        "steps that all of them have; single runs are thin. Grey dashes are the best possible, "
+        "grey dashes with dots the hand-built model of the same kind."
+        f"</p>{f'<ul>{listed}</ul>' if notes else ''}</footer>",
+    ]
+    return page(f"{title}: mechcausal", "\n".join(body), data, scripts=("table.js",))
+
+
+def _pictures(pictures: Mapping[str, bytes]) -> str:
+    cards = "".join(
+        f'<figure class="card"><img alt="{text(name)}" style="max-width: 100%" '
+        f'src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{text(name)}</figcaption></figure>"
+        for name, content in pictures.items()
+    )
+    return f'<section aria-label="Pictures of the sweep">{cards}</section>' if cards else ""
+
+
+def differing_keys(grouped: Sequence[Sequence[RunData]]) -> dict[str, list[Any]]:
+    """Keys in which the recipes of the groups differ, with each group's value; None: not given."""
+    recipes = [members[0].comparable() for members in grouped]
+    for values in recipes:
+        values.pop("seed", None)
+    keys = sorted({key for values in recipes for key in values})
+    found = {key: [values.get(key) for values in recipes] for key in keys}
+    return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
+
+
+def group_labels(
+    grouped: Sequence[Sequence[RunData]], differences: dict[str, list[Any]]
+) -> list[str]:
+    """A name for each group: its recipe's, and where that is not enough what it differs in."""
+    names = [members[0].recipe.name for members in grouped]
+    labels = []
+    for i, name in enumerate(names):
+        twins = [j for j, other in enumerate(names) if other == name]
+        parts = [
+            f"{key.rpartition('.')[2]} {_shown(values[i])}"
+            for key, values in differences.items()
+            if any(values[j] != values[i] for j in twins)
+        ]
+        more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+        labels.append(f"{name}: {', '.join(parts[:3])}{more}" if parts else name)
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[:i].count(label) + 1})"
+        for i, label in enumerate(labels)
+    ]
+
+
+def _caption(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], key: str) -> str:
+    parts = []
+    for members, label in zip(grouped, labels, strict=True):
+        last = [run.history[-1].get(key) for run in members if run.history]
+        known = [value for value in last if value is not None]
+        if known:
+            mean = sum(known) / len(known)
+            spread = f" ({number(min(known))} to {number(max(known))})" if len(known) > 1 else ""
+            parts.append(f"{label} {number(mean)}{spread}")
+    shown = parts[:8] + ([f"and {len(parts) - 8} more"] if len(parts) > 8 else [])
+    return f"At the end: {'; '.join(shown)}."
+
+
+def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], beside: Path) -> str:
+    runs = [run for members in grouped for run in members]
+    columns = [
+        (key, name)
+        for key, name in _COLUMNS
+        if any(key in row for r in runs for row in r.history[-1:])
+    ]
+    numeric = ' class="number"'
+    headings = ["run", "recipe", "seed", "state", "step", *(name for _, name in columns)]
+    head = "".join(
+        f'<th scope="col"{numeric if i >= 4 or i == 2 else ""}><button type="button">'
+        f"{text(name)}</button></th>"
+        for i, name in enumerate(headings)
+    )
+    rows = []
+    for members, label in zip(grouped, labels, strict=True):
+        for run in members:
+            last = run.history[-1] if run.history else {}
+            cells = [
+                f"<td>{_link(run, beside)}</td><td>{text(label)}</td>",
+                _cell(run.recipe.seed),
+                f"<td>{text(run.state)}</td>",
+                _cell(last.get("train/step")),
+                *(_cell(last.get(key)) for key, _ in columns),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        '<section class="card" aria-label="Summaries"><div class="filter">'
+        '<label for="filter">Filter</label><input id="filter" type="search" autocomplete="off" '
+        'placeholder="words that a row must hold"><span id="count" role="status"></span></div>'
+        f'<div class="scroll"><table id="summaries"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return '<td class="number"></td>'
+    return f'<td class="number" data-value="{value!r}">{text(number(value))}</td>'
+
+
+def _link(run: RunData, beside: Path) -> str:
+    if run.folder is None or not (run.folder / REPORT_FILE).is_file():
+        return text(run.name)
+    try:
+        place = os.path.relpath(run.folder / REPORT_FILE, beside)
+    except ValueError:  # on another drive
+        return text(run.name)
+    return f'<a href="{text(quote(Path(place).as_posix()))}">{text(run.name)}</a>'
+
+
+def _differences(
+    grouped: Sequence[Sequence[RunData]], labels: Sequence[str], differences: dict[str, list[Any]]
+) -> str:
+    if not differences:
+        return '<section class="card"><p>Nothing but the seed.</p></section>'
+    head = "".join(f'<th scope="col">{text(label)}</th>' for label in labels)
+    rows = []
+    for key, values in differences.items():
+        shown = [_shown(value) for value in values]
+        commonest = max(shown, key=shown.count)
+        usual = commonest if shown.count(commonest) > 1 else None
+        cells = "".join(
+            f"<td>{text(value)}</td>" if value == usual else f"<td><mark>{text(value)}</mark></td>"
+            for value in shown
+        )
+        rows.append(f'<tr><th scope="row">{text(key)}</th>{cells}</tr>')
+    seeds = "".join(
+        f"<td>{text(', '.join(str(run.recipe.seed) for run in members[:30]))}</td>"
+        for members in grouped
+    )
+    return (
+        '<section class="card" aria-label="Differences"><div class="scroll"><table>'
+        f'<thead><tr><th scope="col">key</th>{head}</tr></thead><tbody>{"".join(rows)}'
+        f'<tr><th scope="row">seeds</th>{seeds}</tr></tbody></table></div></section>'
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    found = str(value)
+    return found if len(found) <= 120 else found[:117] + "..."

@@ -1,0 +1,145 @@
+"""A run's numbers as a page carries them: small, and close enough to be read off a picture.
+
+Each matrix is stored as 16-bit shares of its own range; those that are zero after the diagonal
+without that part.
+"""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from mechcausal.pictures.interactive.film import thinned
+from mechcausal.pictures.interactive.style import head_choices, reduced
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import STEP, Value
+
+LEVELS = 65_534
+"""A number is one of this many equal steps from its matrix's smallest to its largest entry."""
+DIGITS = 6
+"""Significant digits of figures."""
+MOST_BYTES = 12_000_000
+"""Of the matrices of all steps together, as text."""
+_MISSING = 65_535
+
+PAGE_MATRICES = (
+    "attention/layer0",
+    "gradient/pattern",
+    "attention/examples",
+    *(f"heads/{kind}" for kind in HEAD_SCORES),
+)
+"""The matrices that a page shows."""
+
+
+def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The matrices that the page shows, at as many steps as fit.
+
+    Returns:
+        `steps`, `kept` (how many steps the run has), and `matrices`: by name their `shape`,
+        whether they are a `triangle`, `low` and `high` of every step, and `data`: base64 of
+        little-endian 16-bit numbers, step after step.
+    """
+    if not run.steps:
+        return {"steps": [], "kept": 0, "matrices": {}}
+    first = _shown(run.frame()[1])
+    per_step = sum(_text_bytes(values) for values in first.values())
+    steps = thinned(run.steps, max(2, most_bytes // max(per_step, 1)))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in first}
+    ranges: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
+    for step in steps:
+        matrices = _shown(run.frames[step])
+        for name, values in first.items():
+            # A run that was resumed by another version may lack one: it is shown as missing.
+            found = matrices.get(name, np.full_like(values, np.nan))
+            codes, low, high = quantise(_flat(found, _is_causal(name)))
+            parts[name].append(codes)
+            ranges[name].append((low, high))
+    return {
+        "steps": list(steps),
+        "kept": len(run.steps),
+        "matrices": {
+            name: {
+                "shape": list(values.shape),
+                "triangle": _is_causal(name),
+                "low": [low for low, _ in ranges[name]],
+                "high": [high for _, high in ranges[name]],
+                "data": base64.b64encode(np.concatenate(parts[name]).tobytes()).decode(),
+            }
+            for name, values in first.items()
+        },
+    }
+
+
+def unpack(packed: Mapping[str, Any], frame: int) -> Float[np.ndarray, "..."]:
+    """One matrix of one step, read back from what `pack_frames` gives for its name."""
+    shape = tuple(packed["shape"])
+    codes = np.frombuffer(base64.b64decode(packed["data"]), dtype="<u2")
+    codes = codes.reshape(len(packed["low"]), -1)[frame]
+    low, high = packed["low"][frame], packed["high"][frame]
+    values = np.where(codes == _MISSING, np.nan, low + (high - low) * codes / (LEVELS))
+    if not packed["triangle"]:
+        return values.reshape(shape)
+    matrix = np.zeros(shape)
+    rows, columns = np.tril_indices(shape[-1])
+    matrix[..., rows, columns] = values.reshape(*shape[:-2], -1)
+    return matrix
+
+
+def quantise(values: Shaped[np.ndarray, "n"]) -> tuple[np.ndarray, float, float]:
+    """16-bit codes of the values, with the smallest and the largest of them."""
+    finite = np.isfinite(values)
+    low = float(values[finite].min(initial=np.inf)) if finite.any() else 0.0
+    high = float(values[finite].max(initial=-np.inf)) if finite.any() else 0.0
+    span = (high - low) or 1.0
+    shares = np.where(finite, (values - low) / span, 0.0)
+    codes = np.where(finite, np.round(shares * LEVELS), _MISSING)
+    return codes.astype("<u2"), low, high
+
+
+def pack_history(history: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
+    """Figures by column, to six significant digits; `null` where a row lacks one."""
+    keys = sorted({key for row in history for key in row if key != STEP})
+    return {
+        "steps": [row[STEP] for row in history],
+        "columns": {key: [rounded(row.get(key)) for row in history] for key in keys},
+    }
+
+
+def rounded(value: Value) -> Value:
+    """A number to six significant digits; None for one that is not finite."""
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _shown(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {}
+    for name in PAGE_MATRICES:
+        if name in matrices:
+            values = matrices[name].astype(np.float64)
+            if _is_causal(name):
+                values = values[None] if values.ndim == 2 else values
+                heads = head_choices(len(values), name)
+                values = np.stack([reduced(values, head) for head in heads])
+            found[name] = values
+    return found
+
+
+def _is_causal(name: str) -> bool:
+    return name in ("attention/layer0", "gradient/pattern")
+
+
+def _flat(values: np.ndarray, triangle: bool) -> np.ndarray:
+    if not triangle:
+        return values.reshape(-1)
+    rows, columns = np.tril_indices(values.shape[-1])
+    return np.asarray(values[..., rows, columns]).reshape(-1)
+
+
+def _text_bytes(values: np.ndarray) -> int:
+    square = values.ndim == 3 and values.shape[-1] == values.shape[-2]
+    return int(values.size * (1.4 if square else 2.7))

@@ -1,0 +1,43 @@
+"""How a run is made again: by one command, or from its recipe."""
+
+import shlex
+
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, packaged_recipes, recipe_to_dict
+from mechcausal.support.nested import flat
+
+
+def reproduce_command(recipe: Recipe) -> str:
+    """The command that trains the recipe again; of its own file where options cannot say it.
+
+    W&B's settings are left out: they change nothing about the run.
+
+    Example:
+        >>> from mechcausal.recipes import load_recipe
+        >>> reproduce_command(load_recipe("markov_chain").with_overrides(seed=3))
+        'mechcausal train markov_chain --seed 3'
+    """
+    from_file = "mechcausal train recipe.toml"
+    if recipe.name not in packaged_recipes():
+        return from_file
+    try:
+        known = flat(recipe_to_dict(load_recipe(recipe.name)))
+    except RecipeError:
+        return from_file
+    words = ["mechcausal", "train", recipe.name]
+    wanted = flat(recipe_to_dict(recipe))
+    for key in sorted(
+        wanted.keys() | known.keys(),
+        key=lambda key: list(wanted).index(key) if key in wanted else -1,
+    ):
+        if key.startswith("wandb.") or wanted.get(key) == known.get(key):
+            continue
+        value = wanted.get(key)
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            section, _, name = flag.rpartition(".")
+            words.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
+        elif isinstance(value, int | float | str):
+            words += [f"--{flag}", str(value)]
+        else:
+            return from_file
+    return shlex.join(words)

@@ -1,0 +1,351 @@
+"""report.html: one run as a film."""
+
+import platform
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from mechcausal import __version__, plot
+from mechcausal.pictures.interactive.film import thinned
+from mechcausal.pictures.interactive.matrices import (
+    attention_of_heads,
+    examples_of_heads,
+    gradient_of_heads,
+    scores_of_heads,
+    theory_matrices,
+    true_graph,
+)
+from mechcausal.pictures.interactive.scatter import scatters
+from mechcausal.pictures.pages.captions import curve_caption, frame_captions, number
+from mechcausal.pictures.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
+from mechcausal.pictures.pages.reproduce import reproduce_command
+from mechcausal.pictures.pages.shell import (
+    figure_json,
+    page,
+    pairs_table,
+    panel,
+    text,
+    tiles,
+    top,
+    write,
+)
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.recipes import recipe_to_toml
+from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import STEP
+from mechcausal.support.nested import flat
+
+REPORT_FILE = "report.html"
+_MOST_STEPS = 200  # of a slider that has no matrices to show
+# Facts that the page shows under a name of its own, or that concern no one else.
+_LEFT_OUT = ("recipe", "wandb_id", "pid", "host")
+_SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
+
+Draw = Callable[[RunData], list[go.Figure]]
+
+
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Draw a run's page.
+
+    Args:
+        folder: of the run, finished or not.
+        out: the file; report.html in the run's folder when absent.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunDataError: no run, or one that cannot be read.
+        OSError: the page cannot be written.
+    """
+    path = Path(folder) / REPORT_FILE if out is None else Path(out)
+    write_page(RunData.load(folder), path)
+    return path
+
+
+def write_page(run: RunData, path: Path) -> None:
+    """Draw the page of a run that was read already.
+
+    Raises:
+        RunDataError: the run's graph or matrices cannot be read.
+        OSError: the page cannot be written.
+    """
+    write(path, render(run))
+
+
+def render(run: RunData) -> str:
+    """The page as HTML.
+
+    Raises:
+        RunDataError: the run's graph or matrices cannot be read.
+    """
+    frames = pack_frames(run)
+    steps = frames["steps"] or list(
+        thinned(tuple(int(row[STEP] or 0) for row in run.history), _MOST_STEPS)
+    )
+    figures: list[go.Figure] = []
+    captions: dict[str, list[str]] = {}
+    film = _film_panels(run, frames, figures, captions)
+    curves = _curve_panels(run, steps, figures, captions)
+    data = {
+        "run": run.name,
+        "steps": steps,
+        "n_steps": run.n_steps,
+        "stages": run.stage_starts,
+        "frames": frames,
+        "history": pack_history(run.history),
+        "figures": [figure_json(figure) for figure in figures],
+        "captions": captions,
+    }
+    body = [
+        top(f"{run.recipe.name}, seed {run.recipe.seed}", _lead(run)),
+        tiles(_tiles(run)),
+        _player(len(steps)) if steps else "",
+        f'<section class="panels" aria-label="The run, step by step">{film}</section>'
+        if film
+        else "",
+        '<h2 class="part">Over training</h2>',
+        f'<section class="panels" aria-label="Figures over training">{curves}</section>',
+        '<h2 class="part">The run</h2>',
+        _details(run),
+        _footer(run, frames),
+    ]
+    return page(f"{run.recipe.name}, seed {run.recipe.seed}: mechcausal", "\n".join(body), data)
+
+
+def _film_panels(
+    run: RunData,
+    frames: Mapping[str, Any],
+    figures: list[go.Figure],
+    captions: dict[str, list[str]],
+) -> str:
+    """The panels that follow the step; those whose matrices the run lacks are left out."""
+    there = set(run.frame(frames["steps"][-1])[1]) if frames["steps"] else set()
+    wanted: list[tuple[str, str, str, Draw, str]] = [
+        (
+            "attention",
+            "Layer-1 attention beside the true graph",
+            "attention/layer0",
+            lambda r: [*attention_of_heads(r), true_graph(r)],
+            "square",
+        ),
+        (
+            "graph",
+            "Attention on the causal graph",
+            "attention/layer0",
+            lambda r: [plot.causal_graph(r)],
+            "graph",
+        ),
+        (
+            "gradient",
+            "The gradient beside information theory",
+            "gradient/pattern",
+            lambda r: [*gradient_of_heads(r), *theory_matrices(r)],
+            "square",
+        ),
+        (
+            "scatter",
+            "Gradient against theory, pair by pair",
+            "gradient/pattern",
+            scatters,
+            "square",
+        ),
+        (
+            "examples",
+            "Where the query looks in example sequences",
+            "attention/examples",
+            lambda r: examples_of_heads(r) if r.examples is not None else [],
+            "wide",
+        ),
+        ("heads", "Scores of every head", "heads/induction", scores_of_heads, "square"),
+    ]
+    per_step = [frame_captions(run, step) for step in frames["steps"]]
+    html = []
+    for name, title, needs, draw, shape in wanted:
+        drawn = draw(run) if needs in there else []
+        if not drawn:
+            continue
+        captions[name] = [found.get(name, "") for found in per_step]
+        numbers = range(len(figures), len(figures) + len(drawn))
+        for figure in drawn:
+            if len(drawn) == 1:  # the card's heading says it
+                figure.update_layout(title=None, margin={"t": 10})
+        figures += drawn
+        cells = {"wide": 2.0, "graph": 1.1}.get(shape, float(len(drawn)))
+        html.append(panel(name, title, list(numbers), captions[name][-1], shape=shape, cells=cells))
+    return "".join(html)
+
+
+def _curve_panels(
+    run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
+) -> str:
+    drawings: dict[str, Callable[[RunData], go.Figure]] = {
+        "loss": plot.loss,
+        "gap": plot.gap,
+        "recovery": plot.recovery,
+        "correlations": plot.correlations,
+        "formation": plot.formation,
+        "strategies": plot.strategies,
+        "composition": plot.composition,
+    }
+    if run.kind == "repeated_tokens":
+        drawings |= {kind: partial(plot.head_scores, kind=kind) for kind in HEAD_SCORES}
+    html = []
+    for name, draw in drawings.items():
+        figure = draw(run)
+        if not figure.data:
+            continue
+        labels = {trace.meta["key"]: trace.name for trace in figure.data}
+        captions[name] = [curve_caption(run, labels, step) for step in steps]
+        title = figure.layout.title.text
+        figure.update_layout(title=None, margin={"t": 26})
+        if steps:
+            figure.add_shape(
+                name="cursor",
+                type="line",
+                x0=steps[-1],
+                x1=steps[-1],
+                y0=0,
+                y1=1,
+                yref="paper",
+                line={"width": 2, "color": "#d55e00"},
+                opacity=0.75,
+            )
+        caption = captions[name][-1] if steps else ""
+        html.append(
+            panel(
+                name,
+                _capital(title),
+                [len(figures)],
+                caption,
+                shape="curve",
+                cells=1.25,
+                step=steps[-1] if steps else None,
+            )
+        )
+        figures.append(figure)
+    return "".join(html)
+
+
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
+def _lead(run: RunData) -> str:
+    recipe = run.recipe
+    if run.kind == "repeated_tokens":
+        about = f"repeated random tokens, {recipe.task.vocab_size} of them"
+    else:
+        length = run.graph.sequence_length
+        about = f"{recipe.graph.preset.replace('_', ' ')} graph, {length} positions, "
+        about += f"{recipe.task.vocab_size} tokens"
+    done = run.summary.get("train/steps", run.history[-1][STEP] if run.history else 0)
+    return (
+        f"{about} · {recipe.model.kind} transformer · "
+        f"{run.state}: {number(done)} of {number(run.n_steps)} steps"
+    )
+
+
+def _tiles(run: RunData) -> dict[str, str]:
+    first = run.history[0] if run.history else {}
+    last = run.history[-1] if run.history else {}
+    found = {}
+    for label, row, key in (
+        ("loss, nats", last, "loss/eval"),
+        ("above Bayes, nats", last, "loss/gap"),
+        ("above the hand-built model, nats", last, "loss/construction_gap"),
+        ("loss in the second copy, nats", last, "loss/second_copy"),
+        ("edges recovered", last, "graph/recovered"),
+        ("attention on the parent", last, "graph/parent_attention"),
+        ("rows that the first gradient names", first, "gradient/edge_hits"),
+        ("induction score", last, "induction/score"),
+        ("induction head formed at step", last, "induction/formation_step"),
+    ):
+        value = row.get(key)
+        if value is not None:
+            found[label] = f"{value:.1%}" if key in _SHARES else number(value)
+    return found
+
+
+def _player(n_steps: int) -> str:
+    return (
+        '<div class="player" role="group" aria-label="Step of training">'
+        '<button id="play" type="button" aria-pressed="false">▶ Play</button>'
+        '<label class="hidden" for="step">Step of training; arrow keys move, space plays</label>'
+        f'<input id="step" type="range" min="0" max="{n_steps - 1}" step="1" value="{n_steps - 1}" '
+        'autocomplete="off"><output id="readout" for="step"></output></div>'
+        '<p class="print-step"></p>'
+    )
+
+
+def _details(run: RunData) -> str:
+    recipe = run.recipe
+    about: dict[str, object] = {"run": run.name, "state": run.state, "rows": len(run.history)}
+    about |= {"W&B project": recipe.wandb.project}
+    if recipe.wandb.group:
+        about["W&B group"] = recipe.wandb.group
+    if recipe.wandb.tags:
+        about["W&B tags"] = ", ".join(recipe.wandb.tags)
+    ids = _wandb_ids(run.folder)
+    if ids:
+        about["W&B run"] = ", ".join(ids)
+    about |= _facts({key: value for key, value in run.facts.items() if key not in _LEFT_OUT})
+    drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
+    drawn = {"Python": platform.python_version()} | drawn
+    command = reproduce_command(recipe)
+    note = "" if "recipe.toml" not in command else " (the recipe below, saved under that name)"
+    return (
+        '<section class="details" aria-label="The run">'
+        f'<div class="card"><h2>About</h2>{pairs_table(about)}</div>'
+        f'<div class="card"><h2>Drawn with</h2>{pairs_table(drawn)}</div>'
+        f'<div class="card full"><h2>Run it again{text(note)}</h2><pre><code>{text(command)}'
+        "</code></pre></div>"
+        '<div class="card full"><h2>Recipe</h2><pre tabindex="0"><code>'
+        f"{text(recipe_to_toml(recipe))}</code></pre></div></section>"
+    )
+
+
+def _wandb_ids(folder: Path | None) -> list[str]:
+    """The ids of the W&B runs that lie in the run's folder."""
+    places = [] if folder is None else sorted((folder / "wandb").glob("*run-*-*"))
+    found = [re.fullmatch(r"(?:offline-)?run-\d{8}_\d{6}-(.+)", place.name) for place in places]
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _facts(facts: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in flat(facts, ": ").items()
+        if value is not None
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return __version__ if name == "mechcausal" else "not installed"
+
+
+def _footer(run: RunData, frames: Mapping[str, Any]) -> str:
+    notes = [*run.notes, *map(str, run.summary.get("warnings", ()))]
+    if frames["kept"] > len(frames["steps"]):
+        notes.insert(
+            0,
+            f"matrices of {frames['kept']} steps were kept; {len(frames['steps'])} of them, "
+            "spread evenly, are on this page, to keep it small",
+        )
+    elif run.kind == "causal_graph" and not frames["steps"]:
+        notes.insert(0, "no matrices were kept, so that only curves are shown")
+    listed = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return (
+        f"<footer><p>Matrices are rounded to 1/{LEVELS:,} of each one's range, figures to "
+        f"{DIGITS} digits; metrics.jsonl and matrices.safetensors beside this page hold them in "
+        "full. Keys: arrows move the step, space plays.</p>"
+        f"{f'<ul>{listed}</ul>' if notes else ''}</footer>"
+    )

@@ -1,0 +1,158 @@
+"""The page around the pictures: one HTML file that fetches nothing.
+
+Whatever comes from a recipe, a folder's name or a token passes through `text` or `script_json`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from mechcausal.pictures.interactive.style import template
+from mechcausal.support.files import write_atomically
+
+# What a page may do: run and style itself. No request, whatever a string in it might ask for.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'"
+)
+
+
+def text(value: object) -> str:
+    """A value as HTML text or attribute."""
+    return escape(str(value), quote=True)
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    content = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        content = content.replace(character, f"\\u{ord(character):04x}")
+    return content
+
+
+def figure_json(figure: go.Figure) -> dict[str, Any]:
+    """A figure's data and layout without its template, which the page gives it."""
+    content: dict[str, Any] = json.loads(figure.to_json())
+    content["layout"].pop("template", None)
+    return {"data": content["data"], "layout": content["layout"]}
+
+
+def page(title: str, body: str, data: Mapping[str, Any], *, scripts: Sequence[str] = ()) -> str:
+    """The whole file.
+
+    Args:
+        title: plain text.
+        body: HTML, its strings escaped.
+        data: what the page's script draws; `templates` are added.
+        scripts: names of further scripts of ours.
+    """
+    from plotly.offline import get_plotlyjs
+
+    templates = {name: template(dark=name == "dark") for name in ("light", "dark")}
+    content = dict(data) | {
+        "templates": {name: found.to_plotly_json() for name, found in templates.items()}
+    }
+    own = "\n".join(f"<script>{asset(name)}</script>" for name in ("page.js", *scripts))
+    return f"""<!DOCTYPE html>
+<html lang="en" data-theme="light">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{text(title)}</title>
+<style>{asset("page.css")}</style>
+</head>
+<body>
+<div class="wrap">
+<noscript><p class="card">The pictures are drawn with JavaScript, which is off.</p></noscript>
+{body}
+</div>
+<script type="application/json" id="data">{script_json(content)}</script>
+<script>{get_plotlyjs()}</script>
+{own}
+</body>
+</html>
+"""
+
+
+def write(path: Path, content: str) -> None:
+    """Write a page, which appears whole or not at all, and the folder that it lies in.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def asset(name: str) -> str:
+    """A file that comes with the pages."""
+    return (files("mechcausal.pictures.pages") / "assets" / name).read_text(encoding="utf-8")
+
+
+def panel(
+    name: str,
+    title: str,
+    figures: Sequence[int],
+    caption: str,
+    *,
+    shape: str,
+    cells: float,
+    step: int | None = None,
+) -> str:
+    """A card with a heading, its pictures and what they show.
+
+    Args:
+        name: of the panel.
+        title: plain text.
+        figures: numbers of the page's figures.
+        caption: plain text; also what a screen reader says of the pictures.
+        shape: square, graph, wide or curve.
+        cells: how wide the card is beside others.
+        step: whose pictures they are, where there are several.
+    """
+    when = "" if step is None else f" at step {step:,}"
+    plots = "".join(
+        f'<div class="plot {shape}" role="img" data-figure="{number}" '
+        f'aria-label="{text(f"{title}{when}. {caption}")}"></div>'
+        for number in figures
+    )
+    return (
+        f'<figure class="panel" data-panel="{text(name)}" style="--cells:{cells:g}" '
+        f'aria-labelledby="title-{text(name)}"><h2 id="title-{text(name)}">{text(title)}</h2>'
+        f'<div class="cells">{plots}</div><figcaption>{text(caption)}</figcaption></figure>'
+    )
+
+
+def tiles(items: Mapping[str, str]) -> str:
+    """A row of numbers with what they mean."""
+    content = "".join(
+        f'<div class="tile"><dt>{text(label)}</dt><dd>{text(value)}</dd></div>'
+        for label, value in items.items()
+    )
+    return f'<dl class="tiles">{content}</dl>'
+
+
+def pairs_table(rows: Mapping[str, object]) -> str:
+    """Two columns: what, and its value."""
+    content = "".join(
+        f'<tr><th scope="row">{text(key)}</th><td>{text(value)}</td></tr>'
+        for key, value in rows.items()
+    )
+    return f"<table><tbody>{content}</tbody></table>"
+
+
+def top(title: str, lead: str) -> str:
+    """The page's heading and the switch between light and dark."""
+    return (
+        f'<header class="top"><div><h1>{text(title)}</h1><p class="lead">{text(lead)}</p></div>'
+        '<div><button id="theme" type="button" aria-label="Switch between light and dark">Dark'
+        "</button></div></header>"
+    )

@@ -1,0 +1,348 @@
+"""The paper's own figures, drawn from our models: blocks, heads, loss curves, many graphs.
+
+Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), figures 2, 5 to 7 and 9. Drawing is
+done as in `mechcausal.pictures.static.run_figures`: matplotlib alone, no display, colours for colour-blind readers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.measures.blocks import solution_blocks
+from mechcausal.measures.matching import match_heads
+from mechcausal.measures.plateaus import Plateau, curve
+from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.pictures.static.style import (
+    ATTENTION_COLOURS,
+    CYCLE,
+    EDGE_COLOUR,
+    OTHER_COLOUR,
+    REFERENCE_COLOUR,
+    label_positions,
+    new_figure,
+)
+from mechcausal.records.run_folder import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PERCENTILES = (15.0, 100.0)
+"""Limits of the colours of a block heatmap, in its matrix: those of the paper's code."""
+# In inches: gaps between blocks, room for labels, sides of A1 and of later matrices, height of W.
+_STREAM_GAP, _GROUP_GAP, _LABELS = 0.04, 0.14, 0.75
+_FIRST_SIDE, _SIDE, _READOUT_HEIGHT = 3.8, 6.4, 1.1
+_OUTPUT = "output"  # the rows of W, transposed
+
+Streams = Mapping[str, slice]
+
+
+@dataclass(frozen=True)
+class GraphDistribution:
+    """What the paper reports over its random forests (figure 9): attention on parents.
+
+    Attributes:
+        mean: over graphs, of a graph's mean attention.
+        sd: over graphs.
+        lowest: graph.
+        highest: graph.
+        n_above_half: edges with attention above 0.5.
+        n_edges: edges of all graphs.
+    """
+
+    mean: float = 0.8366
+    sd: float = 0.0540
+    lowest: float = 0.675
+    highest: float = 0.927
+    n_above_half: int = 176
+    n_edges: int = 182
+
+
+PAPER = GraphDistribution()
+"""The paper's figure 9."""
+
+
+def draw_blocks(model: DisentangledTransformer, graph: CausalGraph | None = None) -> "Figure":
+    """The paper's block heatmaps: A of every head, rows the queries, and W transposed.
+
+    Blocks are separated by gaps and named by their streams: what a token or position came as, or
+    what a head copied of it. A matrix's colours run from its 15th percentile to its largest entry
+    (`PERCENTILES`, the paper's choice), as every title says. Where the graph is given, the blocks
+    of the paper's solution are framed.
+
+    Raises:
+        ValueError: a graph, and a model of another number of layers than two.
+    """
+    framed = () if graph is None else solution_blocks(model, graph)
+    names = [f"A{layer + 1}.{h}" for layer, n in enumerate(model.heads) for h in range(n)]
+    sides = [_FIRST_SIDE if name.startswith("A1.") else _SIDE for name in names]
+    width = sum(sides) + _LABELS * len(sides) + 0.2
+    height = 0.4 + _LABELS + max(sides) + _LABELS + _READOUT_HEIGHT + 0.2
+    figure, (unused,) = new_figure(1, 1)
+    unused.remove()  # blocks are placed by the inch
+    figure.set_size_inches(width, height)
+    left, top = _LABELS, height - 0.4 - _LABELS
+    for name, side in zip(names, sides, strict=True):
+        layer, head = int(name[1:].split(".")[0]) - 1, int(name.split(".")[1])
+        streams, values = model.streams(layer), _numbers(model.A(layer)[head])
+        box = (left, top, side, side)
+        _draw_matrix(figure, box, values, streams, streams, name=name, framed=framed)
+        left += side + _LABELS
+    box = (_LABELS, 0.2 + _READOUT_HEIGHT, width - 0.2 - _LABELS, _READOUT_HEIGHT)
+    rows, columns = {_OUTPUT: slice(0, model.vocab_size)}, model.streams(len(model.heads))
+    _draw_matrix(figure, box, _numbers(model.W).T, rows, columns, name="W", framed=framed)
+    title = "weights by block: rows are queries, columns keys (T: token, P: position)"
+    figure.suptitle(title, y=1 - 0.2 / height, fontsize=12)
+    return figure
+
+
+def draw_heads(
+    attention: Float[Tensor, "head query key"], graph: CausalGraph, title: str
+) -> "Figure":
+    """Layer-1 attention by position, one panel a head, beside the true graph.
+
+    A parent is circled in the panel of the head that `match_heads` gives it, in that head's
+    colour, which the true graph repeats; a parent without a head is grey there. Attention is drawn
+    in grey, on which all colours show. The last row, which serves the query where the graph names
+    its parents, is framed.
+
+    Raises:
+        ValueError: the patterns are not of the graph's sequence length.
+    """
+    from matplotlib.colors import to_rgb
+
+    matching, last = match_heads(attention, graph), graph.sequence_length - 1
+    rows = dict(matching.rows)
+    parents = dict(enumerate(graph.parents))
+    if matching.query is not None:
+        rows[last], parents[last] = matching.query, graph.query_parents or ()
+    served = [
+        (parent, child, head)
+        for child, heads in rows.items()
+        for parent, head in zip(parents[child], heads, strict=True)
+    ]
+    colours = _colours(len(attention))
+    figure, axes = new_figure(1, len(attention) + 1)
+    for head, (axis, pattern) in enumerate(zip(axes, attention, strict=False)):
+        axis.imshow(_numbers(pattern), cmap="Greys", vmin=0, vmax=1)
+        cells = [(parent, child) for parent, child, by in served if by == head]
+        _circle(axis, cells, graph.sequence_length, colours[head])
+        name = f"head {head}" if len(attention) > 1 else "attention"
+        axis.set_title(f"{name}: {len(cells)} parents circled", color=colours[head])
+    truth = np.ones((last + 1, last + 1, 3))
+    for parent, child, by in served:
+        truth[child, parent] = to_rgb(OTHER_COLOUR if by is None else colours[by])
+    axes[-1].imshow(truth)
+    axes[-1].set_title("true graph, by the head that serves")
+    for axis in axes:
+        label_positions(axis)
+        if graph.query_parents is not None:
+            _frame_query(axis, graph.sequence_length)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def draw_loss(
+    histories: Mapping[str, History],
+    levels: Mapping[str, float],
+    plateaus: Sequence[Plateau] = (),
+    *,
+    loss: str = "loss/eval",
+) -> "Figure":
+    """Loss over training steps, one line a seed or graph, against the losses of strategies.
+
+    Args:
+        histories: rows with `train/step` and the loss, by label.
+        levels: losses in nats by name ("Bayes", strategies), drawn as horizontal lines.
+        plateaus: shaded, under the names of their strategies.
+        loss: the loss drawn.
+    """
+    figure, (axis,) = new_figure(1, 1)
+    width, height = 8.4, 4.8
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(0.75 / width, 0.6 / height, 1 - 1.7 / width, 1 - 0.6 / height)
+    for plateau in plateaus:
+        start, stop = 1 + plateau.start, 1 + plateau.stop
+        axis.axvspan(start, stop, color=OTHER_COLOUR, alpha=0.18, lw=0)
+        where, name = (float(np.sqrt(start * stop)), 0.99), plateau.strategy or ""
+        axis.annotate(name, where, xycoords=("data", "axes fraction"), ha="center", va="top")
+    for (label, history), colour in zip(histories.items(), _colours(len(histories)), strict=True):
+        steps, losses = curve(history, loss)
+        axis.plot(1 + steps, losses, color=colour, lw=1.5, label=label)
+    for name, level in levels.items():
+        colour, style = ("black", "--") if name == "Bayes" else ("#5b6670", ":")
+        axis.axhline(level, color=colour, ls=style, lw=1.2)
+    axis.set(xscale="log", xlabel="1 + training step", ylabel="loss (nats)", title="loss")
+    axis.grid(alpha=0.25)
+    _name_levels(axis, levels)
+    if 0 < len(axis.get_legend_handles_labels()[0]) <= 12:
+        axis.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower left")
+    return figure
+
+
+def draw_graph_distribution(
+    per_graph: Float[np.ndarray, " graph"],
+    per_edge: Float[np.ndarray, " edge"],
+    paper: GraphDistribution = PAPER,
+) -> "Figure":
+    """Attention on parents over many graphs beside the paper's (figure 9).
+
+    Args:
+        per_graph: each graph's mean attention on parents; NaN where a graph has no edges.
+        per_edge: attention on the parent, of the edges of all graphs.
+        paper: what the paper reports.
+    """
+    figure, (graphs, edges) = new_figure(1, 2)
+    values = np.sort(per_graph[np.isfinite(per_graph)])
+    mean, sd = paper.mean, paper.sd
+    for low, high, alpha, label in (
+        (paper.lowest, paper.highest, 0.25, "paper: range"),
+        (mean - sd, mean + sd, 0.5, f"paper: {mean:.3f} ± {sd:.3f}"),
+    ):
+        graphs.axhspan(low, high, color=OTHER_COLOUR, alpha=alpha, lw=0, label=label)
+    graphs.axhline(mean, color="black", lw=1, ls="--")
+    ours = "ours"
+    if len(values) > 1:
+        ours = f"ours: {values.mean():.3f} ± {values.std(ddof=1):.3f}"
+        graphs.axhline(values.mean(), color=REFERENCE_COLOUR, lw=1, ls="--")
+    place = np.arange(1, len(values) + 1)
+    graphs.plot(place, values, "o", ms=5, color=REFERENCE_COLOUR, label=ours)
+    graphs.set(
+        xlabel="graph, by attention",
+        ylabel="mean attention on parents",
+        title=f"{len(values)} graphs",
+        ylim=(-0.02, 1.02),
+    )
+    edges.hist(per_edge, bins=np.linspace(0, 1, 21).tolist(), color=REFERENCE_COLOUR)
+    edges.axvline(0.5, color=EDGE_COLOUR, lw=1, ls="--")
+    above = int((per_edge > 0.5).sum())
+    theirs = f"{paper.n_above_half} of {paper.n_edges}"
+    edges.set_title(f"above 0.5: {above} of {len(per_edge)} (paper: {theirs})")
+    edges.set(xlabel="attention on the parent", ylabel="edges")
+    graphs.legend(frameon=False, fontsize=8, loc="lower right")
+    for axis in (graphs, edges):
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def _draw_matrix(
+    figure: "Figure",
+    box: tuple[float, float, float, float],
+    values: np.ndarray,
+    rows: Streams,
+    columns: Streams,
+    *,
+    name: str,
+    framed: Sequence[str],
+) -> None:
+    """Every block of a matrix in its own axes, in a box of inches: left, top, width, height."""
+    left, top, width, height = box
+    page = figure.get_size_inches()
+    low, high = np.percentile(values, PERCENTILES)
+    look = {"cmap": ATTENTION_COLOURS, "vmin": low, "vmax": high, "aspect": "auto"}
+    across, down = _places(columns, width), _places(rows, height)
+    for row, (y, tall) in down.items():
+        for column, (x, wide) in across.items():
+            label = f"{name}/{column}" if row == _OUTPUT else f"{name}/{row}:{column}"
+            place = np.divide([left + x, top - y - tall, wide, tall], [*page, *page])
+            axis = figure.add_axes(tuple(place.tolist()), label=label)
+            axis.imshow(values[rows[row], columns[column]], **look)
+            axis.set(xticks=[], yticks=[], frame_on=f"blocks/{label}" in framed)
+            for spine in axis.spines.values():
+                spine.set(edgecolor=EDGE_COLOUR, linewidth=2.5)
+
+    def write(x: float, y: float, text: str, size: int = 8, angle: int = 0) -> None:
+        where = (left + x) / page[0], (top + y) / page[1]
+        figure.text(*where, text, fontsize=size, rotation=angle, ha="center", va="center")
+
+    title = "W transposed" if name == "W" else f"{name[:2]}, head {name[3:]}"
+    limits = f"colours from {low:.3g} (15th percentile) to {high:.3g} (largest)"
+    write(width / 2, 0.58, f"{title}: {limits}", size=9)
+    for stream, (start, size) in across.items():
+        write(start + size / 2, 0.12, _stream_label(stream, size))
+    for stream, (start, size) in down.items():
+        write(-0.12, -start - size / 2, _stream_label(stream, size), angle=90)
+    for group, middle in _groups(across).items():
+        write(middle, 0.34, group)
+    for group, middle in _groups(down).items():
+        write(-0.34, -middle, group, angle=90)
+
+
+def _places(streams: Streams, length: float) -> dict[str, tuple[float, float]]:
+    """Start and size in inches of every stream, with gaps, along a side of that length."""
+    gaps = [
+        _STREAM_GAP if _group(before) == _group(after) else _GROUP_GAP
+        for before, after in pairwise(streams)
+    ]
+    widths = [place.stop - place.start for place in streams.values()]
+    inch = (length - sum(gaps)) / sum(widths)
+    places, start = {}, 0.0
+    for name, width, gap in zip(streams, widths, [*gaps, 0.0], strict=True):
+        places[name] = (start, width * inch)
+        start += width * inch + gap
+    return places
+
+
+def _groups(places: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The middle of the streams that came in together, by the heads that copied them."""
+    ends: dict[str, list[float]] = {}
+    for stream, (start, size) in places.items():
+        ends.setdefault(_group(stream), []).extend((start, start + size))
+    return {group: (min(inches) + max(inches)) / 2 for group, inches in ends.items()}
+
+
+def _group(stream: str) -> str:
+    """What copied a stream: layers from 1 as in the paper, heads from 0."""
+    heads = [head.split(".") for head in stream.split("/")[:-1]]
+    names = [f"{int(layer) + 1}.{head}" for layer, head in heads]
+    return f"attn {' of '.join(names)}" if names else "" if stream == _OUTPUT else "input"
+
+
+def _stream_label(stream: str, size: float) -> str:
+    label = stream.rpartition("/")[2].capitalize()
+    return label if size > 0.07 * len(label) else label[0]
+
+
+def _numbers(weight: Tensor) -> np.ndarray:
+    numbers: np.ndarray = weight.detach().cpu().numpy()
+    return numbers
+
+
+def _colours(n: int) -> list[str]:
+    """As many colours as heads or curves: four that everybody can tell apart, else a scale."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if n <= len(CYCLE):
+        return list(CYCLE[:n])
+    return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 0.95, n))]
+
+
+def _circle(axis: "Axes", cells: list[tuple[int, int]], length: int, colour: str) -> None:
+    if cells and length <= 60:  # circles would hide the cells
+        x, y = zip(*cells, strict=True)
+        axis.scatter(x, y, s=(250 / length) ** 2, facecolors="none", edgecolors=colour, lw=1.5)
+
+
+def _frame_query(axis: "Axes", length: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner = (-0.5, length - 1.5)
+    axis.add_patch(Rectangle(corner, length, 1, fill=False, ec="black", lw=1, clip_on=False))
+    axis.text(length - 0.3, length - 1, "query", fontsize=7, va="center", clip_on=False)
+
+
+def _name_levels(axis: "Axes", levels: Mapping[str, float]) -> None:
+    """Names beside the right end of the lines, pushed apart where lines are close."""
+    low, high = axis.get_ylim()
+    place = -np.inf
+    for name, level in sorted(levels.items(), key=lambda item: item[1]):
+        place = max((level - low) / (high - low), place + 0.045)
+        where = (1.01, place)
+        axis.annotate(f"{name} {level:.3f}", where, xycoords="axes fraction", va="center", size=8)

@@ -1,0 +1,385 @@
+"""What a person looks at: heatmaps for W&B and the figures of a run.
+
+Drawing needs matplotlib alone and no display. Colours are safe for colour-blind readers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.pictures.static.style import (
+    ATTENTION_COLOURS,
+    CYCLE,
+    EDGE_COLOUR,
+    GRADIENT_COLOURS,
+    HEAD_SCORES,
+    OTHER_COLOUR,
+    REFERENCE_COLOUR,
+    label_positions,
+    new_figure,
+)
+from mechcausal.recipes import Recipe
+from mechcausal.records.run_folder import History
+from mechcausal.theory import Information, PairwiseTheory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REFERENCE_STYLES = {"loss/bayes": "--", "loss/construction": "-.", "loss/chance": "--"}
+_PIXELS = 320  # width and height of a W&B heatmap, at least
+
+Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
+
+
+def heatmaps(
+    matrices: Mapping[str, Float[Tensor, "*head query key"]], theory: Information
+) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
+    """Pictures of one probe step, each beside what it should look like.
+
+    Returns:
+        `attention/layer0` (left, one panel a head) beside the true graph, `gradient/scores` and
+        `gradient/pattern` beside the predicted gradient, or the chi-squared information of earlier
+        positions where there is no prediction; gradients are scaled to their largest entry, with
+        each row of the pattern's gradient divided by its number of keys, as theory has it.
+    """
+    length = theory.graph.sequence_length
+    expected = _expected_gradient(theory).numpy()
+    pictures = {}
+    for name, matrix in matrices.items():
+        panels = list(matrix.double().numpy().reshape(-1, length, length))
+        if name.startswith("attention"):
+            panels.append(_truth(theory.graph))
+            pictures[name] = _side_by_side(panels, ATTENTION_COLOURS, signed=False)
+        else:
+            if name == "gradient/pattern":
+                panels = [values / np.arange(1, length + 1)[:, None] for values in panels]
+            panels.append(expected)
+            pictures[name] = _side_by_side(panels, GRADIENT_COLOURS, signed=True)
+    return pictures
+
+
+def _expected_gradient(theory: Information) -> Float[Tensor, "query key"]:
+    if isinstance(theory, PairwiseTheory):
+        return theory.predicted_gradient
+    length = theory.graph.sequence_length
+    return theory.chi2[:length, :length].tril(-1)
+
+
+def heatmap(values: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "height width rgb"]:
+    """A picture of values in [0, 1], one square a cell."""
+    return _coloured(values, ATTENTION_COLOURS)
+
+
+def draw_figures(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    theory: Information,
+    history: History,
+    matrices: Matrices,
+    stage_starts: Sequence[int],
+) -> dict[str, Path]:
+    """Draw a run's figures as PNG files.
+
+    Args:
+        folder: made if absent.
+        recipe: for the titles.
+        theory: what the gradient is compared with.
+        history: rows of figures, by probe step.
+        matrices: attention and gradients by step.
+        stage_starts: first steps of the training stages.
+
+    Returns:
+        The files, by the names under which W&B shows them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "attention": lambda: draw_attention(matrices, theory.graph),
+        "gradient": lambda: draw_gradient(matrices, theory),
+        "curves": lambda: draw_curves(history, stage_starts),
+    }
+    files = {}
+    for name, draw in drawings.items():
+        figure = draw()
+        figure.suptitle(f"{recipe.name}, seed {recipe.seed}: {_CAPTIONS[name]}", fontsize=12)
+        files[f"figures/{name}"] = folder / f"{name}.png"
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    return files
+
+
+_CAPTIONS = {
+    "attention": "layer-1 attention becomes the causal graph",
+    "gradient": "the first gradient against information theory",
+    "curves": "training",
+}
+
+
+def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
+    """Layer-1 attention at the start, while the graph forms, and at the end; parents circled.
+
+    Of several heads, the one that attends most is seen at each place.
+    """
+    steps = sorted(matrices)
+    chosen = sorted({steps[0], _forming_step(matrices, graph), steps[-1]})
+    figure, axes = new_figure(1, len(chosen) + 1)
+    for axis, step in zip(axes, chosen, strict=False):
+        image = axis.imshow(_attention(matrices[step]), cmap=ATTENTION_COLOURS, vmin=0, vmax=1)
+        _circle_parents(axis, graph, EDGE_COLOUR)
+        axis.set_title(f"attention, step {step:,}")
+    figure.colorbar(image, ax=axes[: len(chosen)], shrink=0.75, label="attention")
+    axes[-1].imshow(_truth(graph), cmap="Greys", vmin=0, vmax=1.4)
+    axes[-1].set_title("true graph: parents of each position")
+    for axis in axes:
+        label_positions(axis)
+    return figure
+
+
+def _attention(matrices: Mapping[str, Tensor]) -> Float[np.ndarray, "query key"]:
+    """Layer-1 attention, the largest over heads."""
+    matrix = matrices["attention/layer0"].numpy()
+    return matrix if matrix.ndim == 2 else matrix.max(0)
+
+
+def _forming_step(matrices: Matrices, graph: CausalGraph) -> int:
+    """The step kept at which the mean attention on parents is closest to one half."""
+    truth = _truth(graph).astype(bool)
+    if not truth.any():
+        return sorted(matrices)[len(matrices) // 2]
+
+    def distance(step: int) -> float:
+        return abs(float(_attention(matrices[step])[truth].mean()) - 0.5)
+
+    return min(sorted(matrices), key=distance)
+
+
+def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
+    """The first gradient that is not 0, what theory says, and one against the other.
+
+    Summed over the heads. Where theory predicts no gradient, for several parents, it is compared
+    with the chi-squared information alone.
+    """
+    chosen = (s for s in sorted(matrices) if bool(matrices[s]["gradient/scores"].any()))
+    step = next(chosen, min(matrices))
+    # The last row of a graph that names the query's parents serves the query, not the graph.
+    n = theory.graph.n_positions - (theory.graph.query_parents is not None)
+    by_head = matrices[step]["gradient/scores"].double().reshape(-1, *_square(theory))
+    measured = by_head.sum(0)[:n, :n].numpy()
+    expected = _expected_gradient(theory)[:n, :n].numpy()
+    predicts = isinstance(theory, PairwiseTheory)
+    figure, axes = new_figure(1, 4 if predicts else 3)
+    for axis, values, title in (
+        (axes[0], measured, f"measured at step {step:,}: −∂L/∂scores"),
+        (axes[1], expected, "predicted from information" if predicts else "χ²-information"),
+    ):
+        limit = np.abs(values).max() or 1.0
+        image = axis.imshow(values / limit, cmap=GRADIENT_COLOURS, vmin=-1, vmax=1)
+        _circle_parents(axis, theory.graph, "black", n_rows=n)
+        label_positions(axis)
+        axis.set_title(f"{title}\n(largest {limit:.2g})", fontsize=10)
+    figure.colorbar(image, ax=axes[:2], shrink=0.75, label="share of the largest entry")
+    is_edge = _truth(theory.graph)[:n, :n].astype(bool)
+    visible = np.tril(np.ones((n, n), dtype=bool))
+    if predicts:
+        _scatter(axes[2], expected, measured, is_edge, visible)
+        low, high = axes[2].get_xlim()
+        axes[2].plot([low, high], [low, high], color=REFERENCE_COLOUR, lw=1, label="equal")
+        axes[2].set(xlabel="predicted gradient", ylabel="measured gradient", title="all keys j ≤ i")
+        axes[2].legend(frameon=False, fontsize=8)
+    scaled = measured * np.arange(1, n + 1)[:, None]
+    _scatter(axes[-1], theory.chi2[:n, :n].numpy(), scaled, is_edge, np.tril(visible, -1))
+    axes[-1].set(
+        xlabel="χ²-information", ylabel="measured × number of keys", title="keys before the query"
+    )
+    return figure
+
+
+def _square(theory: Information) -> tuple[int, int]:
+    length = theory.graph.sequence_length
+    return length, length
+
+
+def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict[str, Path]:
+    """heads.png: the loss by copy, and every head's scores, over training steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = new_figure(1, 4)
+    losses = {
+        "loss/first_copy": "first copy",
+        "loss/second_copy": "second copy",
+        "loss/chance": "chance",
+    }
+    _plot(axes[0], history, losses, title="loss (nats)")
+    for axis, kind in zip(axes[1:], HEAD_SCORES, strict=True):
+        keys = [key for key in history[-1] if key.startswith("heads/") and key.endswith(f"/{kind}")]
+        labels = {key: key.split("/")[1] for key in keys}
+        _plot(axis, history, labels, title=kind.replace("_", " "), ylim=(-0.03, 1.05))
+    figure.suptitle(f"{recipe.name}, seed {recipe.seed}: heads over training", fontsize=12)
+    path = folder / "heads.png"
+    figure.savefig(path, dpi=110)
+    return {"figures/heads": path}
+
+
+def head_heatmap(
+    path: Path,
+    panels: Mapping[str, Float[np.ndarray, "layer head"]],
+    *,
+    layers: Sequence[int],
+    title: str,
+) -> None:
+    """Scores by layer (rows) and head (columns), one panel a score, as a PNG file."""
+    figure, axes = new_figure(1, len(panels))
+    for axis, (name, values) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=1, aspect="auto")
+        axis.set(title=name, xlabel="head", ylabel="layer")
+        axis.set_xticks(range(values.shape[1]))
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        if values.size <= 200:
+            for (row, column), value in np.ndenumerate(values):
+                colour = "black" if value > 0.6 else "white"
+                axis.text(
+                    column, row, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=7
+                )
+    figure.colorbar(image, ax=axes, shrink=0.75, label="attention")
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def _plot(
+    axis: "Axes", history: History, curves: Mapping[str, str], *, title: str, **settings: Any
+) -> None:
+    from matplotlib import colormaps
+
+    # Four colours that everybody can tell apart; a model of many heads needs a scale instead.
+    many = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
+    colours = CYCLE if len(curves) <= len(CYCLE) else many
+    for (key, label), colour in zip(curves.items(), colours, strict=False):
+        points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
+        if points:
+            style = REFERENCE_STYLES.get(key, "-")
+            axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
+    axis.set(title=title, xlabel="training step", **settings)
+    if 0 < len(axis.get_legend_handles_labels()[0]) <= 12:
+        axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.25)
+
+
+def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
+    """Loss, graph, gradient, induction and strategies over training steps."""
+    panels: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        (
+            "loss (nats)",
+            {
+                "loss/eval": "evaluation",
+                "loss/bayes": "Bayes",
+                "loss/train": "training",
+                "loss/construction": "hand-built",
+            },
+            {},
+        ),
+        (
+            "graph",
+            {
+                "graph/recovered": "edges recovered",
+                "graph/parent_attention": "attention on parent",
+                "graph/f1": "F1 of the gradient's edges",
+            },
+            {"ylim": (-0.03, 1.05)},
+        ),
+        (
+            "gradient against theory",
+            {
+                "gradient/theory_correlation": "∂L/∂scores with the prediction",
+                "gradient/pattern_theory_correlation": "∂L/∂pattern with the prediction",
+                "gradient/edge_hits": "∂L/∂scores: rows that name the parent",
+                "gradient/pattern_edge_hits": "∂L/∂pattern: rows that name the parent",
+            },
+            {"ylim": (-0.6, 1.05)},
+        ),
+        (
+            "gradient against pairwise information",
+            {
+                "gradient/chi2_correlation": "∂L/∂scores with χ²",
+                "gradient/shannon_correlation": "∂L/∂scores with Shannon",
+                "gradient/pattern_chi2_correlation": "∂L/∂pattern with χ²",
+                "gradient/pattern_shannon_correlation": "∂L/∂pattern with Shannon",
+            },
+            {"ylim": (-0.6, 1.05)},
+        ),
+        (
+            "induction head (layer 2)",
+            {
+                "induction/score": "attention where parent = query, above chance",
+                "induction/attention": "the same, with chance",
+                "induction/prefix_matching": "prefix matching",
+            },
+            {"ylim": (None, 1.05)},
+        ),
+        (
+            "KL of the model to a strategy (nats)",
+            {
+                "strategy/kl_uniform": "uniform",
+                "strategy/kl_unigram": "unigram",
+                "strategy/kl_bigram": "bigram along edges",
+                "strategy/kl_trigram": "trigram",
+            },
+            {"yscale": "log"},
+        ),
+    ]
+    figure, axes = new_figure(2, 3)
+    for axis, (title, curves, settings) in zip(axes, panels, strict=True):
+        _plot(axis, history, curves, title=title, **settings)
+        for start in stage_starts[1:]:
+            axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
+    return figure
+
+
+def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
+    """1 where the key is a parent of the query, the query token's row and column included."""
+    truth = np.zeros((graph.sequence_length, graph.sequence_length))
+    for parent, child in graph.edges:
+        truth[child, parent] = 1.0
+    return truth
+
+
+def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:
+    for chosen, colour, label in (
+        (where & ~is_edge, OTHER_COLOUR, "other pairs"),
+        (where & is_edge, EDGE_COLOUR, "edges of the graph"),
+    ):
+        axis.scatter(x[chosen], y[chosen], s=14, color=colour, alpha=0.8, lw=0, label=label)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _circle_parents(
+    axis: "Axes", graph: CausalGraph, colour: str, *, n_rows: int | None = None
+) -> None:
+    edges = [(parent, child) for parent, child in graph.edges if n_rows is None or child < n_rows]
+    if graph.n_positions > 60 or not edges:
+        return  # circles would hide the cells
+    parents, children = zip(*edges, strict=True)
+    size = 900 / graph.sequence_length
+    axis.scatter(parents, children, s=size, facecolors="none", edgecolors=colour, lw=1)
+
+
+def _side_by_side(panels: Sequence[np.ndarray], colours: str, *, signed: bool) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for values in panels:
+        limit = np.abs(values).max() or 1.0
+        picture = _coloured((values / limit + 1) / 2 if signed else values, colours)
+        gap = np.full((picture.shape[0], 8, 3), 255, dtype=np.uint8)
+        parts += [gap, picture] if parts else [picture]
+    return np.concatenate(parts, axis=1)
+
+
+def _coloured(unit: np.ndarray, colours: str) -> np.ndarray:
+    from matplotlib import colormaps
+
+    scale = max(1, -(-_PIXELS // unit.shape[0]))
+    pixels: np.ndarray = (colormaps[colours](unit)[..., :3] * 255).astype(np.uint8)
+    return pixels.repeat(scale, 0).repeat(scale, 1)

@@ -1,0 +1,228 @@
+"""What W&B shows of a run that has ended: pictures to hover over, a table of edges, the page.
+
+Everything is drawn from the run folder; nothing here needs W&B until it is handed over.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from mechcausal import plot
+from mechcausal.pictures.interactive.film import thinned
+from mechcausal.pictures.interactive.style import by_head
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.records.run_data import Matrices, RunData
+from mechcausal.support.messages import first_line
+
+if TYPE_CHECKING:
+    from wandb.sdk.data_types.base_types.wb_value import WBValue
+    from wandb.sdk.wandb_run import Run
+
+Panel: TypeAlias = go.Figure | pd.DataFrame | Path
+EDGE_COLUMNS = ("step", "row", "parent", "attention", "gradient rank", "g", "chi2")
+MOST_ROWS = 10_000
+"""W&B loads a table as a whole."""
+_DIGITS = 5
+
+# Which matrix a picture needs; None for curves.
+_FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
+    ("attention", plot.attention, "attention/layer0"),
+    ("graph", plot.causal_graph, "attention/layer0"),
+    ("first_gradient", lambda r: plot.gradient(r, _first(r)), "gradient/pattern"),
+    (
+        "first_gradient_against_theory",
+        lambda r: plot.gradient_scatter(r, _first(r)),
+        "gradient/pattern",
+    ),
+    ("heads", plot.heads, "heads/induction"),
+    ("loss", plot.loss, None),
+    ("recovery", plot.recovery, None),
+    ("correlations", plot.correlations, None),
+    ("formation", plot.formation, None),
+)
+
+
+def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:
+    """The panels of a run, by the names under which W&B shows them.
+
+    Args:
+        run: what it lacks is left out.
+        page: report.html; left out where it is not there.
+
+    Raises:
+        RunDataError: the run's graph or matrices cannot be read.
+    """
+    there: Matrices = run.frame()[1] if run.steps else {}
+    panels: dict[str, Panel] = {}
+    for name, draw, needs in _FIGURES:
+        figure = draw(run) if needs is None or needs in there else go.Figure()
+        if figure.data:
+            panels[f"panels/{name}"] = portable(figure)
+    if "attention/layer0" in there and run.truth.any():
+        panels["panels/edges"] = edge_table(run)
+    if "heads/induction" in there:
+        panels["panels/head_scores"] = head_table(run)
+    if page is not None and page.is_file():
+        panels["panels/page"] = page
+    return panels
+
+
+def log_panels(
+    run: "Run",
+    step: int,
+    panels: Mapping[str, Panel],
+    warn: Callable[[str], None],
+    *,
+    tables: bool = True,
+) -> None:
+    """Add panels to the row of a step that is not committed yet, each by itself.
+
+    Args:
+        run: of W&B.
+        step: of the row.
+        panels: by name.
+        warn: told which of them W&B does not take.
+        tables: False leaves out tables, which become artifacts: a network that is gone would hold
+            them up.
+    """
+    for name, panel in panels.items():
+        if isinstance(panel, pd.DataFrame) and not tables:
+            continue
+        try:
+            run.log({name: as_media(panel)}, step=step, commit=False)
+        except Exception as error:  # whatever W&B raises, the row is what counts
+            warn(f"W&B did not take {name}: {first_line(error)}")
+
+
+def as_media(panel: Panel) -> "WBValue":
+    """The panel as W&B takes it."""
+    import wandb
+
+    if isinstance(panel, Path):
+        return wandb.Html(panel, inject=False)  # nothing is added that would have to be fetched
+    if isinstance(panel, pd.DataFrame):
+        rows = panel.astype(object).where(panel.notna(), None)
+        return wandb.Table(columns=list(rows.columns), data=rows.values.tolist())
+    return wandb.Plotly(panel)
+
+
+def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
+    """What layer 1 and the gradient say of every edge, step by step.
+
+    Columns: `step`, `row` and `parent` (positions), `attention` (of several heads the largest),
+    `gradient rank` (of the parent among the keys up to the row, by `-dL/dpattern` summed over
+    heads; 1 is the largest), and theory's `g` and `chi2`, NaN where theory says
+    nothing: g for several parents, both for the row that serves the query.
+
+    Args:
+        run: a run on a causal graph.
+        most_rows: of more, steps are left out evenly.
+
+    Raises:
+        RunDataError: the run's graph or matrices cannot be read.
+    """
+    rows, parents = np.nonzero(run.truth)
+    steps = thinned(run.steps, max(2, most_rows // max(len(rows), 1)))
+    g, chi2 = (_of_theory(run, name, rows, parents) for name in ("theory/g", "theory/chi2"))
+    tables = []
+    for step in steps:
+        matrices = run.frames[step]
+        attention = by_head(matrices, "attention/layer0").max(0)
+        gradient = by_head(matrices, "gradient/pattern").sum(0)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "step": step,
+                    "row": rows,
+                    "parent": parents,
+                    "attention": attention[rows, parents],
+                    "gradient rank": _ranks(gradient, rows, parents),
+                    "g": g,
+                    "chi2": chi2,
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)[list(EDGE_COLUMNS)]
+
+
+def head_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
+    """The scores of every head, step by step, of a run on repeated tokens.
+
+    Args:
+        run: a run on repeated tokens.
+        most_rows: of more, steps are left out evenly.
+    """
+    shape = run.frame()[1]["heads/induction"].shape
+    layers, heads = (index.ravel() for index in np.indices(shape))
+    tables = []
+    for step in thinned(run.steps, max(2, most_rows // max(layers.size, 1))):
+        scores = {
+            kind.replace("_", " "): run.frames[step][f"heads/{kind}"].ravel()
+            for kind in HEAD_SCORES
+        }
+        tables.append(pd.DataFrame({"step": step, "layer": layers, "head": heads, **scores}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def portable(figure: go.Figure) -> go.Figure:
+    """The figure as an older Plotly too can draw it, on a page that is not ours.
+
+    Numbers are plain lists, rounded, with null for NaN; it is white, and fills its panel.
+    """
+    content = _plain(figure.to_plotly_json())
+    for trace in content["data"]:
+        trace.pop("meta", None)
+    content["layout"] |= {"paper_bgcolor": "white", "plot_bgcolor": "white", "autosize": True}
+    for name in ("width", "height", "meta"):
+        content["layout"].pop(name, None)
+    return go.Figure(content)
+
+
+def _first(run: RunData) -> int:
+    """The first step with a gradient: theory speaks of the start, where it names the edges."""
+    found = (step for step in run.steps if run.frames[step]["gradient/pattern"].any())
+    return next(found, run.steps[0])
+
+
+def _ranks(gradient: np.ndarray, rows: np.ndarray, parents: np.ndarray) -> list[float]:
+    ranks = []
+    for row, parent in zip(rows.tolist(), parents.tolist(), strict=True):
+        keys = gradient[row, : row + 1]
+        known = bool(keys.any()) and math.isfinite(keys[parent])
+        ranks.append(float(1 + (keys > keys[parent]).sum()) if known else math.nan)
+    return ranks
+
+
+def _of_theory(run: RunData, name: str, rows: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    values = np.full(len(rows), np.nan)
+    matrix = run.references.get(name)
+    if matrix is not None:
+        known = rows < min(run.n_graph_rows, len(matrix))
+        values[known] = matrix[rows[known], parents[known]]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "bdata" in value:
+            return _plain(_decoded(value).tolist())
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def _decoded(packed: Mapping[str, Any]) -> np.ndarray:
+    values = np.frombuffer(base64.b64decode(packed["bdata"]), dtype=packed["dtype"])
+    shape = packed.get("shape")
+    return values if shape is None else values.reshape([int(n) for n in str(shape).split(",")])

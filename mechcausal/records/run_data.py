@@ -1,0 +1,248 @@
+"""A run read back from its folder, finished or not: what every picture of it is drawn from.
+
+Reading a run needs neither its model nor W&B.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mechcausal.graphs import CausalGraph, GraphError
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
+from mechcausal.recipes.stages import stages
+from mechcausal.records import run_folder
+from mechcausal.records.run_files import (
+    Frames,
+    Matrices,
+    RunDataError,
+    find_matrices,
+    read_history,
+    read_json,
+)
+from mechcausal.records.run_folder import (
+    METRICS_FILE,
+    PROCESS_FILE,
+    RECIPE_FILE,
+    STEP,
+    SUMMARY_FILE,
+    Value,
+)
+from mechcausal.support.nested import flat
+
+__all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "is_run"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What is known of a run.
+
+    Attributes:
+        name: what to call it, its folder's name.
+        recipe: as it ran.
+        history: a row of figures for every probe step.
+        frames: matrices by probe step, for the steps that were kept.
+        references: what these are compared with, `theory/...`, and `examples/tokens`.
+        summary: as in summary.json; empty for a run that has not ended.
+        facts: as in run.json (the W&B run, versions); empty where there is none.
+        folder: where it was read.
+        notes: what could not be read, for the user.
+    """
+
+    name: str
+    recipe: Recipe
+    history: Sequence[Mapping[str, Value]] = ()
+    frames: Mapping[int, Matrices] = field(default_factory=dict)
+    references: Matrices = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RunData":
+        """Read a run folder; of an unfinished run, what there is so far.
+
+        Raises:
+            RunDataError: the folder holds no run, or a file of it cannot be read.
+        """
+        folder = Path(folder)
+        if not is_run(folder):
+            raise RunDataError(f"{folder}: {_why_no_run(folder)}")
+        try:
+            recipe = load_recipe(folder / RECIPE_FILE)
+        except RecipeError as error:
+            raise RunDataError(str(error)) from None
+        sources, references, notes = find_matrices(folder)
+        history, torn = read_history(folder / METRICS_FILE)
+        return cls(
+            name=folder.resolve().name,
+            recipe=recipe,
+            history=history,
+            frames=Frames(sources),
+            references=references,
+            summary=read_json(folder / SUMMARY_FILE),
+            facts=read_json(folder / PROCESS_FILE),
+            folder=folder,
+            notes=(*notes, *torn),
+        )
+
+    @property
+    def kind(self) -> Literal["causal_graph", "repeated_tokens"]:
+        """The experiment; repeated_tokens has scores of heads and no graph."""
+        return self.recipe.task.kind
+
+    @cached_property
+    def graph(self) -> CausalGraph:
+        """The causal graph.
+
+        Raises:
+            RunDataError: the recipe's graph cannot be built (its edge list has gone).
+        """
+        try:
+            return self.recipe.build_graph()
+        except GraphError as error:
+            first = error
+        # A recipe as it ran names its edge list from the folder in which it ran.
+        if self.folder is not None and self.recipe.graph.preset == "edge_list":
+            text = (self.folder / RECIPE_FILE).read_text(encoding="utf-8")
+            try:
+                return CausalGraph.from_edge_list(tomllib.loads(text)["graph"]["edge_list"])
+            except GraphError:
+                pass
+        raise RunDataError(f"{self.folder or self.name}: {first}")
+
+    @property
+    def state(self) -> str:
+        """finished, interrupted or failed; unfinished where no summary says so."""
+        return str(self.summary.get("state", "unfinished"))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps whose matrices were kept."""
+        return tuple(self.frames)
+
+    @property
+    def stage_starts(self) -> dict[str, int]:
+        """First step of every stage of training."""
+        return {stage.name: stage.start for stage in stages(self.recipe)}
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole training, as planned."""
+        return self.recipe.n_steps
+
+    @property
+    def formation_step(self) -> int | None:
+        """First probe step at which the induction score reached one half; None if it did not."""
+        named = [row.get("induction/formation_step") for row in self.history[-1:]]
+        return int(named[0]) if named and named[0] is not None else None
+
+    def row(self, step: int) -> Mapping[str, Value]:
+        """The figures of a probe step; empty where there are none."""
+        return next((row for row in self.history if row[STEP] == step), {})
+
+    def column(self, key: str) -> tuple[list[int], list[float | None]]:
+        """Steps and values of a figure, `None` where it was not defined."""
+        rows = [row for row in self.history if key in row]
+        return [int(row[STEP] or 0) for row in rows], [row[key] for row in rows]
+
+    def frame(self, step: int | None = None) -> tuple[int, Matrices]:
+        """The matrices of a step, or of the last one kept.
+
+        Raises:
+            RunDataError: no matrices were kept, or none at that step.
+        """
+        steps = self.steps
+        if not steps:
+            raise RunDataError(f"{self.folder or self.name}: no matrices were kept")
+        if step is None:
+            step = steps[-1]
+        if step not in self.frames:
+            raise RunDataError(
+                f"{self.folder or self.name}: no matrices of step {step} were kept; "
+                f"there are {len(steps)} steps from {steps[0]} to {steps[-1]}"
+            )
+        return step, self.frames[step]
+
+    @cached_property
+    def truth(self) -> Float[np.ndarray, "query key"]:
+        """1 where the key is a parent of the query, 0 elsewhere.
+
+        In a graph that names the query's parents the last row holds those: that is whom the last
+        position's attention serves.
+        """
+        graph, length = self.graph, self.graph.sequence_length
+        truth = np.zeros((length, length))
+        for child, row in enumerate(graph.parents):
+            truth[child, list(row)] = 1.0
+        if graph.query_parents is not None:
+            truth[-1] = 0.0
+            truth[-1, list(graph.query_parents)] = 1.0
+        return truth
+
+    @property
+    def n_graph_rows(self) -> int:
+        """Rows of layer 1 that serve positions of the graph: theory speaks of these."""
+        return self.graph.n_positions - (self.graph.query_parents is not None)
+
+    @cached_property
+    def examples(self) -> Int[np.ndarray, "example pos"] | None:
+        """Tokens of the example sequences."""
+        tokens = self.references.get("examples/tokens")
+        return None if tokens is None else tokens.astype(np.int64)
+
+    @cached_property
+    def example_targets(self) -> Bool[np.ndarray, "example pos"] | None:
+        """Where the induction head should look from the last position of each example."""
+        if self.examples is None:
+            return None
+        import torch
+
+        from mechcausal.measures.metrics import induction_keys
+
+        keys = induction_keys(torch.from_numpy(self.examples), self.graph)
+        found: np.ndarray = keys.numpy()
+        return found
+
+    def comparable(self) -> dict[str, Any]:
+        """The recipe as dotted keys, without what changes no number: W&B, pictures, checkpoints."""
+        return {
+            key: value
+            for key, value in flat(recipe_to_dict(self.recipe)).items()
+            if not key.startswith(("wandb.", "checkpoints.")) and key not in _OUTWARD
+        }
+
+
+_OUTWARD = ("name", "probing.images", "probing.report", "probing.frames")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run: a recipe and rows of figures."""
+    return (folder / RECIPE_FILE).is_file() and (folder / METRICS_FILE).is_file()
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder if it is a run, else all runs below it, in the order of their paths.
+
+    Raises:
+        RunDataError: there is none.
+    """
+    found = [path for path in run_folder.find_runs(folder) if is_run(path)]
+    if not found:
+        raise RunDataError(f"{folder}: {_why_no_run(folder)}, nor is there any below it")
+    return found
+
+
+def _why_no_run(folder: Path) -> str:
+    if not folder.exists():
+        return "no such folder"
+    if not folder.is_dir():
+        return "not a folder"
+    missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
+    return f"not a run folder (no {' and no '.join(missing)})"

@@ -1,0 +1,321 @@
+"""The folder of a run: who may write it, what lies in it, how the run stands.
+
+recipe.toml        the whole recipe
+metrics.jsonl      a row of figures for every probe step
+run.json           W&B's id, versions, and the process that writes
+summary.json       how the run ended; absent while it runs, or when it was killed
+checkpoints/       what it can go on from
+matrices/          what was seen, step by step; matrices.safetensors once the run has finished
+model/, figures/   final weights and pictures
+wandb/             the W&B run, in one fragment for every time it was begun or resumed
+"""
+
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
+from mechcausal.support.files import read_json_lines, write_atomically
+from mechcausal.support.messages import excerpt, shell_command
+
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+PROCESS_FILE = "run.json"
+MATRICES_FILE = "matrices.safetensors"
+MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
+MODEL_FOLDER = "model"
+LOCK_FILE = ".lock"
+STEP = "train/step"
+
+Value = float | int | None
+History = Sequence[Mapping[str, Value]]
+"""A row of figures for every probe step, with its `train/step`."""
+State = Literal["finished", "interrupted", "failed"]
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be made, read or written; the message is one line for the user."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the only process that writes a run folder; a process that dies lets go of it.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        # A moment of patience: `mechcausal runs` looks whether a folder is held by holding it.
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        process = read_process(folder)
+        owner = f"process {excerpt(process.get('pid'))} on {excerpt(process.get('host'))}"
+        raise RunFolderError(f"{folder}: {owner} is writing this run") from None
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process is writing the run."""
+    if not (folder / LOCK_FILE).is_file():
+        return False
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # a folder that only its owner may write
+        return False
+    lock.release()
+    return False
+
+
+@contextmanager
+def new_run_folder(recipe: Recipe, out: str | Path | None) -> Iterator[Path]:
+    """Make the folder of a new run, check that it can be written, and hold it.
+
+    Args:
+        recipe: gives the default, `runs/<name>/<time>-seed<seed>-<random>`.
+        out: the folder itself; it may exist, but not hold a run.
+
+    Raises:
+        RunFolderError: not writable, not a folder, or another run is in it.
+    """
+    if out is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / recipe.name / f"{stamp}-seed{recipe.seed}-{secrets.token_hex(2)}"
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    _check_free(folder)
+    with hold(folder):
+        _check_free(folder)  # another process may have been faster
+        try:
+            write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))
+        except OSError as error:
+            raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+        yield folder
+
+
+def _check_free(folder: Path) -> None:
+    for name in (METRICS_FILE, SUMMARY_FILE):
+        if (folder / name).exists():
+            raise RunFolderError(
+                f"{folder}: already holds a run ({name}); choose another folder with --out, "
+                f"or go on with it: {shell_command('mechcausal', 'resume', folder)}"
+            )
+
+
+def finite(value: Value) -> Value:
+    """A figure as a row of metrics.jsonl holds it: None for what is not a finite number."""
+    return value if value is not None and abs(value) <= sys.float_info.max else None
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Value]]:
+    """Rows of a run folder's metrics.jsonl, in order; a torn last line is left out.
+
+    Raises:
+        OSError, ValueError: not readable, or a line is no row of figures.
+    """
+    path, rows = Path(folder) / METRICS_FILE, []
+    for number, values in enumerate(read_json_lines(path), start=1):
+        if not _is_count(values.get(STEP)):
+            raise ValueError(f"{path}, line {number}: not a row of figures")
+        rows.append({name: finite(value) for name, value in values.items() if _is_figure(value)})
+    return rows
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that is nested no deeper than what a run writes.
+
+    Raises:
+        OSError: not readable.
+        ValueError: no such object; the message is one line that names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_deep = _is_deeper(content, 50)
+    except RecursionError:
+        content, is_deep = {}, True
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON") from None
+    if is_deep:
+        raise ValueError(f"{path}: nested too deep")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    nested = [value]
+    for _ in range(levels):
+        nested = [
+            inner
+            for outer in nested
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(nested)
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """A run folder's summary.json.
+
+    Raises:
+        OSError, ValueError: not there, not readable, or a value of another kind than a run writes.
+    """
+    path = Path(folder) / SUMMARY_FILE
+    content = read_object(path)
+    for key, (is_valid, needed) in _SUMMARY.items():
+        if key in content and not is_valid(content[key]):
+            raise ValueError(f"{path}: {key} is {excerpt(content[key])}: {needed} is needed")
+    return content
+
+
+_SUMMARY: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "state": (lambda value: value in get_args(State), "finished, interrupted or failed"),
+    "recipe": (lambda value: isinstance(value, str), "a name"),
+    "first": (lambda value: isinstance(value, dict), "an object"),
+    "warnings": (lambda value: isinstance(value, list), "a list"),
+    "rows": (_is_count, "a whole number"),
+    "train/steps": (_is_count, "a whole number"),
+}
+"""What others rely on: is a value valid, and what is needed."""
+
+
+def read_process(folder: str | Path) -> dict[str, Any]:
+    """A run folder's run.json; empty where there is none that can be read."""
+    try:
+        return read_object(Path(folder) / PROCESS_FILE)
+    except (OSError, ValueError):
+        return {}
+
+
+def has_finished(folder: str | Path) -> bool:
+    """Whether a run folder holds a run that has come to its end."""
+    try:
+        return bool(read_object(Path(folder) / SUMMARY_FILE).get("state") == "finished")
+    except (OSError, ValueError):
+        return False
+
+
+def write_process(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write run.json: these values, and which process writes the run.
+
+    Raises:
+        OSError: not writable.
+    """
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    write_atomically(folder / PROCESS_FILE, json.dumps({**values, **owner}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """How a run stands.
+
+    Attributes:
+        folder: where it lies.
+        recipe: its recipe; None where that cannot be read.
+        state: finished, interrupted, failed or running; a run that was killed is interrupted.
+        step: steps of which a row is on disk.
+        n_steps: steps of the whole run.
+        figures: the last row.
+        updated: when the last row was written, seconds since the epoch.
+        problem: what cannot be read, empty where all can.
+    """
+
+    folder: Path
+    recipe: Recipe | None
+    state: State | Literal["running"]
+    step: int
+    n_steps: int
+    figures: Mapping[str, Any]
+    updated: float
+    problem: str = ""
+
+
+def run_info(folder: Path) -> RunInfo:
+    """Read how a run stands, whatever is damaged in its folder."""
+    problems = []
+    recipe = None
+    rows: list[dict[str, Value]] = []
+    try:
+        recipe = load_recipe(folder / RECIPE_FILE)
+    except RecipeError as error:
+        problems.append(str(error))
+    metrics = folder / METRICS_FILE
+    try:
+        rows = read_metrics(folder) if metrics.exists() else []
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+    state: State | Literal["running"] = "interrupted"
+    if is_held(folder):
+        state = "running"
+    elif (folder / SUMMARY_FILE).is_file():
+        try:
+            state = read_summary(folder).get("state", state)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    last = rows[-1] if rows else {}
+    try:
+        updated = (metrics if metrics.exists() else folder).stat().st_mtime
+    except OSError as error:  # deleted meanwhile
+        updated = 0.0
+        problems.append(str(error))
+    return RunInfo(
+        folder=folder,
+        recipe=recipe,
+        state=state,
+        step=int(last.get(STEP) or 0),
+        n_steps=recipe.n_steps if recipe else 0,
+        figures=last,
+        updated=updated,
+        problem=problems[0] if problems else "",
+    )
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders at and below a folder, by name; the insides of runs are not searched."""
+    if _is_run(folder):
+        return [folder]
+    found: list[Path] = []
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return found
+    for path in inside:
+        if not path.name.startswith(".") and not path.is_symlink():
+            found += find_runs(path)
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE_FILE).is_file() and any(
+        (folder / name).exists() for name in (METRICS_FILE, SUMMARY_FILE, PROCESS_FILE)
+    )

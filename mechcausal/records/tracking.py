@@ -1,0 +1,362 @@
+"""The record of a run: a W&B run, and beside it plain files that cannot be lost silently."""
+
+import json
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
+from mechcausal.records.run_folder import (
+    METRICS_FILE,
+    PROCESS_FILE,
+    RECIPE_FILE,
+    STEP,
+    SUMMARY_FILE,
+    State,
+    Value,
+    finite,
+    hold,
+    read_metrics,
+    read_process,
+    read_summary,
+    write_process,
+)
+from mechcausal.records.wandb_fragments import fragments, settle, sync_command, wandb_steps
+from mechcausal.records.wandb_runs import WandbRun
+from mechcausal.support.files import JsonLines, write_atomically
+from mechcausal.support.messages import shell_command
+from mechcausal.support.nested import flat
+
+if TYPE_CHECKING:
+    from mechcausal.pictures.wandb_panels import Panel
+
+COUNT_SECONDS = 6
+"""How long rows that W&B lacks are waited for when a run has ended."""
+
+
+class RecordError(OSError):
+    """The run folder can no longer be written; the message is one line for the user."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the block an error of the file system becomes a RecordError that names the file."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+class RunRecord:
+    """One run's W&B run and files: opened, fed row by row, finished.
+
+    Attributes:
+        folder: the run folder.
+        mode: resolved W&B mode; falls back to offline when online cannot be had.
+        warnings: what went wrong with recording, for the user to read.
+        rows: rows in metrics.jsonl.
+        lean: whether the run began as a lean one, in a batch.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        mode: WandbMode,
+        *,
+        rows: Sequence[Mapping[str, Value]] = (),
+        environment: Mapping[str, Any] | None = None,
+        on_warning: Callable[[str], None] | None = None,
+        lean: bool = False,
+    ) -> None:
+        """Open metrics.jsonl and the W&B run.
+
+        Args:
+            folder: the run folder.
+            recipe: goes to W&B as its config.
+            mode: of W&B.
+            rows: what metrics.jsonl holds already, when the run is resumed. Rows that W&B has not
+                got, lost when the process was killed, are logged again.
+            environment: versions and device, kept in run.json.
+            on_warning: told what goes wrong, as it does.
+            lean: for one of very many runs: W&B is opened at the end, told the rows alone and asked
+                for nothing about the machine, which takes a tenth of the time.
+
+        Raises:
+            RecordError: not writable.
+        """
+        self.folder = folder
+        self.warnings: list[str] = []
+        self._on_warning = on_warning
+        process = read_process(folder)
+        known = str(process.get("wandb_id") or "")
+        self._id = known if re.fullmatch(r"[\w-]{1,120}", known) else _run_id(folder)
+        self._values: dict[str, Any] = {
+            **process,
+            "wandb_id": self._id,
+            "recipe": recipe_to_dict(recipe),
+            "environment": dict(environment or {}),
+        }
+        self.lean = lean or process.get("lean") is True
+        if self.lean:
+            self._values["lean"] = True
+        self._wandb: WandbRun | None = None
+        self._in_wandb: set[int] = set()
+        # W&B takes no more of a step once its row is committed: that of the last step waits for
+        # the panels, which are drawn from all that was recorded.
+        self._last_step = recipe.n_steps
+        self._waiting: Callable[[Mapping[str, Panel]], None] | None = None
+        with writing(folder / METRICS_FILE):
+            self._metrics = JsonLines(folder / METRICS_FILE)
+        self.rows = len(rows)
+        self._at_end = None
+        try:
+            with writing(folder / PROCESS_FILE):
+                write_process(folder, self._values)
+            if mode != "disabled" and not lean:
+                self._open_wandb(recipe, mode, rows)
+        except BaseException:
+            self.finish({}, "failed")
+            raise
+        self._at_end = (recipe, mode) if lean and mode != "disabled" else None
+
+    @property
+    def mode(self) -> WandbMode:
+        """W&B's mode, disabled once it has failed."""
+        return self._wandb.mode if self._wandb else "disabled"
+
+    @property
+    def wandb_folder(self) -> Path | None:
+        """Where W&B writes this fragment of the run, None when disabled."""
+        return self._wandb.folder if self._wandb else None
+
+    @property
+    def url(self) -> str | None:
+        """The run's page, when online."""
+        return self._wandb.url if self._wandb else None
+
+    def warn(self, message: str) -> None:
+        """Keep a warning, and tell it at once."""
+        self.warnings.append(message)
+        if self._on_warning is not None:
+            self._on_warning(message)
+
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, Value],
+        images: Mapping[str, np.ndarray | Path] | None = None,
+    ) -> None:
+        """Write one row: to metrics.jsonl (with the operating system), then to W&B (committed).
+
+        Args:
+            step: training step; rows come in increasing order.
+            metrics: numbers by name; None and values that are not finite are written as null in
+                the file and left out of the W&B row.
+            images: pictures for the W&B row, as uint8 arrays [height, width, 3] or PNG files.
+
+        Raises:
+            RecordError: the file cannot be written; the row is not in it.
+        """
+        row = table_row(step, metrics)
+        with writing(self.folder / METRICS_FILE):
+            self._metrics.append(row)
+        self.rows += 1
+        self._to_wandb(step, row, images)
+
+    def log_checkpoint(self, folder: Path, aliases: list[str]) -> None:
+        """Log a checkpoint as a W&B artifact."""
+        if self._wandb is not None:
+            name = f"checkpoint-{self._id}"
+            self._wandb.log_folder(folder, name=name, kind="model", aliases=aliases)
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk.
+
+        Raises:
+            RecordError: they cannot be written.
+        """
+        with writing(self.folder / METRICS_FILE):
+            self._metrics.sync()
+
+    def closing(self, summary: Mapping[str, Any], state: State) -> dict[str, Any]:
+        """What summary.json would hold if the run ended now."""
+        return {**summary, "state": state, "rows": self.rows, "warnings": list(self.warnings)}
+
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        state: State,
+        panels: "Mapping[str, Panel] | None" = None,
+    ) -> None:
+        """Close the W&B run, check that no row was lost, and write summary.json.
+
+        Whatever cannot be written becomes a warning: this is called when all else has failed, too.
+
+        Args:
+            summary: what came out.
+            state: how the run ended.
+            panels: for W&B, beside the row of the last step.
+        """
+        try:
+            self.sync()
+        except RecordError as error:
+            self.warn(str(error))
+        self._metrics.close()
+        if self._at_end is not None:
+            try:
+                self._open_wandb(*self._at_end, read_metrics(self.folder), lean=True)
+            except (OSError, ValueError) as error:
+                self.warn(f"the run is recorded in metrics.jsonl alone: {error}")
+        if self._waiting is not None:
+            self._waiting(panels or {})
+        if self._wandb is not None:
+            self._wandb.finish(
+                flat({**summary, "state": state}, "/"), exit_code=0 if state == "finished" else 1
+            )
+            self._compare_rows()
+        try:
+            with writing(self.folder / SUMMARY_FILE):
+                text = json.dumps(_json_ready(self.closing(summary, state)), indent=2) + "\n"
+                write_atomically(self.folder / SUMMARY_FILE, text)
+        except RecordError as error:
+            self.warn(str(error))
+
+    def _open_wandb(
+        self,
+        recipe: Recipe,
+        mode: WandbMode,
+        rows: Sequence[Mapping[str, Value]],
+        *,
+        lean: bool = False,
+    ) -> None:
+        """Start W&B, and tell it the rows that it has not got."""
+        before = fragments(self.folder, self._id)
+        self._start_wandb(recipe, mode, lean=lean)
+        assert self._wandb is not None
+        if self._wandb.mode == "online":  # what it holds is for the server to say
+            first = self._wandb.first_step
+            self._in_wandb = {step for row in rows if (step := int(row[STEP] or 0)) < first}
+        else:
+            for fragment in before:
+                settle(fragment)
+                self._in_wandb.update(wandb_steps(fragment) or ())
+        for row in rows:
+            self._to_wandb(int(row[STEP] or 0), row)
+
+    def _start_wandb(self, recipe: Recipe, mode: WandbMode, *, lean: bool) -> None:
+        run = self._wandb = WandbRun(
+            mode,
+            self.folder,
+            self.warn,
+            id=self._id,
+            name=self.folder.resolve().name,
+            project=recipe.wandb.project,
+            entity=recipe.wandb.entity,
+            group=recipe.wandb.group or recipe.name,
+            tags=[*recipe.wandb.tags, recipe.graph.preset, recipe.model.kind],
+            config=recipe_to_dict(recipe),
+            allow_val_change=True,
+            lean=lean,
+        )
+        if run.folder is None:
+            self.warn("the run is recorded in metrics.jsonl alone")
+            return
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        found = [path.relative_to(self.folder) for path in fragments(self.folder, self._id)]
+        self._values["fragments"] = [str(path) for path in found]
+        self._values["sync"] = [shell_command(*sync_command(path)) for path in found]
+        with writing(self.folder / PROCESS_FILE):
+            write_process(self.folder, self._values)
+
+    def _to_wandb(
+        self,
+        step: int,
+        row: Mapping[str, Value],
+        images: Mapping[str, np.ndarray | Path] | None = None,
+    ) -> None:
+        if self._wandb is None or step in self._in_wandb:
+            return
+        self._in_wandb.add(step)
+        send = partial(self._wandb.log, step, row, images)
+        if step == self._last_step:
+            self._waiting = send
+        else:
+            send({})
+
+    def _compare_rows(self) -> None:
+        assert self._wandb is not None
+        if self._wandb.folder is None:
+            return
+        own, first_step = self._wandb.folder, self._wandb.first_step
+        # Of an online run the server knows what had arrived before this fragment.
+        is_online = not own.name.startswith("offline-")
+        places = {own} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
+        arrived = [step for step in self._in_wandb if step < first_step]
+        # Of a run that W&B gave up nothing more is to come.
+        patience = COUNT_SECONDS if self.mode != "disabled" else 0
+        deadline = time.monotonic() + patience
+        while True:  # its service may write the last of them a moment after it has finished
+            found = {place: wandb_steps(place) for place in sorted(places)}
+            logged = Counter(arrived + [step for steps in found.values() for step in steps or ()])
+            if len(logged) >= self.rows or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if found[own] is None:
+            self.warn(f"the rows of the W&B run in {own} could not be counted")
+            return
+        if len(logged) < self.rows:
+            self.warn(
+                f"W&B kept {len(logged)} of {self.rows} rows in {own}; "
+                f"all of them are in {self.folder / METRICS_FILE}"
+            )
+        repeated = sorted(step for step, times in logged.items() if times > 1)
+        if repeated:
+            said = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
+            self.warn(f"W&B has these steps in more than one fragment: {said}")
+
+
+def send_again(folder: Path) -> str:
+    """Send the server of an online run the rows that it has not got; what went wrong, or empty.
+
+    Uploading the fragment of an online run would repeat the rows that had arrived.
+
+    Raises:
+        RunFolderError, RecipeError, OSError, ValueError: the run cannot be read or written.
+    """
+    with hold(folder):
+        summary, rows = read_summary(folder), read_metrics(folder)
+        recipe, around = load_recipe(folder / RECIPE_FILE), read_process(folder).get("environment")
+        record = RunRecord(folder, recipe, "online", rows=rows, environment=around)
+        sent = record.mode == "online"
+        record.finish(summary, summary.get("state", "interrupted"))
+        return "" if sent and not record.warnings else "; ".join(record.warnings)
+
+
+def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:
+    """A row of metrics.jsonl: null for what is not a finite number."""
+    return {STEP: step} | {key: finite(value) for key, value in metrics.items()}
+
+
+def _run_id(folder: Path) -> str:
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.resolve().name)[:100]
+    return f"{name}-{secrets.token_hex(2)}"
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return finite(value) if isinstance(value, float) else value

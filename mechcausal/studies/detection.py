@@ -1,0 +1,191 @@
+"""Which heads of a model are induction heads: scores, and what interventions say of them."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mechcausal.pictures.static.run_figures import head_heatmap
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.recipes import WandbMode
+from mechcausal.records.wandb_runs import WandbRun
+from mechcausal.studies.targets import Target
+from probes import (
+    AblationEffect,
+    HeadScores,
+    KComposition,
+    PositionLoss,
+    ablation_effects,
+    k_composition,
+    loss_by_position,
+    score_heads,
+)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found out about a model's heads.
+
+    Attributes:
+        target: the model.
+        scores: of every head.
+        in_context: loss by position, None for a model that makes no next-token predictions.
+        ablations: of the induction and previous-token heads; None where not asked for.
+        composition: of earlier heads with the induction heads; None where not asked for.
+    """
+
+    target: Target
+    scores: HeadScores
+    in_context: PositionLoss | None
+    ablations: tuple[AblationEffect, ...] | None
+    composition: KComposition | None
+
+    def is_previous_token(self, head: tuple[int, int]) -> bool:
+        """Whether that is a head's verdict, or one of them."""
+        return "previous_token" in self.scores.verdicts[head]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `HeadScores.to_dict`, and what else was asked for.
+
+        Adds `in_context` (loss by position and gain, nats), `ablations` and `composition` (for
+        each induction head the earlier heads, the strongest first).
+        """
+        content = self.scores.to_dict(self.target.name)
+        if self.in_context is not None:
+            content["in_context"] = {
+                "loss": self.in_context.loss.tolist(),
+                "repeat_length": self.in_context.repeat_length,
+                "gain": self.in_context.in_context_gain,
+            }
+        if self.ablations is not None:
+            content["ablations"] = [
+                {key: None if value != value else value for key, value in asdict(effect).items()}
+                for effect in self.ablations
+            ]
+        if self.composition is not None:
+            content["composition"] = [
+                {
+                    "layer": layer,
+                    "head": head,
+                    "reads": [
+                        {
+                            "layer": earlier[0],
+                            "head": earlier[1],
+                            "score": score,
+                            "previous_token": self.is_previous_token(earlier),
+                        }
+                        for earlier, score in self.composition.partners((layer, head), 5)
+                    ],
+                }
+                for layer, head in self.composition.later
+            ]
+        return content
+
+
+def detect(
+    target: Target,
+    *,
+    n_sequences: int = 32,
+    repeat_lengths: Sequence[int] | None = None,
+    threshold: float = 0.4,
+    seed: int = 0,
+    ablate: bool = False,
+    compose: bool = False,
+) -> Detection:
+    """Score every head, and on demand take heads out and trace what they read.
+
+    Args:
+        target: the model.
+        n_sequences: repeated sequences; as many controls come on top.
+        repeat_lengths: lengths of the repeated block, None for what fits.
+        threshold: from where on a head gets its verdict.
+        seed: of the random tokens.
+        ablate: mean-ablate the induction and previous-token heads, one at a time.
+        compose: K-composition of earlier heads with the induction heads.
+
+    Raises:
+        ValueError, ProbeError: see `probes.score_heads`; ablation of a model that does not predict
+            every token.
+    """
+    if ablate and not target.predicts_every_token:
+        raise ValueError("--ablate needs next-token predictions, which this model does not make")
+    model = target.model
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    scores = score_heads(
+        model,
+        n_sequences=n_sequences,
+        repeat_lengths=repeat_lengths,
+        generator=generator(),
+        threshold=threshold,
+        bos=target.bos,
+    )
+    induction, previous = scores.heads("induction"), scores.heads("previous_token")
+    in_context = ablations = None
+    if target.predicts_every_token:
+        in_context = loss_by_position(
+            model, n_sequences=min(n_sequences, 16), generator=generator(), bos=target.bos
+        )
+    if ablate:
+        heads = list(dict.fromkeys([*induction, *previous]))
+        ablations = ablation_effects(
+            model, heads, n_sequences=min(n_sequences, 32), generator=generator(), bos=target.bos
+        )
+    composition = k_composition(model, induction) if compose else None
+    return Detection(target, scores, in_context, ablations, composition)
+
+
+def draw_heatmap(detection: Detection, path: Path) -> None:
+    """Induction, previous-token and duplicate-token scores by layer and head, as a PNG file."""
+    scores = detection.scores
+    panels = {
+        name.replace("_", " "): getattr(scores, name).float().cpu().numpy() for name in HEAD_SCORES
+    }
+    head_heatmap(path, panels, layers=scores.layers, title=detection.target.name)
+
+
+def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> str | None:
+    """Log scores, heatmap and interventions as a W&B run of job type "detect"; say where.
+
+    An offline run lies in the target's run folder, or else in the current one. None where W&B could
+    not start; `warnings` then say why.
+    """
+    import wandb
+
+    content = detection.to_dict()
+    run = WandbRun(
+        mode,
+        detection.target.folder or Path.cwd(),
+        warnings.append,
+        kept="the scores are in its output",
+        project="mechcausal",
+        job_type="detect",
+        name=f"detect-{Path(detection.target.name).name}-{secrets.token_hex(2)}",
+        config={key: value for key, value in content.items() if not isinstance(value, list)},
+    )
+    if run.folder is None:
+        return None
+    pictures: dict[str, np.ndarray | Path] = {"heads/heatmap": run.folder / "heads.png"}
+    try:
+        draw_heatmap(detection, run.folder / "heads.png")
+    except OSError as error:
+        warnings.append(f"{run.folder / 'heads.png'}: cannot be written: {error.strerror or error}")
+        pictures = {}
+    frame = detection.scores.to_frame()
+    frame["verdict"] = [", ".join(names) for names in frame["verdict"]]
+    rows: dict[str, Any] = {"heads": wandb.Table(dataframe=frame)}
+    best = content["heads"][0]
+    rows |= {f"best/{key}": best[key] for key in ("layer", "head", "induction")}
+    if detection.in_context is not None:
+        rows["in_context_gain"] = detection.in_context.in_context_gain
+    for effect in detection.ablations or ():
+        rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
+    run.log(0, rows, pictures)
+    run.finish({}, exit_code=0)
+    return run.url or str(run.folder)

@@ -1,0 +1,148 @@
+"""Ratings in the formats of MovieLens, as sessions: what a user rated, in the order of time."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechcausal.studies.explanations.sessions import FIRST_ITEM, PAD, SessionBatch
+
+_CSV_HEADER = ("userId", "movieId", "rating", "timestamp")
+_FORMATS = "UserID::MovieID::Rating::Timestamp, comma-separated with a header, or tab-separated"
+
+
+class RatingsError(ValueError):
+    """A file of ratings that cannot be used; the message is one line that names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class RatedSessions:
+    """Every user's items, oldest first, cut into sessions; each user's last item is held out.
+
+    Attributes:
+        histories: tokens of every user's items.
+        item_ids: the file's item by token; tokens below `FIRST_ITEM` are none.
+        length: items of a session; shorter ones have PAD in front.
+    """
+
+    histories: tuple[tuple[int, ...], ...]
+    item_ids: tuple[str, ...]
+    length: int
+
+    @property
+    def vocab_size(self) -> int:
+        """PAD, MASK and the items."""
+        return FIRST_ITEM + len(self.item_ids)
+
+    def sample(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+        """Sessions that end at random places before each user's last item."""
+        users = self._draw(len(self.histories), n_sessions, generator)
+        rows = []
+        for user in users:
+            history = self.histories[user]
+            # The target is no earlier than the second item, and never the last.
+            rows.append((user, 1 + self._draw(len(history) - 2, 1, generator)[0]))
+        return self._batch(rows, generator.device)
+
+    def held_out(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+        """What different users rated last, at random; all users if there are no more."""
+        order = torch.randperm(
+            len(self.histories), generator=generator, device=generator.device
+        ).tolist()
+        rows = [(user, len(self.histories[user]) - 1) for user in order[:n_sessions]]
+        return self._batch(rows, generator.device)
+
+    def _batch(self, rows: list[tuple[int, int]], device: torch.device) -> SessionBatch:
+        items, targets = [], []
+        for user, target in rows:
+            history = self.histories[user]
+            before = history[max(0, target - self.length) : target]
+            items.append([PAD] * (self.length - len(before)) + list(before))
+            targets.append(history[target])
+        tokens: Int[Tensor, "batch pos"] = torch.tensor(items, device=device)
+        return SessionBatch(tokens, torch.tensor(targets, device=device), None)
+
+    @staticmethod
+    def _draw(below: int, n: int, generator: torch.Generator) -> list[int]:
+        drawn: list[int] = torch.randint(
+            below, (n,), generator=generator, device=generator.device
+        ).tolist()
+        return drawn
+
+
+def load_ratings(path: str | Path, *, length: int = 12, most_items: int = 2000) -> RatedSessions:
+    """Read `ratings.dat`, `ratings.csv` or `u.data`; which it is, its first line says.
+
+    A rating counts as an interaction whatever its value. Ratings of one time stay in the file's
+    order.
+
+    Args:
+        path: the file.
+        length: items of a session.
+        most_items: keep that many of the most rated; the others are left out.
+
+    Raises:
+        RatingsError: not a readable file of ratings, or too few of them: users with three items or
+            more, and at least two different items, are needed.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise RatingsError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RatingsError(f"{path}: not a text file in UTF-8") from None
+    separator, start = _format(lines, path)
+    by_user: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines[start:], start + 1):
+        if line.strip():
+            user, item, time = _rating(line, separator, f"{path}, line {number}")
+            by_user.setdefault(user, []).append((time, item))
+    counts = Counter(item for ratings in by_user.values() for _, item in ratings)
+    kept = [item for item, _ in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))]
+    tokens = {item: FIRST_ITEM + i for i, item in enumerate(kept[:most_items])}
+    histories = []
+    for ratings in by_user.values():
+        ratings.sort(key=lambda rating: rating[0])
+        history = tuple(tokens[item] for _, item in ratings if item in tokens)
+        if len(history) >= 3:
+            histories.append(history)
+    if not histories or len(tokens) < 2:
+        raise RatingsError(
+            f"{path}: {len(histories)} users with three ratings or more and {len(tokens)} items; "
+            "at least one and two are needed"
+        )
+    return RatedSessions(tuple(histories), tuple(tokens), length)
+
+
+def _format(lines: list[str], path: Path) -> tuple[str, int]:
+    """The separator of the fields, and the first line with a rating."""
+    first = next((line for line in lines if line.strip()), "")
+    if not first:
+        raise RatingsError(f"{path}: empty; {_FORMATS} is needed")
+    for separator in ("::", "\t"):
+        if separator in first:
+            return separator, 0
+    header = tuple(field.strip() for field in first.split(","))
+    if header == _CSV_HEADER:
+        return ",", lines.index(first) + 1
+    raise RatingsError(f"{path}, line {lines.index(first) + 1}: {first[:60]!r} is not {_FORMATS}")
+
+
+def _rating(line: str, separator: str, place: str) -> tuple[str, str, int]:
+    fields = [field.strip() for field in line.split(separator)]
+    if len(fields) != 4:
+        raise RatingsError(f"{place}: {len(fields)} fields; user, item, rating, timestamp are 4")
+    user, item, rating, time = fields
+    if not user or not item:
+        raise RatingsError(f"{place}: the {'item' if user else 'user'} is empty")
+    try:
+        float(rating)
+        return user, item, int(float(time))
+    except (ValueError, OverflowError):
+        raise RatingsError(
+            f"{place}: rating {rating!r} and timestamp {time!r}; numbers are needed"
+        ) from None

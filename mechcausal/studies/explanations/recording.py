@@ -1,0 +1,85 @@
+"""Where the result of a comparison lies, and the W&B run beside it."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechcausal.recipes import WandbMode
+from mechcausal.records.run_folder import RunFolderError
+from mechcausal.records.wandb_runs import WandbRun
+
+if TYPE_CHECKING:
+    import wandb
+
+
+def new_folder(name: str) -> Path:
+    """Where a result goes when the user does not say."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"explain_{name}" / f"{stamp}-{secrets.token_hex(2)}"
+
+
+def make_folder(folder: Path, result: str) -> None:
+    """Make the folder of a result, and check that none is in it.
+
+    Raises:
+        RunFolderError: not writable, or a result is there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = (folder / result).exists()
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
+    if taken:
+        raise RunFolderError(f"{folder}: already holds {result}; choose another folder with --out")
+
+
+def start_run(
+    mode: WandbMode,
+    result: Path,
+    warnings: list[str],
+    *,
+    kind: str,
+    subject: str,
+    name: str,
+    settings: dict[str, Any],
+) -> WandbRun | None:
+    """The W&B run of a comparison, which turns into a warning when it fails.
+
+    Args:
+        mode: without a run if it is "disabled".
+        result: file that holds what was found; W&B's files go beside it.
+        warnings: what goes wrong is added here.
+        kind: of comparison, the job type.
+        subject: what is compared; runs of one kind and subject are a group.
+        name: tells it from the others of its group.
+        settings: its configuration.
+    """
+    if mode == "disabled":
+        return None
+    return WandbRun(
+        mode,
+        result.parent,
+        warnings.append,
+        kept=f"the result is in {result.name}",
+        project="mechcausal",
+        group=f"{kind}-{subject}",
+        job_type=kind,
+        name=f"{kind}-{subject}-{name}",
+        tags=[kind, subject],
+        config=settings,
+    )
+
+
+def place_of(run: WandbRun | None) -> str | None:
+    """The page of an online run, else its folder; None where there is no run."""
+    return None if run is None or run.folder is None else run.url or str(run.folder)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> "wandb.Table":
+    """Rows with the same keys as a table of W&B."""
+    import wandb
+
+    columns: list[str | int] = list(rows[0])
+    return wandb.Table(columns=columns, data=[list(row.values()) for row in rows])

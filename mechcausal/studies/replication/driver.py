@@ -1,0 +1,174 @@
+"""`replicate`: train what is missing, measure, draw, record."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mechcausal.recipes import Recipe, WandbMode
+from mechcausal.records.wandb_runs import WandbRun, resolve_mode
+from mechcausal.studies.replication.figures import FIGURES, Figure
+from mechcausal.studies.replication.page import write_page, write_table
+from mechcausal.studies.replication.rows import Row
+from mechcausal.studies.replication.runs import Run, run_all
+from mechcausal.support.messages import first_line
+
+TABLE_FILE = "replication.json"
+PAGE_FILE = "replication.md"
+
+
+class ReplicationError(ValueError):
+    """A figure that is not one; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What was found.
+
+    Attributes:
+        rows: paper, ours, theory and verdict, in the order of the figures.
+        pictures: PNG files by name, `<figure>` or `<figure>_<part>`.
+        failed: what went wrong, by run or figure.
+        folder: where runs, pictures, the table and the page lie.
+        warnings: what went wrong with recording and drawing.
+        figures: which figures of the paper were made; empty for all of them.
+    """
+
+    rows: list[Row]
+    pictures: dict[str, Path]
+    failed: dict[str, str]
+    folder: Path
+    warnings: list[str] = field(default_factory=list)
+    figures: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything that must hold does, and nothing failed."""
+        return not self.failed and all(row.holds is not False for row in self.rows)
+
+
+def replicate(
+    figures: Sequence[str] = (),
+    *,
+    folder: str | Path,
+    quick: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
+    wandb_mode: WandbMode | None = None,
+    group: str | None = None,
+    adjust: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    on_done: Callable[[str, str], None] = lambda name, outcome: None,
+) -> Replication:
+    """Make figures of the paper again.
+
+    Args:
+        figures: names in `FIGURES`; all of them when empty.
+        folder: runs are kept here and reused; the table, the page and the pictures go here too.
+        quick: fewer seeds and graphs, shorter runs.
+        workers: runs trained at a time, one thread each; as many as there are cores when absent.
+        device: of every run.
+        wandb_mode: see `tracking.resolve_mode`.
+        group: W&B group of every run; the folder's name when absent.
+        adjust: last change to every recipe.
+        on_done: called with the name of a run or figure and how it went.
+
+    Returns:
+        Rows, pictures and what failed. A figure whose runs failed has no rows.
+
+    Raises:
+        ReplicationError: an unknown figure.
+        TrackingError: WANDB_MODE is none of W&B's modes.
+        OSError: the folder cannot be written.
+    """
+    chosen = _chosen(figures)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = resolve_mode(wandb_mode)
+    group = group or folder.resolve().name
+
+    def prepared(recipe: Recipe) -> Recipe:
+        changes = {
+            "device": device,
+            "wandb__mode": mode,
+            "wandb__group": group,
+            "wandb__page": False,
+        }
+        return adjust(recipe.with_overrides(**changes))
+
+    needed = [member for figure in chosen.values() for member in figure.members(quick)]
+    runs, failed = run_all(
+        needed,
+        folder,
+        workers=workers or os.cpu_count() or 1,
+        adjust=prepared,
+        on_done=on_done,
+    )
+    rows: list[Row] = []
+    pictures: dict[str, Path] = {}
+    warnings: list[str] = []
+    for name, figure in chosen.items():
+        own = [runs[member.name] for member in figure.members(quick) if member.name in runs]
+        if len(own) < len(figure.members(quick)):
+            failed[name] = "not measured, because a run that it needs failed"
+            continue
+        rows += figure.measure(own, quick)
+        try:
+            pictures |= _drawn(figure, own, folder / "figures", quick)
+        except Exception as error:  # what was measured is worth more than its picture
+            warnings.append(f"{name}: not drawn: {type(error).__name__}: {first_line(error)}")
+        on_done(name, "measured")
+    made = () if len(chosen) == len(FIGURES) else tuple(chosen)
+    replication = Replication(rows, pictures, failed, folder, warnings, made)
+    write_table(replication, folder / TABLE_FILE)
+    write_page(replication, folder / PAGE_FILE, quick=quick)
+    _log(replication, mode, group)
+    return replication
+
+
+def check_figures(figures: Sequence[str]) -> None:
+    """Find out whether every figure is one.
+
+    Raises:
+        ReplicationError: one is not.
+    """
+    for name in figures:
+        if name not in FIGURES:
+            raise ReplicationError(f"{name}: no such figure; allowed: {', '.join(FIGURES)}, all")
+
+
+def _chosen(figures: Sequence[str]) -> dict[str, Figure]:
+    check_figures(figures)
+    return {name: figure for name, figure in FIGURES.items() if not figures or name in figures}
+
+
+def _drawn(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, drawing in figure.draw(runs, quick).items():
+        pictures[name] = folder / f"{name}.png"
+        drawing.savefig(pictures[name], dpi=110)
+    return pictures
+
+
+def _log(replication: Replication, mode: WandbMode, group: str) -> None:
+    """One more W&B run in the group, with the table and the pictures."""
+    if mode == "disabled":
+        return
+    import wandb
+
+    run = WandbRun(
+        mode,
+        replication.folder,
+        replication.warnings.append,
+        kept=f"the table is in {TABLE_FILE}",
+        project="mechcausal",
+        group=group,
+        job_type="replication",
+        name=f"{group}-table",
+        tags=["replication"],
+    )
+    columns: list[str | int] = list(Row.__dataclass_fields__)
+    data = [list(row.as_json().values()) for row in replication.rows]
+    run.log(0, {"replication": wandb.Table(columns=columns, data=data)}, replication.pictures)
+    holds = [row.holds for row in replication.rows]
+    run.finish({"holds": holds.count(True), "does_not_hold": holds.count(False)}, exit_code=0)

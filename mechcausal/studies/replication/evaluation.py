@@ -1,0 +1,84 @@
+"""Fresh sequences on which trained models are compared with Bayes."""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.studies.replication.runs import Run
+from mechcausal.tasks import Batch, SingleParentTask, Task, cross_entropies
+from mechcausal.tasks.predictors import bayes_prediction, bigram_prediction
+from mechcausal.tasks.priors import DirichletPrior
+
+SEED = 20_240_221  # of the evaluation, far from those of runs
+_CHUNK = 2048
+
+
+def fresh_batch(run: Run, factor: int) -> Batch:
+    """Sequences of the run's task that nothing was trained or watched on.
+
+    Args:
+        run: whose task it is.
+        factor: their number, in evaluation batches of the run.
+    """
+    return _fresh_batch(run.task, factor * run.recipe.evaluation.n_sequences, run.recipe.device)
+
+
+def precise(quick: bool) -> int:
+    """The factor for losses that are compared with Bayes."""
+    return 4 if quick else 16
+
+
+@torch.no_grad()
+def losses(run: Run, factor: int) -> dict[str, Float[Tensor, "batch"]]:
+    """Cross entropy in nats of every sequence of `fresh_batch`, by predictor: "model" and "bayes".
+
+    In a single-parent task also "miscounted", the authors' Bayes predictor, and "counted", the same
+    with roots counted right (`bigram_prediction`).
+    """
+    recipe, batch = run.recipe, fresh_batch(run, factor)
+    prediction = torch.cat([run.model(part) for part in batch.tokens.split(_CHUNK)])
+    model = cross_entropies(prediction, batch.target, epsilon=recipe.training.epsilon)
+    draws, device = recipe.evaluation.bayes_draws, recipe.device
+    return {"model": model, **_references(run.task, len(batch), draws, device)}
+
+
+@lru_cache(maxsize=8)
+def _fresh_batch(task: Task, n_sequences: int, device: str) -> Batch:
+    generator = torch.Generator(device=device).manual_seed(SEED)
+    return task.sample(n_sequences, generator=generator)
+
+
+@lru_cache(maxsize=32)  # of all runs on the same graph
+def _references(task: Task, n_sequences: int, n_draws: int, device: str) -> dict[str, Tensor]:
+    batch = _fresh_batch(task, n_sequences, device)
+    generator = torch.Generator(device=device).manual_seed(SEED + 1)
+    predictions = {
+        "bayes": bayes_prediction(task, batch.tokens, generator=generator, n_draws=n_draws)
+    }
+    if isinstance(task, SingleParentTask) and isinstance(task.prior, DirichletPrior):
+        predictions["miscounted"] = miscounted_prediction(task, batch.tokens)
+        predictions["counted"] = bigram_prediction(task, batch.tokens)
+    return {name: cross_entropies(p, batch.target) for name, p in predictions.items()}
+
+
+def miscounted_prediction(
+    task: SingleParentTask, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch vocab"]:
+    """The Bayes predictor as the authors' code counts it.
+
+    It adds up alpha and the successors of the query's token, but looks up the parent of a root,
+    -1, at the end of the sequence: each root counts as a successor of the last position of the
+    graph. So the loss that the paper draws as Bayes lies above the true one.
+    """
+    context = tokens[:, :-1]
+    parents = torch.tensor(task.graph.parent_array(), device=tokens.device)
+    same = context[:, parents] == tokens[:, -1:]  # -1 is the last position of the context
+    counts = torch.zeros(len(tokens), task.vocab_size, device=tokens.device)
+    counts.scatter_add_(1, context, same.to(counts.dtype))
+    assert isinstance(
+        task.prior, DirichletPrior
+    )  # where there is one, its counts are the sequence's
+    weights = counts + torch.tensor(task.prior.representable, device=tokens.device)
+    return weights / weights.sum(-1, keepdim=True)

@@ -1,0 +1,35 @@
+"""Every figure that can be made again, by the name that the command takes."""
+
+from mechcausal.studies.replication.figures import (
+    forests,
+    gradients,
+    interventions,
+    out_of_distribution,
+    several_parents,
+    single_parent,
+)
+from mechcausal.studies.replication.figures.base import Figure
+
+FIGURES: dict[str, Figure] = {
+    "figure2": Figure(
+        single_parent.members, single_parent.measure_losses, single_parent.draw_losses
+    ),
+    "figure5": Figure(
+        several_parents.members, several_parents.measure_losses, several_parents.draw_losses
+    ),
+    "figure6": Figure(
+        single_parent.members, single_parent.measure_blocks, single_parent.draw_blocks
+    ),
+    "figure7": Figure(
+        several_parents.members, several_parents.measure_heads, several_parents.draw_heads
+    ),
+    "figure8": Figure(single_parent.mlp_members, single_parent.measure_mlp, single_parent.draw_mlp),
+    "figure9": Figure(forests.members, forests.measure, forests.draw),
+    "theory": Figure(gradients.members, gradients.measure, gradients.draw),
+    "ood": Figure(
+        out_of_distribution.members, out_of_distribution.measure, out_of_distribution.draw
+    ),
+    "interventions": Figure(interventions.members, interventions.measure, interventions.draw),
+}
+
+__all__ = ["FIGURES", "Figure"]

@@ -1,0 +1,93 @@
+"""Figure 9: twenty random forests, each learned by a disentangled transformer of its own."""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from statistics import stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechcausal.pictures.static import paper_figures
+from mechcausal.studies.replication.evaluation import fresh_batch
+from mechcausal.studies.replication.rows import Row, mean_and_stderr
+from mechcausal.studies.replication.runs import Member, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+MEAN, SPREAD, SMALLEST, LARGEST = 0.8366, 0.0540, 0.675, 0.927
+ABOVE_HALF = 176 / 182
+N_GRAPHS, N_GRAPHS_QUICK = 20, 6
+
+
+def members(quick: bool) -> list[Member]:
+    """One forest a seed."""
+    return [Member("figure9_forest", seed) for seed in range(N_GRAPHS_QUICK if quick else N_GRAPHS)]
+
+
+def measure(runs: list[Run], quick: bool) -> list[Row]:
+    """Attention on the parent: its mean and spread over graphs, and edges above one half."""
+    del quick
+    by_graph, edges = attention_on_parents(runs)
+    mean, stderr = mean_and_stderr(by_graph)
+    share = sum(value > 0.5 for value in edges) / len(edges)
+    spread = stdev(by_graph) if len(by_graph) > 1 else None
+    n = len(by_graph)
+    count = f"{sum(value > 0.5 for value in edges)} of {len(edges)} edges"
+    return [
+        Row(
+            "figure9",
+            f"mean attention on the parent, {n} forests; must be at least the paper's",
+            MEAN,
+            mean,
+            stderr,
+            1.0,
+            mean >= MEAN,
+        ),
+        Row(
+            "figure9",
+            "its standard deviation over graphs",
+            SPREAD,
+            spread,
+            None if spread is None else spread / math.sqrt(2 * (n - 1)),
+            None,
+            None,
+        ),
+        Row("figure9", "smallest over graphs", SMALLEST, min(by_graph), None, None, None),
+        Row("figure9", "largest over graphs", LARGEST, max(by_graph), None, None, None),
+        Row(
+            "figure9",
+            f"share of edges with more than half of the attention ({count}); "
+            "must be at least the paper's 176 of 182",
+            ABOVE_HALF,
+            share,
+            math.sqrt(share * (1 - share) / len(edges)),
+            1.0,
+            share >= ABOVE_HALF,
+        ),
+    ]
+
+
+def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
+    """The distribution over graphs beside the paper's."""
+    del quick
+    by_graph, edges = attention_on_parents(runs)
+    return {"figure9": paper_figures.draw_graph_distribution(np.array(by_graph), np.array(edges))}
+
+
+def attention_on_parents(runs: list[Run]) -> tuple[list[float], list[float]]:
+    """Attention on the parent: the mean of every graph that has edges, and of every single edge."""
+    means, singles = [], []
+    for run in runs:
+        if values := _on_parents(run):
+            means.append(sum(values) / len(values))
+            singles += values
+    return means, singles
+
+
+@cache
+def _on_parents(run: Run) -> list[float]:
+    """Attention on the parent along every edge of one graph."""
+    pattern = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)[0]
+    return [pattern[child, parent].item() for parent, child in run.graph.edges]

@@ -1,0 +1,87 @@
+"""The comparison as files: a table in JSON and a page in Markdown with the pictures."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechcausal.studies.replication.rows import Row
+from mechcausal.support.messages import shell_command
+
+if TYPE_CHECKING:
+    from mechcausal.studies.replication.driver import Replication
+
+VERDICTS = {True: "holds", False: "does not hold", None: ""}
+
+
+def write_table(replication: "Replication", path: Path) -> None:
+    """Write the rows as JSON."""
+    rows = [row.as_json() for row in replication.rows]
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def number(value: float | None) -> str:
+    """A number for a table: four digits, nothing for None.
+
+    Example:
+        >>> number(0.83664), number(3500.0), number(None), number(1.0)
+        ('0.8366', '3,500', '', '1')
+    """
+    if value is None or value != value:
+        return ""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}".rstrip("0").rstrip(".") if abs(value) >= 1e-3 else f"{value:.2g}"
+
+
+def measured(row: Row) -> str:
+    """Our value with its standard error."""
+    if row.ours is None:
+        return "not found"
+    error = "" if row.stderr is None else f" ± {number(row.stderr)}"
+    return number(row.ours) + error
+
+
+def publish(replication: "Replication", page: Path, *, quick: bool) -> None:
+    """Write the page to another place, the pictures copied into a folder of its name beside it."""
+    place = page.parent / page.stem
+    place.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        name: Path(shutil.copyfile(path, place / path.name))
+        for name, path in replication.pictures.items()
+    }
+    write_page(replace(replication, pictures=pictures), page, quick=quick)
+
+
+def _command(figures: "tuple[str, ...]", quick: bool) -> str:
+    options = ["--quick"] if quick else []
+    return shell_command("mechcausal", "replicate", *(figures or ["all"]), *options)
+
+
+def write_page(replication: "Replication", page: Path, *, quick: bool) -> None:
+    """Write the page in Markdown, pictures linked relative to it."""
+    lines = [
+        "# The paper, figure by figure",
+        "",
+        f"Made by `{_command(replication.figures, quick)}`: "
+        "*How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
+        "Lee, ICML 2024), its values, ours (± standard error over seeds, graphs or sequences), and "
+        "the theory's. An empty cell: the paper, or theory, gives no number.",
+    ]
+    figures = list(dict.fromkeys(row.figure for row in replication.rows))
+    for figure in figures:
+        lines += ["", f"## {figure}", "", "| quantity | paper | ours | theory | verdict |"]
+        lines += ["|---|---:|---:|---:|---|"]
+        for row in replication.rows:
+            if row.figure == figure:
+                cells = (row.quantity, number(row.paper), measured(row), number(row.theory))
+                lines.append(f"| {' | '.join(cells)} | {VERDICTS[row.holds]} |")
+        for name, path in replication.pictures.items():
+            if name.split("_")[0] == figure:
+                place = Path(os.path.relpath(path, page.parent)).as_posix()
+                lines += ["", f"![{name.replace('_', ' ')}]({place})"]
+    for name, reason in replication.failed.items():
+        lines += ["", f"`{name}`: {reason}"]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The runs that figures are measured on: trained in parallel, or found where they were left."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mechcausal.graphs import CausalGraph
+from mechcausal.models.base import GraphModel
+from mechcausal.models.loading import load_graph_model
+from mechcausal.recipes import Recipe, load_recipe, recipe_to_dict
+from mechcausal.records.run_folder import Value, read_metrics, read_summary, run_info
+from mechcausal.sweeps.engines import LocalEngine
+from mechcausal.sweeps.member import Job
+from mechcausal.tasks import Task, build_task
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run that a figure needs.
+
+    Attributes:
+        recipe: name of a packaged recipe.
+        seed: the run's seed.
+        changes: overrides of the recipe, as in `Recipe.with_overrides`.
+        label: tells runs of one recipe with different changes apart.
+    """
+
+    recipe: str
+    seed: int = 0
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return "-".join(filter(None, (self.recipe, self.label, f"seed{self.seed}")))
+
+    def build(self) -> Recipe:
+        """The recipe as it is to be run."""
+        return load_recipe(self.recipe).with_overrides(seed=self.seed, **self.changes)
+
+
+@dataclass(frozen=True, eq=False)  # so that what was measured on a run can be kept by run
+class Run:
+    """A finished run, read back from its folder."""
+
+    member: Member
+    folder: Path
+    recipe: Recipe
+    reused: bool
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Last row and first row of figures."""
+        return read_summary(self.folder)
+
+    @cached_property
+    def history(self) -> list[dict[str, Value]]:
+        """A row of figures for every probe step."""
+        return read_metrics(self.folder)
+
+    @cached_property
+    def graph(self) -> CausalGraph:
+        """The causal graph."""
+        return self.recipe.build_graph()
+
+    @cached_property
+    def task(self) -> Task:
+        """Graph and prior."""
+        return build_task(self.graph, self.recipe.build_prior())
+
+    @cached_property
+    def model(self) -> GraphModel:
+        """The trained model."""
+        from mechcausal.records.run_folder import MODEL_FOLDER
+
+        return load_graph_model(self.folder / MODEL_FOLDER, device=self.recipe.device)
+
+
+def run_all(
+    members: Sequence[Member],
+    folder: Path,
+    *,
+    workers: int,
+    adjust: Callable[[Recipe], Recipe],
+    on_done: Callable[[str, str], None],
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Train every member that has no finished run with the same recipe below the folder.
+
+    Args:
+        members: what is needed; equal ones are trained once.
+        folder: a run's folder is `folder/<member's name>`, with `-2`, `-3`, ... where that holds a
+            run of another recipe. Nothing is ever deleted; an unfinished run is resumed.
+        workers: processes, one thread each.
+        adjust: last change to every recipe (its device, its W&B group).
+        on_done: called with a member's name and how it went.
+
+    Returns:
+        Runs by member's name, and the error of every member that failed.
+    """
+    recipes = {member.name: adjust(member.build()) for member in members}
+    by_name = {member.name: member for member in members}
+    runs: dict[str, Run] = {}
+    missing: dict[str, Path] = {}
+    for name, recipe in recipes.items():
+        place, finished = _place(folder, name, recipe)
+        if finished:
+            runs[name] = Run(by_name[name], place, recipe, reused=True)
+            on_done(name, "reused")
+        else:
+            missing[name] = place
+    failed: dict[str, str] = {}
+    if not missing:
+        return runs, failed
+    # Long runs first, so that none is left over at the end.
+    order = sorted(missing, key=lambda name: -recipes[name].n_training_sequences)
+    uses_cuda = any(recipes[name].device.startswith("cuda") for name in missing)
+    # The models are small: several runs of one thread each beat one run of several.
+    with LocalEngine(min(workers, len(missing)), uses_cuda=uses_cuda) as engine:
+        futures = {
+            engine.submit(
+                Job([recipe_to_dict(recipes[name])], [str(missing[name].resolve())])
+            ): name
+            for name in order
+        }
+        for future in as_completed(futures):
+            name = futures[future]
+            (outcome,) = future.result().outcomes
+            if outcome.state != "finished":
+                failed[name] = outcome.error or f"the run was {outcome.state}"
+                on_done(name, f"failed: {failed[name]}")
+            else:
+                runs[name] = Run(by_name[name], missing[name], recipes[name], reused=False)
+                on_done(name, "trained")
+    return runs, failed
+
+
+def _place(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:
+    """Where a run of this recipe lies and whether it has finished, or a new place for one."""
+    number = 1
+    while True:
+        place = folder / (name if number == 1 else f"{name}-{number}")
+        if not place.exists():
+            return place, False
+        info = run_info(place)
+        if info.recipe and _comparable(info.recipe) == _comparable(recipe):
+            return place, info.state == "finished"
+        number += 1
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    values = recipe_to_dict(recipe)
+    return {key: value for key, value in values.items() if key not in ("wandb", "name")}

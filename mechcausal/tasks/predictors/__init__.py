@@ -1,0 +1,87 @@
+"""What can be predicted from a sequence: the Bayes predictor and the strategies below it.
+
+A model that learns in context passes through recognisable strategies: the uniform distribution,
+the token frequencies of the context (unigram), and the transitions along the edges of the graph
+(bigram, or with several parents longer contexts), which end in the Bayes predictor.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.tasks import SeveralParentsTask, Task
+from mechcausal.tasks.predictors import single_parent
+from mechcausal.tasks.predictors.bayes_loss import BayesLoss, bayes_loss
+from mechcausal.tasks.predictors.several_parents import context_prediction
+from mechcausal.tasks.predictors.single_parent import (
+    bigram_prediction,
+    transition_counts,
+    uniform_prediction,
+)
+from mechcausal.tasks.predictors.unigram import unigram_prediction
+
+
+def bayes_prediction(
+    task: Task,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    generator: torch.Generator,
+    n_draws: int = 256,
+    max_elements: int = 4_000_000,
+) -> Float[Tensor, "batch vocab"]:
+    """The Bayes predictor: the posterior mean of the target given the sequence.
+
+    With several parents exact: `(alpha_s + N(s)) / sum_s (alpha_s + N(s))`, N counting what
+    followed the query's context at the positions with as many parents; nothing is drawn. In the
+    single-parent task what the roots say about `pi` is averaged over draws, see
+    `single_parent.bayes_prediction`, whose arguments these are.
+    """
+    if isinstance(task, SeveralParentsTask):
+        return context_prediction(task, tokens, n_nearest=len(task.query_parents))
+    return single_parent.bayes_prediction(
+        task, tokens, generator=generator, n_draws=n_draws, max_elements=max_elements
+    )
+
+
+def strategies(
+    task: Task, tokens: Int[Tensor, "batch pos"]
+) -> dict[str, Float[Tensor, "batch vocab"]]:
+    """The predictions of every strategy by name, in order of knowledge.
+
+    On average over the prior none of them has a larger loss than "uniform".
+
+    "uniform", "unigram" and "bigram" in the single-parent task. With k parents of the query
+    "uniform", "unigram" and, for m = 1 ... k, the context of its m last parents: "bigram",
+    "trigram", "4gram", ...; the last one is the Bayes predictor.
+
+    Example:
+        >>> from mechcausal.graphs import two_parents
+        >>> from mechcausal.tasks.priors import DirichletPrior
+        >>> task = SeveralParentsTask(two_parents(4), DirichletPrior.symmetric(0.1, vocab_size=2))
+        >>> list(strategies(task, torch.tensor([[0, 1, 1, 0]])))
+        ['uniform', 'unigram', 'bigram', 'trigram']
+    """
+    predictions = {
+        "uniform": uniform_prediction(task, tokens),
+        "unigram": unigram_prediction(task, tokens),
+    }
+    if not isinstance(task, SeveralParentsTask):
+        predictions["bigram"] = bigram_prediction(task, tokens)
+        return predictions
+    for m in range(1, len(task.query_parents) + 1):
+        name = {1: "bigram", 2: "trigram"}.get(m, f"{m + 1}gram")
+        predictions[name] = context_prediction(task, tokens, n_nearest=m)
+    return predictions
+
+
+__all__ = [
+    "BayesLoss",
+    "bayes_loss",
+    "bayes_prediction",
+    "bigram_prediction",
+    "context_prediction",
+    "strategies",
+    "transition_counts",
+    "uniform_prediction",
+    "unigram_prediction",
+]

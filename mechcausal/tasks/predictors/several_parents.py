@@ -1,0 +1,44 @@
+"""What a sequence with several parents tells: counting the contexts of the query.
+
+A model that learns the graph passes from the tokens' frequencies to contexts of ever more of the
+query's parents (bigram, trigram, ...); the context of all of them is the Bayes predictor.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.tasks import SeveralParentsTask
+from mechcausal.tasks.priors import DirichletPrior
+
+
+def context_prediction(
+    task: SeveralParentsTask, tokens: Int[Tensor, "batch pos"], *, n_nearest: int
+) -> Float[Tensor, "batch vocab"]:
+    """The next token's distribution for who looks at the query's last `n_nearest` parents only.
+
+    `(alpha'_s + N(s)) / sum_s (alpha'_s + N(s))`, N counting the positions with as many parents as
+    the query, k, whose last parents carry the query's tokens. For `n_nearest` = k, alpha' is the
+    prior's alpha and this is the Bayes predictor. Otherwise the context stands for an average of
+    n = S^(k - n_nearest) rows; alpha' has the mean of alpha, and the total n (A + 1) - 1 for A =
+    sum alpha gives it that average's variance. For a fixed matrix, its row.
+
+    Raises:
+        ValueError: `n_nearest` is not from 1 to k.
+    """
+    k = len(task.query_parents)
+    if not 1 <= n_nearest <= k:
+        raise ValueError(f"n_nearest is {n_nearest}: allowed are 1 to {k}, the query's parents")
+    prior = task.prior
+    if not isinstance(prior, DirichletPrior):
+        matrix = torch.tensor(prior.rows, device=tokens.device)
+        return matrix[tokens[:, task.query_parents[0]]]
+    counts = task.context_counts(tokens, n_nearest=n_nearest)
+    return _posterior_mean(counts, prior, n_rows=float(task.vocab_size) ** (k - n_nearest))
+
+
+def _posterior_mean(counts: Tensor, prior: DirichletPrior, *, n_rows: float) -> Tensor:
+    alpha = torch.tensor(prior.representable, device=counts.device)
+    total = alpha.sum()
+    weights = counts + alpha / total * (n_rows * total + (n_rows - 1))
+    return weights / weights.sum(-1, keepdim=True)

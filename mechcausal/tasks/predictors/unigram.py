@@ -1,0 +1,102 @@
+"""What the frequencies of a sequence's tokens tell about the target, whatever the query is.
+
+How much they tell depends on the graph, the prior and the length: the target is one row of `pi`, or
+an average of rows, and the frequencies are those of the tokens that were visited. So the smoothing
+is fitted to the task, once, on sequences drawn for it.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
+from mechcausal.tasks.predictors.several_parents import context_prediction
+from mechcausal.tasks.priors import FixedTransition
+
+_MOST_DRAWS, _FEWEST_DRAWS = 1000, 200
+_MAX_ENTRIES = 1_000_000  # of matrices and pairs of positions; the fewest draws may exceed it
+_TOTALS = (1e-6, 1e12)
+_BISECTIONS = 50
+
+
+def unigram_prediction(
+    task: Task, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch vocab"]:
+    """Frequencies of the context's tokens, smoothed as far as the task needs it.
+
+    `(A m_s + N(s)) / (A + N)`, N(s) counting the tokens of the context, N in all, and m the prior's
+    mean, with the A of `smoothing_total`. On average it is no worse than m, which is no worse than
+    uniform. For a fixed matrix, where frequencies tell nothing new, the mean of the target.
+
+    Args:
+        task: graph and prior.
+        tokens: sequences; the query of the single-parent task is no part of the context.
+    """
+    if isinstance(task.prior, FixedTransition):
+        return _mean_row(task).to(tokens.device, torch.float32).expand(tokens.shape[0], -1)
+    counts = _counts(task, tokens)
+    weights = counts + smoothing_total(task) * _prior_mean(task).to(counts)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@lru_cache(maxsize=64)
+def smoothing_total(task: Task) -> float:
+    """The A of `unigram_prediction` with the smallest mean cross entropy under the task.
+
+    The average runs over sequences from a generator of its own, so it is the same in every run. The
+    loss is convex in `N / (N + A)`.
+
+    Example:
+        >>> from mechcausal.graphs import chain
+        >>> from mechcausal.tasks.priors import DirichletPrior
+        >>> task = SingleParentTask(chain(19), DirichletPrior.symmetric(0.1, vocab_size=10))
+        >>> 30 < smoothing_total(task) < 50  # S alpha would be 1
+        True
+    """
+    size = task.vocab_size**2 + task.sequence_length**2
+    n_draws = min(_MOST_DRAWS, max(_FEWEST_DRAWS, _MAX_ENTRIES // size))
+    batch = task.sample(n_draws, generator=torch.Generator().manual_seed(0))
+    # The mean of the target given the sequence, or given pi, has the same best A and less noise.
+    if isinstance(task, SeveralParentsTask):
+        n_nearest = len(task.query_parents)
+        target = context_prediction(task, batch.tokens, n_nearest=n_nearest).double()
+    else:
+        assert batch.transition is not None  # the query is uniform
+        target = batch.transition.double().mean(1)
+    counts = _counts(task, batch.tokens).double()
+    n, mean = float(counts[0].sum()), _prior_mean(task)
+    change = counts / n - mean
+    low, high = _TOTALS
+    for _ in range(_BISECTIONS):
+        total = math.sqrt(low * high)
+        share = n / (n + total)
+        if (target * change / (mean + share * change)).sum() > 0:  # more of the frequencies helps
+            high = total
+        else:
+            low = total
+    return math.sqrt(low * high)
+
+
+def _counts(task: Task, tokens: Tensor) -> Float[Tensor, "batch vocab"]:
+    context = tokens[:, :-1] if isinstance(task, SingleParentTask) else tokens
+    counts = torch.zeros(tokens.shape[0], task.vocab_size, device=tokens.device)
+    return counts.scatter_add_(1, context, torch.ones_like(context, dtype=counts.dtype))
+
+
+def _prior_mean(task: Task) -> Float[Tensor, "vocab"]:
+    assert not isinstance(task.prior, FixedTransition)
+    alpha = torch.tensor(task.prior.representable, dtype=torch.float64)
+    return alpha / alpha.sum()
+
+
+def _mean_row(task: Task) -> Float[Tensor, "vocab"]:
+    """The mean of a fixed matrix's row: of a uniform query, or of the query's parent's token."""
+    assert isinstance(task.prior, FixedTransition)
+    matrix = torch.tensor(task.prior.rows, dtype=torch.float64)
+    steps = 1
+    if isinstance(task, SeveralParentsTask):  # its roots are uniform
+        steps += task.graph.depths[task.query_parents[0]]
+    return matrix.new_full((len(matrix),), 1 / len(matrix)) @ matrix.matrix_power(steps)

@@ -1,0 +1,85 @@
+"""Experiments: what is trained on what, and what is looked at on the way.
+
+The training loop knows only `Experiment`; each experiment brings its data, model, probes and
+pictures.
+"""
+
+from mechcausal.recipes import Recipe, RecipeError
+from mechcausal.tasks import SeveralParentsTask, Task, build_task
+from mechcausal.training.experiments.base import (
+    Experiment,
+    Generators,
+    Observation,
+    Tell,
+    tell_nobody,
+)
+from mechcausal.training.experiments.memory import check_memory, experiment_needs
+
+__all__ = ["Experiment", "Generators", "Observation", "build_experiment", "check_experiment"]
+
+
+def check_experiment(recipe: Recipe) -> None:
+    """Find out in no time whether the experiment can be built.
+
+    Raises:
+        GraphError, PriorError: a graph or prior that is not one.
+        RecipeError: a model that cannot learn the task, or more than fits into memory.
+    """
+    graph = None
+    if recipe.task.kind == "causal_graph":
+        graph = recipe.build_graph()
+        task = build_task(graph, recipe.build_prior())
+        check_model(recipe, task)
+        length = task.sequence_length
+    else:
+        assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
+        length = 2 * recipe.task.repeat_lengths[1] + 1
+    model, vocab = recipe.model, recipe.task.vocab_size
+    if model.kind == "standard" and model.embeddings == "fixed" and model.d_model < vocab + length:
+        raise RecipeError(
+            f"model.d_model: fixed embeddings of {vocab} tokens and {length} positions "
+            f"need {vocab + length}, found {model.d_model}"
+        )
+    check_memory(experiment_needs(recipe, graph, length), recipe.device)
+
+
+def check_model(recipe: Recipe, task: Task) -> None:
+    """Find out whether the model can learn the task.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    model, graph = recipe.model, task.graph
+    if model.kind == "simplified" and isinstance(task, SeveralParentsTask):
+        raise RecipeError(
+            "model.kind: simplified learns graphs with at most one parent for each position and a "
+            f"uniform query; this one has up to {graph.max_parents}: choose disentangled or "
+            "standard"
+        )
+    if recipe.training.target == "posterior" and not isinstance(task, SeveralParentsTask):
+        raise RecipeError(
+            "training.target: posterior is for graphs that name the query's parents; what roots "
+            "say about the matrix has no closed form here"
+        )
+
+
+def build_experiment(
+    recipe: Recipe, generators: Generators, tell: Tell = tell_nobody
+) -> Experiment:
+    """The experiment that a recipe describes.
+
+    Args:
+        recipe: checked.
+        generators: of the run.
+        tell: told what takes its time.
+
+    Raises:
+        GraphError, PriorError: a graph or prior that is not one.
+    """
+    if recipe.task.kind == "repeated_tokens":
+        from mechcausal.training.experiments.repeated_tokens import RepeatedTokens
+
+        return RepeatedTokens(recipe, generators)
+    from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
+
+    return CausalGraphExperiment(recipe, generators, tell)

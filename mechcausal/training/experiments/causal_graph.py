@@ -1,0 +1,221 @@
+"""The paper's experiments: a transformer learns the causal graph of its data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechcausal.measures.closed_form_observer import ClosedFormObserver
+from mechcausal.measures.observer import Observer
+from mechcausal.measures.plateaus import find_drops, find_plateaus, steepest_drop
+from mechcausal.models.base import GraphModel
+from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.simplified import SimplifiedTransformer
+from mechcausal.pictures.static import paper_figures
+from mechcausal.pictures.static import run_figures as report
+from mechcausal.recipes import Recipe
+from mechcausal.records.run_folder import History
+from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
+from mechcausal.tasks.ahead import BatchesAhead
+from mechcausal.tasks.predictors import bayes_prediction
+from mechcausal.theory import (
+    Information,
+    PairwiseTheory,
+    pairwise_theory,
+    parent_information,
+    theory_notes,
+)
+from mechcausal.training.experiments.base import (
+    Experiment,
+    Generators,
+    Observation,
+    Tell,
+    tell_nobody,
+)
+from mechcausal.training.experiments.models import build_model
+
+# Where hooks take longer for a look, on a busy core, the closed form is read if there is one.
+_MOST_SECONDS = 20.0
+_MULTIPLICATIONS_PER_SECOND = 1e10  # float32
+
+
+class CausalGraphExperiment(Experiment):
+    """A model trained in closed form on sequences of a graph, hooks on the hooked model.
+
+    Attributes:
+        task: graph and prior.
+        theory: what information theory says about them.
+        model: what is trained.
+        observer: looks at it on a fixed evaluation batch.
+    """
+
+    observer_type: ClassVar[type[Observer]] = Observer
+
+    def __init__(self, recipe: Recipe, generators: Generators, tell: Tell = tell_nobody) -> None:
+        """Build the task, its theory, the model at its start, and the observer."""
+        training, evaluation = recipe.training, recipe.evaluation
+        self.recipe = recipe
+        self.task = build_task(recipe.build_graph(), recipe.build_prior())
+        self.theory = _theory(self.task, recipe, generators, tell)
+        self.model = build_model(
+            recipe, self.task, seed=generators.init, device=generators.data.device
+        )
+        self.notes = theory_notes(self.theory, "evaluation.theory_seconds")
+        observer_type = self.observer_type
+        seconds = hooked_look_seconds(self.model, evaluation.n_sequences)
+        if seconds > _MOST_SECONDS and recipe.probing.enabled:
+            is_simplified = isinstance(self.model, SimplifiedTransformer)
+            self.notes.append(_look_note(seconds, evaluation.n_sequences, closed=is_simplified))
+            if is_simplified:
+                observer_type = ClosedFormObserver
+        self.observer = observer_type(
+            self.model,
+            self.task,
+            self.theory,
+            n_sequences=evaluation.n_sequences,
+            epsilon=training.epsilon,
+            bayes_draws=evaluation.bayes_draws,
+            generator=generators.evaluation,
+            max_seconds=evaluation.theory_seconds,
+            on_progress=_counted(tell, "the Bayes loss: {:,} of {:,} sequences"),
+        )
+        bayes = self.observer.bayes
+        if bayes.n_draws < evaluation.bayes_draws and bayes.excess > bayes.stderr / 10:
+            self.notes.append(
+                f"the Bayes loss rests on {bayes.n_draws} of {evaluation.bayes_draws} draws, as "
+                f"many as take about {evaluation.theory_seconds:g} s (evaluation.theory_seconds), "
+                f"and is about {bayes.excess:.2g} nats too high"
+            )
+        self._data = generators.data
+        self._batches = BatchesAhead(self.task, generators.data)
+
+    @property
+    def hooked(self) -> HookedTransformer:
+        """The HookedTransformer that owns all parameters."""
+        return self.model.hooked
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """The parameters of these names: A1, A2, ...; all."""
+        named = self.model.parameters_by_name
+        return [named[name] for name in self._expanded(names)]
+
+    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Within the block only these parameters take gradients."""
+        return self.model.training_only(self._expanded(names))
+
+    def training_loss(self, n_sequences: int) -> Tensor:
+        """Cross entropy of the closed form on fresh sequences."""
+        training = self.recipe.training
+        batch = self._batches.sample(n_sequences)
+        target = batch.target
+        if training.target == "posterior":
+            target = bayes_prediction(self.task, batch.tokens, generator=self._data)
+        return soft_cross_entropy(self.model(batch.tokens), target, epsilon=training.epsilon)
+
+    def losses(self) -> dict[str, float]:
+        """Evaluation loss, those of Bayes and of the construction, and the gaps to both."""
+        return self.observer.losses()
+
+    def observe(self) -> Observation:
+        """All probes in one forward and backward pass of the hooked model."""
+        return self.observer.observe()
+
+    def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Attention beside the graph, gradients beside the prediction or the information."""
+        pairs = {name: m for name, m in matrices.items() if name != "attention/examples"}
+        return report.heatmaps(pairs, self.theory)
+
+    def draw_figures(
+        self,
+        folder: Path,
+        *,
+        history: History,
+        matrices: Mapping[int, Mapping[str, Tensor]],
+        stage_starts: Sequence[int],
+    ) -> dict[str, Path]:
+        """attention.png, gradient.png, curves.png, and blocks.png of a disentangled model."""
+        files = report.draw_figures(
+            folder,
+            recipe=self.recipe,
+            theory=self.theory,
+            history=history,
+            matrices=matrices,
+            stage_starts=stage_starts,
+        )
+        if isinstance(self.model, DisentangledTransformer):
+            figure = paper_figures.draw_blocks(
+                self.model, self.task.graph if len(self.model.heads) == 2 else None
+            )
+            files["figures/blocks"] = folder / "blocks.png"
+            figure.savefig(folder / "blocks.png", dpi=110)
+        return files
+
+    def save_model(self, folder: Path) -> None:
+        """Readable by the model's own `load`, and by `load_model`."""
+        self.model.save(folder)
+
+    def conclusions(self, history: History) -> dict[str, Any]:
+        """Plateaus of the loss with the strategy that the model follows there, and drops."""
+        steepest = steepest_drop(history)
+        return {
+            "plateaus": [asdict(plateau) for plateau in find_plateaus(history)],
+            "drops": [asdict(drop) for drop in find_drops(history)],
+            "steepest_drop": None if steepest is None else asdict(steepest[1]),
+        }
+
+    def reference_matrices(self) -> dict[str, Tensor]:
+        """Information, the predicted gradient where there is one, and the example sequences."""
+        theory = self.theory
+        matrices = {"theory/chi2": theory.chi2, "theory/shannon": theory.shannon}
+        matrices["examples/tokens"] = self.observer.examples.cpu()
+        if isinstance(theory, PairwiseTheory):
+            matrices |= {"theory/g": theory.g, "theory/gradient": theory.predicted_gradient}
+        return matrices
+
+    def _expanded(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(self.model.parameters_by_name) if "all" in names else tuple(names)
+
+
+def _theory(task: Task, recipe: Recipe, generators: Generators, tell: Tell) -> Information:
+    n_priors = recipe.evaluation.theory_priors
+    options: dict[str, Any] = {
+        "generator": generators.theory,
+        "max_seconds": recipe.evaluation.theory_seconds,
+        "on_progress": _counted(tell, "theory: {:,} of {:,} draws of the prior"),
+    }
+    if isinstance(task, SingleParentTask):
+        beta0 = recipe.training.beta0
+        return pairwise_theory(task.graph, task.prior, n_priors=n_priors, beta0=beta0, **options)
+    # A set of tensors costs more than a matrix, and says more: it holds S^k rows.
+    return parent_information(task, n_priors=max(2, n_priors // 10), **options)
+
+
+def _counted(tell: Tell, text: str) -> Callable[[int, int], None]:
+    def count(done: int, total: int) -> None:
+        if done < total:
+            tell(text.format(done, total))
+
+    return count
+
+
+def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:
+    """About what the hooked model takes on a busy core for a look, forward and backward."""
+    config = model.hooked.cfg
+    width = config.n_heads * config.d_head
+    layer = 4 * config.d_model * width + 2 * config.n_ctx * width
+    layer += 2 * config.d_model * (config.d_mlp or 0)
+    multiplications = 3 * config.n_layers * config.n_ctx * layer
+    return n_sequences * multiplications / _MULTIPLICATIONS_PER_SECOND
+
+
+def _look_note(seconds: float, n_sequences: int, *, closed: bool) -> str:
+    takes = f"with hooks on {n_sequences:,} sequences a look would take about {seconds:,.0f} s"
+    if closed:
+        return f"{takes}: attention and gradients are read off the closed form instead"
+    return takes.replace("would take", "takes") + ": reduce evaluation.n_sequences or the looks"

@@ -1,0 +1,147 @@
+"""Real induction heads: a standard attention-only transformer on repeated random tokens."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from mechcausal.models.adapter import save_model
+from mechcausal.pictures.static import run_figures as report
+from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.recipes import Recipe
+from mechcausal.records.run_folder import History
+from mechcausal.training.experiments.base import Experiment, Generators, Observation
+from mechcausal.training.experiments.models import build_standard
+from probes import HeadScores, above_chance, repeated_tokens, score_heads
+
+BOS = 0
+
+
+class RepeatedTokens(Experiment):
+    """Next-token prediction on `[BOS r r]`, r random tokens, its length drawn for every batch.
+
+    The second copy of r can be predicted, the first cannot: its loss stays at log(S - 1). A varied
+    length keeps heads from looking a fixed number of positions back.
+
+    Attributes:
+        hooked: the model.
+    """
+
+    def __init__(self, recipe: Recipe, generators: Generators) -> None:
+        """Build and initialise the model, and draw the evaluation sequences."""
+        assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
+        self.recipe = recipe
+        self._shortest, self._longest = recipe.task.repeat_lengths
+        self._data = generators.data
+        self._probe_seed = generators.probes
+        device = generators.data.device
+        self._model = build_standard(
+            recipe.model,
+            recipe.task.vocab_size,
+            2 * self._longest + 1,
+            seed=generators.init,
+            device=device,
+        )
+        n_sequences = recipe.evaluation.n_sequences
+        self._evaluation = self._sample(n_sequences, self._longest, generators.evaluation)
+
+    @property
+    def hooked(self) -> HookedTransformer:
+        """The model, trained as it is."""
+        return self._model.hooked
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """All of them."""
+        return list(self._model.parameters_by_name.values())
+
+    @contextmanager
+    def training_only(self, names: tuple[str, ...]) -> Iterator[None]:
+        """All parameters take gradients."""
+        yield
+
+    def training_loss(self, n_sequences: int) -> Tensor:
+        """Next-token loss on fresh sequences, over all positions."""
+        span = (self._shortest, self._longest + 1)
+        length = int(torch.randint(*span, (1,), generator=self._data, device=self._data.device))
+        return self._token_losses(self._sample(n_sequences, length, self._data)).mean()
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Mean loss of both copies, and apart: what the context teaches is the difference."""
+        by_position = self._token_losses(self._evaluation).mean(0)
+        first, second = by_position[: self._longest], by_position[self._longest :]
+        return {
+            "loss/eval": by_position.mean().item(),
+            "loss/first_copy": first.mean().item(),
+            "loss/second_copy": second.mean().item(),
+            "loss/in_context_gain": (first.mean() - second.mean()).item(),
+            "loss/chance": math.log(self.recipe.task.vocab_size - 1),
+        }
+
+    def observe(self) -> Observation:
+        """Score every head; `induction/score` is the best head's, above chance."""
+        scores = self._scores()
+        figures = self.losses()
+        best = divmod(int(scores.induction.argmax()), scores.induction.shape[1])
+        score = above_chance(scores.induction, scores.uniform_baseline)[best]
+        figures["induction/score"] = score.item()
+        figures["induction/prefix_matching"] = scores.induction[best].item()
+        figures["induction/positional_control"] = scores.positional_control[best].item()
+        figures["induction/copying"] = scores.copying[best].item()
+        matrices = {}
+        for kind in HEAD_SCORES:
+            values = getattr(scores, kind).float().cpu()
+            matrices[f"heads/{kind}"] = values
+            for layer, row in enumerate(values.tolist()):
+                for head, value in enumerate(row):
+                    figures[f"heads/L{layer}H{head}/{kind}"] = value
+        return Observation(figures, matrices)
+
+    def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Scores by layer (rows) and head (columns)."""
+        return {name: report.heatmap(matrix.numpy()) for name, matrix in matrices.items()}
+
+    def draw_figures(
+        self,
+        folder: Path,
+        *,
+        history: History,
+        matrices: Mapping[int, Mapping[str, Tensor]],
+        stage_starts: Sequence[int],
+    ) -> dict[str, Path]:
+        """heads.png: loss, and the scores of every head, over training."""
+        return report.draw_head_figures(folder, recipe=self.recipe, history=history)
+
+    def save_model(self, folder: Path) -> None:
+        """Readable by `load_model`."""
+        fixed = self._model.fixed_embeddings
+        extra = {"kind": self._model.kind, "bos": BOS, "fixed_embeddings": fixed}
+        save_model(self._model.hooked, folder, extra=extra)
+
+    def _scores(self) -> HeadScores:
+        # The same sequences at every look: figures then differ by what was learned.
+        generator = torch.Generator(device=self._data.device).manual_seed(self._probe_seed)
+        lengths = np.linspace(max(3, self._shortest), max(3, self._longest), 4).astype(int)
+        return score_heads(
+            self._model.hooked,
+            n_sequences=16,
+            repeat_lengths=sorted(set(lengths.tolist())),
+            generator=generator,
+            bos=BOS,
+        )
+
+    def _sample(
+        self, batch: int, length: int, generator: torch.Generator
+    ) -> Int[Tensor, "batch pos"]:
+        drawn = repeated_tokens(batch, length, self.recipe.task.vocab_size - 1, generator=generator)
+        return torch.nn.functional.pad(drawn + 1, (1, 0), value=BOS)
+
+    def _token_losses(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos-1"]:
+        logits: Tensor = self._model.hooked(tokens)[:, :-1]
+        return -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -1,0 +1,81 @@
+"""The pictures of a run that has ended: its page, and what W&B shows of it.
+
+Both are drawn before W&B is closed, so that it can be given them. Whatever goes wrong becomes a
+warning: the run itself is safe.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mechcausal.recipes import Recipe
+from mechcausal.records.tracking import RunRecord
+from mechcausal.support.messages import first_line
+from mechcausal.support.signals import StopSignal
+
+if TYPE_CHECKING:
+    from mechcausal.pictures.wandb_panels import Panel
+    from mechcausal.records.run_data import RunData
+
+
+class LastPictures:
+    """Draws a run that has ended; its folder is read once, when something is first wanted of it.
+
+    Attributes:
+        record: of the run, its rows and matrices written.
+        recipe: says what is wanted.
+    """
+
+    def __init__(self, record: RunRecord, recipe: Recipe) -> None:
+        self.record = record
+        self.recipe = recipe
+
+    def draw_page(self, summary: Mapping[str, Any]) -> None:
+        """Write report.html, unless the recipe leaves it out.
+
+        Args:
+            summary: as it will be written.
+        """
+        if not self.recipe.probing.report:
+            return
+        from mechcausal.pictures.pages import REPORT_FILE, write_page
+
+        try:
+            write_page(self._run(summary), self.record.folder / REPORT_FILE)
+        except Exception as error:
+            self.record.warn(f"{REPORT_FILE} could not be drawn: {first_line(error)}")
+
+    def draw_panels(self, summary: Mapping[str, Any], stop: StopSignal) -> "dict[str, Panel]":
+        """What W&B gets beside the last row; nothing when the process was asked to stop.
+
+        Args:
+            summary: as it will be written.
+            stop: whether the process was asked to stop.
+        """
+        recipe, record = self.recipe, self.record
+        if not recipe.wandb.panels or record.mode == "disabled":
+            return {}
+        if stop.received is not None:
+            record.warn("the panels for W&B were left out: the process was asked to stop")
+            return {}
+        from mechcausal.pictures import wandb_panels
+        from mechcausal.pictures.pages import REPORT_FILE
+
+        page = record.folder / REPORT_FILE
+        wants_page = recipe.probing.report and recipe.wandb.page
+        try:
+            return wandb_panels.draw_panels(self._run(summary), page=page if wants_page else None)
+        except Exception as error:
+            record.warn(f"the panels for W&B could not be drawn: {first_line(error)}")
+            return {}
+
+    def _run(self, summary: Mapping[str, Any]) -> "RunData":
+        """The run as it lies in its folder, with the summary that is still to be written."""
+        return replace(self._read, summary=self.record.closing(summary, "finished"))
+
+    @cached_property
+    def _read(self) -> "RunData":
+        from mechcausal.records.run_data import RunData
+
+        return RunData.load(self.record.folder)

@@ -1,0 +1,205 @@
+"""Going on with a run that was interrupted, killed or failed."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mechcausal.recipes import (
+    Recipe,
+    RecipeError,
+    WandbMode,
+    load_recipe,
+    parse_recipe,
+    recipe_to_dict,
+    recipe_to_toml,
+)
+from mechcausal.recipes.stages import stages
+from mechcausal.records.run_folder import (
+    MATRICES_FILE,
+    MATRICES_FOLDER,
+    METRICS_FILE,
+    RECIPE_FILE,
+    STEP,
+    SUMMARY_FILE,
+    RunFolderError,
+    Value,
+    has_finished,
+    hold,
+    read_metrics,
+    read_process,
+)
+from mechcausal.records.tracking import writing
+from mechcausal.records.wandb_runs import resolve_mode
+from mechcausal.support.devices import computing_on, device_named
+from mechcausal.support.files import write_atomically
+from mechcausal.support.messages import excerpt
+from mechcausal.support.signals import StopSignal, stop_on_signals
+from mechcausal.training.checkpoints import Checkpoint, differences, environment, newest_checkpoint
+from mechcausal.training.run import Progress, RunResult, check, run
+
+
+def resume(
+    folder: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    allow_change: bool = False,
+    wandb_mode: WandbMode | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    stop: StopSignal | None = None,
+) -> RunResult:
+    """Go on with a run that was interrupted, killed or failed, as if it had never stopped.
+
+    On the same machine, on the CPU with one thread, metrics and weights end up bit by bit as those
+    of a run without interruption.
+
+    Args:
+        folder: the run folder.
+        recipe: to go on with; that of the folder when absent.
+        allow_change: go on although the recipe, versions, threads or the device differ from those
+            of the checkpoint. Rows from its step on are then computed anew; the old ones are kept
+            in a folder `before-step-N-1`.
+        wandb_mode: instead of the recipe's.
+        on_progress: called before every step.
+        on_warning: told what goes wrong, as it does.
+        stop: see `mechcausal.train`.
+
+    Returns:
+        The run.
+
+    Raises:
+        RunFolderError: no run, one that has finished, one that another process writes, or one that
+            differs without `allow_change`.
+        RecipeError, GraphError, PriorError, TrackingError, TrainingError, StopRequested: see
+            `mechcausal.train`.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunFolderError(f"{folder}: not a run folder: no {RECIPE_FILE} in it")
+    recipe = recipe or load_recipe(folder / RECIPE_FILE)
+    check(recipe)
+    mode = resolve_mode(wandb_mode or recipe.wandb.mode)
+    with stop_on_signals(stop) as stop, hold(folder):
+        warnings: list[str] = []
+        checkpoint = newest_checkpoint(folder, warnings)
+        for warning in warnings:
+            if on_warning is not None:
+                on_warning(warning)
+        rows = _rows(folder)
+        changed = _changes(folder, recipe, checkpoint)
+        if has_finished(folder) and not changed:
+            raise RunFolderError(f"{folder}: has finished; there is nothing to resume")
+        start = checkpoint.step if checkpoint else 0
+        if changed and not allow_change:
+            said = "; ".join(
+                f"{excerpt(name)} was {excerpt(a)}, is {excerpt(b)}"
+                for name, (a, b) in changed.items()
+            )
+            raise RunFolderError(
+                f"{folder}: differs from the run: {said}; "
+                f"with --allow-change it goes on from step {start} all the same"
+            )
+        if checkpoint is not None:
+            _check_place(checkpoint, recipe)
+        if changed:
+            _set_aside(folder, recipe, start)
+            rows = [row for row in rows if int(row[STEP] or 0) < start]
+        with writing(folder / SUMMARY_FILE):
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+        result = run(
+            recipe,
+            folder,
+            mode,
+            stop,
+            checkpoint=checkpoint,
+            rows=rows,
+            on_progress=on_progress,
+            on_warning=on_warning,
+        )
+    result.warnings[:0] = warnings
+    return result
+
+
+def _rows(folder: Path) -> list[dict[str, Value]]:
+    """The rows on disk.
+
+    Raises:
+        RunFolderError: a row that is not the last is damaged, or steps do not rise.
+    """
+    path = folder / METRICS_FILE
+    try:
+        rows = read_metrics(folder) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise RunFolderError(str(error)) from None
+    last = -1
+    for number, row in enumerate(rows, start=1):
+        step = row.get(STEP)
+        if not isinstance(step, int) or step <= last:
+            raise RunFolderError(f"{path}, line {number}: {STEP} is {excerpt(step)}, after {last}")
+        last = step
+    return rows
+
+
+def _changes(
+    folder: Path, recipe: Recipe, checkpoint: Checkpoint | None
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between the run as it was and as it would go on."""
+    process = read_process(folder)
+    before, around = process.get("recipe"), process.get("environment")
+    if checkpoint is not None:
+        before, around = checkpoint.recipe, checkpoint.environment
+    now = recipe_to_dict(recipe)
+    changed: dict[str, tuple[Any, Any]] = {}
+    if isinstance(before, Mapping):
+        with suppress(RecipeError):  # as read today: newer fields have their defaults
+            before = recipe_to_dict(parse_recipe(dict(before), source=str(folder)))
+        changed |= differences(before, now)
+    if isinstance(around, Mapping):
+        with computing_on(recipe.threads):
+            changed |= differences(around, environment(device_named(recipe.device)))
+    return changed
+
+
+def _check_place(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Whether the checkpoint's step belongs to the same stage in this recipe.
+
+    Raises:
+        RunFolderError: it does not.
+    """
+    if checkpoint.step > recipe.n_steps:
+        raise RunFolderError(
+            f"{checkpoint.folder}: was taken at step {checkpoint.step:,}, "
+            f"the recipe ends at {recipe.n_steps:,}"
+        )
+    stage = [s for s in stages(recipe) if s.start <= checkpoint.step][-1]
+    if stage.name != checkpoint.stage and checkpoint.step != stage.start + stage.section.steps:
+        raise RunFolderError(
+            f"{checkpoint.folder}: step {checkpoint.step:,} was in {checkpoint.stage}, "
+            f"in this recipe it is in {stage.name}"
+        )
+
+
+def _set_aside(folder: Path, recipe: Recipe, start: int) -> None:
+    """Make room for another continuation: old rows and the old recipe are kept under other names.
+
+    Raises:
+        RecordError: the folder cannot be written.
+    """
+    with writing(folder):
+        number = 1
+        while (aside := folder / f"before-step-{start}-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, MATRICES_FILE):
+            if (folder / name).is_file():
+                shutil.copy2(folder / name, aside / name)
+        rows = [row for row in _rows(folder) if int(row[STEP] or 0) < start]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(folder / METRICS_FILE, text)
+        write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))
+        for path in (folder / MATRICES_FOLDER).glob("[0-9]*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) >= start:
+                path.unlink()

@@ -1,0 +1,292 @@
+"""Score every head of a model on what makes an induction circuit, in the passes that this needs.
+
+Cost: one forward pass over the repeated sequences and one over their controls, no unembedding.
+Patterns are read as they pass by; what stays is a few numbers per head and sequence, and per
+head one sum for every distance that attention can bridge.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from probes.heads.copying import copying_scores
+from probes.heads.head_table import HeadScores
+from probes.heads.induction import AttentionTo, InductionScores
+from probes.heads.scores import (
+    duplicate_token_mask,
+    prefix_matching_mask,
+    previous_token_mask,
+    uniform_baseline,
+    uniform_pattern,
+)
+from probes.heads.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
+from probes.reading import hook_names
+from probes.reading.attach import ForwardHook, attach
+from probes.reading.errors import ProbeError
+from probes.reading.hook_names import attention_layers
+from probes.reading.labelled import LabelledTensor
+from probes.reading.padding import pairs_of
+from probes.reading.passes import (
+    MAX_BATCH_BYTES,
+    attends_ahead,
+    batch_rows,
+    run,
+    split,
+    undisturbed,
+)
+from probes.reading.records import LayerProbe, Sum
+
+COPYING_TOKENS = 4096
+"""A larger vocabulary is represented in `copying` by this many of its tokens, evenly spaced."""
+
+
+def score_heads(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
+    n_sequences: int = 32,
+    repeat_lengths: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    threshold: float = 0.4,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+    bos: Bos = "auto",
+) -> HeadScores:
+    """Which heads are induction, previous-token, duplicate-token or merely positional heads.
+
+    By default on random tokens repeated twice, in about five repeat lengths R, and on controls of
+    the same shape that do not repeat. With attention A, q running over the second copy:
+
+    - induction `mean_q A[q, q-R+1]`, positional control: the same entries on the controls;
+    - duplicate token `mean_q A[q, q-R]`, with its control;
+    - previous token: mean of `A[q, q-1]` over all q >= 1;
+    - positional: `max over d >= 2 of mean_q A[q, q-d]` on the controls, keys at position 0 left
+      out. Only offsets that more than `1 / threshold` and a quarter of all query positions have:
+      a head that rests on one fixed position cannot reach the threshold;
+    - copying: `copying_score`, a vocabulary above 4,096 tokens being represented by as many.
+
+    With `tokens`, their own recurrences are scored, by the masks of `probes.heads.scores`, and the same
+    entries on random tokens of that shape are the controls; `n_sequences`, `repeat_lengths` and
+    `bos` are then not used. Control entries where control tokens happen to recur are left out, and
+    so is padding everywhere: controls are padded as the tokens are.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; a tokenizer is not needed. Afterwards it
+            is as it was: no hooks, no gradients, the same training mode.
+        tokens: sequences to score, or None to draw them.
+        attention_mask: 0 where they are padding, which the model is told too; None for what the
+            tokenizer's PAD token tells, see `padding.real_positions`.
+        n_sequences: repeated sequences over all repeat lengths; the controls come on top.
+        repeat_lengths: tokens in the repeated block, each at least 3; None for what fits.
+        generator: the source of randomness; None for a new one with seed 0.
+        threshold: from which score on a head gets its verdict, in (0, 1].
+        max_batch_bytes: bound on the estimated activations of one pass, in bytes.
+        bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
+
+    Returns:
+        Scores `[layer, head]` with standard errors over sequences, and verdicts.
+
+    Raises:
+        ValueError: `n_sequences`, a repeat length, `threshold` or the shape of `tokens` or mask.
+        ProbeError: no attention, a context too short for two repeats, tokens outside the
+            vocabulary, or none of them recurs.
+
+    >>> from transformer_lens import HookedTransformer
+    >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
+    >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
+    >>> scores = score_heads(model, n_sequences=8)
+    >>> scores.induction.shape, scores.heads("induction")
+    (torch.Size([1, 2]), [])
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1")
+    layers = attention_layers(model)
+    config: Any = model.cfg
+    if tokens is None:
+        stimuli = draw_stimuli(
+            model,
+            n_sequences=n_sequences,
+            repeat_lengths=repeat_lengths,
+            generator=generator,
+            bos=bos,
+        )
+    else:
+        stimuli = given_stimuli(model, tokens, attention_mask=attention_mask, generator=generator)
+    scan = _Scan(causal=not attends_ahead(model))
+    with undisturbed(model):
+        for stimulus in stimuli:
+            scan.take(model, stimulus, max_batch_bytes)
+    uniform = {name: torch.cat(values).nanmean() for name, values in scan.uniform.items()}
+    if uniform["induction"].isnan():
+        raise ProbeError("no token recurs in the sequences given: there is nothing to score")
+    results: dict[str, Tensor] = {}
+    for name, readings in scan.readings.items():
+        values = torch.cat([reading.values for reading in readings], dim=1)
+        scores = LabelledTensor(name, values, ("layer", "batch", "head"))
+        results[name] = scores.mean("batch").values
+        results[f"{name}_stderr"] = scores.stderr("batch").values
+    by_offset = _positional(scan.offsets, threshold)
+    results["positional"], results["positional_offset"], results["positional_uniform"] = by_offset
+    induction = results["induction"]
+    for name, field in (
+        ("induction", "uniform_baseline"),
+        ("previous_token", "previous_token_uniform"),
+        ("duplicate_token", "duplicate_token_uniform"),
+    ):
+        results[field] = uniform[name].to(induction).expand_as(induction).clone()
+    return HeadScores(
+        layers=layers,
+        n_layers=config.n_layers,
+        sequences=sum(len(stimulus.tokens) for stimulus in stimuli),
+        threshold=threshold,
+        copying=_copying(model, induction),
+        **results,
+    )
+
+
+class _Scan:
+    """Readings `[layer batch head]` by score, and the sums that make the positional profile.
+
+    Attributes:
+        readings: of every score, batch by batch.
+        uniform: what uniform attention scores in each sequence.
+        offsets: sums of attention by distance, `[layer head offset]`, those of uniform attention
+            and the number of pairs of positions, `[offset]`.
+    """
+
+    def __init__(self, *, causal: bool) -> None:
+        self._causal = causal
+        self.readings: dict[str, list[LabelledTensor]] = {}
+        self.uniform: dict[str, list[Tensor]] = {}
+        self.offsets: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
+        """Run the model over a stimulus and its control."""
+        offsets = _OffsetSums(None, Sum)
+        rows = batch_rows(model, stimulus.tokens.shape[1], max_batch_bytes)
+        for tokens, control, real in split(rows, stimulus.tokens, stimulus.control, stimulus.real):
+            # Random tokens have no padding, whatever the tokenizer would take for it.
+            text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+            with attach(model, InductionScores(attention_mask=text)) as (scores,):
+                run(model, tokens, real)
+            reading = scores.reading()
+            self._add("induction", reading.sel(score="prefix_matching"))
+            self._add("previous_token", reading.sel(score="previous_token"))
+            self._add("duplicate_token", reading.sel(score="duplicate_token"))
+            for name, mask in _MASKS.items():
+                by_chance = uniform_baseline(
+                    mask(tokens, real), causal=self._causal, attention_mask=real
+                )
+                self.uniform.setdefault(name, []).append(by_chance)
+            induction, duplicate = (
+                AttentionTo(None, mask(tokens, real) & ~mask(control, real), attention_mask=text)
+                for mask in (prefix_matching_mask, duplicate_token_mask)
+            )
+            offsets.real = real
+            with attach(model, induction, duplicate, offsets):
+                run(model, control, real)
+            self._add("positional_control", induction.reading())
+            self._add("duplicate_control", duplicate.reading())
+        self.offsets.append((offsets.reading().values, *self._reference(stimulus)))
+
+    def _reference(
+        self, stimulus: Stimulus
+    ) -> tuple[Float[Tensor, "offset"], Float[Tensor, "offset"]]:
+        """Sums by distance of uniform attention, and of the pairs that there are."""
+        batch, pos = stimulus.tokens.shape
+        real = stimulus.real
+        pattern = uniform_pattern(pos, self._causal, real, device=stimulus.tokens.device)
+        times = 1 if real is not None else batch
+        both = (pattern, torch.ones_like(pattern))
+        uniform, count = (_by_offset(_behind_first(p, real).sum(0))[0] * times for p in both)
+        return uniform, count
+
+    def _add(self, name: str, reading: LabelledTensor) -> None:
+        self.readings.setdefault(name, []).append(reading)
+
+
+_MASKS = {
+    "induction": prefix_matching_mask,
+    "previous_token": previous_token_mask,
+    "duplicate_token": duplicate_token_mask,
+}
+
+
+class _OffsetSums(LayerProbe[Sum]):
+    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the keys where a sequence begins.
+
+    Attributes:
+        real: False at padding of the next pass; None where there is none.
+    """
+
+    real: Tensor | None = None
+
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        return {
+            hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
+        }
+
+    def _read(self, layer: int, pattern: Tensor) -> None:
+        behind = _behind_first(pattern, self.real)
+        self._records[layer].add(_by_offset(behind.sum(0)).unsqueeze(0))
+
+    def _seen(self) -> str:
+        return "forward pass"
+
+    def reading(self) -> LabelledTensor:
+        records = self._complete_records()
+        sums = self._stack({layer: record.sum() for layer, record in records.items()})
+        return LabelledTensor("attention_by_offset", sums, ("layer", "head", "offset"))
+
+
+def _behind_first(
+    pattern: Float[Tensor, "batch head query key"], real: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "batch head rest rest"]:
+    """Without position 0, and without padding and the first position of text."""
+    if real is None:
+        return pattern[:, :, 1:, 1:]
+    later = real & (real.cumsum(1) > 1)
+    return (pattern * pairs_of(later.to(pattern.device)).unsqueeze(1))[:, :, 1:, 1:]
+
+
+def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head offset"]:
+    """`Σ_q A[q, q-d]` for every offset d from 0."""
+    n_heads, n, _ = pattern.shape
+    # Read in rows of n + 1 instead of n, entry (q, k) comes to stand in column (k - q) mod (n + 1).
+    flat = torch.nn.functional.pad(pattern.tril().flatten(1), (0, n))
+    return flat.view(n_heads, n, n + 1).sum(1).roll(-1, 1).flip(1)[:, :n]
+
+
+def _positional(
+    offsets: Sequence[tuple[Tensor, Tensor, Tensor]], threshold: float
+) -> tuple[Float[Tensor, "layer head"], Int[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+    """The largest mean attention at a fixed offset of two or more, that offset, and by chance."""
+    width = max(sums.shape[-1] for sums, _, _ in offsets)
+    total = offsets[0][0].new_zeros(*offsets[0][0].shape[:2], width)
+    uniform, count = total.new_zeros(width), total.new_zeros(width)
+    for sums, of_uniform, pairs in offsets:
+        size = sums.shape[-1]
+        total[..., :size] += sums
+        uniform[:size] += of_uniform.to(uniform)
+        count[:size] += pairs.to(count)
+    longest = int((count > 0).sum())
+    needed = max(math.floor(1 / threshold) + 1, math.ceil(longest / 4))
+    usable = longest + 1 - needed
+    if usable <= 2:
+        unknown = torch.full_like(total[..., 0], torch.nan)
+        return unknown, torch.zeros_like(unknown, dtype=torch.int64), unknown
+    values, best = (total / count)[..., 2:usable].max(-1)
+    return values, best + 2, (uniform / count)[best + 2]
+
+
+def _copying(model: nn.Module, induction: Tensor) -> Float[Tensor, "layer head"]:
+    """Copying scores, NaN for a model that has none."""
+    try:
+        return copying_scores(model, max_tokens=COPYING_TOKENS).to(induction)
+    except ProbeError:
+        return torch.full_like(induction, torch.nan)

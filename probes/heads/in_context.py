@@ -1,0 +1,131 @@
+"""What a model gains from having seen the sequence before: its loss by position."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from probes.heads.stimuli import Bos, longest_stimulus
+from probes.reading.padding import pairs_of
+from probes.reading.passes import MAX_BATCH_BYTES, token_losses
+
+
+@dataclass(frozen=True, eq=False)
+class PositionLoss:
+    """Loss of the next token along random tokens repeated twice, `[bos] r r`, in nats.
+
+    Attributes:
+        loss: mean over sequences of `-log p(t[i+1] | t[0..i])`, `[pos - 1]`.
+        stderr: its standard error (NaN for one sequence), `[pos - 1]`.
+        repeat_length: tokens R in the block.
+        first_copy: where r begins (1 with a BOS, else 0).
+        in_context_gain: mean loss in the first copy minus that in the second, each over the R - 1
+            tokens that follow another token of the same copy; what the repetition is worth.
+        in_context_gain_stderr: its standard error, paired over sequences (NaN for one).
+    """
+
+    loss: Float[Tensor, "pos"]
+    stderr: Float[Tensor, "pos"]
+    repeat_length: int
+    first_copy: int
+    in_context_gain: float
+    in_context_gain_stderr: float
+
+
+def loss_by_position(
+    model: nn.Module,
+    *,
+    n_sequences: int = 32,
+    repeat_length: int | None = None,
+    generator: torch.Generator | None = None,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+    bos: Bos = "auto",
+) -> PositionLoss:
+    """Mean next-token loss by position on random tokens repeated twice.
+
+    A model without in-context copying stays near `log d_vocab` or above throughout; an induction
+    circuit shows as a drop at the second token of the second copy.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; left as it was.
+        n_sequences: sequences to average over.
+        repeat_length: tokens in the block, at least 3; None for the longest that fits, at most 50.
+        generator: the source of randomness; None for a new one with seed 0.
+        max_batch_bytes: bound on the estimated activations of one pass, in bytes.
+        bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
+
+    Returns:
+        Losses in nats by position, and the gain.
+
+    Raises:
+        ValueError: `n_sequences` or `repeat_length` is too small.
+        ProbeError: a context too short for two repeats, or a model that does not predict the
+            tokens it reads.
+
+    Source:
+        Olsson et al. 2022, "In-context Learning and Induction Heads".
+
+    >>> from transformer_lens import HookedTransformer
+    >>> sizes = {"n_layers": 1, "n_heads": 1, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
+    >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
+    >>> reading = loss_by_position(model)
+    >>> reading.repeat_length, reading.loss.shape, abs(reading.in_context_gain) < 0.1
+    (4, torch.Size([7]), True)
+    """
+    stimulus, repeat_length = longest_stimulus(
+        model,
+        n_sequences=n_sequences,
+        repeat_length=repeat_length,
+        generator=generator,
+        bos=bos,
+    )
+    losses = token_losses(
+        model,
+        stimulus.tokens,
+        attention_mask=torch.ones_like(stimulus.tokens),  # random tokens have no padding
+        max_batch_bytes=max_batch_bytes,
+    )
+    first = stimulus.tokens.shape[1] - 2 * repeat_length
+    copies = losses[:, first : first + 2 * repeat_length - 1]
+    gain = copies[:, : repeat_length - 1].mean(1) - copies[:, repeat_length:].mean(1)
+    return PositionLoss(
+        loss=losses.mean(0),
+        stderr=standard_error(losses),
+        repeat_length=repeat_length,
+        first_copy=first,
+        in_context_gain=gain.mean().item(),
+        in_context_gain_stderr=standard_error(gain).item(),
+    )
+
+
+def repeated_pairs(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch pos-1"]:
+    """Where the next token is what followed an earlier occurrence of the present one.
+
+    `∃ k < i: t[k] = t[i], t[k+1] = t[i+1]`: the predictions for which induction is right. On a
+    block of different tokens repeated twice: the second copy without its first token. Padding,
+    where an attention mask is 0, is no token.
+
+    >>> repeated_pairs(torch.tensor([[5, 6, 7, 5, 6, 7]]))
+    tensor([[False, False, False,  True,  True]])
+    """
+    now, following = tokens[:, :-1], tokens[:, 1:]
+    same = (now[:, :, None] == now[:, None, :]) & (following[:, :, None] == following[:, None, :])
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        same = same & pairs_of(real[:, :-1] & real[:, 1:])
+    return same.tril(-1).any(-1)
+
+
+def standard_error(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, "*rest"]:
+    """`sqrt(Σ (x - mean)² / (n - 1) / n)` along the first axis; NaN for n = 1.
+
+    >>> standard_error(torch.tensor([1.0, 3.0]))
+    tensor(1.)
+    """
+    if len(values) < 2:
+        return torch.full_like(values[0], torch.nan)
+    return values.std(0) / math.sqrt(len(values))

@@ -1,0 +1,223 @@
+"""What heads are tested on: random tokens repeated twice, and controls that do not repeat."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor, nn
+
+from probes.heads.repeated import repeated_tokens
+from probes.reading.errors import ProbeError
+from probes.reading.hook_names import config_of
+from probes.reading.padding import real_positions
+from probes.reading.passes import checked_tokens, device_of
+
+Bos: TypeAlias = Literal["auto"] | int | None
+"""Token put in front: a token, None for none, "auto" for what the model's tokenizer asks for."""
+
+SHORTEST, LONGEST = 3, 50
+"""Repeat lengths that are used. With 2 an induction head looks at the previous token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stimulus:
+    """Sequences of one length, and as many controls of the same shape.
+
+    Attributes:
+        tokens: sequences in which tokens recur.
+        control: random tokens, all different where the vocabulary allows; padded alike.
+        real: False at padding; None where there is none.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    control: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"] | None = None
+
+
+def bos_token(model: nn.Module, bos: Bos = "auto") -> int | None:
+    """The token to put in front of a sequence.
+
+    With "auto": none if the config says `default_prepend_bos=False`; else the tokenizer's BOS, or
+    without a tokenizer the one in a bridge's Hugging Face config; none if that is no token of the
+    model's vocabulary.
+
+    Raises:
+        ProbeError: a token was asked for that the vocabulary does not hold.
+    """
+    config = config_of(model)
+    if bos != "auto":
+        if bos is not None and not 0 <= bos < config.d_vocab:
+            raise ProbeError(f"bos is {bos}, the vocabulary runs from 0 to {config.d_vocab - 1}")
+        return bos
+    if not getattr(config, "default_prepend_bos", True):
+        return None
+    source: Any = getattr(model, "tokenizer", None)
+    if source is None:
+        source = getattr(getattr(model, "original_model", None), "config", None)
+    token = getattr(source, "bos_token_id", None)
+    return token if isinstance(token, int) and 0 <= token < config.d_vocab else None
+
+
+def fitting_repeat_lengths(n_ctx: int, vocab_size: int, bos: int | None = None) -> tuple[int, ...]:
+    """About five different repeat lengths R, from short to the longest that fits.
+
+    `2R (+1 with BOS) <= n_ctx`, `3 <= R <= 50`, and `2R` different tokens where the vocabulary has
+    six, so that a control need not repeat either.
+
+    Raises:
+        ProbeError: the context cannot hold two repeats of three tokens.
+
+    >>> fitting_repeat_lengths(1024, 50257, bos=50256)
+    (10, 20, 30, 40, 50)
+    >>> fitting_repeat_lengths(16, 100)
+    (3, 4, 6, 7, 8)
+    """
+    room = (n_ctx - (bos is not None)) // 2
+    if room < SHORTEST:
+        raise ProbeError(
+            f"a context of {n_ctx} is too short for two repeats of {SHORTEST} tokens: "
+            f"{2 * SHORTEST + (bos is not None)} positions are needed"
+        )
+    drawable = vocab_size - (bos is not None)
+    longest = min(LONGEST, room, max(SHORTEST, drawable // 2))
+    shortest = max(SHORTEST, longest // 5)
+    return tuple(sorted({round(shortest + (longest - shortest) * i / 4) for i in range(5)}))
+
+
+def draw_stimuli(
+    model: nn.Module,
+    *,
+    n_sequences: int,
+    repeat_lengths: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    bos: Bos = "auto",
+) -> list[Stimulus]:
+    """Random blocks repeated twice, `[bos] r r`, in several repeat lengths, each with a control.
+
+    Sequence i has the repeat length `repeat_lengths[i mod n]`.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        n_sequences: repeated sequences over all lengths; there are as many controls.
+        repeat_lengths: tokens in the block; None for `fitting_repeat_lengths`.
+        generator: the source of randomness; None for a new one with seed 0.
+        bos: token put in front.
+
+    Returns:
+        One stimulus per repeat length, on the model's device.
+
+    Raises:
+        ValueError: `n_sequences` or a repeat length is too small.
+        ProbeError: the context is too short, or the BOS is no token.
+    """
+    if n_sequences < 1:
+        raise ValueError(f"n_sequences is {n_sequences}; it must be at least 1")
+    config = config_of(model)
+    front = bos_token(model, bos)
+    lengths = (
+        fitting_repeat_lengths(config.n_ctx, config.d_vocab, front)
+        if repeat_lengths is None
+        else _checked_lengths(repeat_lengths, config.n_ctx, front)
+    )
+    source = torch.Generator().manual_seed(0) if generator is None else generator
+    stimuli = []
+    for index, length in enumerate(lengths):
+        batch = len(range(index, n_sequences, len(lengths)))
+        if batch:
+            tokens = repeated_tokens(batch, length, config.d_vocab, generator=source, bos=front)
+            stimuli.append(_with_control(model, tokens, source, front))
+    return stimuli
+
+
+def longest_stimulus(
+    model: nn.Module,
+    *,
+    n_sequences: int,
+    repeat_length: int | None = None,
+    generator: torch.Generator | None = None,
+    bos: Bos = "auto",
+) -> tuple[Stimulus, int]:
+    """A stimulus of one repeat length, by default the longest that fits; and that length.
+
+    Raises:
+        ValueError, ProbeError: as `draw_stimuli`.
+    """
+    if repeat_length is None:
+        config = config_of(model)
+        front = bos_token(model, bos)
+        repeat_length = fitting_repeat_lengths(config.n_ctx, config.d_vocab, front)[-1]
+    (stimulus,) = draw_stimuli(
+        model,
+        n_sequences=n_sequences,
+        repeat_lengths=(repeat_length,),
+        generator=generator,
+        bos=bos,
+    )
+    return stimulus, repeat_length
+
+
+def given_stimuli(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Stimulus]:
+    """The user's tokens, with a control of random tokens of the same shape, padded alike.
+
+    The control keeps the first token if all sequences share it, or a single one starts with the
+    model's BOS.
+
+    Raises:
+        ValueError: the tokens are no integers `[batch, pos]`, or the mask has another shape.
+        ProbeError: a token outside the vocabulary, or a sequence longer than the context.
+    """
+    tokens = checked_tokens(model, tokens)
+    real = real_positions(model, tokens, attention_mask)
+    starts = tokens[:, 0] if real is None else tokens.gather(1, real.int().argmax(1, keepdim=True))
+    first = int(starts.flatten()[0])
+    shared = bool((starts == first).all()) and (len(tokens) > 1 or first == bos_token(model))
+    source = torch.Generator().manual_seed(0) if generator is None else generator
+    return [_with_control(model, tokens, source, first if shared else None, real)]
+
+
+def _with_control(
+    model: nn.Module,
+    tokens: Tensor,
+    generator: torch.Generator,
+    front: int | None,
+    real: Tensor | None = None,
+) -> Stimulus:
+    batch, longest = tokens.shape
+    if real is not None:
+        longest = max(1, int(real.sum(1).max()))
+    config: Any = model.cfg
+    drawn = max(1, longest - (front is not None))
+    control = repeated_tokens(
+        batch, drawn, config.d_vocab, generator=generator, n_repeats=1, bos=front
+    )[:, :longest]
+    device = device_of(model)
+    tokens, control = tokens.to(device), control.to(device)
+    if real is not None:
+        # The n-th position of text gets the n-th random token.
+        place = (real.cumsum(1) - 1).clamp(0, longest - 1)
+        control = torch.where(real, control.gather(1, place), tokens)
+    return Stimulus(tokens, control, real)
+
+
+def _checked_lengths(lengths: Sequence[int], n_ctx: int, bos: int | None) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(lengths))
+    if not found or min(found) < SHORTEST:
+        raise ValueError(
+            f"repeat_lengths are {list(lengths)}; each must be at least {SHORTEST}, or induction "
+            "cannot be told from attention to the previous token"
+        )
+    needed = 2 * max(found) + (bos is not None)
+    if needed > n_ctx:
+        raise ProbeError(
+            f"a context of {n_ctx} is too short for two repeats of {max(found)} tokens: "
+            f"{needed} positions are needed"
+        )
+    return found

@@ -1,0 +1,289 @@
+"""Read attention patterns, and the gradient of a loss with respect to them."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from probes.reading import hook_names
+from probes.reading.attach import BackwardHook, ForwardHook
+from probes.reading.attention_check import row_sum_tolerance, row_sums
+from probes.reading.errors import ProbeError, ProbeWarning
+from probes.reading.hook_names import Layers
+from probes.reading.labelled import LabelledTensor
+from probes.reading.records import Concatenated, LayerProbe, Moments, Sum
+
+
+class AttentionPattern(LayerProbe[Concatenated | Sum]):
+    """The attention pattern `softmax(scores)` of every head.
+
+    The reading has axes `("layer", "batch", "head", "query", "key")`; several batches follow
+    one another along `batch`. With `reduce="mean"` it is the mean over all sequences seen and
+    has no `batch` axis: a running sum, so memory does not grow.
+
+    Args:
+        layers: one layer, several, or None for every layer that has attention.
+        reduce: None keeps the sequences apart, "mean" averages them.
+
+    Raises:
+        ValueError: `reduce` is neither None nor "mean".
+    """
+
+    def __init__(self, layers: Layers = None, *, reduce: Literal["mean"] | None = None) -> None:
+        if reduce not in (None, "mean"):
+            raise ValueError(f'reduce is {reduce!r}; allowed: None, "mean"')
+        super().__init__(layers, Concatenated if reduce is None else Sum)
+
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        """Read the pattern of every chosen layer."""
+        return {
+            hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
+        }
+
+    def _read(self, layer: int, pattern: Tensor) -> None:
+        self._records[layer].add(pattern)
+
+    def _seen(self) -> str:
+        return "forward pass"
+
+    def reading(self) -> LabelledTensor:
+        """Attention from each query to each key; rows sum to 1.
+
+        Raises:
+            ProbeError: no forward pass was seen.
+        """
+        records = self._complete_records()
+        values = self._stack(
+            {
+                layer: record.mean() if isinstance(record, Sum) else record.values()
+                for layer, record in records.items()
+            }
+        )
+        batch = ("batch",) if values.ndim == 5 else ()
+        axes = ("layer", *batch, "head", "query", "key")
+        return LabelledTensor("attention_pattern", values, axes, {"layer": tuple(records)})
+
+
+@runtime_checkable
+class LossScaler(Protocol):
+    """What multiplies a loss before the backward pass, such as `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float:
+        """The factor that the next backward pass runs with."""
+        ...
+
+
+class AttentionGradient(LayerProbe[Moments]):
+    """The gradient of the user's loss with respect to attention, summed over sequences.
+
+    The reading is `Σ_b ∂L/∂scores[b, head, query, key]` (`wrt="scores"`: before the softmax) or
+    `Σ_b ∂L/∂pattern[b, head, query, key]` (`wrt="pattern"`: after it; does not shrink when the
+    softmax saturates), with axes `("layer", "head", "query", "key")`, in units of the loss.
+    `stderr()` is the standard error of that sum. Entries that the model masks are exact zeros.
+
+    The gradient on scores is computed from the pattern A, `dS = A ∘ (dA - Σ_key A·dA)`: some
+    bridges show their pattern where scores are to be read. Masked is what the scores say, where
+    they are shown before the pattern, and else every key with a weight of exactly 0.
+
+    The sum runs over every sequence of every backward pass since the last reset. With a loss
+    that is a mean over its batch, divide by `batches` to get the gradient of the mean loss.
+    Only two float64 sums per layer are kept between passes.
+
+    Args:
+        wrt: "scores" or "pattern".
+        layers: one layer, several, or None for every layer that has attention.
+        centred: subtract from each row of each sequence its mean over the visible keys. A pattern's
+            rows sum to 1, so only differences within a row can be followed; under uniform
+            attention over i keys the gradient of the scores is this, divided by i.
+        loss_scale: what the loss was multiplied by before the backward pass: a number, or the
+            GradScaler that did it (asked in every backward pass: its factor changes). The reading
+            is divided by it. None: nothing; a pass under float16 autocast then gives a warning. A
+            pass that overflows leaves a reading without finite values: reset() after it, as the
+            scaler skips its step.
+
+    Raises:
+        ValueError: `wrt` is neither "scores" nor "pattern", or a scale that is not above 0.
+    """
+
+    def __init__(
+        self,
+        wrt: Literal["scores", "pattern"] = "scores",
+        layers: Layers = None,
+        *,
+        centred: bool = False,
+        loss_scale: float | int | LossScaler | None = None,
+    ) -> None:
+        if wrt not in ("scores", "pattern"):
+            raise ValueError(f'wrt is {wrt!r}; allowed: "scores", "pattern"')
+        if isinstance(loss_scale, float | int) and not 0 < loss_scale < math.inf:
+            raise ValueError(f"loss_scale is {loss_scale}; it must be a finite number above 0")
+        super().__init__(layers, Moments)
+        self._wrt = wrt
+        self._centred = centred
+        self._loss_scale = loss_scale
+        self._scores: dict[int, Tensor] = {}
+        self._scores_come_late: set[int] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._dropped: set[int] = set()
+        self._reached: set[int] = set()
+        self._float16 = False
+
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        """Read the gradient at every chosen layer, and which of its entries are masked."""
+        points = hook_names.hook_points(model)
+        self._scores.clear()
+        self._scores_come_late.clear()
+        hooks: dict[str, ForwardHook] = {}
+        if hasattr(model, "original_model") and hook_names.EMBEDDED in points:
+            # A bridge may show its pattern after use: a frozen one needs a graph from the start.
+            hooks[hook_names.EMBEDDED] = lambda _: _ignore
+        for layer in self._layers(model):
+            scores, pattern = hook_names.attn_scores(layer), hook_names.pattern(layer)
+            if scores in points:
+                hooks[scores] = partial(self._at_scores, layer)
+            if self._wrt == "scores":  # scores lie before whatever an edit makes of the pattern
+                pattern = hook_names.incoming(pattern)
+            hooks[pattern] = partial(self._at_pattern, layer)
+            if hook_names.z(layer) in points:
+                hooks[hook_names.z(layer)] = partial(self._at_mixed, layer)
+        return hooks
+
+    def _at_scores(self, layer: int, scores: Tensor) -> None:
+        if layer not in self._scores_come_late:
+            self._scores[layer] = scores
+
+    def _at_pattern(self, layer: int, pattern: Tensor) -> BackwardHook:
+        scores = self._scores.pop(layer, None)
+        if scores is None:  # what comes later there is the pattern once more
+            self._scores_come_late.add(layer)
+            masked = pattern == 0
+        else:
+            # -inf, or the dtype's minimum, which some models then divide by their scale.
+            masked = scores <= torch.finfo(scores.dtype).min / 64
+        device = pattern.device.type
+        if torch.is_autocast_enabled(device):
+            self._float16 |= torch.get_autocast_dtype(device) == torch.float16
+        if self._wrt == "pattern":
+            return partial(self._add, layer, masked)
+        pattern = pattern.clone()  # others may write into the model's
+        softmax: Tensor | None = pattern
+        if row_sums(pattern)[1].item() > 1 + row_sum_tolerance(pattern):
+            softmax = None if scores is None else _before_dropout(pattern, scores)
+        return partial(self._add_score_gradient, layer, masked, pattern, softmax)
+
+    def _at_mixed(self, layer: int, mixed: Tensor) -> BackwardHook:
+        return lambda _: self._reached.add(layer)
+
+    def _add_score_gradient(
+        self, layer: int, masked: Tensor, pattern: Tensor, softmax: Tensor | None, gradient: Tensor
+    ) -> None:
+        if softmax is None:
+            self._dropped.add(layer)
+        else:
+            self._add(layer, masked, _score_gradient(pattern, softmax, gradient))
+
+    def _add(self, layer: int, masked: Tensor, gradient: Tensor) -> None:
+        # At masked entries a pattern's gradient is not zero.
+        gradient = gradient.masked_fill(masked, 0.0)
+        if self._centred:
+            n_visible = (~masked).expand_as(gradient).sum(-1, keepdim=True)
+            gradient = gradient - gradient.sum(-1, keepdim=True) / n_visible.clamp(min=1)
+            gradient = gradient.masked_fill(masked, 0.0)
+        self._records[layer].add(self._unscaled(gradient))
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        if self._loss_scale is None:
+            return gradient
+        scale = self._loss_scale
+        factor = scale.get_scale() if isinstance(scale, LossScaler) else scale
+        # Half precision would lose small entries.
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / factor
+
+    def _complete_records(self) -> dict[int, Moments]:
+        if self._dropped:
+            raise ProbeError(
+                f"attention dropout was on in layers {sorted(self._dropped)}, whose scores are not "
+                'shown: call model.eval() before the pass, or read wrt="pattern"; then reset()'
+            )
+        unread = [layer for layer in sorted(self._reached) if not self._records[layer].batches]
+        if unread:
+            raise ProbeError(
+                f"gradients reach the mixed values of layers {unread}, but not their attention "
+                "patterns: the model, or an edit, computes with other patterns than it shows"
+            )
+        if self._float16 and self._loss_scale is None:
+            warnings.warn(
+                "the gradient was read under float16 autocast, where a GradScaler usually "
+                "multiplies the loss: pass loss_scale=scaler, or loss_scale=1 if there is none",
+                ProbeWarning,
+                stacklevel=3,
+            )
+        return super()._complete_records()
+
+    def _seen(self) -> str:
+        return "backward pass"
+
+    def reset(self) -> None:
+        """Forget every pass seen so far."""
+        super().reset()
+        self._forget()
+
+    def reading(self) -> LabelledTensor:
+        """The summed gradient `Σ_b ∂L/∂attention[b]`.
+
+        Raises:
+            ProbeError: no backward pass was seen.
+        """
+        sums = {layer: record.sum() for layer, record in self._complete_records().items()}
+        return self._labelled(f"attention_gradient_{self._wrt}", sums)
+
+    def stderr(self) -> LabelledTensor:
+        """The standard error of the summed gradient over its B sequences, `sqrt(B · s²)`.
+
+        `s²` is the sample variance of one sequence's contribution. The sequences must be
+        independent draws and the loss a sum (or mean) over them.
+
+        Raises:
+            ProbeError: fewer than two sequences were seen.
+        """
+        records = self._complete_records()
+        if any(record.sequences < 2 for record in records.values()):
+            raise ProbeError("a standard error needs at least two sequences, 1 was seen")
+        errors = {layer: record.stderr() for layer, record in records.items()}
+        return self._labelled(f"attention_gradient_{self._wrt}_stderr", errors)
+
+    def _labelled(self, name: str, values: dict[int, Tensor]) -> LabelledTensor:
+        axes = ("layer", "head", "query", "key")
+        return LabelledTensor(name, self._stack(values), axes, {"layer": tuple(values)})
+
+
+def _score_gradient(pattern: Tensor, softmax: Tensor, gradient: Tensor) -> Tensor:
+    """`P ∘ dP - A · Σ_key P·dP`: A is the softmax, P what is left of it after dropout (else A)."""
+    wide = torch.promote_types(pattern.dtype, torch.float32)
+    weighted = pattern.to(wide) * gradient.to(wide)
+    return weighted - softmax.to(wide) * weighted.sum(-1, keepdim=True)
+
+
+def _before_dropout(pattern: Tensor, scores: Tensor) -> Tensor | None:
+    """The softmax of these scores, if the pattern is what dropout left of it.
+
+    Dropout multiplies what it keeps by one factor; the largest weights tell, rounding does not
+    touch them.
+    """
+    wide = torch.promote_types(pattern.dtype, torch.float32)
+    softmax = scores.to(wide).softmax(-1).nan_to_num(0.0)
+    factors = (pattern.to(wide) / softmax)[(pattern > 0) & (softmax > 0.01)]
+    tolerance = row_sum_tolerance(pattern)
+    if factors.numel() and factors.max() > factors.min() * (1 + tolerance):
+        return None
+    return softmax
+
+
+def _ignore(gradient: Tensor) -> None:
+    """Ask for a gradient without a use for it: the graph then begins here at the latest."""

@@ -1,0 +1,203 @@
+"""Run a model over many sequences in batches of bounded memory and leave it as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from probes.reading.errors import ProbeError
+from probes.reading.hook_names import config_of, hook_points, modules_of, pattern
+from probes.reading.hooking import Hooks
+from probes.reading.padding import real_positions
+
+MAX_BATCH_BYTES = 64 * 2**20
+"""Default limit on the estimated activations of one batch."""
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's mode as before after it.
+
+    >>> model = nn.Dropout()
+    >>> with undisturbed(model):
+    ...     model.training, torch.is_grad_enabled()
+    (False, False)
+    >>> model.training
+    True
+    """
+    modules = modules_of(model)
+    modes = [module.training for module in modules]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        try:
+            _set_modes(modules, modes)
+        finally:  # once more after Ctrl-C in the middle of it
+            _set_modes(modules, modes)
+
+
+def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its tokens: the device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]:
+    """The tokens on the model's device, if it can take them.
+
+    Raises:
+        ValueError: not a non-empty integer tensor `[batch, pos]`.
+        ProbeError: a token outside the vocabulary, or a sequence longer than the context.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or not tokens.numel():
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; "
+            "expected integers [batch, pos], at least one"
+        )
+    config = config_of(model)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.d_vocab:
+        raise ProbeError(
+            f"tokens run from {low} to {high}, the model's vocabulary from 0 to "
+            f"{config.d_vocab - 1}"
+        )
+    if tokens.shape[1] > config.n_ctx:
+        raise ProbeError(
+            f"sequences of {tokens.shape[1]} tokens do not fit the context of {config.n_ctx}"
+        )
+    return tokens.long().to(device_of(model))
+
+
+def batch_rows(model: nn.Module, pos: int, max_bytes: int, *, logits: bool = False) -> int:
+    """How many sequences of `pos` tokens one pass may take; at least 1.
+
+    The estimate of one sequence's peak: four score-sized tensors (scores, mask, pattern, copy),
+    four of the MLP's width, eight of the residual stream's, and three of the vocabulary's where
+    logits are made (a bridge always makes them).
+
+    Raises:
+        ValueError: the limit is not positive.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_batch_bytes is {max_bytes}; it must be at least 1")
+    config: Any = model.cfg
+    width = 4 * config.n_heads * pos + 8 * config.d_model
+    if not getattr(config, "attn_only", False):
+        width += 4 * (getattr(config, "d_mlp", None) or 4 * config.d_model)
+    if logits or hasattr(model, "original_model"):
+        width += 3 * config.d_vocab
+    itemsize = next((parameter.element_size() for parameter in model.parameters()), 4)
+    return int(max(1, max_bytes // (width * pos * itemsize)))
+
+
+def run(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"] | None = None,
+) -> None:
+    """One forward pass for its hooks' sake; a HookedTransformer then skips the unembedding.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: its input.
+        real: False at padding, which the model is then told; None where there is none.
+    """
+    model(tokens, return_type=None, **_told(real))
+
+
+def _told(real: Tensor | None) -> dict[str, Tensor]:
+    return {} if real is None else {"attention_mask": real.long()}
+
+
+def attends_ahead(model: nn.Module) -> bool:
+    """Whether any head attends to later tokens, as in BERT: seen in a pass of three tokens.
+
+    Such a model knows the next token when it is asked for it, so that a loss says nothing.
+    """
+    points = hook_points(model)
+    config: Any = model.cfg
+    ahead: list[bool] = []
+
+    def look(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
+        conversion: Any = getattr(point, "hook_conversion", None)
+        shown = activation if conversion is None else conversion.convert(activation)
+        ahead.append(bool(shown.triu(1).any()))
+
+    length = min(3, config.n_ctx)
+    tokens = torch.arange(length, device=device_of(model)).unsqueeze(0) % config.d_vocab
+    with undisturbed(model), Hooks() as hooks:
+        for layer in range(config.n_layers):
+            if pattern(layer) in points:
+                hooks.add(points[pattern(layer)], look)
+        run(model, tokens)
+    return any(ahead)
+
+
+def token_losses(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+) -> Float[Tensor, "batch pos-1"]:
+    """Loss of every token after the first, `-log p(t[i+1] | t[0..i])` at index i.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; left as it was.
+        tokens: sequences of at least two tokens.
+        attention_mask: 0 at padding; None for what the tokenizer's PAD token tells, see
+            `padding.real_positions`.
+        max_batch_bytes: bound on the estimated activations of one pass, in bytes.
+
+    Returns:
+        Losses in nats, `[batch, pos - 1]`; NaN where this token or the next is padding.
+
+    Raises:
+        ValueError: the tokens are no `[batch, pos]` with pos >= 2, or the mask has another shape.
+        ProbeError: tokens outside the vocabulary or context, or a model that does not predict
+            the tokens it reads, or that sees the tokens it predicts.
+    """
+    tokens = checked_tokens(model, tokens)
+    if tokens.shape[1] < 2:
+        raise ValueError("sequences of one token have no next token: a loss needs at least two")
+    if attends_ahead(model):
+        raise ProbeError(
+            f"{type(model).__name__} attends to later tokens: it has no next-token loss"
+        )
+    real = real_positions(model, tokens, attention_mask)
+    losses = []
+    config: Any = model.cfg
+    rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
+    with undisturbed(model):
+        for batch, there in split(rows, tokens, real):
+            logits: Tensor = model(batch, return_type="logits", **_told(there))
+            if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
+                raise ProbeError(
+                    f"a loss needs logits for every token of the vocabulary, "
+                    f"{type(model).__name__} gives shape {tuple(logits.shape)}"
+                )
+            wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+            targets = batch[:, 1:].to(wide.device)
+            losses.append(
+                torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
+            )
+    found = torch.cat(losses)
+    if real is None:
+        return found
+    return found.masked_fill(~(real[:, :-1] & real[:, 1:]).to(found.device), torch.nan)
+
+
+def split(rows: int, tokens: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Batches of so many sequences, of tokens and what belongs to them (None stays None)."""
+    parts = [tokens.split(rows)]
+    parts += [(None,) * len(parts[0]) if other is None else other.split(rows) for other in others]
+    yield from zip(*parts, strict=True)

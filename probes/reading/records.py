@@ -1,0 +1,169 @@
+"""What a probe has seen so far, layer by layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from probes.reading.attach import Probe
+from probes.reading.errors import ProbeError
+from probes.reading.hook_names import Layers, attention_layers
+
+
+class Record(ABC):
+    """Accumulates one layer's batches.
+
+    Attributes:
+        batches: how many were taken in.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    @abstractmethod
+    def add(self, values: Tensor) -> None:
+        """Take in one batch `[batch ...]`; its first dimension is the sequences."""
+
+
+class Concatenated(Record):
+    """Every batch, one after another along the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Take in one batch `[batch ...]` (kept as it is, not copied)."""
+        if self._parts:
+            _require_same_shape(self._parts[0].shape[1:], values.shape[1:])
+        self._parts.append(values)
+        self.batches += 1
+
+    def values(self) -> Tensor:
+        """All sequences so far, `[batch ...]`."""
+        return torch.cat(self._parts)
+
+
+class Sum(Record):
+    """Sum over sequences, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequences = 0
+        self._sum = torch.zeros(())
+        self._dtype = torch.float32
+
+    def add(self, values: Tensor) -> None:
+        """Take in one batch `[batch ...]`."""
+        if self.batches:
+            _require_same_shape(self._sum.shape, values.shape[1:])
+        self._dtype = torch.promote_types(values.dtype, torch.float32)
+        self._sum = self._sum + values.sum(0, dtype=_wide(values))
+        self.sequences += len(values)
+        self.batches += 1
+
+    def sum(self) -> Tensor:
+        """`Σ_b x_b`, `[...]`, at least float32."""
+        return self._sum.to(self._dtype)
+
+    def mean(self) -> Tensor:
+        """`Σ_b x_b / B`."""
+        return (self._sum / self.sequences).to(self._dtype)
+
+
+class Moments(Sum):
+    """Sum over sequences and the standard error of that sum, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._squares = torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        """Take in one batch `[batch ...]`."""
+        slices = values.to(_wide(values), copy=True)
+        super().add(slices)
+        self._dtype = torch.promote_types(values.dtype, torch.float32)
+        self._squares = self._squares + slices.square_().sum(0)
+
+    def stderr(self) -> Tensor:
+        """`sqrt(B · s²)`, `s²` the sample variance over the B sequences; needs B >= 2."""
+        spread = self.sequences * self._squares - self._sum.square()
+        return (spread.clamp(min=0) / (self.sequences - 1)).sqrt().to(self._dtype)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class LayerProbe(Probe, Generic[R]):
+    """A probe that keeps one record per layer."""
+
+    def __init__(self, layers: Layers, record: Callable[[], R]) -> None:
+        self._wanted = layers
+        self._new_record = record
+        self._records: dict[int, R] = {}
+
+    @abstractmethod
+    def _seen(self) -> str:
+        """What has to happen before there is a reading: 'forward pass', ..."""
+
+    def _layers(self, model: nn.Module) -> tuple[int, ...]:
+        """The layers to hook, with a record for each."""
+        layers = attention_layers(model, self._wanted)
+        if self._records and tuple(self._records) != layers:
+            if any(record.batches for record in self._records.values()):
+                raise ProbeError(
+                    f"{type(self).__name__} holds readings of layers {tuple(self._records)}, "
+                    f"this model would add layers {layers}: call reset() first"
+                )
+            self._records.clear()
+        for layer in layers:
+            self._records.setdefault(layer, self._new_record())
+        return layers
+
+    def _complete_records(self) -> dict[int, R]:
+        """The records, if every layer saw the same passes."""
+        counts = {layer: record.batches for layer, record in self._records.items()}
+        if not any(counts.values()):
+            raise ProbeError(
+                f"{type(self).__name__} has no reading: no {self._seen()} seen yet "
+                "(a compiled copy of the model hides its own)"
+            )
+        if len(set(counts.values())) > 1:
+            raise ProbeError(
+                f"{type(self).__name__} has no reading: a {self._seen()} did not reach every layer "
+                f"(times each layer was reached: {counts}); call reset(), or choose layers="
+            )
+        return self._records
+
+    def _stack(self, values: dict[int, Tensor]) -> Tensor:
+        """One tensor `[layer ...]`, on the first layer's device."""
+        shapes = {layer: tuple(value.shape) for layer, value in values.items()}
+        if len(set(shapes.values())) > 1:
+            raise ProbeError(f"layers differ in shape, read them one by one: {shapes}")
+        device = next(iter(values.values())).device
+        return torch.stack([value.to(device) for value in values.values()])
+
+    @property
+    def batches(self) -> int:
+        """How many passes the reading covers (0 before the first)."""
+        return min((record.batches for record in self._records.values()), default=0)
+
+    def reset(self) -> None:
+        """Forget every pass seen so far."""
+        for layer in self._records:
+            self._records[layer] = self._new_record()
+
+
+def _require_same_shape(before: torch.Size, now: torch.Size) -> None:
+    if before != now:
+        raise ProbeError(
+            f"this batch has shape {tuple(now)} per sequence, earlier ones {tuple(before)}: "
+            "call reset() between lengths"
+        )
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type to sum in: float64, which MPS lacks."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
