@@ -13,13 +13,11 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 # Matrix products as other processors compute them, and the tests whose outcome could rest on that.
 PROCESSORS := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
-NUMERICAL := tests/probes $(addprefix tests/test_,$(addsuffix .py,batched blocks disentangled edge_interventions \
-	generalisation information matching metrics models observer predictors priors several_parents standard tasks theory \
-	training))
+NUMERICAL := $(addprefix tests/,probes tasks theory models measures training/test_training.py sweeps/test_batched.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-processors soak lint check-format check-lint check-types format bench wheel clean venv $(VENV)
+.PHONY: help demo test test-processors soak lint check-format check-lint check-types check-rooms docs format bench wheel clean venv $(VENV)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -40,7 +38,7 @@ test-processors: $(STAMP) ## run the numerical tests with the arithmetic of othe
 soak: $(STAMP) ## what the default suite leaves out: killed runs and workers, a W&B server
 	$(BIN)/python -m pytest -m soak
 
-lint: check-format check-lint check-types ## check format, lint and types
+lint: check-format check-lint check-types check-rooms ## check format, lint, types and the order of the rooms
 
 check-format: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -50,6 +48,13 @@ check-lint: $(STAMP)
 
 check-types: $(STAMP)
 	$(BIN)/mypy
+
+check-rooms: $(STAMP)
+	$(BIN)/lint-imports
+
+docs: $(STAMP) ## build the documentation into build/docs; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 format: $(STAMP) ## rewrite the code to the project's format
 	$(BIN)/ruff check --fix .

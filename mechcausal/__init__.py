@@ -7,30 +7,35 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechcausal.pictures import interactive as plot  # noqa: F401
 
 _HOMES = {
     "CausalGraph": "graphs",
-    "DirichletPrior": "priors",
-    "FixedTransition": "priors",
+    "DirichletPrior": "tasks",
+    "FixedTransition": "tasks",
     "Recipe": "recipes",
-    "RunResult": "training",
+    "RunResult": "training.run",
     "SimplifiedTransformer": "models.simplified",
     "SingleParentTask": "tasks",
     "load_model": "models.adapter",
     "load_recipe": "recipes",
     "pairwise_theory": "theory",
-    "resume": "resuming",
+    "resume": "training.resuming",
     "save_model": "models.adapter",
-    "train": "training",
+    "train": "training.run",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "plot"])
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # Names load on first use: `mechcausal --help` must not wait for torch.
+    if name == "plot":
+        return import_module("mechcausal.pictures.interactive")
     if name in _HOMES:
         return getattr(import_module(f"mechcausal.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'mechcausal' has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """Instruments for any TransformerLens model: hooks in, numbers out.
 
+Example::
+
     with attach(model, AttentionPattern(), AttentionGradient()) as (pattern, gradient):
         model(tokens, return_type="loss").backward()
     gradient.reading().sel(layer=0, head=0)
@@ -13,16 +15,10 @@ Cost: a probe keeps only what its reading needs. `AttentionPattern` without `red
 whose memory grows with the number of sequences squared in length.
 """
 
-from probes.causal_discovery import (
-    PAG,
-    Discovery,
-    discover,
-    discover_attention,
-    linear_edges,
-    linear_effects,
-    save_picture,
-)
-from probes.causal_discovery.explain import Explanation, explain
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Score: what a head does.
 from probes.heads.composition import KComposition, k_composition
 from probes.heads.copying import copying_score
 from probes.heads.formation import Formation, track_formation
@@ -39,6 +35,8 @@ from probes.heads.scores import (
     previous_token_score,
     uniform_baseline,
 )
+
+# Intervene: what changes without it.
 from probes.intervening.ablation import AblationEffect, ablation_effects, mean_ablate
 from probes.intervening.attention_edits import (
     AttentionEffect,
@@ -49,11 +47,39 @@ from probes.intervening.attention_edits import (
     redirect,
     replace_pattern,
 )
+
+# Read: hooks in, numbers out.
 from probes.reading.attach import Probe, attach
 from probes.reading.attention import AttentionGradient, AttentionPattern
 from probes.reading.attention_check import AttentionCheck, check_attention
 from probes.reading.errors import ProbeError, ProbeWarning
 from probes.reading.labelled import LabelledTensor
+
+# Discover: loaded when first used, since it brings networkx with it.
+if TYPE_CHECKING:
+    from probes.causal_discovery import (
+        PAG,
+        Discovery,
+        Explanation,
+        discover,
+        discover_attention,
+        explain,
+        linear_edges,
+        linear_effects,
+        save_picture,
+    )
+
+_DISCOVERY = {
+    "PAG",
+    "Discovery",
+    "Explanation",
+    "discover",
+    "discover_attention",
+    "explain",
+    "linear_edges",
+    "linear_effects",
+    "save_picture",
+}
 
 __all__ = [
     "PAG",
@@ -103,3 +129,13 @@ __all__ = [
     "track_formation",
     "uniform_baseline",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DISCOVERY:
+        return getattr(import_module("probes.causal_discovery"), name)
+    raise AttributeError(f"module 'probes' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,12 +29,13 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import wandb
 
+from mechcausal.measures.figures import STEP
 from mechcausal.recipes import Recipe, parse_recipe
-from mechcausal.records.run_folder import STEP, read_metrics, read_process, read_summary
+from mechcausal.records.run_folder import read_metrics, read_process, read_summary
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.records.wandb_runs import WandbRun
-from mechcausal.training.album import Album
 from mechcausal.training.checkpointing import Checkpointer
+from mechcausal.training.probe_log import ProbeLog
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import train
 
@@ -68,7 +69,7 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
     def work() -> None:
         os.setsid()
         for number, (kind, method) in enumerate(
-            ((Album, "add"), (Checkpointer, "save"), (WandbRun, "log")), start=1
+            ((ProbeLog, "add"), (Checkpointer, "save"), (WandbRun, "log")), start=1
         ):
             _told(kind, method, phase, number)
         with Path(os.devnull).open("w") as nowhere:

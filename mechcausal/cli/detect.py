@@ -27,15 +27,16 @@ class Detect:
     step: int | None = None
     """Checkpoint of a run folder; its final weights when absent."""
     threshold: float = 0.4
-    """Score from which on a head gets its verdict."""
+    """Lowest score at which a head gets a verdict."""
     sequences: int = 32
-    """Repeated sequences to score; as many controls that do not repeat come on top."""
+    """Repeated sequences to score, plus as many control sequences without repetition."""
     repeat_lengths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="R [R ...]")] = ()
     """Lengths of the repeated block; about five that fit the context when absent."""
     ablate: bool = False
-    """Mean-ablate induction and previous-token heads: how much the second copy's loss rises."""
+    """Mean-ablate each induction and previous-token head; report the rise of the second copy's
+    loss."""
     compose: bool = False
-    """Which earlier heads the keys of the induction heads read (K-composition)."""
+    """Report which earlier heads the keys of the induction heads read (K-composition)."""
     all: bool = False
     """Show every head, not only the highest and those with a verdict."""
     json: bool = False
@@ -45,7 +46,7 @@ class Detect:
     heatmap: Path | None = None
     """Draw scores by layer and head to this PNG file."""
     wandb: bool = False
-    """Log it all to W&B."""
+    """Log the results to W&B."""
     wandb_mode: WandbMode | None = None
     """W&B mode, with --wandb."""
     seed: int = 0
@@ -73,10 +74,10 @@ def main(arguments: list[str]) -> int:
         if not options.heatmap.parent.is_dir():
             raise RefusedError(f"--heatmap: {options.heatmap.parent} is no folder")
     from mechcausal.recipes import RecipeError
+    from mechcausal.recipes.devices import device_named
     from mechcausal.records.wandb_runs import TrackingError, resolve_mode
     from mechcausal.studies.detection import detect, draw_heatmap, log_to_wandb
     from mechcausal.studies.targets import TargetError, load_target, running
-    from mechcausal.support.devices import device_named
     from probes import ProbeError
 
     try:
@@ -102,7 +103,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         raise RefusedError(f"--heatmap: {options.heatmap}: {error.strerror or error}") from None
     warnings: list[str] = []
-    place = log_to_wandb(detection, mode, warnings) if mode != "disabled" else None
+    wandb_location = log_to_wandb(detection, mode, warnings) if mode != "disabled" else None
     for warning in warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     if options.json:
@@ -111,9 +112,9 @@ def main(arguments: list[str]) -> int:
         print(detection.scores.to_frame().to_csv(index=False), end="")
     else:
         _print_tables(detection, everything=options.all)
-        for label, found in (("heatmap", options.heatmap), ("W&B", place)):
-            if found is not None:
-                print(f"{label + ':':9}{found}")
+        for label, location in (("heatmap", options.heatmap), ("W&B", wandb_location)):
+            if location is not None:
+                print(f"{label + ':':9}{location}")
     return 0
 
 
@@ -126,15 +127,15 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     scores = detection.scores
     console = Console()
     rows = detection.to_dict()["heads"]
-    shown = rows if everything else [r for i, r in enumerate(rows) if i < 5 or r["verdict"]]
+    listed = rows if everything else [r for i, r in enumerate(rows) if i < 5 or r["verdict"]]
     table = Table(
-        # As text: rich would take a name in brackets for its markup.
+        # As Text: rich would read brackets in the name as markup.
         title=Text(
             f"{printable(detection.target.name)}: {len(rows)} heads, {scores.sequences} sequences, "
             f"threshold {scores.threshold:g}"
         ),
         box=SIMPLE_HEAD,
-        padding=0,  # the box's own spaces are enough: 80 characters hold it all
+        padding=0,  # so that the table fits into 80 characters
     )
     table.add_column("head", no_wrap=True)
     for heading in (
@@ -148,7 +149,7 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=10)
-    for row in shown:
+    for row in listed:
         table.add_row(
             f"{row['layer']}.{row['head']}",
             f"{_number(row['induction'])} ±{_number(row['induction_stderr'])}",
@@ -163,8 +164,8 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     console.print(table)
     uniform = _number(rows[0]["uniform_baseline"])
     console.print(f"uniform attention scores {uniform} as induction")
-    if len(shown) < len(rows):
-        console.print(f"{len(rows) - len(shown)} more heads without a verdict: --all shows them")
+    if len(listed) < len(rows):
+        console.print(f"{len(rows) - len(listed)} more heads without a verdict: --all shows them")
     if detection.in_context is not None:
         gain, stderr = (
             detection.in_context.in_context_gain,
@@ -206,11 +207,11 @@ def _print_composition(console: Any, detection: "Detection") -> None:
     if not composition.later:
         console.print("composition: no induction head whose keys could read an earlier one")
     for later in composition.later:
-        found = composition.partners(later, 3)
+        partners = composition.partners(later, 3)
         circuit = ", ".join(
             f"{layer}.{head} ({score:+.3f}"
             + (", previous token)" if detection.is_previous_token((layer, head)) else ")")
-            for (layer, head), score in found
+            for (layer, head), score in partners
         )
         console.print(f"keys of induction head {later[0]}.{later[1]} read: {circuit or 'nothing'}")
 

@@ -19,11 +19,11 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass
 class Discover:
-    """A causal graph over the tokens of one input, read from one head's attention.
+    """A causal graph over the tokens of one input, from one head's attention.
 
-    Edges: `a --> b` a is a cause of b; `a <-> b` a hidden common cause; `a o-> b` one of the two;
-    `a o-o b` open. --n-eff is a knob of sparsity, not a sample size: one forward pass has no
-    samples. The larger it is, the more edges stay; try several (--n-eff 32,64,128).
+    Edges: `a --> b`: a causes b; `a <-> b`: a hidden common cause; `a o-> b`: one of the two;
+    `a o-o b`: undecided. --n-eff controls sparsity and is no sample size, as one forward pass has
+    no samples. The larger it is, the more edges stay; try several (--n-eff 32,64,128).
     """
 
     target: tyro.conf.Positional[str] = ""
@@ -36,33 +36,35 @@ class Discover:
     step: int | None = None
     """Checkpoint of a run folder; its final weights when absent."""
     layer: int | None = None
-    """Whose attention; the deepest layer when absent."""
+    """Layer whose attention is read; the last one when absent."""
     head: int | None = None
-    """Which of its heads; 0 when absent."""
+    """Head of that layer; 0 when absent."""
     n_eff: str | None = None
-    """Knob of sparsity, or several, such as 32,64,128; the model's d_head when absent."""
+    """How many samples the tests assume, or several, such as 32,64,128: a knob of sparsity, not a
+    sample size. d_head when absent."""
     alpha: float = 0.01
-    """Level of the independence tests; the smaller, the fewer edges."""
+    """Significance level of the independence tests; the smaller, the fewer edges."""
     ordered: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Take token order for causal order; that is the default where no token attends to a later."""
+    """Use token order as causal order; the default if no token attends to a later one."""
     no_ordered: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Take no order for known."""
+    """Assume no causal order."""
     sink: Literal["node", "conditioned"] = "node"
-    """Whether the attention sink is a token like others, or taken out by conditioning on it."""
+    """Keep the attention sink as a node, or remove it by conditioning on it."""
     sink_position: int | None = None
-    """Where the sink is, with --sink conditioned; 0 when absent."""
+    """Position of the sink, with --sink conditioned; 0 when absent."""
     positions: Annotated[tuple[int, ...], tyro.conf.arg(metavar="P [P ...]")] = ()
-    """Tokens to be nodes, by position; all when absent. The others count as hidden."""
+    """Positions of the tokens that become nodes; all when absent. The others count as hidden."""
     values: bool = False
-    """Take covariances of the attention-weighted values instead of the attention."""
+    """Use covariances of the attention-weighted values instead of the attention."""
     engine: Literal["icd", "fci", "pc"] = "icd"
-    """Search: ours, or FCI or PC of causal-learn (the extra `discovery`) as a check."""
+    """Search algorithm: icd is ours; fci and pc are causal-learn's (extra `discovery`), to check
+    ours."""
     max_cond: int | None = None
     """Largest conditioning set; no limit when absent."""
     time_budget: float | None = None
-    """Seconds after which the search stops, with a sound partial graph."""
+    """Seconds after which the search stops with a sound partial graph."""
     stable: bool = False
-    """Make the edges independent of the order in which pairs are tested; more tests."""
+    """Make the edges independent of the order in which pairs are tested; needs more tests."""
     json: bool = False
     """Print one JSON object."""
     picture: Path | None = None
@@ -90,11 +92,10 @@ def main(arguments: list[str]) -> int:
 
     try:
         prepared = _from_matrix(options) if is_matrix else _from_model(options)
-        found = [prepared.discover(n_eff) for n_eff in sweep]
+        discoveries = [prepared.discover(n_eff) for n_eff in sweep]
         if options.picture is not None:
-            save_picture(
-                found[0].pag, options.picture, prepared.words, title=_title(options.target, found)
-            )
+            title = _title(options.target, discoveries[0])
+            save_picture(discoveries[0].pag, options.picture, prepared.words, title=title)
     except (TargetError, RecipeError) as error:
         raise RefusedError(str(error)) from None
     except (ProbeError, ValueError) as error:
@@ -102,13 +103,13 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         raise RefusedError(f"--picture: {options.picture}: {error.strerror or error}") from None
     if options.json:
-        contents = [discovery.to_dict() for discovery in found]
+        contents = [discovery.to_dict() for discovery in discoveries]
         content = contents[0] if len(contents) == 1 else {"sweep": contents}
         print(json.dumps(content, indent=2, allow_nan=False))
-    elif len(found) == 1:
-        _print_graph(options.target, found[0], prepared.words)
+    elif len(discoveries) == 1:
+        _print_graph(options.target, discoveries[0], prepared.words)
     else:
-        _print_sweep(options.target, found)
+        _print_sweep(options.target, discoveries)
     if options.picture is not None and not options.json:
         print(f"picture: {options.picture}")
     return 0
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is ready to be searched at any n_eff (None for the default), and its tokens' text."""
+    """The search as a function of n_eff (None for the default), and the tokens' text."""
 
     discover: "Callable[[float | int | None], Discovery]"
     words: list[str] | None
@@ -186,13 +187,13 @@ def _from_matrix(options: Discover) -> _Prepared:
     from probes import discover_attention
 
     try:
-        # Without pickles: a .npy file can hold any Python object.
+        # A .npy file may hold pickled objects: never load those.
         attention: Any = np.load(options.target, allow_pickle=False)
     except FileNotFoundError:
         raise TargetError(f"{options.target}: no such file") from None
     except OSError as error:
         raise TargetError(f"{options.target}: not read: {error.strerror or error}") from None
-    except Exception:  # numpy raises what its parser, the zip reader or the allocator raise
+    except Exception:  # numpy passes on errors of its parser, the zip reader and the allocator
         raise TargetError(f"{options.target}: not a .npy file with a matrix of numbers") from None
     if not isinstance(attention, np.ndarray):
         raise TargetError(f"{options.target}: an archive of arrays; one matrix is needed")
@@ -203,8 +204,8 @@ def _from_matrix(options: Discover) -> _Prepared:
 
 
 def _from_model(options: Discover) -> _Prepared:
+    from mechcausal.recipes.devices import device_named
     from mechcausal.studies.targets import load_target, running
-    from mechcausal.support.devices import device_named
     from probes import discover
 
     target = load_target(
@@ -233,7 +234,7 @@ def _from_model(options: Discover) -> _Prepared:
 
 
 def _has_tokenizer(target: "Target") -> bool:
-    # A bridge without one gets a placeholder that would read words as numbers.
+    # A bridge without a tokenizer has a placeholder that reads words as numbers.
     return target.bos == "auto" and getattr(target.model, "tokenizer", None) is not None
 
 
@@ -244,7 +245,7 @@ def _tokens(options: Discover, target: "Target") -> Any:
         if not _has_tokenizer(target):
             raise RefusedError(f"{options.target}: has no tokenizer: give --tokens, not --text")
         model: Any = target.model
-        # Too long a text is refused later, not cut.
+        # Do not truncate: the model refuses a text that is too long.
         return model.to_tokens(options.text, truncate=False)[0]
     parts = (options.tokens or "").replace(",", " ").split()
     if not parts:
@@ -257,22 +258,22 @@ def _tokens(options: Discover, target: "Target") -> Any:
         ) from None
 
 
-def _title(target: str, found: "list[Discovery]") -> str:
-    first = found[0]
-    place = "" if first.layer is None else f", layer {first.layer}, head {first.head}"
-    order = "token order is causal order" if first.ordered else "no order known"
-    return f"{target}{place}: {len(first.pag.nodes)} tokens, alpha {first.alpha:g}, {order}"
+def _title(target: str, discovery: "Discovery") -> str:
+    layer, alpha = discovery.layer, discovery.alpha
+    source = target if layer is None else f"{target}, layer {layer}, head {discovery.head}"
+    order = "token order is causal order" if discovery.ordered else "no order known"
+    return f"{source}: {len(discovery.pag.nodes)} tokens, alpha {alpha:g}, {order}"
 
 
-def _print_graph(target: str, found: "Discovery", words: list[str] | None) -> None:
+def _print_graph(target: str, discovery: "Discovery", words: list[str] | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    edges = found.pag.edges()
-    console.print(escape(_title(target, [found])))
+    edges = discovery.pag.edges()
+    console.print(escape(_title(target, discovery)))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("from", justify="right")
     table.add_column("edge", no_wrap=True)
@@ -281,9 +282,9 @@ def _print_graph(target: str, found: "Discovery", words: list[str] | None) -> No
         table.add_row(_node(edge.start, words), escape(edge.marks), _node(edge.end, words))
     if edges:
         console.print(table)
-    console.print(f"edges: {len(edges)}, tests: {found.tests}, n_eff: {found.n_eff:g}")
-    if not found.complete:
-        reached = "none" if found.reached is None else found.reached
+    console.print(f"edges: {len(edges)}, tests: {discovery.tests}, n_eff: {discovery.n_eff:g}")
+    if not discovery.complete:
+        reached = "none" if discovery.reached is None else discovery.reached
         console.print(
             f"stopped early (largest conditioning set with all tests made: {reached}): "
             "edges may be too many"
@@ -296,20 +297,20 @@ def _node(position: int, words: list[str] | None) -> str:
     return str(position) if words is None else escape(f"{position} {words[position]!r}")
 
 
-def _print_sweep(target: str, found: "list[Discovery]") -> None:
+def _print_sweep(target: str, discoveries: "list[Discovery]") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(escape(_title(target, found)))
+    console.print(escape(_title(target, discoveries[0])))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("n_eff", "edges", "-->", "<->", "tests", "complete"):
         table.add_column(heading, justify="right")
-    for one in found:
-        marks = [edge.marks for edge in one.pag.edges()]
-        counts = (len(marks), marks.count("-->"), marks.count("<->"), one.tests)
-        row = (f"{one.n_eff:g}", *map(str, counts), "yes" if one.complete else "no")
-        table.add_row(*row)
+    for discovery in discoveries:
+        marks = [edge.marks for edge in discovery.pag.edges()]
+        counts = (len(marks), marks.count("-->"), marks.count("<->"), discovery.tests)
+        complete = "yes" if discovery.complete else "no"
+        table.add_row(f"{discovery.n_eff:g}", *map(str, counts), complete)
     console.print(table)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar, or a picture of the run."""
+"""What the terminal shows while a run trains: a progress bar, or a live view of the run."""
 
 import sys
 import time
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 
 class Display(ABC):
-    """Shows a run while it trains."""
+    """Shows a run in the terminal while it trains."""
 
     @abstractmethod
     def show(self, progress: "Progress") -> None:
-        """Before every step."""
+        """Show the run's progress; called before every step."""
 
     @abstractmethod
     def warn(self, message: str) -> None:
-        """Tell the user of something that went wrong."""
+        """Print a warning without disturbing the display."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the terminal as it was found; a second time does nothing."""
+        """Restore the terminal; calling it again does nothing."""
 
 
 def display(recipe: Recipe, *, quiet: bool, watch: bool) -> Display:
-    """What the options ask for; the progress bar where the terminal cannot show pictures.
+    """The display for these options; a progress bar if the terminal cannot show the live view.
 
     Raises:
-        RefusedError: options that exclude each other.
+        RefusedError: --quiet and --watch together.
     """
     if quiet and watch:
         raise RefusedError("--quiet and --watch: choose one of them")
@@ -49,7 +49,7 @@ def display(recipe: Recipe, *, quiet: bool, watch: bool) -> Display:
 
 
 class ProgressBar(Display):
-    """Loss, gap and recovered edges beside the steps; nothing where stderr is no terminal."""
+    """A bar of steps with loss, gap and recovered edges; nothing if stderr is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -77,13 +77,13 @@ class ProgressBar(Display):
         if bar.disable:
             return
         figures = progress.figures
-        shown = {
+        values = {
             "loss": figures.get("loss/eval"),
             "gap": figures.get("loss/gap"),
             "edges": figures.get("graph/recovered"),
         }
         formats = {"loss": "{:.3f}", "gap": "{:.3f}", "edges": "{:.0%}"}
-        texts = {key: formats[key].format(v) for key, v in shown.items() if v is not None}
+        texts = {key: formats[key].format(v) for key, v in values.items() if v is not None}
         bar.set_description(progress.stage, refresh=False)
         bar.set_postfix(texts, refresh=False)
         bar.update(progress.step - bar.n)
@@ -103,7 +103,7 @@ class ProgressBar(Display):
         self._bar.set_description_str(text)
 
     def warn(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a warning above the bar."""
         line = f"mechcausal: warning: {printable(message)}"
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
@@ -118,10 +118,10 @@ class ProgressBar(Display):
 
 
 class LiveView(Display):
-    """The attention of layer 1 beside the graph, curves, and the time left.
+    """Layer-1 attention beside the graph, curves, and the time left.
 
-    It is drawn again at most four times a second, and less often where drawing takes long, so that
-    the run hardly waits for its terminal.
+    Redrawn at most four times a second, and less often if drawing is slow, so that drawing hardly
+    slows the run down.
     """
 
     SECONDS = 0.25
@@ -136,7 +136,7 @@ class LiveView(Display):
         self._due = 0.0
 
     def show(self, progress: "Progress") -> None:
-        """Before every step."""
+        """Update the display; called before every step."""
         now = time.monotonic()
         if self._live is None:
             self._start()
@@ -156,7 +156,7 @@ class LiveView(Display):
         self._due = now + max(self.SECONDS, self._SHARE * (time.monotonic() - now))
 
     def warn(self, message: str) -> None:
-        """A line above the picture."""
+        """Print a warning above the live view."""
         line = f"mechcausal: warning: {printable(message)}"
         if self._live is None:
             print(line, file=sys.stderr, flush=True)

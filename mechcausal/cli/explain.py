@@ -25,29 +25,29 @@ class Explain:
     """The smallest set of tokens that changes a prediction, by causal discovery and by controls."""
 
     application: tyro.conf.Positional[str] = ""
-    """recommender, sentiment, or bridge: what discovery sees of the graph that a trained model's
-    data came from."""
+    """recommender, sentiment, or bridge. The bridge compares discovered graphs with the true graph
+    of the training data."""
     recipe: tyro.conf.Positional[str | None] = None
-    """Of the bridge: a recipe of a causal graph; random_tree when absent."""
+    """For bridge: a recipe with a causal graph; random_tree when absent."""
     seeds: int | None = None
-    """Models to train, from seeds 0, 1, ...; 5 (bridge: 3) when absent."""
+    """Models to train, with seeds 0, 1, ...; 5 (bridge: 3) when absent."""
     sequences: int | None = None
-    """Predictions explained for each model; 60 (bridge: 20 sequences) when absent."""
+    """Predictions to explain for each model; 60 (bridge: 20 sequences) when absent."""
     budget: int | None = None
-    """Model runs that each method may spend on one explanation; 300 when absent."""
+    """Model runs that each method may use for one explanation; 300 when absent."""
     n_eff: float | None = None
-    """Knob of sparsity of the discovered graphs; d_head (bridge: 768) when absent."""
+    """Effective sample size of the discovery's tests; d_head (bridge: 768) when absent."""
     data: Path | None = None
-    """Of the recommender: a MovieLens file, ratings.dat, ratings.csv or u.data, in place of
-    generated sessions."""
+    """For recommender: a MovieLens file (ratings.dat, ratings.csv or u.data) instead of generated
+    sessions."""
     model: Path | None = None
-    """Of sentiment: a folder with a Hugging Face classifier, with --text."""
+    """For sentiment, with --text: a folder with a Hugging Face classifier."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")] = ()
     """Texts to explain with --model."""
     out: Path | None = None
-    """Folder of models, table and picture; runs/explain_<application>/<time> when absent."""
+    """Folder for models, table and picture; runs/explain_<application>/<time> when absent."""
     quick: bool = False
-    """Fewer seeds and sequences, shorter training: under a minute."""
+    """Fewer seeds and sequences and shorter training: under a minute."""
     json: bool = False
     """Print one JSON object."""
     wandb_mode: WandbMode | None = None
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     from mechcausal.tasks.priors import PriorError
     from mechcausal.training.run import TrainingError
 
-    # The same figures from the same seeds: several threads add up in an order of their own.
+    # With several threads the order of summation varies, and equal seeds give other figures.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,17 +99,17 @@ def main(arguments: list[str]) -> int:
 def _check(options: Explain) -> None:
     name = options.application
     if name not in APPLICATIONS:
-        found = f"{name}: no such application" if name else "explain needs an application"
-        raise RefusedError(f"{found}; allowed: {', '.join(APPLICATIONS)}")
-    for flag, value, belongs in (
+        problem = f"{name}: no such application" if name else "explain needs an application"
+        raise RefusedError(f"{problem}; allowed: {', '.join(APPLICATIONS)}")
+    for flag, value, applications in (
         ("a recipe", options.recipe, ("bridge",)),
         ("--data", options.data, ("recommender",)),
         ("--model", options.model, ("sentiment",)),
         ("--text", options.text or None, ("sentiment",)),
         ("--budget", options.budget, ("recommender", "sentiment")),
     ):
-        if value is not None and name not in belongs:
-            raise RefusedError(f"{flag} goes with {' or '.join(belongs)}, not with {name}")
+        if value is not None and name not in applications:
+            raise RefusedError(f"{flag} goes with {' or '.join(applications)}, not with {name}")
     if (options.model is None) != (not options.text):
         raise RefusedError("--model and --text go together")
     if options.model is not None:
@@ -134,6 +134,7 @@ def _check(options: Explain) -> None:
 
 
 def _compare(options: Explain) -> int:
+    from mechcausal.recipes.devices import device_named
     from mechcausal.studies.explanations import catalogue
     from mechcausal.studies.explanations.driver import run_application
     from mechcausal.studies.explanations.movielens import load_ratings
@@ -142,7 +143,6 @@ def _compare(options: Explain) -> int:
     from mechcausal.studies.explanations.reviews import ReviewRule
     from mechcausal.studies.explanations.sentiment import ClassifierSettings
     from mechcausal.studies.explanations.sessions import SessionSource, ThemeRule
-    from mechcausal.support.devices import device_named
 
     device = str(device_named(options.device))
     application: catalogue.Recommendation | catalogue.Sentiment
@@ -167,7 +167,7 @@ def _compare(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    return _show(options, result, _print_comparison)
+    return _print_result(options, result, _print_comparison)
 
 
 def _bridge(options: Explain) -> int:
@@ -186,24 +186,24 @@ def _bridge(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    return _show(options, result, _print_bridge)
+    return _print_result(options, result, _print_bridge)
 
 
 def _explain_texts(options: Explain, folder: Path) -> int:
+    from mechcausal.recipes.devices import device_named
     from mechcausal.studies.explanations.hugging_face import TextClassifier
-    from mechcausal.support.devices import device_named
-    from probes.causal_discovery.explain import METHODS
+    from probes.causal_discovery.explanation import METHODS
 
     classifier = TextClassifier(folder, device=str(device_named(options.device)))
-    found = [
+    explanations = [
         classifier.explain(text, method=method, budget=options.budget or 300, n_eff=options.n_eff)
         for text in options.text
         for method in METHODS
     ]
     if options.json:
-        print(json.dumps({"explanations": [one.as_json() for one in found]}, indent=2))
+        print(json.dumps({"explanations": [one.as_json() for one in explanations]}, indent=2))
     else:
-        _print_texts(found)
+        _print_texts(explanations)
     return 0
 
 
@@ -211,7 +211,7 @@ def _report(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def _show(options: Explain, result: Any, print_table: Callable[[Any], None]) -> int:
+def _print_result(options: Explain, result: Any, print_table: Callable[[Any], None]) -> int:
     for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     if options.json:
@@ -226,8 +226,8 @@ def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> Any:
     from rich.table import Table
 
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < n_left else "right")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column < n_left else "right")
     return table
 
 
@@ -255,7 +255,7 @@ def _print_comparison(result: "Result") -> None:
         )
     console = Console()
     console.print(table)
-    _print_places(console, result.folder / PICTURE_FILE, result.wandb)
+    _print_locations(console, result.folder / PICTURE_FILE, result.wandb)
 
 
 def _print_bridge(result: "Bridge") -> None:
@@ -285,10 +285,10 @@ def _print_bridge(result: "Bridge") -> None:
         previous = row.model
     console = Console()
     console.print(table)
-    _print_places(console, result.folder / PICTURE_FILE, result.wandb)
+    _print_locations(console, result.folder / PICTURE_FILE, result.wandb)
 
 
-def _print_texts(found: "list[TextExplanation]") -> None:
+def _print_texts(texts: "list[TextExplanation]") -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -298,22 +298,22 @@ def _print_texts(found: "list[TextExplanation]") -> None:
         n_left=4,
     )
     previous = ""
-    for one in found:
+    for row in texts:
         table.add_row(
-            escape(one.text) if one.text != previous else "",
-            one.explanation.method,
-            escape(" ".join(one.words)) or "–",
-            escape(one.label if one.new_label is None else f"{one.label} → {one.new_label}"),
-            str(one.explanation.calls),
+            escape(row.text) if row.text != previous else "",
+            row.explanation.method,
+            escape(" ".join(row.words)) or "–",
+            escape(row.label if row.new_label is None else f"{row.label} → {row.new_label}"),
+            str(row.explanation.calls),
         )
-        previous = one.text
+        previous = row.text
     Console().print(table)
 
 
-def _print_places(console: Any, picture: Path, wandb: str | None) -> None:
-    for label, place in (("picture", picture), ("W&B", wandb)):
-        if place is not None:
-            console.out(f"{label + ':':9}{place}", highlight=False)
+def _print_locations(console: Any, picture: Path, wandb: str | None) -> None:
+    for label, location in (("picture", picture), ("W&B", wandb)):
+        if location is not None:
+            console.out(f"{label + ':':9}{location}", highlight=False)
 
 
 def _number(mean: float | None, stderr: float | None, digits: int = 2) -> str:

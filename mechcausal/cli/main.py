@@ -1,9 +1,8 @@
-"""The `mechcausal` command: which command is meant, and how its refusals are shown.
+"""The `mechcausal` command: dispatch to a subcommand and print its errors.
 
-Heavy imports stay inside the commands: `mechcausal --help` must not wait for torch.
+Heavy imports stay inside the subcommands, so that `mechcausal --help` does not wait for torch.
 """
 
-import gc
 import io
 import os
 import sys
@@ -16,10 +15,9 @@ from typing import Any
 from mechcausal.cli.parsing import RefusedError
 from mechcausal.recipes import packaged_recipes
 from mechcausal.support.messages import printable
+from mechcausal.support.startup import prepare_process
 
 BAD_INPUT = 2
-GARBAGE_THRESHOLD = 100_000
-"""Objects made between two searches for garbage, in the processes that are ours alone."""
 COMMANDS = (
     *("train", "resume", "sweep", "runs", "report", "sync"),
     *("theory", "detect", "discover", "explain", "replicate"),
@@ -31,7 +29,7 @@ Watch a transformer learn causal structure.
 
 commands:
   train RECIPE     train a recipe's model, watched by hooks, recorded to W&B and files
-  resume RUN       go on with a run that was interrupted, killed or failed
+  resume RUN       resume a run that was interrupted, killed or failed
   sweep SWEEP      many runs: axes over a recipe's fields, on cores or on a cluster
   runs [FOLDER]    list runs: recipe, state, step, figures
   report RUN ...   the page of a run, or the comparison of several
@@ -40,13 +38,13 @@ commands:
   detect TARGET    the induction heads of any model, verified by intervention
   discover TARGET  a causal graph over the tokens of one input, from any model's attention
   explain WHAT     the tokens that change a prediction: recommender, sentiment; or the bridge
-  replicate        the paper's figures again: its values, ours, the theory's, with a verdict
+  replicate        reproduce the paper's figures: its values, ours, the theory's, and a verdict
 
 options:
   -h, --help       this text; `mechcausal COMMAND --help` for a command's options
   --version        the version
 
-recipes that come along: {recipes}
+bundled recipes: {recipes}
 """
 
 
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 (run failed), 2 (bad input) or 128 + signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "→" or "χ" shows "?"
+            stream.reconfigure(errors="replace")  # print "?" where the terminal lacks "→" or "χ"
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if command in ("-h", "--help", "help"):
         print(USAGE.format(recipes=", ".join(packaged_recipes())), end="")
@@ -65,45 +63,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mechcausal {__version__}")
         return 0
     if command not in COMMANDS:
-        return _complain(f"{command}: unknown command; allowed: {', '.join(COMMANDS)}")
-    # Threads that wait for each other should sleep: spinning, torch's default, is many times slower
-    # than one thread as soon as anything else wants the cores. Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Thousands of modules are about to load; searching them for garbage takes a fifth of the time.
-    gc.set_threshold(GARBAGE_THRESHOLD)
+        return _print_error(f"{command}: unknown command; allowed: {', '.join(COMMANDS)}")
+    prepare_process()
     try:
         main_of_command = import_module(f"mechcausal.cli.{command}").main
         with _probe_warnings_as_lines():
             return int(main_of_command(rest))
     except RefusedError as refusal:
-        return _complain(str(refusal))
-    except KeyboardInterrupt as stop:  # before there was anything to complete
+        return _print_error(str(refusal))
+    except KeyboardInterrupt as stop:
         print(f"mechcausal: {str(stop) or 'stopped'}", file=sys.stderr)
         return 128 + getattr(stop, "number", 2)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 @contextmanager
 def _probe_warnings_as_lines() -> Iterator[None]:
-    """Show what probes warn of as one line, without the place in the code."""
+    """Print each ProbeWarning as one line, without file and line number."""
     show = warnings.showwarning
 
     def show_line(
-        message: Warning | str, category: type[Warning], *place: Any, **options: Any
+        message: Warning | str, category: type[Warning], *position: Any, **options: Any
     ) -> None:
-        if category.__name__ == "ProbeWarning":  # probes would import torch
+        if category.__name__ == "ProbeWarning":  # by name: importing probes would import torch
             print(f"mechcausal: warning: {printable(str(message))}", file=sys.stderr)
         else:
-            show(message, category, *place, **options)
+            show(message, category, *position, **options)
 
     with warnings.catch_warnings():
         warnings.showwarning = show_line
         yield
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
     line = printable(" ".join(message.split()))
     print(f"mechcausal: {line}", file=sys.stderr)
     return BAD_INPUT

@@ -1,4 +1,4 @@
-"""tyro's parser with its error boxes turned into one line."""
+"""Parse command lines with tyro; its error boxes become one-line errors."""
 
 import contextlib
 import io
@@ -11,11 +11,15 @@ T = TypeVar("T")
 
 
 class RefusedError(Exception):
-    """Input that a command refuses; one line."""
+    """Bad input to a command; the message is one line."""
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
-    """tyro's parser, its error boxes turned into one line."""
+    """Parse arguments with tyro.
+
+    Raises:
+        RefusedError: tyro rejects the arguments.
+    """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -29,11 +33,11 @@ def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T |
 
 
 def _first_lines(box: str) -> str:
-    """The message of a tyro error box: what stands before its first rule, and the suggestions."""
+    """The message of a tyro error box: its text before the first rule, and its suggestions."""
     lines = [line.strip("│ ") for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith("╰")]
     is_rule = [set(line) <= {"─", "-"} for line in lines]
-    if is_rule[1:2] == [True]:  # where the terminal has no box characters the title has a rule
+    if is_rule[1:2] == [True]:  # without box characters the title is underlined with a rule
         lines, is_rule = lines[2:], is_rule[2:]
     head = lines[: is_rule.index(True)] if True in is_rule else lines
     message = " ".join(line for line in head if not line.startswith("╭"))

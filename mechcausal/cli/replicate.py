@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Replicate:
-    """Make the paper's figures again: what it reports, what we measure, what theory says."""
+    """Reproduce the paper's figures: its values, our measurements and the theory's predictions."""
 
     figures: tyro.conf.Positional[tuple[str, ...]] = ()
-    """figure2, figure5, figure6, figure7, figure8, figure9, theory, ood, interventions; all of them
-    when absent, or with the word all."""
+    """figure2, figure5, figure6, figure7, figure8, figure9, theory, ood, interventions; "all", or
+    no name, for all of them."""
     quick: bool = False
     """Fewer seeds and graphs and shorter runs: a quarter of an hour on two cores."""
     json: bool = False
     """Print one JSON list: figure, quantity, paper, ours, stderr, theory, holds."""
     out: Path | None = None
-    """Folder of the runs, which are reused, and of the table, the page and the pictures;
+    """Folder for table, page, pictures and runs; finished runs in it are reused.
     runs/replication or runs/replication-quick when absent."""
     page: Path | None = None
-    """Write the page here too, with copies of the pictures in a folder beside it."""
+    """Also write the page to this file, with copies of the pictures in a folder beside it."""
     workers: int | None = None
-    """Runs trained at a time, one thread each; as many as there are cores when absent."""
+    """Runs to train at a time, one thread each; one per core when absent."""
     device: str = "cpu"
     """Where to compute: cpu, cuda or cuda:N."""
     wandb_mode: WandbMode | None = None
@@ -42,7 +42,7 @@ class Replicate:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; the exit code is 0, or 1 when a run failed (a verdict is no failure)."""
+    """Run the command; the exit code is 0, or 1 when a run failed, whatever the verdicts."""
     options = parse(Replicate, arguments, command="replicate")
     if options.workers is not None and options.workers < 1:
         raise RefusedError(f"--workers is {options.workers}: at least 1 is needed")
@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"all stands for every figure: found {figures[0]} beside it")
     folder = options.out or Path("runs") / ("replication-quick" if options.quick else "replication")
     from mechcausal.recipes import RecipeError
+    from mechcausal.recipes.devices import device_named
     from mechcausal.records.run_folder import RunFolderError
     from mechcausal.records.wandb_runs import TrackingError, resolve_mode
     from mechcausal.studies.replication.driver import ReplicationError, check_figures, replicate
     from mechcausal.studies.replication.page import publish
-    from mechcausal.support.devices import device_named
 
     try:
         check_figures(figures)

@@ -19,8 +19,8 @@ class Report:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders, finished or not, folders of runs, or a sweep's folder."""
     out: Path | None = None
-    """The file; report.html in the run's folder, or comparison.html in the folder of runs (of
-    several arguments: in the current folder) when absent."""
+    """File to write. When absent: report.html in the run's folder, comparison.html in the folder
+    of runs, or in the current folder for several arguments."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             path = write_report(options.runs[0], out)
             print(f"page: {path}")
             return 0
-        folders = dict.fromkeys(found for path in options.runs for found in find_runs(path))
+        folders = dict.fromkeys(folder for path in options.runs for folder in find_runs(path))
         runs: list[RunData] = []
         notes: list[str] = []
         pictures: dict[str, bytes] = {}
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             try:
                 runs.append(RunData.load(folder))
             except RunDataError as error:
-                if folder in options.runs:  # named by the user: its fault is an error
+                if folder in options.runs:  # the user named it: not just a warning
                     raise
                 notes.append(f"left out: {error}")
                 print(f"mechcausal: warning: left out: {error}", file=sys.stderr)
@@ -71,10 +71,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _sweep(folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Pictures of a sweep, and what the reader should know of its members."""
+    """Pictures of a sweep, and notes on its members."""
     from mechcausal.sweeps.results import describe_results
 
     try:
         return describe_results(folder)
-    except Exception as error:  # whatever the readers of its table raise: the runs are there
+    except Exception as error:  # a damaged table must not prevent the comparison of the runs
         return {}, [f"the sweep has no pictures: {first_line(error)}"]

@@ -8,7 +8,7 @@ import tyro
 
 from mechcausal.cli.display import display
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.cli.train import recipe_of, run_shown
+from mechcausal.cli.train import recipe_of, run_displayed
 from mechcausal.recipes import Recipe, RecipeError, WandbMode, load_recipe
 from mechcausal.records.run_folder import RECIPE_FILE
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Resume:
-    """Go on with a run that was interrupted, killed or failed, as if it had never stopped."""
+    """Resume a run that was interrupted, killed or failed, as if it had never stopped."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
     allow_change: bool = False
-    """Go on although recipe, versions, threads or device are not those of the checkpoint."""
+    """Resume although recipe, versions, threads or device differ from those of the checkpoint."""
     wandb_mode: WandbMode | None = None
-    """W&B mode, instead of the recipe's."""
+    """W&B mode; overrides the recipe's."""
     quiet: bool = False
     """No progress bar."""
     watch: bool = False
-    """Attention beside the graph, and curves, live in the terminal in place of the bar."""
+    """Show attention beside the graph, and curves, live in the terminal instead of the bar."""
     values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
     if not (folder / RECIPE_FILE).is_file():
         raise RefusedError(f"{folder}: not a run folder: no {RECIPE_FILE} in it")
     try:
-        before = Resume(run=folder, values=load_recipe(folder / RECIPE_FILE))
-        options = parse(Resume, arguments, command="resume", default=before)
+        default = Resume(run=folder, values=load_recipe(folder / RECIPE_FILE))
+        options = parse(Resume, arguments, command="resume", default=default)
         recipe = recipe_of(options.values)
     except RecipeError as error:
         raise RefusedError(str(error)) from None
-    shown = display(recipe, quiet=options.quiet, watch=options.watch)
+    terminal = display(recipe, quiet=options.quiet, watch=options.watch)
     print(f"mechcausal resume {folder} ({recipe.name}, seed {recipe.seed})", flush=True)
     from mechcausal.training.resuming import resume
 
@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
             recipe=recipe,
             allow_change=options.allow_change,
             wandb_mode=options.wandb_mode,
-            on_progress=shown.show,
-            on_warning=shown.warn,
+            on_progress=terminal.show,
+            on_warning=terminal.warn,
         )
 
-    return run_shown(start, str(folder), shown)
+    return run_displayed(start, str(folder), terminal)

@@ -22,12 +22,12 @@ _COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "fa
 
 @dataclass
 class Runs:
-    """List runs: recipe, state, step, figures. A run that was killed counts as interrupted."""
+    """List runs: recipe, state, step, figures. A killed run counts as interrupted."""
 
     folder: tyro.conf.Positional[Path] = Path("runs")
-    """Where to look, at any depth."""
+    """Folder to search, at any depth."""
     state: Literal["finished", "interrupted", "failed", "running"] | None = None
-    """Only these."""
+    """List only runs in this state."""
     json: bool = False
     """Print JSON."""
 
@@ -37,16 +37,16 @@ def main(arguments: list[str]) -> int:
     options = parse(Runs, arguments, command="runs")
     if not options.folder.is_dir():
         raise RefusedError(f"{options.folder}: no such folder")
-    found = [run_info(folder) for folder in find_runs(options.folder)]
-    found = [info for info in found if options.state in (None, info.state)]
+    runs = [run_info(folder) for folder in find_runs(options.folder)]
+    runs = [info for info in runs if options.state in (None, info.state)]
     if options.json:
-        print(json.dumps([_plain(info) for info in found], indent=2))
+        print(json.dumps([_to_dict(info) for info in runs], indent=2))
     else:
-        _print_table(found, options.folder)
+        _print_table(runs, options.folder)
     return 0
 
 
-def _plain(info: RunInfo) -> dict[str, Any]:
+def _to_dict(info: RunInfo) -> dict[str, Any]:
     return {
         "folder": str(info.folder),
         "recipe": info.recipe.name if info.recipe else None,
@@ -60,22 +60,22 @@ def _plain(info: RunInfo) -> dict[str, Any]:
     }
 
 
-def _print_table(found: list[RunInfo], folder: Path) -> None:
+def _print_table(runs: list[RunInfo], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    if not found:
+    if not runs:
         console.out(f"no runs in {folder}", highlight=False)
         return
-    table = Table(title=Text(f"{len(found)} run{'s' * (len(found) != 1)} in {folder}"))
+    table = Table(title=Text(f"{len(runs)} run{'s' * (len(runs) != 1)} in {folder}"))
     table.add_column("run", overflow="fold")
     table.add_column("recipe", overflow="fold")
     table.add_column("state", no_wrap=True)
     for heading in ("seed", "step", *_FIGURES.values()):
         table.add_column(heading, justify="right", no_wrap=True)
-    for info in found:
+    for info in runs:
         name = os.path.relpath(info.folder, folder)
         figures = [info.figures.get(figure) for figure in _FIGURES]
         table.add_row(
@@ -87,6 +87,6 @@ def _print_table(found: list[RunInfo], folder: Path) -> None:
             *(f"{value:.3f}" if isinstance(value, float | int) else "" for value in figures),
         )
     console.print(table)
-    for info in found:
+    for info in runs:
         if info.problem:
             console.print(Text(f"{info.folder}: {info.problem}", style="red"), soft_wrap=True)

@@ -26,22 +26,22 @@ SHOWN_MEMBERS = 10
 class SweepOptions:
     """Run many members of one recipe: axes over its fields, seeds, on cores or on a cluster.
 
-    Members draw no page: `mechcausal report MEMBER_FOLDER` draws one, and `probing.report = true`
-    under the sweep's [changes] one for each.
+    Members draw no page. `mechcausal report MEMBER_FOLDER` draws one; `probing.report = true` under
+    the sweep's [changes] draws one for each member.
     """
 
     sweep: tyro.conf.Positional[str] = ""
-    """Path of a sweep (TOML), the name of one that comes along, or a sweep's folder."""
+    """Path of a sweep (TOML), the name of a bundled sweep, or a sweep's folder."""
     engine: EngineName = "local"
-    """local: a process for each member. batched: members of equal shape trained as one batch.
-    dask: a Dask cluster of yours."""
+    """local: one process for each member. batched: trains members of equal shape as one batch.
+    dask: your Dask cluster."""
     workers: int | None = None
     """Local and batched: processes on this machine; as many as its cores allow when absent."""
     address: str | None = None
-    """Dask: the scheduler, tls://host:8786 with the certificates of Dask's own settings, or
-    tcp://host:8786 where nobody else can reach it."""
+    """Dask: address of the scheduler: tls://host:8786 with the certificates of Dask's own settings,
+    or tcp://host:8786 if nobody else can reach it."""
     collect: bool = False
-    """Dask: workers share no disk with this machine and send their members' folders back."""
+    """Dask: workers share no disk with this machine; they send their members' folders back."""
     out: Path | None = None
     """Folder of the sweep; runs/<sweep> when absent."""
     dry_run: bool = False
@@ -108,11 +108,11 @@ def _report(result: "SweepResult") -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     left = len(result.members) - result.finished - len(result.failed)
-    said = f"{result.finished:,} of {len(result.members):,} finished"
-    said += f", {len(result.failed):,} failed" if result.failed else ""
-    console.print(said + (f", {left:,} left" if left else ""))
-    for name, place in result.files.items():
-        console.out(f"{name + ':':9}{place}", highlight=False)
+    counts = f"{result.finished:,} of {len(result.members):,} finished"
+    counts += f", {len(result.failed):,} failed" if result.failed else ""
+    console.print(counts + (f", {left:,} left" if left else ""))
+    for name, path in result.files.items():
+        console.out(f"{name + ':':9}{path}", highlight=False)
     for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     for name, error in result.failed.items():
@@ -143,7 +143,7 @@ def _show_plan(sweep: Sweep, folder: Path) -> int:
 def _write_wandb(sweep: Sweep, file: Path) -> int:
     from mechcausal.sweeps.wandb_sweep import write_wandb_sweep
 
-    plan(sweep, file.parent)  # members that are none are refused here too
+    plan(sweep, file.parent)  # refuses invalid members
     try:
         written = write_wandb_sweep(sweep, file)
     except OSError as error:
@@ -156,7 +156,7 @@ def _write_wandb(sweep: Sweep, file: Path) -> int:
 
 
 class _Display:
-    """Members done, failed and running, and the time left; nothing where stderr is no terminal."""
+    """Members done, failed and running, and the time left; nothing if stderr is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -194,7 +194,7 @@ class _Display:
         self._bar.__exit__(*error)
 
     def show(self, progress: "SweepProgress") -> None:
-        """As members end."""
+        """Update the bar; called whenever members end."""
         if self._task is None:
             self._task = self._bar.add_task(
                 "", total=progress.total - progress.skipped, states="starting"

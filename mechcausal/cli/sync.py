@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _sync_run(run: Path, *, dry_run: bool) -> bool:
-    """Upload one run's fragments up to the first that fails; whether all were uploaded."""
+    """Upload one run's fragments, stopping at the first failure; return whether all arrived."""
     from mechcausal.records.tracking import send_again
     from mechcausal.records.wandb_fragments import (
         fragments,
@@ -48,33 +48,34 @@ def _sync_run(run: Path, *, dry_run: bool) -> bool:
         print(f"{run}: still running; left for later")
         return True
     run_id = read_process(run).get("wandb_id")
-    found = fragments(run, run_id) if isinstance(run_id, str) else []
-    if not found:
+    run_fragments = fragments(run, run_id) if isinstance(run_id, str) else []
+    if not run_fragments:
         print(f"{run}: no W&B run in it")
-    if not all(fragment.name.startswith("offline-") for fragment in found):
-        # Its rows are replayed: whatever went online got all rows there were before it.
+    if not all(fragment.name.startswith("offline-") for fragment in run_fragments):
+        # An online fragment has sent all earlier rows too: log only the missing rows again.
         if dry_run:
             print(f"{run}: went online: the rows that have not arrived are sent again")
             return True
         try:
-            return _said(run, send_again(run))
+            return _report(run, send_again(run))
         except (OSError, ValueError) as error:
-            return _said(run, str(error))
-    for fragment in found:
+            return _report(run, str(error))
+    for fragment in run_fragments:
         if is_uploaded(fragment):
             print(f"{fragment}: uploaded already")
         elif not wandb_steps(fragment):
-            print(f"{fragment}: holds no rows; passed over")
+            print(f"{fragment}: holds no rows; skipped")
         elif dry_run:
             print(shell_command(*sync_command(fragment)))
-        elif not _said(fragment, sync(fragment)):
-            return False  # a later fragment that arrives first is put in the wrong place
+        elif not _report(fragment, sync(fragment)):
+            return False  # uploading a later fragment first would put its rows in the wrong order
     return True
 
 
-def _said(what: Path, problem: str) -> bool:
+def _report(path: Path, problem: str) -> bool:
+    """Print the outcome of an upload; return whether it succeeded."""
     if problem:
-        print(f"mechcausal: {what}: not uploaded: {problem}", file=sys.stderr)
+        print(f"mechcausal: {path}: not uploaded: {problem}", file=sys.stderr)
     else:
-        print(f"{what}: uploaded")
+        print(f"{path}: uploaded")
     return not problem

@@ -20,7 +20,7 @@ class Theory:
     """Pairwise information of a causal graph, and the attention gradient that it predicts."""
 
     recipe: tyro.conf.Positional[str | None] = None
-    """Path of a recipe, or the name of one that comes along; else give --parents."""
+    """Path of a recipe, or the name of a bundled recipe; without one, give --parents."""
     parents: str | None = None
     """Parent of every position, -1 for a root, as in "-1,0,0,1,2"."""
     vocab_size: int | None = None
@@ -30,7 +30,7 @@ class Theory:
     priors: int | None = None
     """Transition matrices to average over; when absent 1,000, or what about a minute allows."""
     seed: int | None = None
-    """Seed of the matrices, and of a recipe's random graph; the recipe's, else 0, when absent."""
+    """Seed of the matrices and of a recipe's random graph; when absent, the recipe's seed or 0."""
     json: bool = False
     """Print one JSON object."""
 
@@ -165,7 +165,7 @@ def _print_pairs(theory: "PairwiseTheory", *, as_json: bool) -> int:
 
 
 def _print_information(information: "ParentInformation", *, as_json: bool) -> int:
-    """Several parents: information along every edge and with all parents; no gradient predicted."""
+    """Print, for several parents, the information of every edge and of each set of parents."""
     graph = information.graph
     if as_json:
         names = ("chi2", "shannon", "set_chi2", "set_shannon")
@@ -203,9 +203,10 @@ def _print_information(information: "ParentInformation", *, as_json: bool) -> in
             for parent in parents
         ]
         if len(parents) > 1:
-            of_set = (information.set_chi2, information.set_chi2_stderr, information.set_shannon)
-            first, second, third = (values[child].item() for values in of_set)
-            rows.append((f"{', '.join(map(str, parents))} → {name}", first, second, third))
+            label = f"{', '.join(map(str, parents))} → {name}"
+            tensors = (information.set_chi2, information.set_chi2_stderr, information.set_shannon)
+            chi2, stderr, shannon = (tensor[child].item() for tensor in tensors)
+            rows.append((label, chi2, stderr, shannon))
         for label, chi2, stderr, shannon in rows:
             table.add_row(label, f"{chi2:.4f} ± {stderr:.4f}", f"{shannon:.4f}")
     Console().print(table)
@@ -213,7 +214,7 @@ def _print_information(information: "ParentInformation", *, as_json: bool) -> in
 
 
 def _joined(arguments: list[str], flag: str) -> list[str]:
-    """`--flag -1,0` as `--flag=-1,0`: a value that starts with a minus is no option."""
+    """Turn `--flag -1,0` into `--flag=-1,0`: the parser would take `-1,0` for an option."""
     joined: list[str] = []
     for word in arguments:
         if joined and joined[-1] == flag:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Train:
-    """Train a recipe's model, watched by hooks, recorded to W&B and files."""
+    """Train a recipe's model, observed through hooks; record to W&B and files."""
 
     recipe: tyro.conf.Positional[str] = ""
-    """Path of a recipe (TOML), or the name of one that comes along."""
+    """Path of a recipe (TOML), or the name of a bundled recipe."""
     out: Path | None = None
     """Folder of this run; runs/<recipe>/<run-id> when absent."""
     wandb_mode: WandbMode | None = None
@@ -40,13 +40,13 @@ class Train:
     quiet: bool = False
     """No progress bar."""
     watch: bool = False
-    """Attention beside the graph, and curves, live in the terminal in place of the bar."""
+    """Show attention beside the graph, and curves, live in the terminal instead of the bar."""
     values: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; the exit code is 0, 1 when the run failed, or 128 + signal."""
-    # Values on the command line override those of the recipe: read which recipe it is first.
+    # Command-line values override the recipe's: parse once for its name, then with its defaults.
     arguments = _with_flags(arguments)
     target = parse(Train, arguments, command="train").recipe
     if not target:
@@ -59,12 +59,12 @@ def main(arguments: list[str]) -> int:
             recipe = recipe.with_overrides(wandb__mode=options.wandb_mode)
     except RecipeError as error:
         raise RefusedError(str(error)) from None
-    shown = display(recipe, quiet=options.quiet, watch=options.watch)
-    return _run_training(recipe, target, options.out, shown)
+    terminal = display(recipe, quiet=options.quiet, watch=options.watch)
+    return _run_training(recipe, target, options.out, terminal)
 
 
 def _with_flags(arguments: list[str]) -> list[str]:
-    """W&B's agents write a flag as --probing.enabled=False: as --probing.no-enabled it is known."""
+    """Turn --probing.enabled=False, as W&B's agents write it, into --probing.no-enabled."""
     flags = {path for path, kind in recipe_fields().items() if kind is bool}
     changed = []
     for argument in arguments:
@@ -77,34 +77,34 @@ def _with_flags(arguments: list[str]) -> list[str]:
 
 
 def recipe_of(parsed: Recipe) -> Recipe:
-    """The recipe that tyro made of the command line, checked as a whole.
+    """The recipe that tyro parsed, validated.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: the recipe is invalid.
     """
     values = recipe_to_dict(parsed)
-    # Words after --graph.parents come as the parents of one position, which has none to have.
+    # tyro reads the words after --graph.parents as the parents of one single position.
     match values["graph"].get("parents"):
         case [[*parents]]:
             values["graph"]["parents"] = parents
     return parse_recipe(values, source="command line")
 
 
-def _run_training(recipe: Recipe, source: str, out: Path | None, shown: Display) -> int:
+def _run_training(recipe: Recipe, source: str, out: Path | None, terminal: Display) -> int:
     print(f"mechcausal train {recipe.name} (seed {recipe.seed}, {recipe.device})", flush=True)
     from mechcausal.training.run import train
 
     def start() -> "RunResult":
-        return train(recipe, out=out, on_progress=shown.show, on_warning=shown.warn)
+        return train(recipe, out=out, on_progress=terminal.show, on_warning=terminal.warn)
 
-    return run_shown(start, source, shown)
+    return run_displayed(start, source, terminal)
 
 
-def run_shown(start: "Callable[[], RunResult]", source: str, shown: Display) -> int:
-    """Run a training that is displayed and print what came out; the command's exit code.
+def run_displayed(start: "Callable[[], RunResult]", source: str, terminal: Display) -> int:
+    """Run a training with its display, print the results, and return the exit code.
 
     Raises:
-        RefusedError: bad input, before anything was trained.
+        RefusedError: bad input; nothing was trained.
     """
     from mechcausal.graphs import GraphError
     from mechcausal.records.run_folder import RunFolderError
@@ -119,16 +119,16 @@ def run_shown(start: "Callable[[], RunResult]", source: str, shown: Display) -> 
     except (RecipeError, RunFolderError, TrackingError) as error:
         raise RefusedError(str(error)) from None
     except TrainingError as error:
-        shown.close()
+        terminal.close()
         print(f"mechcausal: {error}", file=sys.stderr)
         return 1
     finally:
-        shown.close()
+        terminal.close()
     _print_result(result)
     return 128 + result.signal if result.signal is not None else 0
 
 
-# Rows of the closing table: figure, whether the first probe step is what counts, what it means.
+# Rows of the final table: figure, whether to take it from the first probe step, meaning.
 _TABLE = (
     ("gradient/edge_hits", True, "first gradient: rows that name the parent"),
     ("graph/f1", True, "first gradient: F1 of the edges it names"),
@@ -167,13 +167,13 @@ def _print_result(result: "RunResult") -> None:
     console = Console()
     console.print(table)
     figures = result.folder / "figures"
-    for label, place in (
+    for label, location in (
         ("run", result.folder),
         ("figures", figures if figures.is_dir() else None),
         ("W&B", result.url or result.wandb_folder),
     ):
-        if place is not None:
-            console.out(f"{label + ':':9}{place}", highlight=False)
+        if location is not None:
+            console.out(f"{label + ':':9}{location}", highlight=False)
     if result.state != "finished":
         again = shell_command("mechcausal", "resume", result.folder)
-        console.out(f"go on:   {again}", highlight=False)
+        console.out(f"resume:  {again}", highlight=False)

@@ -14,11 +14,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from mechcausal.measures.figures import STEP, History
 from mechcausal.pictures.interactive.style import MOST_HEADS, by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.pictures.terminal.text_matrix import half_blocks, pooled, shaded
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import STEP, History
 
 if TYPE_CHECKING:
     from mechcausal.training.run import Progress
@@ -33,7 +33,8 @@ _SMALLEST = 4
 _MOST_LISTED = 8  # heads of a model on repeated tokens
 _LABEL, _VALUES = 22, 38  # characters beside a sparkline
 
-# Label, figures of which the first one there is shown, references by name, whether from 0 to 1.
+# Label; keys of figures, of which the first available one is drawn; reference lines; whether the
+# range is 0 to 1.
 _CURVES: tuple[tuple[str, tuple[str, ...], Mapping[str, str], bool], ...] = (
     (
         "loss, nats",
@@ -55,12 +56,12 @@ _CURVES: tuple[tuple[str, tuple[str, ...], Mapping[str, str], bool], ...] = (
 
 @dataclass(frozen=True)
 class Watched:
-    """What is shown of a run at one moment; rich prints it.
+    """One frame of the live view, as a rich renderable.
 
     Attributes:
-        run: recipe and rows of figures so far.
-        progress: where training is.
-        seconds_left: until its end; None while nobody can know.
+        run: the run, with its recipe.
+        progress: the run's progress, with the rows of figures so far.
+        seconds_left: estimated time to the end; None while unknown.
         colours: False draws matrices as shades.
     """
 
@@ -70,7 +71,7 @@ class Watched:
     colours: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Part]:
-        """Lines that fit into the terminal as it is now."""
+        """Render lines that fit into the terminal's current size."""
         width, height = options.max_width, console.height
         yield self._heading()
         yield ProgressBar(
@@ -93,11 +94,11 @@ class Watched:
         return Text(text, no_wrap=True, overflow="ellipsis")
 
     def _panels(self) -> dict[str, Float[np.ndarray, "query key"]]:
-        """What is drawn side by side, by title: every head of layer 1, and the graph."""
-        found = self.progress.matrices.get("attention/layer0")
-        if found is None:
+        """The matrices to draw side by side, by title: every head of layer 1, and the graph."""
+        attention = self.progress.matrices.get("attention/layer0")
+        if attention is None:
             return {}
-        heads = by_head({"attention/layer0": found.float().numpy()}, "attention/layer0")
+        heads = by_head({"attention/layer0": attention.float().numpy()}, "attention/layer0")
         names = ["attention"] if len(heads) == 1 else [f"head {i}" for i in range(len(heads))]
         panels = dict(zip(names, heads, strict=True))
         truth = self.run.truth
@@ -110,16 +111,16 @@ class Watched:
         length = len(panels["true graph"])
         cell = 1 if self.colours else 2
         rows = 2 if self.colours else 1  # of cells in a line
-        room = _room(len(panels), width, height, cell, rows)
-        if len(panels) > 2 and (len(panels) > MOST_HEADS + 1 or room < min(length, 16)):
+        n_cells = _cells_per_side(len(panels), width, height, cell, rows)
+        if len(panels) > 2 and (len(panels) > MOST_HEADS + 1 or n_cells < min(length, 16)):
             heads = [matrix for name, matrix in panels.items() if name != "true graph"]
             panels = {"largest of heads": np.max(heads, axis=0), "true graph": panels["true graph"]}
-            room = _room(2, width, height, cell, rows)
-        if room < _SMALLEST:
+            n_cells = _cells_per_side(2, width, height, cell, rows)
+        if n_cells < _SMALLEST:
             yield Text("(too small a terminal for the matrices)", no_wrap=True, overflow="ellipsis")
             return
-        block = math.ceil(length / room)
-        scale = max(1, min(room, _LARGEST) // length) if self.colours else 1
+        block = math.ceil(length / n_cells)
+        scale = max(1, min(n_cells, _LARGEST) // length) if self.colours else 1
         lines, titles = [], []
         for name, matrix in panels.items():
             values = pooled(np.asarray(matrix, dtype=np.float64), block)
@@ -142,24 +143,24 @@ class Watched:
 
     def _heads(self, height: int) -> Iterator[Part]:
         """The heads with the largest induction scores."""
-        found = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
-        if found[0] is None:
+        matrices = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
+        if matrices[0] is None:
             return
-        scores = [None if m is None else m.float().numpy() for m in found]
+        scores = [None if m is None else m.float().numpy() for m in matrices]
         assert scores[0] is not None
         order = np.argsort(-np.nan_to_num(scores[0], nan=-1.0), axis=None, kind="stable")
-        shown = order[: max(1, min(_MOST_LISTED, height - 2))]
+        listed = order[: max(1, min(_MOST_LISTED, height - 2))]
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("head")
         for kind in HEAD_SCORES:
             table.add_column(kind.replace("_", " "), no_wrap=True)
-        for index in shown.tolist():
+        for index in listed.tolist():
             layer, head = divmod(index, scores[0].shape[1])
             cells = [_gauge(None if s is None else float(s[layer, head])) for s in scores]
             table.add_row(f"{layer}.{head}", *cells)
         yield table
-        if len(shown) < order.size:
-            yield Text(f"the best {len(shown)} of {order.size} heads", style="dim")
+        if len(listed) < order.size:
+            yield Text(f"the best {len(listed)} of {order.size} heads", style="dim")
 
     def _curves(self, width: int) -> Iterator[Part]:
         for label, keys, references, unit in _CURVES:
@@ -170,17 +171,17 @@ class Watched:
             known = {name: level for name, level in compared.items() if level is not None}
             value = f" {self._last(key):.3f}"
             value += "".join(f", {name} {level:.3f}" for name, level in known.items())
-            room = min(60, width - _LABEL - _VALUES)
+            columns = min(60, width - _LABEL - _VALUES)
             line = Text(label.ljust(_LABEL), no_wrap=True, overflow="ellipsis")
-            if room >= _SMALLEST:
-                values = along_steps(self.progress.history, key, self.progress.n_steps, room)
+            if columns >= _SMALLEST:
+                values = along_steps(self.progress.history, key, self.progress.n_steps, columns)
                 low = 0.0 if unit else min(known.values(), default=None)
                 line.append(sparkline(values, low=low, high=1.0 if unit else None), style="cyan")
             line.append(value)
             yield line
 
     def _last(self, key: str) -> float | None:
-        """The newest value that is a number."""
+        """The latest finite value of a figure."""
         for row in reversed(self.progress.history):
             value = row.get(key)
             if value is not None and math.isfinite(value):
@@ -189,10 +190,10 @@ class Watched:
 
 
 class Clock:
-    """Says how long the rest will take, from the pace so far."""
+    """Estimates the remaining time from the mean time per step so far."""
 
     def __init__(self) -> None:
-        """Starts with the first step that it is told of."""
+        """The first call of `seconds_left` starts the clock."""
         self._first: tuple[int, float] | None = None
 
     def seconds_left(self, step: int, n_steps: int, now: float | None = None) -> float | None:
@@ -200,52 +201,52 @@ class Clock:
         now = time.monotonic() if now is None else now
         if self._first is None:
             self._first = (step, now)
-        first, began = self._first
-        if step <= first:
+        first_step, start = self._first
+        if step <= first_step:
             return None
-        return (now - began) / (step - first) * (n_steps - step)
+        return (now - start) / (step - first_step) * (n_steps - step)
 
 
 def along_steps(
     history: History, key: str, n_steps: int, width: int
 ) -> Float[np.ndarray, "column"]:
-    """A figure at evenly spaced steps of the whole run, each the newest until then.
+    """The latest value of a figure at evenly spaced steps of the full run.
 
-    NaN where there is none: before its first number, and in the steps still to come.
+    NaN before the first value and at steps not yet reached.
 
     Example:
         >>> rows = [{"train/step": 0, "x": 1.0}, {"train/step": 5, "x": 3.0}]
         >>> along_steps(rows, "x", 10, 5)
         array([ 1.,  1.,  3., nan, nan])
     """
-    found = [
+    points = [
         (int(row[STEP] or 0), float(value))
         for row in history
         if (value := row.get(key)) is not None and math.isfinite(value)
     ]
     columns = np.full(width, np.nan)
-    if not found or width < 1:
+    if not points or width < 1:
         return columns
-    steps, values = np.array([s for s, _ in found]), np.array([v for _, v in found])
-    ends = np.linspace(0, max(n_steps, 1), width)
-    newest = np.searchsorted(steps, ends, side="right") - 1
-    seen = int(np.searchsorted(ends, steps[-1], side="left")) + 1
-    known = (newest >= 0) & (np.arange(width) < seen)
-    columns[known] = values[newest[known]]
-    # The last look lies between two columns: the second one shows it.
-    columns[min(seen, width) - 1] = values[-1]
+    steps, values = np.array([s for s, _ in points]), np.array([v for _, v in points])
+    column_steps = np.linspace(0, max(n_steps, 1), width)
+    latest = np.searchsorted(steps, column_steps, side="right") - 1
+    n_reached = int(np.searchsorted(column_steps, steps[-1], side="left")) + 1
+    known = (latest >= 0) & (np.arange(width) < n_reached)
+    columns[known] = values[latest[known]]
+    # If the last probe step lies between two columns, the right one shows it.
+    columns[min(n_reached, width) - 1] = values[-1]
     return columns
 
 
 def sparkline(
     values: Shaped[np.ndarray, "column"], *, low: float | None = None, high: float | None = None
 ) -> str:
-    """Values as blocks of eight heights, a blank for NaN.
+    """Values as blocks of eight heights; NaN is a blank.
 
     Args:
-        values: one a character.
-        low: what the lowest block stands for; the smallest value when absent or larger than it.
-        high: of the highest block; the largest value when absent or smaller than it.
+        values: one value per character.
+        low: value of the lowest block, lowered to the smallest value if that is smaller.
+        high: value of the highest block, raised to the largest value if that is larger.
 
     Example:
         >>> sparkline(np.array([0.0, 0.5, np.nan, 1.0]))
@@ -264,21 +265,21 @@ def sparkline(
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a clock shows them.
+    """Seconds as minutes:seconds, hours:minutes:seconds, or days.
 
     Example:
         >>> duration(75.0), duration(4000.0), duration(2e5)
         ('1:15', '1:06:40', '2 days')
     """
-    whole = round(min(seconds, 1e11))
-    if whole >= 2 * 86_400:
-        return f"{whole // 86_400} days"
-    hours, rest = divmod(whole, 3600)
+    total = round(min(seconds, 1e11))
+    if total >= 2 * 86_400:
+        return f"{total // 86_400} days"
+    hours, rest = divmod(total, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def _room(n_panels: int, width: int, height: int, cell: int, rows: int) -> int:
-    """Cells of a side that fit."""
+def _cells_per_side(n_panels: int, width: int, height: int, cell: int, rows: int) -> int:
+    """How many cells per side of a matrix fit into the terminal."""
     return min((width - n_panels * _GAP) // n_panels // cell, height * rows)
 
 

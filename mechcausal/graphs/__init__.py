@@ -1,9 +1,10 @@
 """Causal graphs over sequence positions: which earlier tokens each token is drawn from.
 
-Importing this package loads neither torch nor networkx, which the command line relies on.
+This package imports neither torch nor networkx, so that the command line starts quickly.
 """
 
-from mechcausal.graphs.causal_graph import CausalGraph, GraphError
+from mechcausal.graphs.causal_graph import CausalGraph
+from mechcausal.graphs.faults import GraphError
 from mechcausal.graphs.presets import (
     PRESETS,
     binary_tree,

@@ -1,11 +1,11 @@
-"""The graph type, its checks and its networkx form.
+"""The causal graph: a checked, immutable type with conversions to files, networkx and tensors.
 
 Positions are numbered from 0 and every parent comes before its child, so position order is always a
 topological order.
 """
 
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
@@ -13,23 +13,20 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from mechcausal.graphs.edge_list import read_edge_list, write_edge_list
+from mechcausal.graphs.faults import (
+    MAX_EDGES,
+    MAX_POSITIONS,
+    QUERY,
+    GraphError,
+    not_before,
+    order_fault,
+)
+
 if TYPE_CHECKING:
     import networkx as nx
     from jaxtyping import Float
     from torch import Tensor
-
-MAX_POSITIONS = 10_000
-"""The largest graph accepted, which bounds what a file or an option can make us allocate."""
-
-MAX_EDGES = 1_000_000
-"""The most edges a graph may have, the query's left out."""
-
-QUERY = "query"
-"""The name of the predicted token in networkx graphs and edge-list files."""
-
-
-class GraphError(ValueError):
-    """A causal graph, or a description of one, that cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class CausalGraph:
         ((0,), (0, 1, 1, 2), 2)
         >>> CausalGraph(((), (2,), (1,)))
         Traceback (most recent call last):
-        mechcausal.graphs.causal_graph.GraphError: cycle 1 → 2 → 1: every parent must come ...
+        mechcausal.graphs.faults.GraphError: cycle 1 → 2 → 1: every parent must come ...
     """
 
     parents: tuple[tuple[int, ...], ...]
@@ -69,7 +66,7 @@ class CausalGraph:
             raise GraphError("the graph is empty: it needs at least one position")
         if n > MAX_POSITIONS:
             raise GraphError(f"the graph has more than {MAX_POSITIONS} positions, the most allowed")
-        # Sorting makes equal graphs compare and hash equal, however they were written down.
+        # With sorted parents, equal graphs compare and hash equal whatever the input order.
         rows = tuple(_ascending(row, f"position {i}") for i, row in enumerate(self.parents))
         object.__setattr__(self, "parents", rows)
         check_edges(sum(map(len, rows)))
@@ -81,7 +78,7 @@ class CausalGraph:
             if not query_parents:
                 raise GraphError("the query has no parents: name at least one or pass None")
             if query_parents[-1] >= n:
-                raise GraphError(_not_before(query_parents[-1], "the query", n))
+                raise GraphError(not_before(query_parents[-1], "the query", n))
             object.__setattr__(self, "query_parents", query_parents)
 
     @classmethod
@@ -131,32 +128,28 @@ class CausalGraph:
                 )
         if QUERY in digraph and digraph.out_degree(QUERY):
             raise GraphError("the query cannot be a parent, found an edge that starts there")
-        # Edges instead of predecessors: a multigraph's doubled edge must not go unnoticed.
+        # Unlike predecessors, edges reveal the doubled edge of a multigraph.
         parents = [[int(parent) for parent, _ in digraph.in_edges(child)] for child in range(n)]
         query = [int(p) for p, _ in digraph.in_edges(QUERY)] if QUERY in digraph else None
         return cls.from_parents(parents, query_parents=query)
 
     @classmethod
     def from_edge_list(cls, path: str | Path) -> "CausalGraph":
-        """Read a graph from a text file, as `mechcausal.graphs.edge_list` describes it.
+        """Read a graph from a text file in the format of `mechcausal.graphs.edge_list`.
 
         Raises:
             GraphError: The file cannot be read or used; the message names the file and the line.
         """
-        from mechcausal.graphs.edge_list import read_edge_list
-
         parents, query_parents = read_edge_list(path)
         return cls.from_parents(parents, query_parents=query_parents)
 
     def to_edge_list(self, path: str | Path) -> None:
-        """Write the text file that `from_edge_list` reads back to an equal graph.
+        """Write a text file that `from_edge_list` reads back as an equal graph.
 
         Raises:
             GraphError: The file cannot be written.
         """
-        from mechcausal.graphs.edge_list import write_edge_list
-
-        write_edge_list(self, path)
+        write_edge_list(path, self.parents, self.query_parents)
 
     def to_networkx(self) -> "nx.DiGraph":
         """A networkx graph with the nodes 0..n-1 and, if the query has parents, "query".
@@ -175,7 +168,7 @@ class CausalGraph:
 
     @property
     def n_positions(self) -> int:
-        """The number n of graph positions, a query token not counted."""
+        """The number n of graph positions, without the query token."""
         return len(self.parents)
 
     @property
@@ -195,7 +188,7 @@ class CausalGraph:
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:
-        """All (parent, child) pairs of positions by child, then parent; the query's are left out.
+        """All (parent, child) pairs, sorted by child, then parent; without the query's edges.
 
         Example:
             >>> CausalGraph(((), (0,), (0, 1))).edges
@@ -240,7 +233,7 @@ class CausalGraph:
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """The positions grouped by depth: given the levels before it, a level can be drawn at once.
+        """The positions grouped by depth; all tokens of a level can be sampled at once.
 
         Example:
             >>> CausalGraph(((), (0,), (0,), (2,))).levels
@@ -252,7 +245,7 @@ class CausalGraph:
         return tuple(tuple(level) for level in levels)
 
     def adjacency(self) -> "Float[Tensor, 'n n']":
-        """The n × n matrix with a one at [child, parent], laid out as attention is; no query.
+        """The n × n matrix with a one at [child, parent], like attention; without the query.
 
         Example:
             >>> CausalGraph(((), (0,), (1,))).adjacency().tolist()
@@ -267,45 +260,27 @@ class CausalGraph:
 
 
 def check_edges(n_edges: int) -> None:
-    """Raise GraphError for more than `MAX_EDGES`."""
+    """Raise GraphError for more than `MAX_EDGES` edges."""
     if n_edges > MAX_EDGES:
         raise GraphError(f"the graph has {n_edges:,} edges: at most {MAX_EDGES:,} are allowed")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether the value is an integer, numpy's included; a truth value is not one here."""
+    """Whether a value is a Python or numpy integer, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def order_fault(edge: tuple[int, int], edges: Sequence[tuple[int, int]]) -> str:
-    """Say what is wrong with an edge of a graph whose parent does not come before its child."""
-    import networkx as nx
-
-    parent, child = edge
-    digraph = nx.DiGraph(edges)
-    if not nx.has_path(digraph, child, parent):
-        return _not_before(parent, f"position {child}", child)
-    names = [str(node) for node in (*nx.shortest_path(digraph, child, parent), child)]
-    if len(names) > 11:
-        names[8:-2] = ["…"]
-    return f"cycle {' → '.join(names)}: every parent must come before its child"
-
-
-def _not_before(parent: int, child: str, place: int) -> str:
-    return f"parent {parent} of {child} does not come before it: every parent must be < {place}"
 
 
 def _items(value: Any, child: str) -> tuple[Any, ...]:
     try:
-        # One too many is enough to see that an endless iterable is too long.
+        # Stop after one item too many: the iterable may be endless.
         return tuple(islice(value, MAX_POSITIONS + 1))
     except TypeError as error:
-        found = reprlib.repr(value)
-        raise GraphError(f"the parents of {child} must be integers, got {found}") from error
+        text = reprlib.repr(value)
+        raise GraphError(f"the parents of {child} must be integers, got {text}") from error
 
 
 def _ascending(row: object, child: str) -> tuple[int, ...]:
-    """The parents of one child as plain integers, checked but for their order and sorted."""
+    """The parents of one child as sorted plain integers, without negatives and repeats."""
     parents = _items(row, child)
     for parent in parents:
         if not is_integer(parent):

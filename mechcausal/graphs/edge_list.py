@@ -1,8 +1,8 @@
 r"""Edge-list files: UTF-8 text with one edge, `parent child`, per line.
 
-The two fields are separated by blanks, a comma or `->`; the child may be the word `query`. A line
-with one number says that this position exists, which isolated roots need. `#` starts a comment. The
-graph reaches up to the largest number named; positions without parents are roots.
+Blanks, a comma or `->` separate the two fields; the child may be the word `query`. A line with one
+number names a position without an edge, such as an isolated root. `#` starts a comment. The graph
+has all positions up to the largest number named; positions without parents are roots.
 
 Example:
     >>> import tempfile
@@ -15,27 +15,22 @@ Example:
 
 import re
 import reprlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mechcausal.graphs.causal_graph import (
-    MAX_POSITIONS,
-    QUERY,
-    CausalGraph,
-    GraphError,
-    order_fault,
-)
+from mechcausal.graphs.faults import MAX_POSITIONS, QUERY, GraphError, order_fault
 
 MAX_FILE_BYTES = 4 * 2**20
-"""The largest file read, which bounds what one can make us allocate."""
+"""The largest file read: bounds the memory that a file can use."""
 
 
 def read_edge_list(path: str | Path) -> tuple[list[list[int]], list[int] | None]:
-    """Read the parents of each position and those of the query, None where the file names none.
+    """Read the parents of each position and of the query (None if the file names none).
 
     Raises:
-        GraphError: The file cannot be read, is larger than `MAX_FILE_BYTES`, is not text, or a line
-            is not as described; the message names the file, the line and what is allowed.
+        GraphError: The file cannot be read, is larger than `MAX_FILE_BYTES` or not text, or a line
+            is invalid; the message names the file, the line and what is allowed.
     """
     size = 0
     line_of: dict[tuple[int, int | str], int] = {}
@@ -63,18 +58,21 @@ def read_edge_list(path: str | Path) -> tuple[list[list[int]], list[int] | None]
     return parents, [parent for parent, child in line_of if child == QUERY] or None
 
 
-def write_edge_list(graph: CausalGraph, path: str | Path) -> None:
-    """Write the file that `read_edge_list` reads back to the same parents.
+def write_edge_list(
+    path: str | Path, parents: Sequence[Sequence[int]], query_parents: Sequence[int] | None
+) -> None:
+    """Write a file that `read_edge_list` reads back as the same parents.
 
     Raises:
         GraphError: The file cannot be written.
     """
-    connected = {end for edge in graph.edges for end in edge} | set(graph.query_parents or ())
+    edges = [(parent, child) for child, row in enumerate(parents) for parent in row]
+    connected = {end for edge in edges for end in edge} | set(query_parents or ())
     lines = [
-        f"# {graph.n_positions} positions, one 'parent child' or isolated position per line",
-        *(f"{root}" for root in graph.roots if root not in connected),
-        *(f"{parent} {child}" for parent, child in graph.edges),
-        *(f"{parent} {QUERY}" for parent in graph.query_parents or ()),
+        f"# {len(parents)} positions, one 'parent child' or isolated position per line",
+        *(f"{position}" for position in range(len(parents)) if position not in connected),
+        *(f"{parent} {child}" for parent, child in edges),
+        *(f"{parent} {QUERY}" for parent in query_parents or ()),
     ]
     try:
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -104,7 +102,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def _parse_line(content: str, where: str) -> tuple[int, int | str | None]:
-    """The parent and the child that a line without its comment names, None for a lone position."""
+    """The parent and child on a line without its comment; None for a missing child."""
     separated = content.replace("->", ",")
     fields = separated.split(",") if "," in separated else separated.split()
     if len(fields) > 2:
@@ -120,7 +118,7 @@ def _parse_line(content: str, where: str) -> tuple[int, int | str | None]:
 
 
 def _parse_position(field: str, where: str, alternative: str = "") -> int:
-    # Nine digits are more than enough, and int() refuses thousands with an error of its own.
+    # int() would raise its own error for thousands of digits; nine digits suffice.
     number = re.fullmatch("0*([0-9]{1,9})", field)
     if number is None or int(number[1]) >= MAX_POSITIONS:
         raise GraphError(

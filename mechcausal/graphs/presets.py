@@ -1,7 +1,7 @@
-"""Graphs by name; n counts the positions, never the query.
+"""Graphs by name; n is the number of positions, without the query.
 
 Every preset raises GraphError unless n is a whole number from 1 to `MAX_POSITIONS` and its other
-arguments are in the range that its description gives.
+arguments are in the range given in its docstring.
 """
 
 import difflib
@@ -9,13 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mechcausal.graphs.causal_graph import (
-    MAX_POSITIONS,
-    CausalGraph,
-    GraphError,
-    check_edges,
-    is_integer,
-)
+from mechcausal.graphs.causal_graph import CausalGraph, check_edges, is_integer
+from mechcausal.graphs.faults import MAX_POSITIONS, GraphError
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +59,7 @@ def random_tree(n: int, *, generator: "torch.Generator") -> CausalGraph:
 
 
 def random_forest(n: int, *, edge_probability: float, generator: "torch.Generator") -> CausalGraph:
-    """A `random_tree` of which each edge is kept, independently, with `edge_probability`.
+    """A `random_tree` in which each edge is kept independently with `edge_probability`.
 
     Example:
         >>> import torch
@@ -115,8 +110,8 @@ def binary_tree(n: int) -> CausalGraph:
 def interleaved_chains(n: int, n_chains: int, *, generator: "torch.Generator") -> CausalGraph:
     """Several Markov chains shuffled together: p(i) is the previous position of i's own chain.
 
-    One position per chain is set aside at random, so that no chain is empty (n < n_chains leaves
-    n chains of one position); every other position joins a chain chosen uniformly.
+    Each chain first gets one random position, so that none is empty (n < n_chains gives n chains of
+    one position); every other position joins a uniformly drawn chain.
 
     Example:
         >>> import torch
@@ -127,8 +122,8 @@ def interleaved_chains(n: int, n_chains: int, *, generator: "torch.Generator") -
 
     n_chains = _count(n_chains, "n_chains")
     chain_of = [_draw(0, n_chains, generator) for _ in _positions(n)]
-    set_aside = torch.randperm(n, generator=generator)[:n_chains].tolist()
-    for chain_index, position in enumerate(set_aside):
+    first_members = torch.randperm(n, generator=generator)[:n_chains].tolist()
+    for chain_index, position in enumerate(first_members):
         chain_of[position] = chain_index
     latest: dict[int, int] = {}
     parents = []
@@ -165,7 +160,7 @@ def k_gram(n: int, k: int) -> CausalGraph:
 
 
 manual = CausalGraph.from_parents
-"""The graph written out by hand."""
+"""A graph given by its parents; see `CausalGraph.from_parents`."""
 
 PRESETS: dict[str, Callable[..., CausalGraph]] = {
     preset.__name__: preset
@@ -183,15 +178,15 @@ PRESETS: dict[str, Callable[..., CausalGraph]] = {
         k_gram,
     )
 }
-"""The presets that a size, options and a generator describe, by name."""
+"""All presets except `manual`, by name."""
 
 
 def build_preset(
     name: str, n_positions: int, *, generator: "torch.Generator | None" = None, **options: object
 ) -> CausalGraph:
-    """Build the preset of that name; `options` are its arguments besides n and the generator.
+    """Build a preset by name; `options` are its arguments besides n and the generator.
 
-    A preset that is not random needs no generator and leaves it untouched.
+    A preset that is not random ignores the generator.
 
     Raises:
         GraphError: The name is unknown; an option is missing, does not apply or is out of range.
@@ -201,7 +196,7 @@ def build_preset(
         (-1, -1, 0, 1)
         >>> build_preset("chian", 4)
         Traceback (most recent call last):
-        mechcausal.graphs.causal_graph.GraphError: unknown graph preset 'chian' ...
+        mechcausal.graphs.faults.GraphError: unknown graph preset 'chian' ...
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -223,9 +218,9 @@ def build_preset(
     return PRESETS[name](n_positions, **options)
 
 
-def _count(value: int, what: str, *, largest: int = MAX_POSITIONS) -> int:
+def _count(value: int, quantity: str, *, largest: int = MAX_POSITIONS) -> int:
     if not (is_integer(value) and 1 <= value <= largest):
-        raise GraphError(f"{what} must be a whole number from 1 to {largest}, got {value!r}")
+        raise GraphError(f"{quantity} must be a whole number from 1 to {largest}, got {value!r}")
     return value
 
 

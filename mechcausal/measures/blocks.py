@@ -1,21 +1,21 @@
-"""Where a disentangled transformer's weights lie: the share of each named block in A and W.
+"""How a disentangled transformer's weight norm is distributed over the named blocks of A and W.
 
-Parts of A and W that no prediction can show are taken away first, so that weights that compute the
-same have the same shares. The entries of a stream sum to 1 (tokens and positions are one-hot,
-copies are averages of those). So for every pair of a query and a key stream of A
+Some directions of A and W do not affect the output. They are projected out first, so that equal
+functions have equal shares. The entries of a stream sum to 1 (tokens and positions are one-hot,
+copies are averages of these). So, for every pair of a query and a key stream of A:
 
-- a number added to all keys of a stream, in one row, adds the same to the scores of all keys, and
-  softmax removes it: every row is centred over each key stream, rows of W over the vocabulary;
-- what is the same in all rows of a query stream depends on the key alone, and could as well stand
-  in the rows of another stream: it is counted in the rows of the positions, and so is the same
-  in W, the bias of the logits: the other streams keep what differs between their rows;
-- rows of positions do not meet all keys: not those of later positions, not any in the row of
-  position 0, which sees one key, and in the last layer and W the last position is the only query;
-- position T - 1 occurs in a query and a key at once, or not at all. There, reading copy b of it
-  with the query's copy a is the same as the other way round: it counts where a comes first.
+- A constant added to one row within a key stream shifts all scores equally, and the softmax removes
+  it. So every row is centred over each key stream, and every row of W over the vocabulary.
+- The mean over the rows of a query stream depends only on the key, and no prediction shows which
+  stream holds it. It is assigned to the position rows; in W it is the bias of the logits.
+- Position rows are zeroed where a query never meets the key: for later keys, for position 0 (one
+  key, so no choice), and, in the last layer and W, for every query but the last position.
+- Position T - 1 occurs in the query and the key at once or not at all. So for this position the
+  entries (copy a, copy b) and (copy b, copy a) are interchangeable; their sum is assigned to the
+  first of the two.
 
-For random weights nothing else is hidden. (What these weights happen to hide, as where one stream
-is a function of another, is counted as it is.)
+For generic weights these are all such directions. Invariances of particular weights, for example
+if one stream is a function of another, are not removed.
 """
 
 import math
@@ -38,10 +38,9 @@ Streams = Mapping[str, slice]
 def block_shares(model: DisentangledTransformer) -> dict[str, float]:
     """Share of the squared Frobenius norm of each head's A, and of W, in each of its blocks.
 
-    `|block|^2 / |matrix|^2` of what predictions can show (see the module). Names are
-    `blocks/A1.0/query:key`, layers from 1 as in the paper, heads from 0, and `blocks/W/stream`;
-    streams are the model's.
-    The shares of a matrix sum to 1; NaN where the whole matrix is 0.
+    `|block|^2 / |matrix|^2`, after the projection described in the module. Names are
+    `blocks/A1.0/query:key` (layers from 1 as in the paper, heads from 0) and `blocks/W/stream`,
+    with the model's stream names. The shares of a matrix sum to 1; they are NaN if it is 0.
 
     Example:
         >>> from mechcausal.graphs import chain
@@ -60,13 +59,13 @@ def block_shares(model: DisentangledTransformer) -> dict[str, float]:
 
 
 def solution_share(model: DisentangledTransformer, graph: CausalGraph) -> float:
-    """How much of the weights lies in the blocks of the paper's solution: 1 is all, 0 nothing.
+    """Share of the weights in the blocks of the paper's solution, from 0 to 1.
 
-    The mean over A1, A2 and W of the share of the squared norm, a layer's heads taken together,
-    that lies in `solution_blocks`; NaN where one of the three is 0, as W is before training.
+    The mean over A1, A2 and W of the share of the squared norm (summed over a layer's heads) that
+    lies in `solution_blocks`. NaN if one of the three is 0; W is 0 before training.
 
     Raises:
-        ValueError: the model has another number of layers than two.
+        ValueError: the model does not have two layers.
 
     Example:
         >>> from mechcausal.graphs import two_parents
@@ -89,15 +88,15 @@ def solution_share(model: DisentangledTransformer, graph: CausalGraph) -> float:
 
 
 def solution_blocks(model: DisentangledTransformer, graph: CausalGraph) -> tuple[str, ...]:
-    """Names of the blocks that hold the paper's solution, as `block_shares` has them.
+    """Names of the blocks that hold the paper's solution, as in `block_shares`.
 
-    A1 finds parents by position. A2 compares the token copied by any head l with the query's
-    token, or, where the graph names the query's parents, with those that any head l' copied for
-    the query; then position:position too, by which the query's row is no example itself. W reads
-    the token that layer 2 attends to.
+    A1 attends to parents by position. A2 compares the copied tokens with the query's token. For
+    several parents it compares them with the tokens copied for the query, and its
+    position:position block excludes the query's own position. W reads the token that layer 2
+    attends to.
 
     Raises:
-        ValueError: the model has another number of layers than two.
+        ValueError: the model does not have two layers.
 
     Example:
         >>> from mechcausal.graphs import chain
@@ -122,17 +121,17 @@ def solution_blocks(model: DisentangledTransformer, graph: CausalGraph) -> tuple
 
 @torch.no_grad()
 def block_effects(model: DisentangledTransformer, loss: Callable[[], float]) -> dict[str, float]:
-    """Rise of the loss when a block of A or W is set to 0, for each block: what it is used for.
+    """Rise of the loss when a block of A or W is set to 0, for each block.
 
-    A share of the norm may lie in rows that hardly occur; an effect on the loss may not. But it is
-    an effect of the weights as they are: others that compute the same may have another.
+    Unlike a share of the norm, the effect ignores rows that rarely occur. But it is not invariant:
+    different weights that compute the same function may have different effects.
 
     Args:
-        model: left as it was, by an exception in `loss` too.
-        loss: of the model as it is, nats.
+        model: restored afterwards, even if `loss` raises.
+        loss: returns the current model's loss in nats.
 
     Returns:
-        The rise by the names of `block_shares`.
+        The rise in nats, by the names of `block_shares`.
 
     Example:
         >>> from mechcausal.graphs import chain
@@ -143,13 +142,13 @@ def block_effects(model: DisentangledTransformer, loss: Callable[[], float]) -> 
         >>> [name for name, rise in effects.items() if abs(rise) > 0.01]
         ['blocks/A1.0/position:position', 'blocks/A2.0/token:0.0/token', 'blocks/W/1.0/token']
     """
-    whole = loss()
+    baseline = loss()
     effects = {}
     for name, block in _named_blocks(model):
         before = block.clone()
         try:
             block.zero_()
-            effects[name] = loss() - whole
+            effects[name] = loss() - baseline
         finally:
             block.copy_(before)
     return effects
@@ -167,7 +166,7 @@ def _named_blocks(model: DisentangledTransformer) -> Iterator[tuple[str, Tensor]
 
 
 def _squares(model: DisentangledTransformer) -> dict[str, dict[str, float]]:
-    """Squared norm of what can be seen of every block, by matrix and block."""
+    """Squared norm of the visible part of every block, by matrix and block."""
     squares = {}
     for layer in range(len(model.heads)):
         streams = model.streams(layer)
@@ -194,21 +193,21 @@ def _plain(weight: Tensor) -> Tensor:
 
 
 def _visible(matrix: Matrix, model: DisentangledTransformer, layer: int) -> Matrix:
-    """Of all matrices that give a head the same patterns the one with nothing hidden in it."""
+    """The part of A that affects the attention patterns (see the module)."""
     streams = model.streams(layer)
     seen = _seen(matrix, streams, last=layer == len(model.heads) - 1)
     visible = _centred(matrix, seen, streams, streams)
     for kept, moved in _twins(streams):
-        unseen = torch.zeros_like(matrix)
-        unseen[kept], unseen[moved] = 1, -1
-        unseen = _centred(unseen, seen, streams, streams)
-        if unseen[moved] != 0:
-            visible = visible - visible[moved] / unseen[moved] * unseen
+        hidden = torch.zeros_like(matrix)
+        hidden[kept], hidden[moved] = 1, -1
+        hidden = _centred(hidden, seen, streams, streams)
+        if hidden[moved] != 0:
+            visible = visible - visible[moved] / hidden[moved] * hidden
     return visible
 
 
 def _centred(matrix: Matrix, seen: Matrix, rows: Streams, columns: Streams) -> Matrix:
-    """Row means away, and means over all rows of a stream moved to the rows of the positions."""
+    """Subtract row means; move means over the rows of a stream to the position rows."""
     matrix = matrix * seen
     for name, stream in rows.items():
         if name != "position":
@@ -223,21 +222,22 @@ def _centred(matrix: Matrix, seen: Matrix, rows: Streams, columns: Streams) -> M
 
 
 def _seen(matrix: Matrix, streams: Streams, *, last: bool) -> Matrix:
-    """1 at entries of A that a query and a key can meet in, where there is a choice of keys."""
+    """1 at entries of A that some query with at least two keys uses, 0 elsewhere."""
     seen = torch.ones_like(matrix)
-    of_positions = seen[streams["position"]]
+    position_rows = seen[streams["position"]]
     for name, stream in streams.items():
         if name.endswith("position"):
-            of_positions[:, stream] = of_positions[:, stream].tril()
-    of_positions[: -1 if last else 1] = 0
+            position_rows[:, stream] = position_rows[:, stream].tril()
+    position_rows[: -1 if last else 1] = 0
     return seen
 
 
 def _twins(streams: Streams) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Entries for position T - 1 of which only the sum counts: the first of a kind, and another.
+    """Pairs of entries for position T - 1 of which only the sum affects the scores: (first, other).
 
-    A stream that heads have copied holds, for position T - 1, the product of their attention from
-    it to itself; so the heads of both streams, in any order, tell what an entry is multiplied with.
+    In a copied stream, the entry of position T - 1 is the product of the copying heads' attention
+    from T - 1 to itself. So entries whose streams have the same heads, in any order, have the same
+    factor.
     """
     first: dict[tuple[str, ...], tuple[int, int]] = {}
     ends = [(name, stream.stop - 1) for name, stream in streams.items() if "position" in name]

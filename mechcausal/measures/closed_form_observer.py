@@ -1,4 +1,4 @@
-"""Looks at a simplified model in closed form: the readings that hooks give, several times faster.
+"""Observe a simplified model in closed form: the readings of the hooks, several times faster.
 
 With m, a, p and dz of `models.batched_simplified`, sequence b has at layer 1's pattern the gradient
 `G_ik = dz_bi m_bk`. So its sums over sequences are products of matrices, and so are those of the
@@ -18,30 +18,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechcausal.measures.metrics import induction_keys
-from mechcausal.measures.observer import Look, Observer
+from mechcausal.measures.observation import Observation
+from mechcausal.measures.observer import Observer, ProbeReadings
 from mechcausal.models.batched_simplified import through_softmax
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.tasks import Batch, to_score
-from mechcausal.training.experiments.base import Observation
 from probes import prefix_matching_score
 from probes.heads.scores import mean_weights
 
-# Entries of what is computed for each sequence of a part of the evaluation batch.
+# Limit on the entries of a per-sequence gradient; larger evaluation batches are split.
 _MAX_ENTRIES = 4_000_000
 # Attention entries of the whole evaluation batch; where there are more, sequences are summed.
 _MOST_ENTRIES = 200_000_000
 
 
 class ClosedFormObserver(Observer):
-    """An `Observer` of a simplified model that attaches nothing; its figures are the same.
+    """An `Observer` of a simplified model that attaches no hooks and gives the same figures.
 
-    Up to rounding: to 1e-6 in every figure but ranks of values that are equal up to rounding.
+    Figures agree to 1e-6, except ranks of values that are equal up to rounding.
     """
 
     model: SimplifiedTransformer
 
     def __init__(self, model: SimplifiedTransformer, *args: Any, **options: Any) -> None:
-        """As `Observer`."""
+        """Take the arguments of `Observer`."""
         super().__init__(model, *args, **options)
         area = model.sequence_length**2
         self._at_once = max(1, _MAX_ENTRIES // area)
@@ -52,7 +52,7 @@ class ClosedFormObserver(Observer):
 
     @torch.no_grad()
     def observe(self) -> Observation:
-        """One look at the model, see `Observer.observe`."""
+        """Compute all readings in closed form, see `Observer.observe`."""
         model, total = self.model, len(self.batch)
         attention1 = model.attention1()
         rows = max(self._at_once, 128) if self._is_long else self._at_once
@@ -71,7 +71,7 @@ class ClosedFormObserver(Observer):
             prefix_matching_score(self._attention2(tokens).unsqueeze(1), tokens)
             for tokens in self.repeated.split(self._at_once)
         ]
-        look = Look(
+        readings = ProbeReadings(
             attention=attention1.unsqueeze(0).cpu(),
             scores=-scores.unsqueeze(0).cpu(),
             pattern=-pattern.unsqueeze(0).cpu(),
@@ -81,7 +81,7 @@ class ClosedFormObserver(Observer):
             examples=self._query_attention(attention1, self.examples).unsqueeze(1).cpu(),
             prediction=torch.cat(predictions),
         )
-        return self.figures_of(look)
+        return self.figures_of(readings)
 
     def _by_query(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
         """The match of each copied token with the query."""
@@ -107,13 +107,13 @@ class ClosedFormObserver(Observer):
         *,
         share: float,
     ) -> Float[Tensor, "batch pos"]:
-        """The gradient of the mean loss at layer 2's scores of the query."""
+        """The gradient of the mean loss on the query's row of layer 2's scores."""
         weight = prediction.new_tensor(share) / len(part)
         by_token = part.target * -weight / to_score(prediction, part.target, self.epsilon)
         return through_softmax(by_token.gather(1, part.tokens), attention2)
 
     def _attention2(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:
-        """Layer 2's patterns of every query, on sequences that may be shorter."""
+        """Layer 2's full patterns, also for sequences shorter than the model's."""
         length = tokens.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         one_hot = F.one_hot(tokens, self.model.vocab_size).to(self.model.A1.dtype)
@@ -123,7 +123,7 @@ class ClosedFormObserver(Observer):
 
 
 class _Sums:
-    """Sums over sequences of the gradients at layer 1, in float64 as the probes take them."""
+    """Sums over sequences of the gradients on layer 1, in float64 like those of the probes."""
 
     def __init__(self, attention1: Float[Tensor, "query key"], *, by_sequence: bool) -> None:
         self._attention1 = attention1
@@ -147,7 +147,7 @@ class _Sums:
             self._scores = self._scores + through_softmax(upstream, self._attention1.double())
         self._n_sequences += len(gradient)
         gradient, matches = gradient.double(), matches.double()
-        mean = matches.cumsum(1) / self._n_keys  # of the keys that query i sees
+        mean = matches.cumsum(1) / self._n_keys  # over the keys that query i sees
         centre = (gradient * mean).sum(0).unsqueeze(1)
         self._pattern = self._pattern + gradient.T @ matches - centre
         square = gradient.square()
@@ -156,7 +156,7 @@ class _Sums:
         self._squares = self._squares + cross + centre
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the scores, of the centred pattern, and the latter's standard error."""
+        """Gradients on the scores and on the centred pattern, and the latter's standard error."""
         pattern, squares = self._pattern.tril(), self._squares.tril()
         spread = (self._n_sequences * squares - pattern.square()).clamp(min=0)
         stderr = (spread / (self._n_sequences - 1)).sqrt()

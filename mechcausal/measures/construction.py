@@ -1,18 +1,18 @@
-"""What the hand-built solution of a model's kind scores: the loss that its form is known to reach.
+"""The loss of the hand-built solution of a model's kind, with the best scales: a reference level.
 
-Layer 1 attends from every position with parents to these, from every other uniformly; layer 2's
-scores are beta times the number u of the query's context tokens that a position's parents hold:
+Layer 1 attends from every position to its parents (roots: uniformly). Layer 2's scores are beta
+times the number u of the query's context tokens that a position's parents hold:
 
-    a^h     layer 1's pattern of head h: row i one-hot on i's h-th parent, uniform where it has none
+    a^h     layer 1's pattern of head h: row i one-hot on i's h-th parent, uniform if it has none
     u_k   = sum_h sum_j a^h_kj q^h[x_j],  q^h the query's token, or what head h copies for the query
     f_s   = sum_k softmax(beta u)_k [x_k = s]
 
-f is the simplified model's prediction, `softmax(gain f)` the disentangled one's. These are their
-`set_ideal`, here with the beta and gain that suit the sequences best. Rows of roots may hold
-anything in the paper's proof. Uniform is neutral: a root that attends to itself, or to one fixed
-position, counts as an example whenever the query's token stands there, which costs up to 0.2 nats.
+f is the simplified model's prediction, `softmax(gain f)` the disentangled one's. The solutions are
+those of `set_ideal`, with the beta and gain of the lowest loss. The paper's proof leaves the rows
+of roots free; they are uniform here because a root that attends to one position counts as an
+example whenever that position holds the query's token.
 
-It is a point of reference, no bound: weights that were trained may do a little better.
+The loss is not a lower bound: trained weights can be slightly better.
 """
 
 import math
@@ -34,20 +34,20 @@ from mechcausal.tasks import Batch, cross_entropies
 
 _BETAS = (0.02, 200.0)
 _GAINS = (0.02, 2000.0)
-_GRID = 15  # values of beta of which the best is refined: the loss need not have one valley
-_PRECISION = 1e-4  # of log beta and log gain
-_NO_EXAMPLE = -1e4  # matches of the query's own row where that copies the query's parents
+_GRID = 15  # values of beta; the best is refined, since the loss may have several minima
+_PRECISION = 1e-4  # absolute, in log beta and log gain
+_NO_EXAMPLE = -1e4  # u of the last position if its row copies the query's parents
 _MAX_ENTRIES = 4_000_000
 
 
 @dataclass(frozen=True)
 class Construction:
-    """The hand-built solution at its best scales.
+    """The hand-built solution with the best scales.
 
     Attributes:
         loss: cross entropy on the sequences, nats, smoothed as in training.
-        beta: layer 2's logit of a match.
-        gain: of the disentangled model's readout; None for the simplified model.
+        beta: layer 2's score of a match.
+        gain: scale of the disentangled model's readout; None for the simplified model.
     """
 
     loss: float
@@ -59,29 +59,28 @@ class Construction:
 def best_construction(
     model: GraphModel, graph: CausalGraph, batch: Batch, *, epsilon: float
 ) -> Construction | None:
-    """The hand-built solution of the model's kind on a graph, with its best beta and gain.
+    """The hand-built solution of the model's kind on a graph, with the best beta and gain.
 
-    One number (two for a disentangled model) is chosen on the sequences on which the loss is
-    measured, which makes it lower than on fresh ones by about 1/n for n of them: far less than
-    its standard error, which falls with the square root of n.
+    Fitting one or two scales on the n sequences that measure the loss lowers it by about 1/n,
+    which is much less than its standard error.
 
     Args:
-        model: says which solution; its weights play no part.
-        graph: true parents.
+        model: determines the kind of solution; its weights are not used.
+        graph: true graph.
         batch: sequences of the graph's task.
         epsilon: smoothing of predictions.
 
     Returns:
-        None for a kind without a hand-built solution: standard models, and disentangled ones of
-        other than two layers or with fewer heads in the first than a position has parents.
+        None without a hand-built solution: for standard models, and for disentangled models that
+        do not have two layers or have fewer heads in layer 1 than a position has parents.
 
     Example:
         >>> from mechcausal.graphs import chain
         >>> model = SimplifiedTransformer(vocab_size=3, sequence_length=6)
-        >>> tokens = torch.tensor([[2, 0, 1, 0, 1, 0]])  # what followed 0: 1, twice
+        >>> tokens = torch.tensor([[2, 0, 1, 0, 1, 0]])  # 0 is followed by 1, twice
         >>> batch = Batch(tokens, torch.tensor([[0.0, 1.0, 0.0]]))
-        >>> found = best_construction(model, chain(5), batch, epsilon=1e-3)
-        >>> round(found.loss, 3), found.beta > 20
+        >>> solution = best_construction(model, chain(5), batch, epsilon=1e-3)
+        >>> round(solution.loss, 3), solution.beta > 20
         (0.002, True)
     """
     readout = isinstance(model, DisentangledTransformer)
@@ -108,7 +107,7 @@ def best_construction(
     lowest = int(np.argmin(losses))
     low, high = grid[max(lowest - 1, 0)], grid[min(lowest + 1, _GRID - 1)]
     refined = best_at(_minimised(lambda beta: best_at(beta).loss, low, high))
-    return min((refined, best_at(grid[lowest])), key=lambda found: found.loss)
+    return min((refined, best_at(grid[lowest])), key=lambda solution: solution.loss)
 
 
 def match_counts(
@@ -116,7 +115,7 @@ def match_counts(
 ) -> Float[Tensor, "batch pos"]:
     """u of the module's equations: layer 2's scores of the query at beta = 1.
 
-    Where the graph names the query's parents the last row copies those, and is no example.
+    If the graph has query parents, the last row copies these and does not count as an example.
     """
     several = graph.query_parents is not None
     vocab = int(tokens.max()) + 1
@@ -124,11 +123,11 @@ def match_counts(
     for head in range(max(1, graph.max_parents)):
         pattern = _layer1_pattern(graph, head).to(tokens.device)
         if several:
-            asked = total.new_zeros(len(tokens), vocab)
-            asked.scatter_add_(1, tokens, pattern[-1].expand(tokens.shape))
+            context = total.new_zeros(len(tokens), vocab)
+            context.scatter_add_(1, tokens, pattern[-1].expand(tokens.shape))
         else:
-            asked = F.one_hot(tokens[:, -1], vocab).to(total.dtype)
-        total += asked.gather(1, tokens) @ pattern.T
+            context = F.one_hot(tokens[:, -1], vocab).to(total.dtype)
+        total += context.gather(1, tokens) @ pattern.T
     if several:
         total[:, -1] = _NO_EXAMPLE
     return total
@@ -149,7 +148,7 @@ def _layer1_pattern(graph: CausalGraph, head: int) -> Float[Tensor, "query key"]
 
 
 def _share(scores: Float[Tensor, "batch pos"], batch: Batch) -> Float[Tensor, "batch vocab"]:
-    """The attention that each token gets; sequences in parts, to hold few patterns at a time."""
+    """The attention on each token; computed in parts to limit memory."""
     share = scores.new_zeros(batch.target.shape)
     rows = max(1, _MAX_ENTRIES // scores.shape[1])
     for part, sums, tokens in zip(
@@ -164,11 +163,11 @@ def _loss(prediction: Float[Tensor, "batch vocab"], batch: Batch, epsilon: float
 
 
 def _minimised(loss: Callable[[float], float], low: float, high: float) -> float:
-    """Where a loss of one positive number is smallest, found on the logarithm of it."""
-    found = minimize_scalar(
+    """Minimise a loss over one positive number, on a logarithmic scale."""
+    result = minimize_scalar(
         lambda log: loss(math.exp(log)),
         bounds=(math.log(low), math.log(high)),
         method="bounded",
         options={"xatol": _PRECISION},
     )
-    return math.exp(float(found.x))
+    return math.exp(float(result.x))

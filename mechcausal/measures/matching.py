@@ -1,9 +1,8 @@
-"""Which head serves which parent, row by row.
+"""Match heads to parents, row by row.
 
-With several heads nothing says which head of layer 1 attends to which parent, and nothing keeps the
-heads from swapping parents from one row to the next. So each row of the graph is matched on its
-own: every parent gets another head, such that the matched heads' attention on their parents is
-largest in total.
+Nothing determines which head of layer 1 attends to which parent, and heads may swap parents between
+rows. So each row of the graph is matched separately: every parent gets a different head, such that
+the total attention of the matched heads on their parents is largest.
 """
 
 from collections import Counter
@@ -17,18 +16,18 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph
 
 Heads = tuple[int | None, ...]
-"""The head that serves each parent, parents ascending; None: fewer heads than parents."""
+"""The head matched to each parent, parents ascending; None if there are too few heads."""
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The heads that serve the parents of each row.
+    """The heads matched to the parents of each row.
 
     Attributes:
-        rows: the heads of each position with parents, by position; without the last
-            position where the graph names the query's parents, whom its row serves.
-        query: the heads that serve the query's parents in the last position's row; None where the
-            graph gives the query no parents.
+        rows: heads by position, for positions with parents; without the last position if the graph
+            has query parents, because its row then serves the query.
+        query: the heads matched to the query's parents in the last position's row; None if the
+            graph has no query parents.
     """
 
     rows: Mapping[int, Heads]
@@ -38,12 +37,12 @@ class Matching:
 def match_heads(attention: Float[Tensor, "head query key"], graph: CausalGraph) -> Matching:
     """Match the heads of layer 1 to the parents of every row.
 
-    Row i's matching is the one with the largest `sum_p attention[head(p), i, p]` over the parents p
-    of i, in which no head serves two parents. In a graph that names the query's parents the last
-    position's row is matched with those instead of its own.
+    Row i's matching maximises `sum_p attention[head(p), i, p]` over the parents p of i, with
+    different heads for different parents. If the graph has query parents, the last position's row
+    is matched to these instead of its own parents.
 
     Args:
-        attention: layer-1 patterns, averaged over inputs where they depend on them.
+        attention: layer-1 patterns, averaged over inputs if they depend on them.
         graph: any number of parents.
 
     Raises:
@@ -77,26 +76,26 @@ def match_heads(attention: Float[Tensor, "head query key"], graph: CausalGraph) 
 def matching_figures(
     attention: Float[Tensor, "head query key"], graph: CausalGraph
 ) -> dict[str, float]:
-    """How well the heads together show the graph, each row matched on its own.
+    """How well all heads together show the graph, with each row matched separately.
 
     Args:
-        attention: layer-1 patterns, averaged over inputs where they depend on them.
+        attention: layer-1 patterns, averaged over inputs if they depend on them.
         graph: any number of parents.
 
     Returns:
-        Over the edges of the rows of `match_heads`, empty where there are none:
-        `graph/recovered`: share whose parent gets the largest attention of its matched head's row;
-        `graph/parent_attention`: mean attention of the matched head on the parent, 0 unmatched;
-        `graph/rows_matched`: share of the rows with every parent recovered;
-        `graph/identified_rows_matched`: only where there are any, the same without
-        `contested_rows`;
-        `graph/head_consistency`: only with several heads, share of the rows with most parents in
-        which the n-th parent has the same head, for every n, as in the commonest such row;
-        `graph/query_attention`: only where the query has parents, their mean attention from the
+        Figures over the rows of `match_heads` and their edges; empty without edges:
+        `graph/recovered`: share of edges whose parent has the largest attention in its matched
+        head's row;
+        `graph/parent_attention`: mean attention of the matched head on the parent, 0 if unmatched;
+        `graph/rows_matched`: share of rows in which every parent is recovered;
+        `graph/identified_rows_matched`: the same without `contested_rows`, only if there are any;
+        `graph/head_consistency`: only for several heads; among the rows with the most parents, the
+        share that has the most common assignment of heads to parents;
+        `graph/query_attention`: only if the query has parents; mean attention on these from the
         last position.
 
     Raises:
-        ValueError: the patterns are not of the graph's sequence length.
+        ValueError: the patterns do not have the graph's sequence length.
 
     Example:
         >>> import torch
@@ -112,20 +111,20 @@ def matching_figures(
     matching = match_heads(attention, graph)
     values = attention.detach().cpu()
     largest = values.argmax(-1)
-    recovered, given, whole = [], [], []
+    recovered, parent_attention, rows_matched = [], [], []
     for child, parents in _rows(graph).items():
         pairs = list(zip(matching.rows[child], parents, strict=True))
         hits = [head is not None and int(largest[head, child]) == p for head, p in pairs]
         recovered += hits
-        whole.append(all(hits))
-        given += [_attention(values[:, child], head, p) for head, p in pairs]
+        rows_matched.append(all(hits))
+        parent_attention += [_attention(values[:, child], head, p) for head, p in pairs]
     figures = {}
     if recovered:
         figures["graph/recovered"] = _mean(recovered)
-        figures["graph/parent_attention"] = _mean(given)
-        figures["graph/rows_matched"] = _mean(whole)
+        figures["graph/parent_attention"] = _mean(parent_attention)
+        figures["graph/rows_matched"] = _mean(rows_matched)
         contested = contested_rows(graph)
-        rows = zip(_rows(graph), whole, strict=True)
+        rows = zip(_rows(graph), rows_matched, strict=True)
         identified = [hit for child, hit in rows if child not in contested]
         if identified and contested:
             figures["graph/identified_rows_matched"] = _mean(identified)
@@ -140,19 +139,16 @@ def matching_figures(
 
 
 def contested_rows(graph: CausalGraph) -> frozenset[int]:
-    """Rows in which other attention predicts as well as attention to the parents, or better.
+    """Rows in which attention elsewhere predicts at least as well as attention to the parents.
 
-    All of them owe it to tokens that the query shows anyway, when the query has parents:
+    Only graphs with query parents have such rows:
 
-    - Rows with a parent among the query's: that a context equals the query's then says something
-      about tokens of the query alone. Where p(i) = (a, b) and the query's parents are (b, c), both
-      agree if and only if s_a = s_b = s_c, which two heads on a tell as well.
-    - The row n - 2, where n - 2 is the last parent of the last position n - 1, and that the
-      query's last. The last position's own row copies the query's parents, so its transition is
-      lost; but its context equals the query's only if s_{n-2} = s_{n-1}, so row n - 2 can stand in
-      for it: it attends to the parents of n - 1 and shows, in s_{n-2}, the token s_{n-1} that
-      follows them. (On the two-parent graph with S = 5, T = 32 that is worth 0.06 nats to the
-      hand-built solution, and trained models do it.)
+    - Rows that share a parent with the query. If p(i) = (a, b) and the query's parents are (b, c),
+      the contexts are equal exactly if s_a = s_b = s_c, which two heads on a detect as well.
+    - Row n - 2, if n - 2 is the last parent of the last position n - 1, and n - 1 the query's last
+      parent. Row n - 1 copies the query's parents, so layer 1 loses the context of n - 1. This
+      context equals the query's only if s_{n-2} = s_{n-1}; so row n - 2 can attend to the parents
+      of n - 1, and its token s_{n-2} is the token that follows them.
 
     Example:
         >>> from mechcausal.graphs import two_parents
@@ -170,7 +166,7 @@ def contested_rows(graph: CausalGraph) -> frozenset[int]:
 
 
 def _rows(graph: CausalGraph) -> dict[int, tuple[int, ...]]:
-    """The parents of every position with some, without the position that serves the query."""
+    """The parents of every non-root position, except the position whose row serves the query."""
     last = graph.n_positions - (graph.query_parents is not None)
     return {child: row for child, row in enumerate(graph.parents[:last]) if row}
 

@@ -1,7 +1,7 @@
-"""From readings of the probes and theory to the named figures of a probe step.
+"""Compute the figures of a probe step from the readings of the probes and theory.
 
-Figures of the gradient compare the descent direction `-dL/dA` with information theory; figures of
-strategies compare predictions. (Those of a graph, attention against true parents: `matching`.)
+Gradient figures compare the descent direction `-dL/dA` with information theory; strategy figures
+compare predictions. (`matching` compares attention with the true parents.)
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ Matrix = Float[Tensor, "query key"]
 def edge_hits(gradient: Matrix, graph: CausalGraph) -> float:
     """Share of rows with parents whose largest gradient entry, over keys j <= i, is a parent.
 
-    NaN where there is no such row, or no gradient at all. In a task with several parents the last
-    row, which serves the query, is left out.
+    NaN if there is no such row or the gradient is 0. For several parents, the last row is excluded,
+    because it serves the query.
     """
     rows = [i for i in graph.non_roots if i < _n_rows(graph)]
     if not rows or not bool(gradient.any()):
@@ -33,22 +33,22 @@ def edge_hits(gradient: Matrix, graph: CausalGraph) -> float:
 def gradient_figures(
     gradient: Matrix, theory: Information, *, prefix: str = "gradient/"
 ) -> dict[str, float]:
-    """The descent direction on layer-1 attention against what theory predicts.
+    """Compare the descent direction on layer-1 attention with theory.
 
-    Rows are those of the graph; the row of the query (with several parents the last one, which
-    serves it) is left out, since theory speaks of the graph. The prediction, which exists for
-    single parents, is compared over all keys j <= i as it stands. Information is compared over keys
-    j < i, because the information of a position with itself says nothing about edges; a row is
-    scaled by its number of keys (the softmax's share) and both sides are centred by row.
+    Only rows of the graph are compared, not the row that serves the query. The predicted gradient
+    (single parents only) is compared over all keys j <= i without scaling. Information is compared
+    over keys j < i, because the information of a position with itself is unrelated to edges; each
+    row of the gradient is multiplied by its number of keys, which undoes the softmax's factor at
+    uniform attention, and both sides are centred by row.
 
     Args:
         gradient: `-dL/dscores` of layer 1, mean over sequences, [query, key].
         theory: for the same graph and prior.
-        prefix: put before every name.
+        prefix: prefix of every name.
 
     Returns:
         `edge_hits`, and for `theory`, `chi2`, `shannon` a Pearson `_correlation` and a Spearman
-        `_spearman`; NaN where one side is constant.
+        `_spearman`; NaN if one side is constant.
     """
     n = _n_rows(theory.graph)
     measured = gradient[:n, :n].double().cpu()
@@ -72,7 +72,7 @@ def gradient_figures(
 
 
 def edge_f1(named: tuple[tuple[int, int], ...], graph: CausalGraph) -> float:
-    """F1 of named edges (parent, child) against the true ones; an edge at a root is false."""
+    """F1 score of named edges (parent, child) against the true ones; 1 if both are empty."""
     true = set(graph.edges)
     if not named and not true:
         return 1.0
@@ -85,9 +85,9 @@ def strategy_figures(
     *,
     epsilon: float,
 ) -> dict[str, float]:
-    """Mean `KL(prediction || strategy)` in nats, both smoothed by `epsilon`: 0 if they are equal.
+    """Mean `KL(prediction || strategy)` in nats, both smoothed by `epsilon`: 0 if equal.
 
-    Without epsilon it is infinite where the model gives mass to a token that the strategy excludes.
+    Infinite if `epsilon` is 0 and the strategy excludes a token that the model predicts.
     """
     normaliser = 1 + prediction.shape[1] * epsilon
     smoothed = (prediction.double() + epsilon) / normaliser
@@ -102,10 +102,11 @@ def strategy_figures(
 def induction_mask(
     tokens: Int[Tensor, "batch pos"], graph: CausalGraph
 ) -> Bool[Tensor, "batch query key"]:
-    """Where layer 2's induction head should look on the task, as a mask for `AttentionTo`.
+    """The keys that layer 2's induction head should attend to, as a mask for `AttentionTo`.
 
-    In the row of the last position: the positions whose parents hold the query's token, or, with
-    several parents, as many parents as the query has, holding the same tokens in the same order.
+    Only the last position's row has targets: the positions whose parent holds the query's token.
+    For several parents: the positions whose parents hold the same tokens, in the same order, as
+    the query's parents.
     """
     batch, length = tokens.shape
     mask = torch.zeros(batch, length, length, dtype=torch.bool, device=tokens.device)
@@ -116,7 +117,7 @@ def induction_mask(
 def induction_keys(
     tokens: Int[Tensor, "batch pos"], graph: CausalGraph
 ) -> Bool[Tensor, "batch key"]:
-    """The last position's row of `induction_mask`, which is all of it."""
+    """The last position's row of `induction_mask`; all other rows are empty."""
     batch, length = tokens.shape
     keys = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
     context = (length - 1,) if graph.query_parents is None else graph.query_parents
@@ -130,11 +131,11 @@ def induction_keys(
 
 
 def correlations(left: Float[Tensor, "n"], right: Float[Tensor, "n"]) -> tuple[float, float]:
-    """Pearson and Spearman correlation; NaN where a side is constant or has under two values."""
+    """Pearson and Spearman correlation; NaN if a side is constant or has one value."""
     if len(left) < 2 or bool((left == left[0]).all()) or bool((right == right[0]).all()):
         return float("nan"), float("nan")
     pair = np.stack([left.cpu().numpy(), right.cpu().numpy()])
-    # Without scipy.stats, which loads for half a second and takes its time over p-values.
+    # scipy.stats takes half a second to import.
     ranks = np.stack([_ranks(values) for values in pair])
     return float(np.corrcoef(pair)[0, 1]), float(np.corrcoef(ranks)[0, 1])
 
@@ -151,7 +152,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _n_rows(graph: CausalGraph) -> int:
-    """Rows of layer 1 that serve positions of the graph: all of them, or all but the last."""
+    """Number of layer-1 rows for positions of the graph, without a row that serves the query."""
     return graph.n_positions - (graph.query_parents is not None)
 
 
@@ -159,7 +160,7 @@ def _future(matrix: Tensor) -> Tensor:
     return torch.ones_like(matrix, dtype=torch.bool).triu(1)
 
 
-def _centred(matrix: Tensor, where: Tensor) -> Tensor:
-    """Minus the row's mean over `where`."""
-    mean = (matrix * where).sum(1, keepdim=True) / where.sum(1, keepdim=True).clamp(min=1)
+def _centred(matrix: Tensor, mask: Tensor) -> Tensor:
+    """Subtract each row's mean over the mask."""
+    mean = (matrix * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return matrix - mean

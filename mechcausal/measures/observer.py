@@ -1,7 +1,7 @@
-"""One look at a model in training: all probes in one forward and backward pass.
+"""Measure a model during training: all gradient probes share one forward and backward pass.
 
-The hooked model runs on a fixed evaluation batch, so that consecutive figures differ by what the
-model learned and not by what it was shown.
+The hooked model always runs on the same evaluation batch, so figures of different steps differ
+only because the model has changed.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from mechcausal.measures import metrics
 from mechcausal.measures.blocks import block_shares, solution_share
 from mechcausal.measures.construction import best_construction
 from mechcausal.measures.matching import matching_figures
+from mechcausal.measures.observation import Observation
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.tasks import Task, predictors, soft_cross_entropy
 from mechcausal.theory import Information, PairwiseTheory, named_edges
-from mechcausal.training.experiments.base import Observation
 from probes import (
     AttentionGradient,
     AttentionPattern,
@@ -33,25 +33,24 @@ from probes import (
     repeated_tokens,
 )
 
-# Attention entries, or activations, of a pass through the hooked model; larger evaluation batches
-# are split.
+# Limit on attention entries, or activations, of one pass; larger evaluation batches are split.
 _MAX_ENTRIES = 4_000_000
-# Sequences whose attention in the last layer is kept one by one, to be looked at.
+# Sequences whose last-layer attention is recorded individually, for pictures.
 _N_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the probes read in one look, on the CPU but for the prediction.
+class ProbeReadings:
+    """The readings of all probes at one step, on the CPU except the prediction.
 
     Attributes:
         attention: layer 1's patterns, mean over sequences.
         scores: descent direction on layer 1's scores.
         pattern: descent direction on layer 1's patterns, centred by row.
         pattern_stderr: standard error of `pattern`.
-        induction: attention of the last layer's heads where an induction head should look.
-        matching: their prefix-matching scores on repeated tokens.
-        examples: attention of the last position in the last layer on a few sequences.
+        induction: attention of each last-layer head on the keys of `metrics.induction_mask`.
+        matching: prefix-matching score of each last-layer head on repeated tokens.
+        examples: last-layer attention from the last position on a few sequences.
         prediction: the model's output on the evaluation batch.
     """
 
@@ -66,7 +65,7 @@ class Look:
 
 
 class Observer:
-    """Looks at the same sequences again and again.
+    """Measures a model on a fixed evaluation batch, as often as `observe` is called.
 
     Attributes:
         batch: the evaluation sequences.
@@ -92,12 +91,12 @@ class Observer:
         max_seconds: float | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Draw the evaluation batch and what it is compared with.
+        """Draw the evaluation batch and compute the losses to compare with.
 
         Args:
-            model: looked at, never changed.
+            model: the model to observe; never changed.
             task: graph and prior.
-            theory: of the same graph and prior.
+            theory: for the same graph and prior.
             n_sequences: size of the evaluation batch.
             epsilon: smoothing of predictions, as in training.
             bayes_draws: see `predictors.bayes_loss`.
@@ -127,7 +126,7 @@ class Observer:
             for name, prediction in self._strategies.items()
         }
         keys = metrics.induction_keys(tokens, task.graph)
-        # The last position sees every key; a query that has nothing to find is not scored.
+        # The last position sees every key; a query without targets is not scored.
         self.uniform_induction = keys[keys.any(1)].double().mean().item()
         self.repeated = repeated_tokens(
             64, task.sequence_length // 2, task.vocab_size, generator=generator
@@ -135,7 +134,7 @@ class Observer:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Evaluation loss, those of Bayes and of the construction, and the gaps to both, nats."""
+        """Losses of the model, of Bayes and of the hand-built solution, and both gaps, in nats."""
         prediction = self.model(self.batch.tokens)
         return self._losses(prediction)
 
@@ -143,9 +142,9 @@ class Observer:
         """Run the hooked model on the evaluation batch with every probe attached.
 
         The matrices are `attention/layer0` and the descent directions `gradient/scores` and
-        `gradient/pattern` (centred by row), each [query, key], or [head, query, key] where layer 1
-        has several heads; and `attention/examples` [example, head, key], the last layer's attention
-        from the last position of `examples`.
+        `gradient/pattern` (centred by row), each [query, key], or [head, query, key] if layer 1 has
+        several heads. `attention/examples` [example, head, key] is the last layer's attention from
+        the last position of `examples`.
         """
         graph, model = self.task.graph, self.model
         last = len(model.heads) - 1
@@ -166,7 +165,7 @@ class Observer:
         last_heads = slice(model.heads[last])
         scores = induction.reading().sel(layer=last).values[:, last_heads]
         matching = repeated.reading().sel(score="prefix_matching", layer=last).values[:, last_heads]
-        look = Look(
+        readings = ProbeReadings(
             attention=pattern.reading().sel(layer=0).values[heads].cpu(),
             scores=-by_scores.reading().sel(layer=0).values[heads].cpu(),
             pattern=-by_pattern.reading().sel(layer=0).values[heads].cpu(),
@@ -176,39 +175,41 @@ class Observer:
             examples=last_pattern.reading().sel(layer=last).values[:, last_heads, -1].cpu(),
             prediction=prediction,
         )
-        return self.figures_of(look)
+        return self.figures_of(readings)
 
-    def figures_of(self, look: Look) -> Observation:
-        """The figures that follow from what the probes read, see `observe`."""
+    def figures_of(self, readings: ProbeReadings) -> Observation:
+        """Compute the figures from the readings of the probes."""
         model, last = self.model, len(self.model.heads) - 1
         matrices = {
-            "attention/layer0": look.attention,
-            "gradient/scores": look.scores,
-            "gradient/pattern": look.pattern,
+            "attention/layer0": readings.attention,
+            "gradient/scores": readings.scores,
+            "gradient/pattern": readings.pattern,
         }
-        figures = self._losses(look.prediction)
-        figures |= matching_figures(look.attention, self.task.graph)
-        figures |= self._gradient_figures(matrices, look.pattern_stderr)
-        attention = look.induction.max().cpu().double()
-        figures |= {  # of the head that does it best
+        figures = self._losses(readings.prediction)
+        figures |= matching_figures(readings.attention, self.task.graph)
+        figures |= self._gradient_figures(matrices, readings.pattern_stderr)
+        attention = readings.induction.max().cpu().double()
+        figures |= {  # of the best head
             "induction/score": above_chance(
                 attention, attention.new_tensor(self.uniform_induction)
             ).item(),
             "induction/attention": attention.item(),
-            "induction/prefix_matching": look.matching.max().item(),
+            "induction/prefix_matching": readings.matching.max().item(),
             "induction/copying": copying_score(model.hooked, last)[: model.heads[last]]
             .max()
             .item(),
         }
-        figures |= metrics.strategy_figures(look.prediction, self._strategies, epsilon=self.epsilon)
+        figures |= metrics.strategy_figures(
+            readings.prediction, self._strategies, epsilon=self.epsilon
+        )
         figures |= self._weight_figures()
         if model.heads[0] == 1:
             matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}
-        matrices["attention/examples"] = look.examples
-        return Observation(figures, matrices, look.prediction)
+        matrices["attention/examples"] = readings.examples
+        return Observation(figures, matrices, readings.prediction)
 
     def _backward(self) -> Tensor:
-        """Forward and backward pass over the evaluation batch, in parts; the predictions."""
+        """Run forward and backward passes over the evaluation batch; return the predictions."""
         model, total = self.model, len(self.batch)
         config = model.hooked.cfg
         entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
@@ -218,18 +219,18 @@ class Observer:
             part = self.batch[start : start + rows]
             prediction = model.probabilities(model.hooked(part.tokens))
             loss = soft_cross_entropy(prediction, part.target, epsilon=self.epsilon)
-            # Weighted, so that the parts add up to the mean loss of the whole batch.
+            # Weighted so that the parts sum to the mean loss of the batch.
             (loss * (len(part) / total)).backward()
             predictions.append(prediction.detach())
         return torch.cat(predictions)
 
-    def _gradient_figures(self, matrices: dict[str, Tensor], spread: Tensor) -> dict[str, float]:
-        """Gradients against information: of the sum over heads, and of each head."""
+    def _gradient_figures(self, matrices: dict[str, Tensor], stderr: Tensor) -> dict[str, float]:
+        """Compare gradients with information, for the sum over heads and for each head."""
         graph, n = self.task.graph, self.task.graph.n_positions
         scores, pattern = matrices["gradient/scores"], matrices["gradient/pattern"]
         figures = metrics.gradient_figures(scores.sum(0), self.theory)
-        # Where attention has saturated the gradient of the scores is 0; that of the pattern, seen
-        # as the gradient that uniform attention would have, still tells.
+        # With saturated attention the gradient on the scores vanishes. That on the pattern, divided
+        # by the number of keys, is the score gradient that uniform attention would have.
         n_keys = torch.arange(1, pattern.shape[-1] + 1).unsqueeze(1)
         at_uniform = pattern / n_keys
         figures |= metrics.gradient_figures(
@@ -237,17 +238,17 @@ class Observer:
         )
         if len(scores) > 1:
             for head in range(len(scores)):
-                of_head = metrics.gradient_figures(
+                head_figures = metrics.gradient_figures(
                     at_uniform[head], self.theory, prefix=f"gradient/head{head}/pattern_"
                 )
-                figures |= {k: v for k, v in of_head.items() if not k.endswith("_spearman")}
+                figures |= {k: v for k, v in head_figures.items() if not k.endswith("_spearman")}
         if isinstance(self.theory, PairwiseTheory) and len(scores) == 1:
-            named = named_edges(pattern[0, :n, :n], spread[0, :n, :n])
+            named = named_edges(pattern[0, :n, :n], stderr[0, :n, :n])
             figures["graph/f1"] = metrics.edge_f1(named, graph)
         return figures
 
     def _weight_figures(self) -> dict[str, float]:
-        """Where the weights of a model lie, and which heads read which."""
+        """Weight shares by block, and K-composition of the last layer with earlier heads."""
         model = self.model
         figures: dict[str, float] = {}
         if isinstance(model, DisentangledTransformer):
@@ -258,11 +259,11 @@ class Observer:
             last = len(model.heads) - 1
             later = [(last, head) for head in range(model.heads[last])]
             earlier = [(layer, head) for layer in range(last) for head in range(model.heads[layer])]
-            scores = k_composition(model.hooked, later, earlier).scores
+            excess = k_composition(model.hooked, later, earlier).excess
             for row, (layer, head) in enumerate(later):
                 for column, (source, writer) in enumerate(earlier):
                     name = f"composition/L{layer}H{head}_reads_L{source}H{writer}"
-                    figures[name] = scores[row, column].item()
+                    figures[name] = excess[row, column].item()
         return figures
 
     def _losses(self, prediction: Tensor) -> dict[str, float]:

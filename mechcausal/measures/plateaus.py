@@ -1,11 +1,10 @@
 """Plateaus and drops of a loss curve, and the strategy that the model follows on each plateau.
 
-Time is counted in doublings, `log2(1 + step)`: training is fast at first and slow later, and the
-eye sees plateaus on that axis. The rows of a history are averaged within eighths of a doubling, and
-a running median takes out spikes and leaves edges. Where that curve, smoothed by a Gaussian of a
-quarter of a doubling, falls by little of its total fall within a doubling, there is a plateau; its
-ends are those of the curve before the Gaussian, and good to an eighth of a doubling. The flat end
-of a curve is a plateau too, and so is a flat start.
+Time is measured in doublings, `log2(1 + step)`. The history is averaged within cells of an eighth
+of a doubling, and a running median removes spikes but preserves edges. A plateau is a stretch where
+this curve, smoothed by a Gaussian, falls within a doubling by a small share of its total fall. Its
+ends come from the curve before the Gaussian, with a resolution of one cell. A flat start or end of
+the curve is a plateau, too.
 """
 
 import math
@@ -16,18 +15,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from mechcausal.records.run_folder import History
+from mechcausal.measures.figures import History
 
 Points = Float[np.ndarray, " point"]
 Cells = Float[np.ndarray, " cell"]
 
 STRATEGY = "strategy/kl_"
-_CELLS = 8  # of the time axis, for each doubling
+_CELLS = 8  # cells of the time axis per doubling
 _MEDIAN = 5  # cells of the running median
-_SPAN = 6  # cells over which the slope is taken
-_CORE = 4  # cells: a shorter flat stretch may be chance
-_ROWS = 3  # fewer rows show no plateau: two equal losses may be chance
-_NOISE = 8  # a total fall below so many standard deviations of the noise is none
+_SPAN = 6  # cells over which the slope is measured
+_CORE = 4  # minimum cells of a flat stretch: a shorter one may be chance
+_ROWS = 3  # minimum rows of a plateau: two equal losses may be chance
+_NOISE = 8  # minimum total fall, in standard deviations of the noise
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Plateau:
         start: first step logged on it.
         stop: last step logged on it.
         level: median loss, in nats.
-        strategy: the one with the smallest mean KL on it; None where none was logged.
+        strategy: the strategy with the smallest mean KL on it; None if none was logged.
     """
 
     start: int
@@ -53,11 +52,11 @@ class Drop:
 
     Attributes:
         start: last step of the plateau before.
-        middle: step at which the loss passes the middle between the levels.
+        middle: step at which the loss passes the mean of both levels.
         stop: first step of the plateau after.
         height: difference of the levels, in nats.
-        from_strategy: that of the plateau before.
-        to_strategy: that of the plateau after.
+        from_strategy: strategy of the plateau before.
+        to_strategy: strategy of the plateau after.
     """
 
     start: int
@@ -69,7 +68,7 @@ class Drop:
 
 
 def curve(history: History, loss: str = "loss/eval") -> tuple[Points, Points]:
-    """Steps and losses of a history, in order; rows in which one is absent or NaN are left out.
+    """Steps and losses of a history, sorted; rows without a finite loss are skipped.
 
     Example:
         >>> curve([{"train/step": 9, "loss/eval": 0.5}, {"train/step": 12}])
@@ -89,21 +88,21 @@ def find_plateaus(
 ) -> list[Plateau]:
     """The plateaus of a loss curve, in order.
 
-    A plateau is a stretch in which the smoothed loss changes, within each doubling of `1 + step`,
-    by less than `fall` of the curve's total fall and less than half the mean fall of a doubling,
-    so that a steady fall is none; so does the line fitted to all of it. It reaches as far as the
-    curve stays within `fall` of its level. Made for noise of up to 1% of the total fall: with 2%,
-    one steady fall in twenty (of 150 rows) shows a plateau.
+    A plateau is a stretch in which the smoothed loss, and the line fitted to the stretch, change
+    within each doubling of `1 + step` by less than `fall` times the curve's total fall, and by less
+    than half the mean fall per doubling (so a steady fall is not a plateau). It extends as far as
+    the curve stays within `fall` times the total fall of its level. Suited to noise of up to 1% of
+    the total fall.
 
     Args:
-        history: rows with `train/step`, the loss and `strategy/kl_...`; a loss of None or NaN is
-            left out, a strategy's stands for an infinite divergence.
+        history: rows with `train/step`, the loss and `strategy/kl_...`. A loss of None or NaN is
+            skipped; a strategy's divergence of None or NaN counts as infinite.
         loss: name of the loss.
-        fall: share of the total fall.
-        factor: a plateau is as long as this factor of `1 + step`, at least.
+        fall: tolerance as a share of the total fall.
+        factor: minimum ratio of `1 + step` between the end and the start of a plateau.
 
     Returns:
-        An empty list where the curve falls by no more than its noise, or nowhere stands still.
+        The plateaus; empty if the total fall does not exceed the noise.
 
     Example:
         >>> steps = range(0, 3000, 10)
@@ -122,7 +121,7 @@ def find_plateaus(
     steepest = total * min(fall, 0.5 * _CELLS / len(binned))
     flat = np.zeros(len(binned), dtype=bool)
     if len(binned) > _SPAN:
-        # The change around each cell, where the curve holds all of the span.
+        # The change per doubling around each cell, except near the ends of the curve.
         change = np.abs(smooth[_SPAN:] - smooth[:-_SPAN]) * _CELLS / _SPAN
         middle = slice(_SPAN // 2, -(_SPAN // 2))
         flat[middle] = change < steepest
@@ -132,7 +131,7 @@ def find_plateaus(
         if inside.sum() < _ROWS:
             continue
         start, stop = int(steps[inside][0]), int(steps[inside][-1])
-        # Noise can hold a steady fall up for a while; a line through the whole stretch tells.
+        # Noise can interrupt a steady fall locally: require a flat line through the stretch, too.
         cells = np.arange(low, high + 1)
         slope = _CELLS * np.polyfit(cells, binned[cells], 1)[0]
         if (1 + stop) >= factor * (1 + start) and abs(slope) < steepest:
@@ -144,10 +143,10 @@ def find_plateaus(
 def find_drops(
     history: History, *, loss: str = "loss/eval", fall: float = 0.05, factor: float = 2.0
 ) -> list[Drop]:
-    """The falls of a loss curve between its plateaus, in order; arguments as `find_plateaus`.
+    """The falls of a loss curve between consecutive plateaus; arguments as in `find_plateaus`.
 
-    The middle is where one cut leaves the fewest rows on the wrong side: above the mean of the two
-    levels after it, below it before. A fall that no plateau precedes or follows is left out.
+    The middle is the cut that misclassifies the fewest rows, where rows before it should lie above
+    the mean of the two levels and rows after it below.
 
     Example:
         >>> steps = range(0, 3000, 10)
@@ -163,7 +162,7 @@ def find_drops(
         if height > 0:
             between = (steps >= before.start) & (steps <= after.stop)
             above = losses[between] > (before.level + after.level) / 2
-            # Cutting before row n errs on the low rows before it and the high rows after it.
+            # A cut before row n misclassifies the low rows before n and the high rows from n on.
             errors = np.append(0, np.cumsum(~above)) + above.sum() - np.append(0, np.cumsum(above))
             cut = int(np.clip(errors.argmin(), 1, len(above) - 1))
             middle = float(steps[between][cut - 1 : cut + 1].mean())
@@ -173,15 +172,15 @@ def find_drops(
 
 
 def steepest_drop(history: History, *, loss: str = "loss/eval") -> tuple[Plateau, Drop] | None:
-    """The fall that is steepest per doubling of `1 + step`, and the shoulder before it.
+    """The steepest fall per doubling of `1 + step`, and the shoulder before it.
 
-    For training too fast to stand still: between two falls the loss slows down without a plateau.
-    The drop reaches over neighbouring rows as long as they fall half as steeply as its steepest
-    part; the shoulder is the doubling of steps before it.
+    For fast training, in which the loss slows down between two falls without a plateau. The drop
+    includes neighbouring rows while their slope exceeds half the steepest slope; the shoulder is
+    the doubling of steps before it. The loss at step 0 is skipped.
 
     Returns:
-        None where the shoulder has fewer than two rows, or falls by more than half of the drop:
-        then nothing was held up. Loss at step 0 is left out, where a doubling has no length.
+        The shoulder and the drop; None if the shoulder has fewer than two rows or falls by more
+        than half of the drop.
 
     Example:
         >>> rows = [(0, 1.6), (200, 1.3), (400, 1.25), (600, 1.21), (800, 1.2), (1000, 0.9)]
@@ -202,22 +201,28 @@ def steepest_drop(history: History, *, loss: str = "loss/eval") -> tuple[Plateau
         last += 1
     start, stop = int(steps[first]), int(steps[last + 1])
     height = float(losses[first] - losses[last + 1])
-    held = losses[: first + 1][1 + 2 * steps[: first + 1] >= start]
-    if height <= 0 or len(held) < 2 or held[0] - held[-1] > height / 2:
+    shoulder_losses = losses[: first + 1][1 + 2 * steps[: first + 1] >= start]
+    if (
+        height <= 0
+        or len(shoulder_losses) < 2
+        or shoulder_losses[0] - shoulder_losses[-1] > height / 2
+    ):
         return None
-    begin = int(steps[first + 1 - len(held)])
+    begin = int(steps[first + 1 - len(shoulder_losses)])
     later = _strategy(history, stop, int(min(2 * stop, steps[-1])))
-    shoulder = Plateau(begin, start, float(np.median(held)), _strategy(history, begin, start))
+    shoulder = Plateau(
+        begin, start, float(np.median(shoulder_losses)), _strategy(history, begin, start)
+    )
     middle = math.sqrt(start * stop)
     return shoulder, Drop(start, middle, stop, height, shoulder.strategy, later)
 
 
 def _by_cells(steps: Points, losses: Points) -> Cells:
-    """The loss without spikes in cells of an eighth of a doubling, from step 0 to the last."""
+    """The loss, without spikes, in cells of an eighth of a doubling from step 0 on."""
     cell = np.rint(_CELLS * np.log2(1 + steps)).astype(int)
     n_rows = np.bincount(cell)
     filled = np.flatnonzero(n_rows)
-    # Twice against spikes: where cells hold no or one row each, and where they hold many.
+    # Two median filters: over rows for cells with at most one row, over cells for cells with many.
     clean = ndimage.median_filter(losses, size=3, mode="nearest")
     means = np.bincount(cell, weights=clean)[filled] / n_rows[filled]
     binned = np.interp(np.arange(len(n_rows)), filled, means)
@@ -230,7 +235,7 @@ def _step(cell: float) -> float:
 
 
 def _noise(losses: Points) -> float:
-    """Standard deviation of independent noise on a smooth curve, from second differences."""
+    """Estimate the standard deviation of independent noise on a curve, from second differences."""
     if len(losses) < 3:
         return 0.0
     return float(1.4826 * np.median(np.abs(np.diff(losses, 2))) / math.sqrt(6))
@@ -239,27 +244,23 @@ def _noise(losses: Points) -> float:
 def _stretches(
     binned: Cells, flat: Bool[np.ndarray, " cell"], band: float
 ) -> list[tuple[int, int]]:
-    """First and last cells of the flat stretches, each grown as far as the curve is in its band."""
+    """First and last cells of the flat stretches, extended while the curve stays in the band."""
     labels, n_labels = ndimage.label(flat)
-    found: list[tuple[int, int]] = []
+    stretches: list[tuple[int, int]] = []
     for number in range(n_labels):
         low, high = (int(end) for end in np.flatnonzero(labels == number + 1)[[0, -1]])
         if high - low + 1 < _CORE:
             continue
-        level = _level(binned, low, high)
+        level = float(np.median(binned[low : high + 1]))
         while low > 0 and abs(binned[low - 1] - level) < band:
             low -= 1
         while high < len(binned) - 1 and abs(binned[high + 1] - level) < band:
             high += 1
-        # Stretches that overlap are one, with a ripple on it.
-        if found and low <= found[-1][1]:
-            low, _ = found.pop()
-        found.append((low, high))
-    return found
-
-
-def _level(binned: Cells, low: int, high: int) -> float:
-    return float(np.median(binned[low : high + 1]))
+        # Merge stretches that overlap.
+        if stretches and low <= stretches[-1][1]:
+            low, _ = stretches.pop()
+        stretches.append((low, high))
+    return stretches
 
 
 def _strategy(history: History, start: int, stop: int) -> str | None:

@@ -1,6 +1,7 @@
-"""The one place that touches TransformerLens classes: building, saving and loading models.
+"""Build, save and load TransformerLens models.
 
-Hook names come from `probes.reading.hook_names`; everything else in the laboratory goes through here.
+The laboratory constructs TransformerLens models only here; hook names come from
+`probes.reading.hook_names`.
 """
 
 import json
@@ -21,20 +22,20 @@ from mechcausal.support.messages import excerpt
 
 FORMAT = "mechcausal-hooked-transformer-1"
 MAX_CONFIG_BYTES = 16 * 2**20
-"""The largest config read."""
+"""Larger configs are refused."""
 MAX_BUFFER_ENTRIES = 2**28
-"""The most entries of masks and other tables that a config may ask for, beside the weights."""
+"""Limit on the entries of all buffers (masks and other tables) that a config defines."""
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
 class ModelFileError(ValueError):
-    """A model folder that cannot be read; the message is one line that names the file."""
+    """A model folder cannot be read; the message is one line that names the file."""
 
 
 def build_hooked(
     config: HookedTransformerConfig, *, move_to_device: bool = True
 ) -> HookedTransformer:
-    """A HookedTransformer, without the deprecation notice of TransformerLens 3.9."""
+    """Build a HookedTransformer without the deprecation warning of TransformerLens 3.9."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"transformer_lens")
         warnings.filterwarnings("ignore", message=r".*HookedTransformer.*deprecated.*")
@@ -51,7 +52,7 @@ def wired_config(
     d_head: int,
     device: str,
 ) -> HookedTransformerConfig:
-    """The config of a model whose weights are set by hand: attention alone, no norm, no scale."""
+    """The config of an attention-only model with hand-set weights, without norm or scale."""
     return HookedTransformerConfig(
         n_layers=n_layers,
         n_heads=n_heads,
@@ -78,9 +79,9 @@ def save_model(
     """Write `config.json` and `model.safetensors` for any HookedTransformer.
 
     Args:
-        model: the model; its tokenizer, if any, is not saved.
-        folder: made if absent.
-        extra: JSON values kept in the config under "extra" (which closed form, its sizes, ...).
+        model: its tokenizer, if any, is not saved.
+        folder: created if absent.
+        extra: JSON values stored in the config under "extra" (kind of model, its sizes, ...).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,8 @@ def save_model(
     content = {"format": FORMAT, "config": config, "extra": extra or {}}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    weights = {name: value.detach().cpu().contiguous() for name, value in _weights(model).items()}
+    named = model.named_parameters()
+    weights = {name: value.detach().cpu().contiguous() for name, value in named}
     (folder / WEIGHTS_FILE).write_bytes(save(weights))
 
 
@@ -101,7 +103,8 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> HookedTransformer:
     """Read a model that `save_model` wrote; nothing is unpickled.
 
     Raises:
-        ModelFileError: a missing, foreign or damaged file, or weights that do not fit the config.
+        ModelFileError: a file is missing, damaged or not from `save_model`, or the weights do not
+            fit the config.
     """
     return build_from_files(folder, device=device)[0]
 
@@ -109,7 +112,7 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> HookedTransformer:
 def build_from_files(
     folder: str | Path, *, device: str = "cpu"
 ) -> tuple[HookedTransformer, dict[str, Any]]:
-    """The model in a folder and the `extra` values that were saved with it.
+    """Read a model and the `extra` values that were saved with it.
 
     Raises:
         ModelFileError: see `load_model`.
@@ -124,14 +127,14 @@ def build_from_files(
         shapes = read_shapes(weights_path, floats=True)
         values = dict(content["config"])
         values["dtype"] = _DTYPES[values["dtype"]]
-        # Building would fetch the tokenizer, and run its code where the config trusts it.
+        # With a name, TransformerLens would download the tokenizer and might run its code.
         values["tokenizer_name"] = None
         extra = dict(content.get("extra", {}))
         _check_types(values)
         _check_sizes(values, shapes)
         model = build_hooked(HookedTransformerConfig(**{**values, "device": device}))
         weights = load_file(weights_path)
-        # Buffers are made by the config; that no parameter is missing was found out before.
+        # strict=False: buffers are not in the file. `_check_sizes` excludes missing parameters.
         _, unexpected = model.load_state_dict(weights, strict=False)
     except ModelFileError:
         raise
@@ -140,7 +143,7 @@ def build_from_files(
     except (OSError, SafetensorError) as error:
         reason = excerpt(error, 80)
         raise ModelFileError(f"{weights_path}: not a safetensors file: {reason}") from None
-    except Exception as error:  # whatever TransformerLens makes of values that make no sense
+    except Exception as error:  # TransformerLens raises many types for invalid values
         reason = excerpt(error, 80) or type(error).__name__
         raise ModelFileError(f"{config_path}: does not describe {weights_path}: {reason}") from None
     if unexpected:
@@ -150,13 +153,15 @@ def build_from_files(
 
 
 def read_config(path: Path) -> Any:
-    """The JSON in a file.
+    """Read a JSON file.
 
     Raises:
-        ModelFileError: not there, larger than `MAX_CONFIG_BYTES`, or not JSON.
+        ModelFileError: missing, larger than `MAX_CONFIG_BYTES`, or not JSON.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe could block, a device never end
+        if (
+            path.exists() and not path.is_file()
+        ):  # reading a pipe could block, a device might never end
             raise ModelFileError(f"{path}: not a plain file")
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -172,46 +177,47 @@ def read_config(path: Path) -> Any:
 
 
 def check_inside(path: Path) -> None:
-    """Refuse a file of a model's folder that is a link to somewhere else.
+    """Refuse a file that is a link out of its model folder.
 
     Raises:
-        ModelFileError: it leads out of its folder.
+        ModelFileError: the file resolves to a path outside of its folder.
     """
     try:
         inside = path.resolve().is_relative_to(path.parent.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
+    except (OSError, RuntimeError, ValueError):  # a cycle of links, a null character
         inside = False
     if not inside:
-        raise ModelFileError(f"{path}: a link that leads out of its folder, which is not followed")
+        raise ModelFileError(f"{path}: links to a file outside of its folder")
 
 
 def read_shapes(path: Path, *, floats: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a file's tensors, from its header alone.
+    """Names and shapes of a safetensors file's tensors, read from its header only.
 
     Args:
-        path: of a safetensors file.
-        floats: whether it may hold floating-point numbers alone.
+        path: the file.
+        floats: refuse tensors that are not floating point.
 
     Raises:
-        ModelFileError: no plain file, or a tensor that holds no floating-point numbers.
-        SafetensorError, OSError: not such a file, or not readable.
+        ModelFileError: not a regular file, or (with `floats`) a tensor is not floating point.
+        SafetensorError, OSError: not a safetensors file, or not readable.
     """
     if path.exists() and not path.is_file():
         raise ModelFileError(f"{path}: not a plain file")
     shapes = {}
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+        for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
             tensor = file.get_slice(name)
             if floats and "F" not in tensor.get_dtype():
+                dtype = excerpt(tensor.get_dtype())
                 raise ModelFileError(
-                    f"{path}: {excerpt(name)} is of type {excerpt(tensor.get_dtype())}, no float"
+                    f"{path}: {excerpt(name)} has dtype {dtype}, allowed are floats"
                 )
             shapes[name] = tuple(tensor.get_shape())
     return shapes
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
-    """Whether every value has its field's type: some are looked at in a forward pass alone."""
+    """Check the type of every value: TransformerLens reads some only in a forward pass."""
     hints = get_type_hints(HookedTransformerConfig)
     for name, value in values.items():
         if value is None or name == "dtype" or name not in hints:
@@ -223,11 +229,11 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Build the model without memory, and compare its shapes with the file's.
+    """Build the model on the meta device and compare its shapes with the file's.
 
-    Else a config of a few bytes could ask for any amount of memory.
+    Otherwise a small config could allocate any amount of memory.
     """
-    # Every layer and every expert is a Python object: no more of them than the file has weights.
+    # Layers and experts are Python objects even on the meta device: limit them by the weights.
     counts = [values.get(name) or 0 for name in ("n_layers", "num_experts")]
     if any(count > len(shapes) for count in counts):
         raise ValueError(f"{max(counts)} layers or experts, but {len(shapes)} weights")
@@ -236,15 +242,11 @@ def _check_sizes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         model = build_hooked(config, move_to_device=False)
     for name, parameter in model.named_parameters():
         if name in shapes and tuple(parameter.shape) != shapes[name]:
-            found, needed = shapes[name], tuple(parameter.shape)
-            raise ValueError(f"{name} has the shape {found}, the config needs {needed}")
+            needed = tuple(parameter.shape)
+            raise ValueError(f"{name} has the shape {shapes[name]}, the config needs {needed}")
     absent = [name for name, _ in model.named_parameters() if name not in shapes]
     if absent:
         raise ValueError(f"missing {absent[:3]}")
     buffers = sum(math.prod(buffer.shape) for buffer in model.buffers())
     if buffers > MAX_BUFFER_ENTRIES:
-        raise ValueError(f"masks of {buffers:,} entries")
-
-
-def _weights(model: HookedTransformer) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters())
+        raise ValueError(f"buffers of {buffers:,} entries: at most {MAX_BUFFER_ENTRIES:,}")

@@ -1,4 +1,4 @@
-"""What the laboratory asks of a model that learns a causal graph."""
+"""The interface of a model that learns a causal graph."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.support.messages import excerpt
 from probes import AttentionPattern, attach
 
-# What a config says about where and by whom a model was made, not about what it computes.
-_OF_THE_MACHINE = ("device", "n_devices", "seed", "model_name", "init_weights", "tokenizer_name")
+# Keys of a config that do not change what the model computes.
+_IRRELEVANT_KEYS = ("device", "n_devices", "seed", "model_name", "init_weights", "tokenizer_name")
 
 
 class GraphModel(ABC):
-    """A HookedTransformer that owns all parameters, and a faster way to compute the same function.
+    """A HookedTransformer that owns all parameters, with a faster way to compute the same function.
 
-    `model.hooked` is for hooks and TransformerLens tools; `model(tokens)` is for training. Both
-    give a distribution over the token that follows: `model(tokens)` directly, the hooked model
-    through `model.probabilities(model.hooked(tokens))`.
+    Use `model.hooked` for hooks and TransformerLens tools, `model(tokens)` for training.
+    `model(tokens)` and `model.probabilities(model.hooked(tokens))` are the same distribution of the
+    next token.
 
     Attributes:
-        kind: names the model in recipes and files.
-        hooked: owner of all parameters.
-        heads: number of heads that each layer uses; the HookedTransformer may hold more, idle.
+        kind: the model's name in recipes and files.
+        hooked: the HookedTransformer; owns all parameters.
+        heads: number of heads used in each layer; the HookedTransformer may have more, unused.
     """
 
     kind: ClassVar[str]
@@ -51,7 +51,7 @@ class GraphModel(ABC):
     @property
     @abstractmethod
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters, by the names that stages of training use."""
+        """The trained parameters, by the names that training stages use."""
 
     @abstractmethod
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
@@ -61,19 +61,19 @@ class GraphModel(ABC):
     def probabilities(
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """The same distribution, from what the hooked model returns for the same tokens."""
+        """The predicted distribution, from the output of the hooked model."""
 
     def layer1_attention(
         self, tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Layer 1's attention patterns, from the hooked model without gradients."""
+        """Layer 1's attention patterns, computed by the hooked model without gradients."""
         with torch.no_grad(), attach(self.hooked, AttentionPattern(0)) as (pattern,):
             self.hooked(tokens, return_type=None)
         return pattern.reading().sel(layer=0).values[:, : self.heads[0]]
 
     @contextmanager
     def training_only(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Within the block only the named parameters take gradients."""
+        """Context manager in which only the named parameters require gradients."""
         parameters = self.parameters_by_name
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         try:
@@ -82,15 +82,15 @@ class GraphModel(ABC):
         finally:
             try:
                 _set_trained(parameters, before)
-            finally:  # once more after Ctrl-C in the middle of it
+            finally:  # Ctrl-C may interrupt the line above: repeat it
                 _set_trained(parameters, before)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Within the block no parameter takes gradients: probes see the gradient of attention."""
+        """Context manager in which no parameter requires gradients; probes add their own."""
         return self.training_only(())
 
     def save(self, folder: str | Path) -> None:
-        """Write weights and config, readable by `load` and by `load_model`."""
+        """Write weights and config; read them back with `load` or `load_model`."""
         save_model(self.hooked, folder, extra={"kind": self.kind, **self._saved()})
 
     def _check_length(self, graph: CausalGraph) -> None:
@@ -101,7 +101,7 @@ class GraphModel(ABC):
             )
 
     def _blank(self) -> None:
-        """Every weight 0, the named ones trained and the others not: wiring starts from here."""
+        """Set every weight to 0 before wiring; only `parameters_by_name` require gradients."""
         trained = {id(parameter) for parameter in self.parameters_by_name.values()}
         with torch.no_grad():
             for parameter in self.hooked.parameters():
@@ -109,14 +109,14 @@ class GraphModel(ABC):
                 parameter.requires_grad_(id(parameter) in trained)
 
     def _take_weights(self, hooked: HookedTransformer, folder: str | Path) -> None:
-        """Take the weights of a saved model of this kind, if it is wired as this one is.
+        """Copy the weights of a saved model with the same architecture and wiring.
 
         Raises:
-            ModelFileError: another architecture, or wiring that was changed.
+            ModelFileError: the architecture or the wiring differs.
         """
         ours, theirs = self.hooked.cfg.to_dict(), hooked.cfg.to_dict()
         for key in sorted(ours.keys() | theirs.keys()):
-            if key not in _OF_THE_MACHINE and ours.get(key) != theirs.get(key):
+            if key not in _IRRELEVANT_KEYS and ours.get(key) != theirs.get(key):
                 raise ModelFileError(
                     f"{folder}: {CONFIG_FILE}: {excerpt(key)} is {excerpt(theirs.get(key))}, "
                     f"a {self.kind} model of this size has {excerpt(ours.get(key))}"
@@ -140,11 +140,11 @@ class GraphModel(ABC):
                 block.copy_(values)
 
     def _trained_blocks(self) -> list[Tensor]:
-        """The parts of the parameters that are not wiring, as views; 0 in a new model."""
+        """Views of the trained parts of the parameters (not the wiring); 0 in a new model."""
         return []
 
     def _saved(self) -> dict[str, Any]:
-        """What the config of the HookedTransformer does not say about this model."""
+        """Values to save that the HookedTransformer's config lacks."""
         return {}
 
 
@@ -156,13 +156,13 @@ def _set_trained(parameters: dict[str, torch.nn.Parameter], trained: dict[str, b
 def read_hooked(
     folder: str | Path, kind: str, *, device: str
 ) -> tuple[HookedTransformer, dict[str, Any]]:
-    """The HookedTransformer and the extra values of a saved model of one kind.
+    """Read the HookedTransformer and the extra values of a saved model of the given kind.
 
     Raises:
-        ModelFileError: not a readable model of that kind.
+        ModelFileError: not a readable model of this kind.
     """
     hooked, extra = build_from_files(folder, device=device)
     if extra.get("kind") != kind:
-        found = excerpt(extra.get("kind", "another HookedTransformer"))
-        raise ModelFileError(f"{folder}: not a {kind} model but {found}")
+        saved_kind = excerpt(extra.get("kind", "another HookedTransformer"))
+        raise ModelFileError(f"{folder}: not a {kind} model but {saved_kind}")
     return hooked, extra

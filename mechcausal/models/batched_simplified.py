@@ -1,4 +1,4 @@
-"""Simplified models of equal size, trained as one: their closed form along a leading run axis.
+"""The closed form of several simplified models of equal size, with a leading run axis.
 
 With the matches `m_bk = A2[x_bk, q_b]`, `a = softmax(A1)`, `z = m a^T`, `p = softmax(z)` and the
 prediction `f_bs = sum_k p_bk [x_bk = s]`, the loss `L = -mean_b sum_s y_bs log(f_bs + epsilon)` has
@@ -9,8 +9,8 @@ the gradients
     dL/da = dz^T m,     dL/dA1 = a (dL/da - its mean over the row under a)
     dL/dA2_xq = sum_bk [x_bk = x] [q_b = q] (dz a)_bk
 
-The operations are those of `SimplifiedTransformer` and of its backward pass: every run gets the
-gradients that it would get alone, up to the rounding of matrix products of another size.
+The operations are those of `SimplifiedTransformer` and its backward pass, so every run gets the
+same gradients as on its own, up to rounding.
 """
 
 import math
@@ -29,15 +29,15 @@ from mechcausal.tasks.batched import RunsBatch
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What one pass of the closed form computes, by the names of this module's equations.
+    """The results of one pass of the closed form; symbols as in the module's equations.
 
     Attributes:
         prediction: f.
-        loss: of every run, mean over its sequences, nats; normalised as `soft_cross_entropy`.
+        loss: `soft_cross_entropy` of every run, in nats.
         attention1: a, layer 1's pattern.
-        attention2: p, the pattern of the query in layer 2.
+        attention2: p, the query's row of layer 2's pattern.
         matches: m.
-        gradient: dz, with respect to layer 2's scores of the query.
+        gradient: dz, the gradient of the loss on the query's row of layer 2's scores.
     """
 
     prediction: Float[Tensor, "run batch vocab"]
@@ -49,10 +49,10 @@ class ClosedForm:
 
 
 class BatchedSimplified:
-    """Simplified models whose parameters lie in one block of memory, one run after another.
+    """Simplified models whose parameters share one tensor with a leading run axis.
 
-    Each model goes on owning its parameters: they become views of the block, so that hooks,
-    optimizers and files see what is trained here.
+    Each model keeps its parameters, which become views of the shared tensor: hooks, optimizers and
+    `save` see the weights trained here.
 
     Example:
         >>> models = [SimplifiedTransformer(3, 6) for _ in range(2)]
@@ -61,13 +61,13 @@ class BatchedSimplified:
         >>> batched = BatchedSimplified(models)
         >>> tokens = torch.tensor([[0, 1, 2, 0, 1, 0]])
         >>> batch = RunsBatch(tokens.repeat(2, 1, 1), torch.full((2, 1, 3), 1 / 3))
-        >>> together = batched.closed_form(batch, epsilon=torch.zeros(2)).prediction
-        >>> torch.equal(together[1], models[1](tokens))
+        >>> predictions = batched.closed_form(batch, epsilon=torch.zeros(2)).prediction
+        >>> torch.equal(predictions[1], models[1](tokens))
         True
     """
 
     def __init__(self, models: Sequence[SimplifiedTransformer]) -> None:
-        """Gather the parameters of the models, which must be of equal size and on one device."""
+        """Join the parameters of the models, which must have equal sizes and share a device."""
         first = models[0]
         self._vocab, self._length = first.vocab_size, first.sequence_length
         self._weights: dict[str, Tensor] = {}
@@ -84,24 +84,24 @@ class BatchedSimplified:
 
     @property
     def A1(self) -> Float[Tensor, "run query key"]:
-        """Layer 1's blocks, a view."""
+        """A1 of every run, a view."""
         return self._position_block(self._weights["A1"])
 
     @property
     def A2(self) -> Float[Tensor, "run vocab vocab"]:
-        """Layer 2's blocks, a view: [copied token, query token]."""
+        """A2 of every run, a view: [copied token, query token]."""
         return self._token_block(self._weights["A2"])
 
     @torch.no_grad()
     def closed_form(
         self, batch: RunsBatch, *, epsilon: Float[Tensor, "run"], share: float = 1.0
     ) -> ClosedForm:
-        """Prediction, loss and the gradient at layer 2's scores, of every run.
+        """Prediction, loss and the gradient on layer 2's scores, for every run.
 
         Args:
-            batch: of all runs.
-            epsilon: of each run.
-            share: factor of the gradient.
+            batch: the sequences of all runs.
+            epsilon: smoothing of predictions, for each run.
+            share: factor applied to the gradient.
         """
         tokens, target = batch.tokens, batch.target
         runs, n_sequences, _ = tokens.shape
@@ -116,14 +116,14 @@ class BatchedSimplified:
         return ClosedForm(prediction, loss, attention1, attention2, matches, gradient)
 
     @torch.no_grad()
-    def add_gradients(self, found: ClosedForm, batch: RunsBatch, names: Sequence[str]) -> None:
-        """Add the gradients of these parameters to those of the models."""
+    def add_gradients(self, result: ClosedForm, batch: RunsBatch, names: Sequence[str]) -> None:
+        """Accumulate the gradients of the named parameters in the models' `.grad`."""
         if "A1" in names:
-            upstream = found.gradient.mT @ found.matches
+            upstream = result.gradient.mT @ result.matches
             block = self._position_block(self._gradients["A1"])
-            block.add_(through_softmax(upstream, found.attention1))
+            block.add_(through_softmax(upstream, result.attention1))
         if "A2" in names:
-            upstream = found.gradient @ found.attention1
+            upstream = result.gradient @ result.attention1
             runs, vocab = len(upstream), self._vocab
             cells = (batch.tokens * vocab + batch.tokens[:, :, -1:]).view(runs, -1)
             total = upstream.new_zeros(runs, vocab**2)
@@ -148,7 +148,7 @@ class BatchedSimplified:
         rates: Float[Tensor, "run"],
         weight_decay: Float[Tensor, "run"],
     ) -> None:
-        """A step of gradient descent, as `torch.optim.SGD` takes it for each model."""
+        """One step of gradient descent, equal to `torch.optim.SGD` for each model."""
         shape = (-1, 1, 1, 1)
         for name in names:
             weights, gradients = self._weights[name], self._gradients[name]
@@ -175,7 +175,7 @@ class BatchedSimplified:
 
 
 def through_softmax(gradient: Tensor, pattern: Tensor) -> Tensor:
-    """The gradient before a softmax over the last axis, from that after it."""
+    """Backpropagate a gradient through a softmax over the last axis, given the softmax's output."""
     backward: Any = torch.ops.aten._softmax_backward_data
-    before: Tensor = backward(gradient, pattern, -1, pattern.dtype)
-    return before
+    input_gradient: Tensor = backward(gradient, pattern, -1, pattern.dtype)
+    return input_gradient

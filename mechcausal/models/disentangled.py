@@ -1,19 +1,18 @@
 """The paper's disentangled transformer, as a HookedTransformer and in closed form.
 
-Nothing in the residual stream is ever added up: `h0 = [onehot(token) | onehot(position)]`, and
-every head appends `softmax(causal_mask(h A h^T)) h` to it, A one matrix a head, without scale,
-values or output matrix; a linear readout W of the last position gives the logits. Source: Nichani,
-Damian, Lee, ICML 2024 (arXiv 2402.14735), section 2 and its figures 2 and 5 to 7.
+The residual stream concatenates instead of adding: `h0 = [onehot(token) | onehot(position)]`, and
+every head appends `softmax(causal_mask(h A h^T)) h`, with one matrix A per head and no scale, value
+or output matrix. A linear readout W of the last position gives the logits. Source: Nichani, Damian,
+Lee, ICML 2024 (arXiv 2402.14735), section 2 and figures 2 and 5 to 7.
 
-So every row and column of A and W belongs to a named stream: `token` and `position` as they came,
-`0.0/token` what head 0 of layer 0 copied of the tokens, `1.0/0.0/token` what head 0 of layer 1
-copied of that. `model.block(1, 0, "token", "0.0/token")` is the part of layer 1's A that compares
-the query's token with the tokens that layer 0 copied.
+So every row and column of A and W belongs to a named stream. `token` and `position` are the inputs,
+`0.0/token` is what head 0 of layer 0 copies from `token`, and `1.0/0.0/token` what head 0 of layer
+1 copies from `0.0/token`. `model.block(1, 0, "token", "0.0/token")` is the part of layer 1's A that
+compares the query's token with the tokens that layer 0 copied.
 
 The HookedTransformer owns the parameters: A is the top left corner of W_Q, W is W_U, and W_K, W_V,
-W_O are fixed 0/1 wiring. The closed form reads the same memory. It uses that the first streams are
-one-hot (products with them are look-ups, and attention to positions is the pattern itself) and that
-the last layer matters at the last position alone.
+W_O are fixed 0/1 wiring. The closed form reads the same memory. It is faster because products with
+one-hot streams are look-ups and the last layer is computed at the last position only.
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from mechcausal.models.base import GraphModel, read_hooked
 
 
 def stream_widths(vocab_size: int, sequence_length: int, heads: Sequence[int]) -> list[int]:
-    """Width of the residual stream before each layer and at the end: each head doubles it anew.
+    """Width of the residual stream before each layer and at the end; n heads multiply it by 1 + n.
 
     Example:
         >>> stream_widths(10, 20, [1, 1])  # d, 2d, 4d
@@ -49,7 +48,7 @@ def disentangled_config(
 ) -> HookedTransformerConfig:
     """The HookedTransformerConfig: d_model is the final width, d_head that before the last layer.
 
-    Every layer gets as many heads as the largest one uses; the rest of them stay idle.
+    Every layer gets `max(heads)` heads; those beyond `heads[layer]` stay unused.
     """
     widths = stream_widths(vocab_size, sequence_length, heads)
     return wired_config(
@@ -64,7 +63,7 @@ def disentangled_config(
 
 
 class DisentangledTransformer(GraphModel):
-    """The disentangled transformer: any number of layers, a number of heads for each.
+    """The disentangled transformer, with any number of layers and of heads per layer.
 
     Example:
         >>> model = DisentangledTransformer(vocab_size=3, sequence_length=6, heads=(1, 1))
@@ -87,7 +86,7 @@ class DisentangledTransformer(GraphModel):
         *,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Build the wiring, with every A and W zero.
+        """Build the wiring, with A = 0 and W = 0.
 
         Raises:
             ValueError: no layer, or a layer without heads.
@@ -113,12 +112,12 @@ class DisentangledTransformer(GraphModel):
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable disentangled model, or its wiring was changed.
+            ModelFileError: not a readable disentangled model, or its wiring differs.
         """
         hooked, extra = read_hooked(folder, cls.kind, device=device)
         config, heads = hooked.cfg, extra.get("heads")
         try:
-            # Widths first: a foreign number of heads may ask for more memory than there is.
+            # Check the sizes before building: a wrong number of heads could exhaust the memory.
             if not isinstance(heads, list) or any(type(n) is not int for n in heads):
                 raise ValueError("heads")
             if len(heads) != config.n_layers or max(heads) != config.n_heads:
@@ -152,14 +151,14 @@ class DisentangledTransformer(GraphModel):
         return weight
 
     def streams(self, layer: int) -> dict[str, slice]:
-        """Where each named stream lies in what a layer reads; `layer = n_layers`: the readout."""
+        """The slice of each named stream in a layer's input; `layer = n_layers` for the readout."""
         return dict(self._streams[layer])
 
     def block(self, layer: int, head: int, query: str, key: str) -> Float[Tensor, "query key"]:
         """One block of a head's A, a view of the parameter.
 
         Raises:
-            KeyError: the layer reads no stream of that name.
+            KeyError: the layer's input has no stream of this name.
         """
         streams = self._streams[layer]
         return self.A(layer)[head, streams[query], streams[key]]
@@ -168,15 +167,16 @@ class DisentangledTransformer(GraphModel):
         """One block of W, a view of the parameter.
 
         Raises:
-            KeyError: there is no stream of that name.
+            KeyError: the readout has no stream of this name.
         """
         return self.W[self._streams[-1][stream]]
 
     @torch.no_grad()
     def initialise(self, *, scale: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Every A to `scale` times standard normal draws, W to zero (the paper's start).
+        """Draw every A from a normal distribution with standard deviation `scale`; set W to 0.
 
-        With several heads in a layer a scale above 0 is needed: equal heads stay equal.
+        The paper uses `scale` = 0. Several heads in a layer need a positive scale, because equal
+        heads stay equal.
         """
         self.W.zero_()
         for layer in range(len(self.heads)):
@@ -194,20 +194,19 @@ class DisentangledTransformer(GraphModel):
     ) -> None:
         """The paper's hand-built solution for a graph, with two layers.
 
-        Head l of layer 0 attends from each position to its l-th parent (positions with fewer
-        parents, and the query, see below, attend uniformly or to the query's parents); layer 1
-        compares the tokens copied with those that the query's parents hold; W returns the token
-        that layer 1 attends to.
+        Head l of layer 0 attends from each position to its l-th parent, or uniformly if there is
+        none. Layer 1 compares the copied tokens with the query's context: the query's token for
+        single parents; for several, the tokens of the query's parents, which the last position's
+        row of layer 0 copies. W returns the token that layer 1 attends to.
 
         Args:
-            graph: single parents (the query's token is compared), or several (the last position's
-                row copies the query's parents).
-            strength: layer 0's logit of a parent against 0 elsewhere.
-            beta: layer 1's logit of a match, for each parent.
-            gain: the readout, `logits = gain * share of attention on each token`.
+            graph: single-parent graph, or a graph with the query's parents.
+            strength: layer 0's score of a parent; other keys have 0.
+            beta: layer 1's score of a match, per parent.
+            gain: the readout's scale, `logits = gain * share of attention on each token`.
 
         Raises:
-            ValueError: another number of layers, too few heads, or another sequence length.
+            ValueError: not two layers, too few heads, or the graph's sequence length differs.
         """
         needed = max(1, graph.max_parents)
         if len(self.heads) != 2 or self.heads[0] < needed:
@@ -227,9 +226,9 @@ class DisentangledTransformer(GraphModel):
         for head in range(needed):
             copied = f"0.{head}/token"
             self.block(1, 0, copied if several else "token", copied).copy_(beta * eye)
-        if several:  # the last position copied the query's parents: it is no example itself
+        if several:  # the last position copies the query's parents, so it is not an example
             keys = self.block(1, 0, "position", "position")
-            keys[-1, -1] = -(needed * beta + 20)  # far below a key that matches nothing
+            keys[-1, -1] = -(needed * beta + 20)  # far below a key without a match
         self.readout("1.0/token").copy_(gain * eye)
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
@@ -245,8 +244,8 @@ class DisentangledTransformer(GraphModel):
             scores = self._first_scores(one_hot) if layer == 0 else self._scores(layer, parts)
             patterns = scores.masked_fill(self._future, -torch.inf).softmax(-1).unbind(1)
             parts = parts + [_times(pattern, part) for pattern in patterns for part in parts]
-        # The last layer is needed at the last position alone, which may attend to every key. Stream
-        # by stream, since an identity matrix need not be multiplied with.
+        # Only the last position's row of the last layer matters; it sees every key, so no mask.
+        # Computed stream by stream to skip products with the identity (see `_times`).
         final = torch.cat([part[:, -1] for part in parts], dim=-1)
         queries = torch.einsum("bq,hqk->bhk", final, self.A(last))
         total: Any = sum(
@@ -269,7 +268,7 @@ class DisentangledTransformer(GraphModel):
         return [*(self.A(layer) for layer in range(len(self.heads))), self.W]
 
     def _first_scores(self, one_hot: Tensor) -> Tensor:
-        """Layer 0's scores [batch head query key]: rows and columns of A, looked up."""
+        """Layer 0's scores [batch head query key], from look-ups in the rows and columns of A."""
         s, a = self.vocab_size, self.A(0)
         by_token, by_position = a[:, :s], a[:, s:]
         rows = torch.einsum("bqs,hsk->bhqk", one_hot, by_token) + by_position
@@ -299,7 +298,7 @@ class DisentangledTransformer(GraphModel):
 
 
 def _times(left: Tensor, part: Tensor) -> Tensor:
-    # The stream of positions is one identity matrix, expanded over the batch.
+    # Stride 0 marks the position stream: the identity matrix, expanded over the batch.
     return left if part.stride(0) == 0 else left @ part
 
 
@@ -309,12 +308,12 @@ def _streams(vocab_size: int, sequence_length: int, heads: Sequence[int]) -> dic
         "position": slice(vocab_size, vocab_size + sequence_length),
     }
     for layer, n_heads in enumerate(heads):
-        width = max(place.stop for place in streams.values())
+        width = max(columns.stop for columns in streams.values())
         streams |= {
             f"{layer}.{head}/{name}": slice(
-                width * (1 + head) + place.start, width * (1 + head) + place.stop
+                width * (1 + head) + columns.start, width * (1 + head) + columns.stop
             )
             for head in range(n_heads)
-            for name, place in list(streams.items())
+            for name, columns in list(streams.items())
         }
     return streams

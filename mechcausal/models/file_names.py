@@ -1,4 +1,4 @@
-"""The files of a saved model, by name: known without TransformerLens, which takes seconds."""
+"""File names of a saved model, in a module that does not import TransformerLens (slow)."""
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

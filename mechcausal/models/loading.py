@@ -1,4 +1,4 @@
-"""Read back the model of a run, whichever kind it is."""
+"""Load a saved model of any kind."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ KINDS: tuple[type[SimplifiedTransformer | DisentangledTransformer | StandardTran
 
 
 def load_graph_model(folder: str | Path, *, device: str = "cpu") -> GraphModel:
-    """The model that a run saved, with its closed form where it has one.
+    """Load a model that a run saved, as the class of its kind.
 
     Raises:
-        ModelFileError: not a readable model of one of the laboratory's kinds.
+        ModelFileError: not a readable model of one of `KINDS`.
     """
     _, extra = build_from_files(folder, device=device)
     for kind in KINDS:
         if kind.kind == extra.get("kind"):
             return kind.load(folder, device=device)
     allowed = ", ".join(kind.kind for kind in KINDS)
-    found = excerpt(repr(extra.get("kind")))
-    raise ModelFileError(f"{folder}: kind {found} is none of {allowed}")
+    saved_kind = excerpt(repr(extra.get("kind")))
+    raise ModelFileError(f"{folder}: kind {saved_kind} is none of {allowed}")

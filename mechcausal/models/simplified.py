@@ -1,15 +1,15 @@
 """The paper's simplified two-layer transformer, as a HookedTransformer and in closed form.
 
-`f(s) = X^T softmax(softmax(causal_mask(A1)) X A2 x_query)`, X the one-hot tokens (T x S): layer 1
-attends by position (A1, T x T) and copies a token to each position; layer 2 compares the query
-with the copied tokens (A2, S x S) and returns the tokens found there. Source: Nichani, Damian,
-Lee, ICML 2024 (arXiv 2402.14735), section 3.
+`f(s) = X^T softmax(softmax(causal_mask(A1)) X A2 x_query)`, where X are the one-hot tokens (T x S).
+Layer 1 attends by position (A1, T x T) and copies a token to each position. Layer 2 compares the
+query with the copied tokens (A2, S x S) and outputs the tokens at the positions it attends to.
+Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 3.
 
 The HookedTransformer owns the parameters. Its residual stream holds four blocks,
 `[token (S) | position (T) | layer-1 copy (S) | layer-2 copy (S)]`; embeddings, keys, values,
-outputs and unembedding are fixed 0/1 wiring, A1 is the position block of layer 0's W_Q and A2 the
-token block of layer 1's. The closed form reads the same memory and skips the zeros: B T^2
-multiplications for a step where the wired model needs B T d_model d_head.
+outputs and unembedding are fixed 0/1 wiring; A1 is the position block of layer 0's W_Q, A2 the
+token block of layer 1's W_Q. The closed form reads the same memory and skips the zeros: B T^2
+multiplications per step instead of B T d_model d_head.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def simplified_config(
 
 
 class SimplifiedTransformer(GraphModel):
-    """The simplified model: one set of parameters, two ways to compute.
+    """The simplified model, as a HookedTransformer and in closed form with the same parameters.
 
     `model.hooked` is the HookedTransformer for hooks and TransformerLens tools: its "logits" at the
     last position are the probabilities f. `model(tokens)` is the closed form for training.
@@ -63,18 +63,19 @@ class SimplifiedTransformer(GraphModel):
         config = simplified_config(vocab_size, sequence_length, device=str(device))
         self.hooked = build_hooked(config)
         self._wire()
-        self._index(torch.device(device))
+        shape = (sequence_length, sequence_length)
+        self._future = torch.ones(shape, dtype=torch.bool, device=device).triu(1)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "SimplifiedTransformer":
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable simplified model, or its wiring was changed.
+            ModelFileError: not a readable simplified model, or its wiring differs.
         """
         hooked, _ = read_hooked(folder, cls.kind, device=device)
         s, t = hooked.cfg.d_vocab, hooked.cfg.n_ctx
-        # Widths first: foreign sizes may ask for more memory than there is.
+        # Check the sizes before building: wrong ones could exhaust the memory.
         if (hooked.cfg.d_model, hooked.cfg.d_head) != (3 * s + t, max(s, t)):
             raise ModelFileError(f"{folder}: the weights are not a simplified model's")
         model = cls(s, t, device=device)
@@ -83,7 +84,7 @@ class SimplifiedTransformer(GraphModel):
 
     @property
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that hold A1 and A2; only these blocks of them receive gradients."""
+        """The parameters that contain A1 and A2; all other entries have zero gradient."""
         blocks = self.hooked.blocks
         return {"A1": blocks[0].attn.W_Q, "A2": blocks[1].attn.W_Q}
 
@@ -97,14 +98,14 @@ class SimplifiedTransformer(GraphModel):
     def A2(self) -> Float[Tensor, "vocab vocab"]:
         """Layer 2's block, a view of the parameter: [copied token, query token].
 
-        The HookedTransformer multiplies queries from the left, so the view is transposed.
+        The HookedTransformer multiplies queries from the left, so this view is transposed.
         """
         s = self.vocab_size
         return self.parameters_by_name["A2"][0, :s, :s].T
 
     @torch.no_grad()
     def initialise(self, *, beta0: float = 1.0) -> None:
-        """Algorithm 1's start: A1 = 0, A2 = beta0 I."""
+        """Set the initial weights of Algorithm 1: A1 = 0, A2 = beta0 I."""
         self.A1.zero_()
         self.A2.copy_(beta0 * torch.eye(self.vocab_size))
 
@@ -112,16 +113,17 @@ class SimplifiedTransformer(GraphModel):
     def set_ideal(
         self, graph: CausalGraph, *, strength: float = 50.0, beta: float | None = None
     ) -> None:
-        """The hand-built solution: layer 1 one-hot on parents, layer 2 one-hot on matches.
+        """Set the hand-built solution: layer 1 one-hot on parents, layer 2 one-hot on matches.
 
-        Rows of roots and of the query attend uniformly: attending to themselves they would copy
-        the query's token, match it, and draw layer 2 to positions that are no successor of it.
+        Rows of roots and of the query attend uniformly. If they attended to themselves, they would
+        copy their own token, and layer 2 would attend to them whenever it equals the query's token,
+        although they do not follow that token.
 
         Args:
             graph: single-parent graph of T - 1 positions.
-            strength: layer 1's logit of the parent against 0 elsewhere.
-            beta: A2 = beta I; `strength` when absent. Against log loss a small one does better:
-                the sharper layer 2 counts, the less is left for successors not seen.
+            strength: layer 1's score of the parent; other keys have 0.
+            beta: A2 = beta I; `strength` when absent. A small beta has a lower log loss, because it
+                leaves probability for successors that do not occur in the context.
 
         Raises:
             ValueError: the graph's sequence length differs from the model's.
@@ -149,15 +151,11 @@ class SimplifiedTransformer(GraphModel):
     def probabilities(
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """The last position's output: the wired model returns probabilities themselves."""
+        """The last position's output, which already is a distribution."""
         return output[:, -1]
 
     def _trained_blocks(self) -> list[Tensor]:
         return [self.A1, self.A2]
-
-    def _index(self, device: torch.device) -> None:
-        t = self.sequence_length
-        self._future = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
 
     @torch.no_grad()
     def _wire(self) -> None:

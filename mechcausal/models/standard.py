@@ -1,8 +1,7 @@
-"""A standard transformer on the task: a plain HookedTransformer, trained as it is.
+"""A standard transformer: a plain HookedTransformer without a closed form.
 
-Learned or one-hot embeddings, heads with queries, keys, values and outputs of their own, an MLP
-after each attention layer or none, LayerNorm or none. It has no closed form: the HookedTransformer
-is the model. Source of the setting: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), figure 8.
+Embeddings are learned or one-hot; MLPs and LayerNorm are optional. Source of the setting: Nichani,
+Damian, Lee, ICML 2024 (arXiv 2402.14735), figure 8.
 """
 
 from pathlib import Path
@@ -36,12 +35,12 @@ def standard_config(
     Args:
         vocab_size: S.
         sequence_length: longest context T.
-        n_layers: attention layers, each followed by an MLP if there is one.
-        n_heads: heads of every layer.
+        n_layers: attention layers, each followed by an MLP if `d_mlp` is given.
+        n_heads: heads per layer.
         d_model: width of the residual stream.
-        d_mlp: width of the ReLU MLPs; without MLPs when absent.
-        layer_norm: LayerNorm before every part and at the end, or none.
-        positions: "standard", or "shortformer" (positions enter queries and keys alone).
+        d_mlp: width of the ReLU MLPs; no MLPs when absent.
+        layer_norm: whether LayerNorm precedes every attention layer, MLP and the unembedding.
+        positions: "standard", or "shortformer" (positions enter only queries and keys).
         initial_scale: standard deviation of the initial weights; 0.8 / sqrt(d_model) when 0.
         device: where the model lives.
     """
@@ -57,7 +56,8 @@ def standard_config(
         d_vocab=vocab_size,
         normalization_type="LN" if layer_norm else None,
         positional_embedding_type=positions,
-        initializer_range=initial_scale or -1.0,  # below 0: TransformerLens's choice
+        initializer_range=initial_scale
+        or -1.0,  # a negative value selects TransformerLens's default
         default_prepend_bos=False,
         device=device,
     )
@@ -82,12 +82,12 @@ class StandardTransformer(GraphModel):
         Args:
             config: see `standard_config`.
             seed: of the initial weights.
-            fixed_embeddings: one-hot tokens and positions in streams of their own, not trained.
+            fixed_embeddings: use one-hot tokens and positions in disjoint streams, not trained.
 
         Raises:
-            ValueError: fixed embeddings that do not fit into d_model.
+            ValueError: the fixed embeddings do not fit into d_model.
         """
-        # TransformerLens draws from torch's global generators: leave those untouched.
+        # TransformerLens draws from torch's global generators: restore them afterwards.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             self.hooked: HookedTransformer = build_hooked(config)
@@ -101,7 +101,7 @@ class StandardTransformer(GraphModel):
         """Read a model that `save` wrote.
 
         Raises:
-            ModelFileError: not a readable standard model, or its fixed embeddings were changed.
+            ModelFileError: not a readable standard model, or its fixed embeddings differ.
         """
         model = cls.__new__(cls)
         model.hooked, extra = read_hooked(folder, cls.kind, device=device)
@@ -117,7 +117,7 @@ class StandardTransformer(GraphModel):
                 same = False
             if not same:
                 raise ModelFileError(
-                    f"{folder}: {WEIGHTS_FILE}: the embeddings are not the fixed one-hot ones: "
+                    f"{folder}: {WEIGHTS_FILE}: the embeddings are not one-hot as saved: "
                     "the file was changed or is damaged"
                 )
         return model
@@ -141,10 +141,6 @@ class StandardTransformer(GraphModel):
     def _saved(self) -> dict[str, Any]:
         return {"fixed_embeddings": self.fixed_embeddings}
 
-    def _freeze_embeddings(self) -> None:
-        for weight in (self.hooked.embed.W_E, self.hooked.pos_embed.W_pos):
-            weight.requires_grad_(False)
-
     @torch.no_grad()
     def _fix_embeddings(self) -> None:
         tokens, positions = self.hooked.embed.W_E, self.hooked.pos_embed.W_pos
@@ -156,4 +152,4 @@ class StandardTransformer(GraphModel):
         for weight, start, size in ((tokens, 0, s), (positions, s, t)):
             weight.zero_()
             weight[:, start : start + size] = torch.eye(size)
-        self._freeze_embeddings()
+            weight.requires_grad_(False)

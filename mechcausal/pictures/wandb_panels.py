@@ -1,50 +1,45 @@
-"""What W&B shows of a run that has ended: pictures to hover over, a table of edges, the page.
+"""W&B panels of a finished run: interactive pictures, tables of edges and heads, the page.
 
-Everything is drawn from the run folder; nothing here needs W&B until it is handed over.
+Everything is drawn from the run folder; this module does not import W&B.
 """
 
 import base64
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechcausal import plot
+from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.style import by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.records.panels import Panel
 from mechcausal.records.run_data import Matrices, RunData
-from mechcausal.support.messages import first_line
 
-if TYPE_CHECKING:
-    from wandb.sdk.data_types.base_types.wb_value import WBValue
-    from wandb.sdk.wandb_run import Run
-
-Panel: TypeAlias = go.Figure | pd.DataFrame | Path
 EDGE_COLUMNS = ("step", "row", "parent", "attention", "gradient rank", "g", "chi2")
 MOST_ROWS = 10_000
-"""W&B loads a table as a whole."""
+"""Limit on table rows: W&B loads a complete table at once."""
 _DIGITS = 5
 
-# Which matrix a picture needs; None for curves.
+# Name, drawing function, and the matrix it needs (None for curves).
 _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
-    ("attention", plot.attention, "attention/layer0"),
-    ("graph", plot.causal_graph, "attention/layer0"),
-    ("first_gradient", lambda r: plot.gradient(r, _first(r)), "gradient/pattern"),
+    ("attention", interactive.attention, "attention/layer0"),
+    ("graph", interactive.causal_graph, "attention/layer0"),
+    ("first_gradient", lambda r: interactive.gradient(r, _first(r)), "gradient/pattern"),
     (
         "first_gradient_against_theory",
-        lambda r: plot.gradient_scatter(r, _first(r)),
+        lambda r: interactive.gradient_scatter(r, _first(r)),
         "gradient/pattern",
     ),
-    ("heads", plot.heads, "heads/induction"),
-    ("loss", plot.loss, None),
-    ("recovery", plot.recovery, None),
-    ("correlations", plot.correlations, None),
-    ("formation", plot.formation, None),
+    ("heads", interactive.heads, "heads/induction"),
+    ("loss", interactive.loss, None),
+    ("recovery", interactive.recovery, None),
+    ("correlations", interactive.correlations, None),
+    ("formation", interactive.formation, None),
 )
 
 
@@ -52,77 +47,38 @@ def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:
     """The panels of a run, by the names under which W&B shows them.
 
     Args:
-        run: what it lacks is left out.
-        page: report.html; left out where it is not there.
+        run: panels whose data the run lacks are skipped.
+        page: report.html; skipped if the file does not exist.
 
     Raises:
         RunDataError: the run's graph or matrices cannot be read.
     """
-    there: Matrices = run.frame()[1] if run.steps else {}
+    matrices: Matrices = run.frame()[1] if run.steps else {}
     panels: dict[str, Panel] = {}
     for name, draw, needs in _FIGURES:
-        figure = draw(run) if needs is None or needs in there else go.Figure()
+        figure = draw(run) if needs is None or needs in matrices else go.Figure()
         if figure.data:
             panels[f"panels/{name}"] = portable(figure)
-    if "attention/layer0" in there and run.truth.any():
+    if "attention/layer0" in matrices and run.truth.any():
         panels["panels/edges"] = edge_table(run)
-    if "heads/induction" in there:
+    if "heads/induction" in matrices:
         panels["panels/head_scores"] = head_table(run)
     if page is not None and page.is_file():
         panels["panels/page"] = page
     return panels
 
 
-def log_panels(
-    run: "Run",
-    step: int,
-    panels: Mapping[str, Panel],
-    warn: Callable[[str], None],
-    *,
-    tables: bool = True,
-) -> None:
-    """Add panels to the row of a step that is not committed yet, each by itself.
-
-    Args:
-        run: of W&B.
-        step: of the row.
-        panels: by name.
-        warn: told which of them W&B does not take.
-        tables: False leaves out tables, which become artifacts: a network that is gone would hold
-            them up.
-    """
-    for name, panel in panels.items():
-        if isinstance(panel, pd.DataFrame) and not tables:
-            continue
-        try:
-            run.log({name: as_media(panel)}, step=step, commit=False)
-        except Exception as error:  # whatever W&B raises, the row is what counts
-            warn(f"W&B did not take {name}: {first_line(error)}")
-
-
-def as_media(panel: Panel) -> "WBValue":
-    """The panel as W&B takes it."""
-    import wandb
-
-    if isinstance(panel, Path):
-        return wandb.Html(panel, inject=False)  # nothing is added that would have to be fetched
-    if isinstance(panel, pd.DataFrame):
-        rows = panel.astype(object).where(panel.notna(), None)
-        return wandb.Table(columns=list(rows.columns), data=rows.values.tolist())
-    return wandb.Plotly(panel)
-
-
 def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
-    """What layer 1 and the gradient say of every edge, step by step.
+    """Attention and gradient of every edge, step by step.
 
-    Columns: `step`, `row` and `parent` (positions), `attention` (of several heads the largest),
+    Columns: `step`, `row` and `parent` (positions), `attention` (maximum over heads),
     `gradient rank` (of the parent among the keys up to the row, by `-dL/dpattern` summed over
-    heads; 1 is the largest), and theory's `g` and `chi2`, NaN where theory says
-    nothing: g for several parents, both for the row that serves the query.
+    heads; 1 is the largest), and theory's `g` and `chi2`. `g` is NaN for several parents; both are
+    NaN for the row that serves the query.
 
     Args:
         run: a run on a causal graph.
-        most_rows: of more, steps are left out evenly.
+        most_rows: maximum number of rows; steps are thinned evenly to fit.
 
     Raises:
         RunDataError: the run's graph or matrices cannot be read.
@@ -152,11 +108,11 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
 
 
 def head_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
-    """The scores of every head, step by step, of a run on repeated tokens.
+    """The scores of every head, step by step.
 
     Args:
         run: a run on repeated tokens.
-        most_rows: of more, steps are left out evenly.
+        most_rows: maximum number of rows; steps are thinned evenly to fit.
     """
     shape = run.frame()[1]["heads/induction"].shape
     layers, heads = (index.ravel() for index in np.indices(shape))
@@ -171,9 +127,10 @@ def head_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
 
 
 def portable(figure: go.Figure) -> go.Figure:
-    """The figure as an older Plotly too can draw it, on a page that is not ours.
+    """The figure in a form that older Plotly versions can draw, for W&B's pages.
 
-    Numbers are plain lists, rounded, with null for NaN; it is white, and fills its panel.
+    Numbers become rounded plain lists with null for NaN; the background is white and the size
+    automatic.
     """
     content = _plain(figure.to_plotly_json())
     for trace in content["data"]:
@@ -185,9 +142,9 @@ def portable(figure: go.Figure) -> go.Figure:
 
 
 def _first(run: RunData) -> int:
-    """The first step with a gradient: theory speaks of the start, where it names the edges."""
-    found = (step for step in run.steps if run.frames[step]["gradient/pattern"].any())
-    return next(found, run.steps[0])
+    """The first step with a nonzero gradient: theory predicts the start of training."""
+    nonzero = (step for step in run.steps if run.frames[step]["gradient/pattern"].any())
+    return next(nonzero, run.steps[0])
 
 
 def _ranks(gradient: np.ndarray, rows: np.ndarray, parents: np.ndarray) -> list[float]:

@@ -1,6 +1,6 @@
-"""A run as typed data: one strict recipe type for TOML, command line, Python, W&B and resume.
+"""Recipes: all settings of a run as one strict type, for TOML, command line, Python and W&B.
 
-Importing this package is cheap (no torch): the command line prints its help from these types.
+This package does not import torch, so that the command line can print its help quickly.
 """
 
 from mechcausal.recipes.errors import RecipeError

@@ -1,4 +1,4 @@
-"""Which settings of a recipe go together."""
+"""Check that the settings of a recipe fit together."""
 
 import math
 from dataclasses import fields
@@ -12,9 +12,9 @@ from mechcausal.recipes.sections import (
     TrainingSection,
 )
 
-# Options of the graph section that may be left out even where the preset takes them.
+# Graph options that are never required.
 _OPTIONAL_GRAPH_OPTIONS = ("seed", "query_parents")
-# Which options of the model section a kind takes.
+# The model options that each kind takes.
 _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "simplified": (),
     "disentangled": ("heads", "initial_scale"),
@@ -34,10 +34,10 @@ _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
 def check_together(
     graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
 ) -> None:
-    """Whether the options of these sections go together.
+    """Check that the options of these sections fit together.
 
     Raises:
-        RecipeError: they do not; the first reason.
+        RecipeError: the first conflict.
     """
     if task.kind == "repeated_tokens":
         _check_repeated_tokens(graph, task, model, training)
@@ -55,12 +55,12 @@ def _not_an_option(
 
 
 def _check_graph(graph: GraphSection) -> None:
-    wanted = GRAPH_OPTIONS.get(graph.preset, ())
+    accepted = GRAPH_OPTIONS.get(graph.preset, ())
     for name in sorted({name for names in GRAPH_OPTIONS.values() for name in names}):
         given = getattr(graph, name) is not None
-        if given and name not in wanted:
+        if given and name not in accepted:
             raise _not_an_option("graph", name, f"preset {graph.preset}", GRAPH_OPTIONS)
-        if not given and name in wanted and name not in _OPTIONAL_GRAPH_OPTIONS:
+        if not given and name in accepted and name not in _OPTIONAL_GRAPH_OPTIONS:
             raise RecipeError(f"graph.{name}: needed by preset {graph.preset}")
     sized = graph.preset not in ("manual", "edge_list")
     if sized and graph.sequence_length is None:
@@ -88,7 +88,7 @@ def _check_repeated_tokens(
     graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
 ) -> None:
     if model.kind != "standard":
-        raise RecipeError("model.kind: repeated_tokens is learned by standard")
+        raise RecipeError("model.kind: repeated_tokens needs kind standard")
     if graph != GraphSection():
         raise RecipeError("graph: repeated_tokens has no graph")
     if task.repeat_lengths is None:
@@ -102,7 +102,7 @@ def _check_repeated_tokens(
     if task.transition is not None:
         raise RecipeError("task.transition: belongs to kind causal_graph")
     if training.target != "sampled":
-        raise RecipeError("training.target: repeated_tokens has sampled targets alone")
+        raise RecipeError("training.target: repeated_tokens only has sampled targets")
 
 
 def _check_model(model: ModelSection, training: TrainingSection) -> None:
@@ -112,8 +112,7 @@ def _check_model(model: ModelSection, training: TrainingSection) -> None:
             raise _not_an_option("model", item.name, f"kind {model.kind}", _MODEL_OPTIONS)
     if model.kind != "simplified" and training.algorithm != "joint":
         raise RecipeError(
-            "training.algorithm: two_stage is for kind simplified; "
-            f"{model.kind} is trained by joint"
+            f"training.algorithm: two_stage is for kind simplified; {model.kind} needs joint"
         )
     if model.kind == "disentangled" and max(model.heads) > 1 and model.initial_scale == 0:
         raise RecipeError(

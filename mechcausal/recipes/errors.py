@@ -1,4 +1,4 @@
-"""What is said of a recipe that cannot be used: one line that names the key."""
+"""Errors about recipes: one line that names the key."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from mechcausal.support.messages import excerpt, suggestion
 
-# A file may hold a million mistakes: what is said of the first ones is enough.
+# A file may hold a million mistakes; only the first are examined.
 MAX_ERRORS = 100
 _PATTERN_RULES = {
     "device": "input should be cpu, cuda or cuda:N",
@@ -21,31 +21,30 @@ class RecipeError(ValueError):
 
 
 def first_error(kind: type, error: ValidationError) -> str:
-    """What is wrong with data for such a dataclass: the first mistake, and how many more."""
+    """One line about the first mistake in data for a dataclass, and how many more there are."""
     errors = error.errors(include_url=False)
     more = "at least " if len(errors) > MAX_ERRORS else ""
     errors = errors[:MAX_ERRORS]
-    # A union reports one error for each member: of those about the first key, the deepest is about
-    # the member that came close.
+    # A union reports one error per member; the deepest comes from the member that fits best.
     top = _dotted(kind, errors[0]["loc"])
     related = [error for error in errors if f"{_dotted(kind, error['loc'])}.".startswith(f"{top}.")]
     first = max(related, key=lambda error: _dotted(kind, error["loc"]).count("."))
     path = _dotted(kind, first["loc"])
-    found = excerpt(json.dumps(first["input"], default=str))
+    value = excerpt(json.dumps(first["input"], default=str))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = _allowed_keys(kind, first["loc"][:-1])
         message = f"{path}: unknown key{suggestion(str(first['loc'][-1]), allowed)}; "
         message += f"allowed: {', '.join(allowed)}"
     else:
         rule = _PATTERN_RULES.get(path) if first["type"] == "string_pattern_mismatch" else None
-        message = f"{path}: {rule or first['msg'].lower()}, found {found}"
+        message = f"{path}: {rule or first['msg'].lower()}, found {value}"
     message = " ".join(message.replace("an object", "a table").split())
     others = {_dotted(kind, error["loc"]) for error in errors if error not in related}
     return message + (f" (and {more}{len(others)} more)" if others else "")
 
 
 def _dotted(kind: type, location: tuple[int | str, ...]) -> str:
-    # pydantic adds the names of union members to the path: keep what the user wrote.
+    # pydantic adds the names of union members to the path; keep only the user's keys.
     known: list[str] = []
     section: Any = kind
     for part in location:

@@ -1,4 +1,4 @@
-"""Recipes as TOML files: found by path or name, read, and written out."""
+"""Find, read and write recipes as TOML files."""
 
 import json
 import re
@@ -15,10 +15,10 @@ MAX_FILE_BYTES = 4 * 2**20
 
 
 def load_recipe(target: str | Path) -> Recipe:
-    """Read a recipe from a TOML file, or by the name of one that comes with the package.
+    """Read a recipe from a TOML file, or a bundled recipe by its name.
 
     Args:
-        target: a path (`runs/markov_chain.toml`) or a name (`markov_chain`).
+        target: a path (`runs/markov_chain.toml`) or a bundled name (`markov_chain`).
 
     Raises:
         RecipeError: no such file, not TOML, or not a valid recipe; one line that names the file.
@@ -32,26 +32,26 @@ def load_recipe(target: str | Path) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {excerpt(error, 100)}") from None
-    except ValueError:  # what int() says of a number of thousands of digits
+    except ValueError:  # int() refuses a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML: a number is too long") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid TOML: nested too deeply") from None
     data.setdefault("name", name_after(path) or "run")
     match data:
         case {"graph": {"edge_list": str(edge_list)}}:
-            data["graph"]["edge_list"] = str(_beside(path, edge_list))
+            data["graph"]["edge_list"] = str(_edge_list_path(path, edge_list))
     return parse_recipe(data, source=str(path))
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file that a person wrote.
+    """Read a small text file.
 
     Args:
-        path: of the file.
-        what: it is to be, for the message.
+        path: path of the file.
+        what: what the file should hold, such as "a recipe", for the error message.
 
     Raises:
-        ValueError: it cannot be read, is too large or no text; one line that names it.
+        ValueError: the file cannot be read, is too large or not text; one line that names it.
     """
     try:
         with path.open("rb") as file:
@@ -67,23 +67,23 @@ def read_text(path: Path, what: str) -> str:
 
 
 def name_after(path: Path) -> str:
-    """The name of what a file without a `name` describes; empty where its own has no letter."""
+    """A name made from the file name, for a file without `name`; empty if no character is left."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem).lstrip("_.-")[:100]
 
 
-def _beside(recipe: Path, name: str) -> Path:
-    """A file that a recipe names: relative to it, in its folder or below.
+def _edge_list_path(recipe: Path, name: str) -> Path:
+    """The path of the edge list that a recipe file names, in the recipe's folder or below.
 
     Raises:
-        RecipeError: it lies elsewhere. A recipe that came from someone else must not make us read,
-            and by way of an error message show, any file there is.
+        RecipeError: the path leads elsewhere. Otherwise a recipe from someone else could make us
+            read any file and show parts of it in an error message.
     """
     inside, path = name.isprintable() and len(name) <= 200, recipe.parent / name
     try:
         inside = inside and not Path(name).is_absolute() and ".." not in Path(name).parts
-        # A link may lead out too.
+        # A symbolic link may lead elsewhere too.
         inside = inside and path.resolve().is_relative_to(recipe.parent.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
+    except (OSError, RuntimeError, ValueError):  # circular links, a null character
         inside = False
     if not inside:
         raise RecipeError(
@@ -94,31 +94,31 @@ def _beside(recipe: Path, name: str) -> Path:
 
 
 def find_recipe(target: str | Path) -> Path:
-    """The file that a path or the name of a packaged recipe stands for.
+    """The file of a recipe, given its path or the name of a bundled recipe.
 
     Raises:
-        RecipeError: neither a file nor a packaged recipe.
+        RecipeError: neither a file nor a bundled recipe.
     """
     path = Path(target)
     try:
         if path.is_file():
             return path
-    except OSError as error:  # too long a name, a folder that may not be entered
+    except OSError as error:  # the name is too long, or a folder is not accessible
         raise RecipeError(f"{path}: {error.strerror or error}") from None
     packaged = packaged_recipes()
     if str(target) in packaged:
         return packaged[str(target)]
     if path.suffix == ".toml" or len(path.parts) > 1:
         reason = "is a folder" if path.is_dir() else "no such file"
-        raise RecipeError(f"{path}: {reason}; recipes that come along: {', '.join(packaged)}")
+        raise RecipeError(f"{path}: {reason}; bundled recipes: {', '.join(packaged)}")
     raise RecipeError(
         f"{target}: no such file or recipe{suggestion(str(target), packaged)}; "
-        f"recipes that come along: {', '.join(packaged)}"
+        f"bundled recipes: {', '.join(packaged)}"
     )
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
+    """The files of the bundled recipes, by name."""
     package = Path(__file__).resolve().parents[1]
     folder = package / "_recipes"  # in a wheel
     if not folder.is_dir():
@@ -127,7 +127,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
-    """The whole recipe as TOML; `load_recipe` reads back an equal one."""
+    """A recipe as TOML text, which `load_recipe` reads back as an equal recipe."""
     lines: list[str] = []
 
     def write(table: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -135,8 +135,8 @@ def recipe_to_toml(recipe: Recipe) -> str:
             lines.extend(["", f"[{'.'.join(path)}]"])
         for key, value in table.items():
             if not isinstance(value, dict):
-                # Strings, numbers, booleans and nested arrays are written alike in JSON and TOML,
-                # but for surrogate pairs and the delete character.
+                # JSON and TOML write these values alike, except for surrogate pairs (hence
+                # ensure_ascii=False) and the delete character.
                 text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
                 lines.append(f"{key} = {text}")
         for key, value in table.items():

@@ -1,4 +1,4 @@
-"""The whole recipe: one strict type for TOML, command line, Python, W&B and resume."""
+"""The recipe type: all settings of a run, checked strictly."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -27,25 +27,25 @@ from mechcausal.support.messages import excerpt
 if TYPE_CHECKING:
     from mechcausal.tasks.priors import Prior
 
-# Presets in which the predicted token has parents of its own: no query token is added.
+# Presets in which the predicted token has parents, so that no query token is added.
 _WITHOUT_QUERY = ("two_parents", "k_gram")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run, completely described."""
+    """All settings of one run."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] = "run"
     """Names the run's folder and its W&B group."""
     seed: Seed = 0
-    """Seed from which initialisation, training data, evaluation and a random graph follow."""
+    """Seed of initialisation, training data, evaluation and a random graph."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """Where to compute: cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Threads on the CPU. With one, a run repeats bit by bit on the same machine, and small models
-    train fastest; with several the order in which they add up may differ from run to run."""
+    """CPU threads. With one, a run repeats bit by bit on the same machine, and small models train
+    fastest; with several, rounding may differ from run to run."""
     graph: GraphSection = field(default_factory=GraphSection)
     task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)
@@ -57,7 +57,7 @@ class Recipe:
 
     @property
     def n_steps(self) -> int:
-        """Steps of all stages together."""
+        """The total number of steps of all stages."""
         training = self.training
         if training.algorithm == "joint":
             return training.joint.steps
@@ -65,7 +65,7 @@ class Recipe:
 
     @property
     def n_training_sequences(self) -> int:
-        """Fresh sequences that all steps together train on, `n_steps * batch_size`.
+        """The total number of training sequences, `n_steps * batch_size`.
 
         Example:
             >>> training = TrainingSection(algorithm="joint", batch_size=10)
@@ -75,7 +75,7 @@ class Recipe:
         return self.n_steps * self.training.batch_size
 
     def with_overrides(self, **changes: Any) -> "Recipe":
-        """A changed copy: keys are dotted paths with `__` for the dot, values are checked.
+        """A checked copy with some fields changed; keys are dotted paths with `__` for the dot.
 
         Raises:
             RecipeError: see `parse_recipe`.
@@ -97,10 +97,10 @@ class Recipe:
         return parse_recipe(data, source="override")
 
     def build_graph(self) -> CausalGraph:
-        """The causal graph; random presets follow `graph.seed`, else the run's seed.
+        """Build the causal graph; random presets use `graph.seed`, or the run's seed if it is None.
 
         Raises:
-            GraphError: a graph that is not one (cycle, forward edge, unreadable edge list).
+            GraphError: an invalid graph (cycle, forward edge, unreadable edge list).
         """
         import torch
 
@@ -115,12 +115,12 @@ class Recipe:
         if "seed" in names:
             seed = self.seed if section.seed is None else section.seed
             options["generator"] = torch.Generator().manual_seed(seed)
-        assert section.sequence_length is not None  # checked when the recipe was parsed
+        assert section.sequence_length is not None  # parse_recipe has checked it
         n_positions = section.sequence_length - (section.preset not in _WITHOUT_QUERY)
         return build_preset(section.preset, n_positions, **options)
 
     def self_contained(self) -> "Recipe":
-        """The same recipe without a file that it depends on: an edge list becomes its parents.
+        """The same recipe without an edge-list file: the graph's parents are written out instead.
 
         Raises:
             GraphError: see `build_graph`.
@@ -136,7 +136,7 @@ class Recipe:
         return parse_recipe(values, source=self.graph.edge_list or self.name)
 
     def build_prior(self) -> "Prior":
-        """The prior over transition matrices, or the fixed matrix."""
+        """Build the prior over transition matrices, or the fixed matrix."""
         from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 
         if self.task.transition is not None:
@@ -147,7 +147,7 @@ class Recipe:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Nested dict of plain JSON values, `None` entries left out."""
+    """A recipe as a nested dict of JSON values, without `None` entries."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -159,35 +159,38 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_fields(section: Any = Recipe, prefix: str = "") -> dict[str, Any]:
     """The type of every field and section of a recipe, by dotted path."""
-    found = {}
+    types = {}
     hints = get_type_hints(section)
     for item in fields(section):
         path = prefix + item.name
-        found[path] = hints[item.name]
+        types[path] = hints[item.name]
         if is_dataclass(hints[item.name]):
-            found |= recipe_fields(hints[item.name], f"{path}.")
-    return found
+            types |= recipe_fields(hints[item.name], f"{path}.")
+    return types
 
 
 def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
-    """Check nested plain data and make a recipe of it.
+    """Build a recipe from nested plain data.
 
     Args:
-        data: as read from TOML.
-        source: named in the error, a file or "command line".
+        data: data as read from TOML.
+        source: where the data comes from, a file or "command line", for the error message.
 
     Raises:
-        RecipeError: unknown key (with a suggestion), wrong type, value out of range, or options
-            that do not go together.
+        RecipeError: an unknown key (with a suggestion), a wrong type, a value out of range, or
+            options that do not fit together.
     """
     try:
-        # JSON mode: strict on types, but an array may fill a tuple and a table a dataclass.
+        # Strict JSON mode still accepts an array for a tuple and a table for a dataclass.
         recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(f"{source}: {first_error(Recipe, error)}") from None
     except RecursionError:
         raise RecipeError(f"{source}: nested too deeply") from None
-    except (TypeError, ValueError) as error:  # a key that is no text, a number of many digits
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # a key that is not text, a number of thousands of digits
         raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
     try:
         check_together(recipe.graph, recipe.task, recipe.model, recipe.training)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-# Bounds far above any use: what they keep out would fill memory, or a terminal.
+# Bounds far above any sensible value; larger numbers would fill the memory or the terminal.
 MAX_COUNT = 10**9
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -31,7 +31,7 @@ PresetName = Literal[
     "manual",
     "edge_list",
 ]
-# Which options of the graph section a preset takes, beside the sequence length.
+# The graph options that each preset takes, besides the sequence length.
 GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
     "lag_chain": ("lag",),
     "random_tree": ("seed",),
@@ -63,19 +63,19 @@ class GraphSection:
     k: PositiveInt | None = None
     """Number of parents, the k positions before (k_gram)."""
     parents: tuple[Position | tuple[Position, ...], ...] | None = None
-    """Parent of every position, -1 for a root; in a file also a list of several (manual)."""
+    """Parent of every position, -1 for a root; in a file also a list of parents (manual)."""
     query_parents: tuple[Position, ...] | None = None
-    """Parents of the predicted token; without them a uniform query token is added (manual)."""
+    """Parents of the predicted token; default: a uniformly drawn query token is added (manual)."""
     edge_list: str | None = None
-    """File with a line `parent child` for every edge (edge_list); a recipe file names one in its
-    own folder or below."""
+    """File with one line `parent child` per edge (edge_list); in a recipe file, a path in the
+    recipe's folder or below."""
     seed: Seed | None = None
     """Seed of a random graph; follows the run's seed when absent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSection:
-    """What the sequences are drawn from."""
+    """The task that generates the sequences."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -93,19 +93,19 @@ class TaskSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The model that is trained."""
+    """The model to train."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: Literal["simplified", "disentangled", "standard"] = "simplified"
-    """simplified: the paper's two-layer transformer with A1 and A2 alone, one parent a position.
-    disentangled: the paper's whole one, nothing in its residual stream is added up.
-    standard: an ordinary transformer, for repeated_tokens too."""
+    """simplified: the paper's two-layer transformer with only A1 and A2, at most one parent per
+    position. disentangled: the paper's full transformer, whose residual stream concatenates the
+    layers' outputs. standard: an ordinary transformer, also for repeated_tokens."""
     heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
     """Heads of each layer (disentangled)."""
     initial_scale: NonNegativeFloat = 0.0
-    """Standard deviation at the start, of the attention matrices (disentangled), or of all weights,
-    TransformerLens's 0.8 / sqrt(d_model) when 0 (standard)."""
+    """Initial standard deviation of the attention matrices (disentangled), or of all weights, where
+    0 means TransformerLens's 0.8 / sqrt(d_model) (standard)."""
     n_layers: Annotated[int, Field(ge=1, le=100)] = 2
     """Layers (standard)."""
     n_heads: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -113,13 +113,13 @@ class ModelSection:
     d_model: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Width of the residual stream, a multiple of n_heads (standard)."""
     d_mlp: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Width of the ReLU MLPs; attention alone when absent (standard)."""
+    """Width of the ReLU MLPs; default: attention only (standard)."""
     layer_norm: bool = False
     """LayerNorm before every part (standard)."""
     embeddings: Literal["learned", "fixed"] = "learned"
     """fixed: one-hot tokens and positions, not trained (standard)."""
     positions: Literal["standard", "shortformer"] = "standard"
-    """Positions added to the residual stream, or to queries and keys alone (standard)."""
+    """Positions added to the residual stream, or only to queries and keys (standard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +133,11 @@ class StageSection:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Gradient descent, or Adam or AdamW with torch's defaults."""
     lr: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    """Learning rate, at the start where the schedule changes it."""
+    """Learning rate; with the cosine schedule the highest."""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the learning rate falls to 0 along half a cosine over the stage."""
     warmup: NonNegativeInt = 0
-    """Steps over which the learning rate rises from 0, in a straight line."""
+    """Steps over which the learning rate rises linearly from 0."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 penalty; decoupled from the gradient with adamw."""
 
@@ -155,8 +155,8 @@ class TrainingSection:
     accumulation: PositiveInt = 1
     """Parts into which a step's batch is divided to save memory; their gradients are added up."""
     target: Literal["sampled", "posterior"] = "sampled"
-    """What predictions are trained on: the row drawn with the sequence, or its mean given the
-    sequence, which has the same expected gradient and less noise (graphs of several parents)."""
+    """sampled: train on the transition row drawn with the sequence. posterior: on its mean given
+    the sequence, which has the same expected gradient and less noise (several parents)."""
     epsilon: NonNegativeFloat = 1e-3
     """Added to predicted probabilities inside the logarithm of the loss."""
     beta0: PositiveFloat = 1.0
@@ -171,70 +171,71 @@ class TrainingSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
-    """The fixed sequences on which a run is watched, and what it is compared with."""
+    """The fixed evaluation sequences and the baselines."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     n_sequences: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1024
-    """Sequences of the evaluation batch, which the probes see too."""
+    """Sequences of the evaluation batch, which the probes use too."""
     bayes_draws: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 128
-    """The most draws for each sequence that integrate over what the roots say about the matrix."""
+    """Monte Carlo draws per sequence with which the Bayes predictor accounts for the roots."""
     theory_priors: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 1000
-    """Transition matrices over which information and predicted gradient are averaged."""
+    """Transition matrices over which the information and the predicted gradient are averaged."""
     theory_seconds: PositiveFloat = 60.0
-    """Seconds that theory, and the Bayes loss, may each take, as counted from the sizes: over fewer
-    draws if need be."""
+    """Seconds that theory, and the Bayes loss, may each take. Where theory_priors or bayes_draws
+    would take longer, fewer are used, and the run says so. Counted from sizes, not by a clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingSection:
-    """When the hooked model is looked at."""
+    """When the probes run."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     enabled: bool = True
-    """False trains without a look inside: only the losses at the first and last step."""
+    """False records only the losses, at the first and last step."""
     schedule: Literal["every", "geometric"] = "every"
     """every: each `every` steps. geometric: steps 1, 2, 4, 8, ... of each stage."""
     every: PositiveInt = 200
     """Steps between probe steps (schedule every)."""
     dense: NonNegativeInt = 5
-    """Probe steps at the start of each stage, one a step."""
+    """Number of steps at the start of each stage that are all probe steps."""
     frames: NonNegativeInt = 200
     """Probe steps, spread over the run, whose attention and gradients are kept in full."""
     images: NonNegativeInt = 12
     """Probe steps, spread over the run, whose heatmaps go to W&B."""
     report: bool = True
-    """False leaves out report.html, the page that is drawn when a run ends."""
+    """False skips report.html, the page written at the end of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsSection:
-    """What the run can go on from after a crash."""
+    """When to write checkpoints, from which a run can be resumed."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     schedule: Literal["every", "formation", "probes", "none"] = "every"
     """every: each `every` steps, and at the end. formation: also at every probe step while the
     induction score, 0 at chance, lies between 0.1 and 0.9, whenever it has moved by 0.05. probes:
-    also at every probe step. What formation and probes add is kept. none: none."""
+    also at every probe step. The checkpoints that formation and probes add are never deleted.
+    none: no checkpoints."""
     every: PositiveInt = 200
     """Steps between checkpoints."""
     keep: PositiveInt = 2
-    """How many of the newest are kept, beside the one with the lowest loss."""
+    """How many of the newest checkpoints to keep, besides the one with the lowest loss."""
     artifacts: bool = True
-    """True logs each to W&B as an artifact, with the aliases latest, best and step-N."""
+    """True logs each checkpoint to W&B as an artifact, with the aliases latest, best and step-N."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSection:
-    """The W&B run that records everything."""
+    """The W&B run."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     mode: WandbMode | None = None
-    """When absent: WANDB_MODE, else that of `wandb offline`, else online if there is a key for the
-    server, else offline."""
+    """Default: WANDB_MODE, else the setting of `wandb offline`, else online if there is a key for
+    the server, else offline."""
     project: str = "mechcausal"
     """W&B project."""
     entity: str | None = None
@@ -242,8 +243,8 @@ class WandbSection:
     group: str | None = None
     """W&B group; the recipe's name when absent."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
-    """W&B tags, beside the graph preset and the model kind."""
+    """W&B tags, besides the graph preset and the model kind."""
     panels: bool = True
     """False leaves out the pictures and tables that W&B gets when the run ends."""
     page: bool = True
-    """False leaves out report.html among them: 5 MB for every run."""
+    """False does not upload report.html to W&B (5 MB per run)."""

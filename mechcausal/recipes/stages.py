@@ -1,4 +1,4 @@
-"""What is trained when: the stages of a recipe, its probe steps, its learning rates."""
+"""The schedule of a run: its stages, its probe steps and its learning rates."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,14 @@ from mechcausal.recipes import ProbingSection, Recipe, StageSection
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of gradient descent: which parameters, how, from which step on."""
+    """One stage of gradient descent.
+
+    Attributes:
+        name: "stage1", "stage2" or "joint".
+        parameters: names of the trained parameters, or "all".
+        section: the stage's settings.
+        start: the run's step at which the stage starts.
+    """
 
     name: str
     parameters: tuple[str, ...]
@@ -17,7 +24,7 @@ class Stage:
 
 
 def stages(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe's algorithm, in order; empty ones are left out."""
+    """The stages of a recipe's algorithm, in order, without stages of 0 steps."""
     training = recipe.training
     plan: list[tuple[str, tuple[str, ...], StageSection]]
     if training.algorithm == "joint":
@@ -34,10 +41,10 @@ def stages(recipe: Recipe) -> list[Stage]:
 
 
 def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
-    """The steps at which the model is looked at: the first and last, and by the schedule.
+    """The steps at which the model is probed, ascending: the first, the last and the schedule's.
 
-    Each stage starts with `dense` probe steps in a row; then follow every `every`-th step, or with
-    the geometric schedule those at 1, 2, 4, 8, ... from the stage's start.
+    Each stage starts with `dense` probe steps in a row. Then comes every `every`-th step, or with
+    the geometric schedule the steps 1, 2, 4, 8, ... after the stage's start.
     """
     end = plan[-1].start + plan[-1].section.steps if plan else 0
     steps = {0, end}
@@ -52,10 +59,10 @@ def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
 
 
 def learning_rate(section: StageSection, step: int) -> float:
-    """The learning rate of a step, counted from the start of its stage.
+    """The learning rate at a step, counted from the start of its stage.
 
-    `lr min(1, (step + 1) / warmup)`; with the cosine schedule that times
-    `(1 + cos(pi step / steps)) / 2`.
+    `lr min(1, (step + 1) / warmup)`, times `(1 + cos(pi step / steps)) / 2` with the cosine
+    schedule.
 
     Example:
         >>> [learning_rate(StageSection(steps=4, lr=1.0, schedule="cosine"), t) for t in (0, 2)]

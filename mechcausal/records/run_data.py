@@ -1,6 +1,6 @@
-"""A run read back from its folder, finished or not: what every picture of it is drawn from.
+"""Read a run, finished or not, back from its folder; every picture is drawn from this.
 
-Reading a run needs neither its model nor W&B.
+Reading needs neither the model nor W&B.
 """
 
 import tomllib
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mechcausal.graphs import CausalGraph, GraphError
+from mechcausal.measures.figures import STEP, Value
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
 from mechcausal.recipes.stages import stages
 from mechcausal.records import run_folder
@@ -25,14 +26,7 @@ from mechcausal.records.run_files import (
     read_history,
     read_json,
 )
-from mechcausal.records.run_folder import (
-    METRICS_FILE,
-    PROCESS_FILE,
-    RECIPE_FILE,
-    STEP,
-    SUMMARY_FILE,
-    Value,
-)
+from mechcausal.records.run_folder import METRICS_FILE, PROCESS_FILE, RECIPE_FILE, SUMMARY_FILE
 from mechcausal.support.nested import flat
 
 __all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "is_run"]
@@ -40,18 +34,18 @@ __all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "is_run
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """What is known of a run.
+    """The record of a run.
 
     Attributes:
-        name: what to call it, its folder's name.
-        recipe: as it ran.
+        name: name of the run's folder.
+        recipe: the recipe that was run.
         history: a row of figures for every probe step.
-        frames: matrices by probe step, for the steps that were kept.
-        references: what these are compared with, `theory/...`, and `examples/tokens`.
-        summary: as in summary.json; empty for a run that has not ended.
-        facts: as in run.json (the W&B run, versions); empty where there is none.
-        folder: where it was read.
-        notes: what could not be read, for the user.
+        frames: matrices by probe step, for the steps whose matrices were kept.
+        references: matrices to compare the frames with, `theory/...`, and `examples/tokens`.
+        summary: content of summary.json; empty for a run that has not ended.
+        facts: content of run.json (W&B run, versions); empty without that file.
+        folder: the run folder.
+        notes: messages for the user about files that could not be read.
     """
 
     name: str
@@ -66,10 +60,10 @@ class RunData:
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunData":
-        """Read a run folder; of an unfinished run, what there is so far.
+        """Read a run folder; an unfinished run gives the rows and matrices so far.
 
         Raises:
-            RunDataError: the folder holds no run, or a file of it cannot be read.
+            RunDataError: the folder holds no run, or one of its files cannot be read.
         """
         folder = Path(folder)
         if not is_run(folder):
@@ -94,7 +88,7 @@ class RunData:
 
     @property
     def kind(self) -> Literal["causal_graph", "repeated_tokens"]:
-        """The experiment; repeated_tokens has scores of heads and no graph."""
+        """Kind of the experiment; repeated_tokens has head scores and no graph."""
         return self.recipe.task.kind
 
     @cached_property
@@ -102,13 +96,13 @@ class RunData:
         """The causal graph.
 
         Raises:
-            RunDataError: the recipe's graph cannot be built (its edge list has gone).
+            RunDataError: the recipe's graph cannot be built, e.g. its edge list is missing.
         """
         try:
             return self.recipe.build_graph()
         except GraphError as error:
             first = error
-        # A recipe as it ran names its edge list from the folder in which it ran.
+        # The path of the edge list in the recipe is relative to the folder in which it ran.
         if self.folder is not None and self.recipe.graph.preset == "edge_list":
             text = (self.folder / RECIPE_FILE).read_text(encoding="utf-8")
             try:
@@ -119,7 +113,7 @@ class RunData:
 
     @property
     def state(self) -> str:
-        """finished, interrupted or failed; unfinished where no summary says so."""
+        """finished, interrupted or failed; unfinished without a summary."""
         return str(self.summary.get("state", "unfinished"))
 
     @property
@@ -134,26 +128,27 @@ class RunData:
 
     @property
     def n_steps(self) -> int:
-        """Steps of the whole training, as planned."""
+        """Planned number of training steps."""
         return self.recipe.n_steps
 
     @property
     def formation_step(self) -> int | None:
         """First probe step at which the induction score reached one half; None if it did not."""
-        named = [row.get("induction/formation_step") for row in self.history[-1:]]
-        return int(named[0]) if named and named[0] is not None else None
+        last_row = self.history[-1] if self.history else {}
+        step = last_row.get("induction/formation_step")
+        return None if step is None else int(step)
 
     def row(self, step: int) -> Mapping[str, Value]:
-        """The figures of a probe step; empty where there are none."""
+        """The figures of a probe step; empty without such a step."""
         return next((row for row in self.history if row[STEP] == step), {})
 
     def column(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of a figure, `None` where it was not defined."""
+        """Steps and values of a figure; the value is `None` where it is undefined."""
         rows = [row for row in self.history if key in row]
         return [int(row[STEP] or 0) for row in rows], [row[key] for row in rows]
 
     def frame(self, step: int | None = None) -> tuple[int, Matrices]:
-        """The matrices of a step, or of the last one kept.
+        """The step and its matrices; the last kept step if None is given.
 
         Raises:
             RunDataError: no matrices were kept, or none at that step.
@@ -174,8 +169,8 @@ class RunData:
     def truth(self) -> Float[np.ndarray, "query key"]:
         """1 where the key is a parent of the query, 0 elsewhere.
 
-        In a graph that names the query's parents the last row holds those: that is whom the last
-        position's attention serves.
+        If the graph names the query's parents, the last row holds them: the last position's
+        attention predicts from these.
         """
         graph, length = self.graph, self.graph.sequence_length
         truth = np.zeros((length, length))
@@ -188,7 +183,7 @@ class RunData:
 
     @property
     def n_graph_rows(self) -> int:
-        """Rows of layer 1 that serve positions of the graph: theory speaks of these."""
+        """Rows of layer-1 attention that belong to positions of the graph, as in theory."""
         return self.graph.n_positions - (self.graph.query_parents is not None)
 
     @cached_property
@@ -199,27 +194,26 @@ class RunData:
 
     @cached_property
     def example_targets(self) -> Bool[np.ndarray, "example pos"] | None:
-        """Where the induction head should look from the last position of each example."""
+        """Positions that the induction head should attend to from each example's last position."""
         if self.examples is None:
             return None
         import torch
 
         from mechcausal.measures.metrics import induction_keys
 
-        keys = induction_keys(torch.from_numpy(self.examples), self.graph)
-        found: np.ndarray = keys.numpy()
-        return found
+        keys: np.ndarray = induction_keys(torch.from_numpy(self.examples), self.graph).numpy()
+        return keys
 
     def comparable(self) -> dict[str, Any]:
-        """The recipe as dotted keys, without what changes no number: W&B, pictures, checkpoints."""
+        """The recipe by dotted key, without keys that change no figure (W&B, pictures, ...)."""
         return {
             key: value
             for key, value in flat(recipe_to_dict(self.recipe)).items()
-            if not key.startswith(("wandb.", "checkpoints.")) and key not in _OUTWARD
+            if not key.startswith(("wandb.", "checkpoints.")) and key not in _WITHOUT_EFFECT
         }
 
 
-_OUTWARD = ("name", "probing.images", "probing.report", "probing.frames")
+_WITHOUT_EFFECT = ("name", "probing.images", "probing.report", "probing.frames")
 
 
 def is_run(folder: Path) -> bool:
@@ -228,15 +222,15 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder if it is a run, else all runs below it, in the order of their paths.
+    """The folder if it is a run, else all runs below it, sorted by path.
 
     Raises:
         RunDataError: there is none.
     """
-    found = [path for path in run_folder.find_runs(folder) if is_run(path)]
-    if not found:
+    runs = [path for path in run_folder.find_runs(folder) if is_run(path)]
+    if not runs:
         raise RunDataError(f"{folder}: {_why_no_run(folder)}, nor is there any below it")
-    return found
+    return runs
 
 
 def _why_no_run(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The files of a run folder, read with one-line errors."""
+"""Read the files of a run folder; errors are one line."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mechcausal.measures.figures import Value
 from mechcausal.records.run_folder import (
     MATRICES_FILE,
     MATRICES_FOLDER,
     SUMMARY_FILE,
-    Value,
     read_metrics,
     read_object,
     read_summary,
@@ -22,14 +22,14 @@ Matrices = Mapping[str, np.ndarray]
 
 
 class RunDataError(ValueError):
-    """A folder that is no run, or a file of it that cannot be read; the message is one line."""
+    """The folder is no run, or one of its files cannot be read; the message is one line."""
 
 
 class Frames(Mapping[int, Matrices]):
-    """The matrices of a run by step, each read when it is asked for.
+    """The matrices of a run by step, read from disk on access.
 
     Attributes:
-        sources: for each step its file and the prefix of its names there.
+        sources: for each step its file and the prefix of its keys in that file.
     """
 
     def __init__(self, sources: Mapping[int, tuple[Path, str]]) -> None:
@@ -40,11 +40,11 @@ class Frames(Mapping[int, Matrices]):
         try:
             return _read(path, prefix)
         except RunDataError:
-            # A run that finishes gathers the matrices of single steps, and deletes their files.
-            whole = path.parent.parent / MATRICES_FILE
-            if prefix or path.exists() or not whole.is_file():
+            # A run that finishes merges the files of single steps into one and deletes them.
+            merged = path.parent.parent / MATRICES_FILE
+            if prefix or path.exists() or not merged.is_file():
                 raise
-            return _read(whole, f"{step:08d}/")
+            return _read(merged, f"{step:08d}/")
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sources)
@@ -54,7 +54,7 @@ class Frames(Mapping[int, Matrices]):
 
 
 def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
-    """Rows of metrics.jsonl, and what was left out: a last line that was torn by a kill."""
+    """Rows of metrics.jsonl, and a note if a kill cut the last line short."""
     try:
         is_torn = path.read_bytes()[-1:] not in (b"", b"\n")
         rows = read_metrics(path.parent)
@@ -66,7 +66,7 @@ def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in summary.json or run.json; empty where there is no such file."""
+    """The object in summary.json or run.json; empty without the file."""
     try:
         return read_summary(path.parent) if path.name == SUMMARY_FILE else read_object(path)
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, list[str]]:
-    """Where each step's matrices lie, the references, and what could not be read."""
+    """File and key prefix of each step's matrices, the references, and notes on failures."""
     sources: dict[int, tuple[Path, str]] = {}
     references: dict[str, np.ndarray] = {}
     notes: list[str] = []
@@ -90,15 +90,15 @@ def find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, 
             else:
                 references |= _read(path, "")
         except RunDataError:
-            if path.exists():  # else the run has finished: it gathered them before
+            if path.exists():  # else the run has just finished and merged its files
                 notes.append(f"{path.parent.name}/{path.name} cannot be read, and is left out")
-    whole = folder / MATRICES_FILE
-    if whole.is_file():
-        prefixes = {match[0] for name in _names(whole) if (match := re.match(r"\d+/", name))}
-        sources |= {int(prefix[:-1]): (whole, prefix) for prefix in prefixes}
+    merged = folder / MATRICES_FILE
+    if merged.is_file():
+        prefixes = {match[0] for name in _names(merged) if (match := re.match(r"\d+/", name))}
+        sources |= {int(prefix[:-1]): (merged, prefix) for prefix in prefixes}
         references |= {
             name: matrix
-            for name, matrix in _read(whole, "", steps=False).items()
+            for name, matrix in _read(merged, "", steps=False).items()
             if not re.match(r"\d+/", name)
         }
     return sources, references, notes

@@ -1,13 +1,13 @@
-"""The folder of a run: who may write it, what lies in it, how the run stands.
+"""The folder of a run: its lock, its files and its state.
 
-recipe.toml        the whole recipe
+recipe.toml        the full recipe
 metrics.jsonl      a row of figures for every probe step
-run.json           W&B's id, versions, and the process that writes
-summary.json       how the run ended; absent while it runs, or when it was killed
-checkpoints/       what it can go on from
-matrices/          what was seen, step by step; matrices.safetensors once the run has finished
+run.json           W&B's id, versions, and the process that writes the run
+summary.json       how the run ended; absent while it runs and after a kill
+checkpoints/       states to resume from
+matrices/          kept matrices, a file a step; merged into matrices.safetensors at the end
 model/, figures/   final weights and pictures
-wandb/             the W&B run, in one fragment for every time it was begun or resumed
+wandb/             the W&B run, one fragment for the start and for every resume
 """
 
 import json
@@ -15,7 +15,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
+from mechcausal.measures.figures import STEP, Value
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
 from mechcausal.support.files import read_json_lines, write_atomically
 from mechcausal.support.messages import excerpt, shell_command
@@ -36,28 +37,23 @@ MATRICES_FILE = "matrices.safetensors"
 MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
 MODEL_FOLDER = "model"
 LOCK_FILE = ".lock"
-STEP = "train/step"
-
-Value = float | int | None
-History = Sequence[Mapping[str, Value]]
-"""A row of figures for every probe step, with its `train/step`."""
 State = Literal["finished", "interrupted", "failed"]
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be made, read or written; the message is one line for the user."""
+    """A run folder cannot be made, read or written; the message is one line for the user."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Be the only process that writes a run folder; a process that dies lets go of it.
+    """Lock a run folder, so that no other process writes it; the lock ends with the process.
 
     Raises:
-        RunFolderError: another process holds it, or it cannot be written.
+        RunFolderError: another process holds the lock, or the folder cannot be written.
     """
     lock = FileLock(folder / LOCK_FILE)
     try:
-        # A moment of patience: `mechcausal runs` looks whether a folder is held by holding it.
+        # `is_held` takes the lock for a moment: wait until it lets go.
         lock.acquire(timeout=0.5)
     except Timeout:
         process = read_process(folder)
@@ -72,7 +68,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process is writing the run."""
+    """Whether a live process holds the run's lock."""
     if not (folder / LOCK_FILE).is_file():
         return False
     lock = FileLock(folder / LOCK_FILE)
@@ -80,7 +76,7 @@ def is_held(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a folder that only its owner may write
+    except OSError:  # no permission to write here
         return False
     lock.release()
     return False
@@ -88,14 +84,14 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def new_run_folder(recipe: Recipe, out: str | Path | None) -> Iterator[Path]:
-    """Make the folder of a new run, check that it can be written, and hold it.
+    """Make and lock the folder of a new run, and write its recipe.
 
     Args:
-        recipe: gives the default, `runs/<name>/<time>-seed<seed>-<random>`.
-        out: the folder itself; it may exist, but not hold a run.
+        recipe: determines the default folder, `runs/<name>/<time>-seed<seed>-<random>`.
+        out: the folder; it may exist, but must not hold a run.
 
     Raises:
-        RunFolderError: not writable, not a folder, or another run is in it.
+        RunFolderError: it is not writable, not a folder, or already holds a run.
     """
     if out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -107,7 +103,7 @@ def new_run_folder(recipe: Recipe, out: str | Path | None) -> Iterator[Path]:
         raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from None
     _check_free(folder)
     with hold(folder):
-        _check_free(folder)  # another process may have been faster
+        _check_free(folder)  # again: another process may have started a run before the lock
         try:
             write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))
         except OSError as error:
@@ -120,20 +116,20 @@ def _check_free(folder: Path) -> None:
         if (folder / name).exists():
             raise RunFolderError(
                 f"{folder}: already holds a run ({name}); choose another folder with --out, "
-                f"or go on with it: {shell_command('mechcausal', 'resume', folder)}"
+                f"or resume it: {shell_command('mechcausal', 'resume', folder)}"
             )
 
 
 def finite(value: Value) -> Value:
-    """A figure as a row of metrics.jsonl holds it: None for what is not a finite number."""
+    """The value as metrics.jsonl stores it: None if it is not a finite number."""
     return value if value is not None and abs(value) <= sys.float_info.max else None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Value]]:
-    """Rows of a run folder's metrics.jsonl, in order; a torn last line is left out.
+    """Rows of a run folder's metrics.jsonl, in order; an incomplete last line is skipped.
 
     Raises:
-        OSError, ValueError: not readable, or a line is no row of figures.
+        OSError, ValueError: the file is not readable, or a line is no row of figures.
     """
     path, rows = Path(folder) / METRICS_FILE, []
     for number, values in enumerate(read_json_lines(path), start=1):
@@ -152,11 +148,11 @@ def _is_count(value: object) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that is nested no deeper than what a run writes.
+    """Read a JSON object, nested at most 50 levels deep.
 
     Raises:
-        OSError: not readable.
-        ValueError: no such object; the message is one line that names the file.
+        OSError: the file is not readable.
+        ValueError: the content is no such object; the message is one line that names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -185,10 +181,10 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """A run folder's summary.json.
+    """Read a run folder's summary.json.
 
     Raises:
-        OSError, ValueError: not there, not readable, or a value of another kind than a run writes.
+        OSError, ValueError: it is missing, not readable, or a value has the wrong type.
     """
     path = Path(folder) / SUMMARY_FILE
     content = read_object(path)
@@ -206,11 +202,11 @@ _SUMMARY: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "rows": (_is_count, "a whole number"),
     "train/steps": (_is_count, "a whole number"),
 }
-"""What others rely on: is a value valid, and what is needed."""
+"""For each key that readers rely on: a check of its value, and the text for an error."""
 
 
 def read_process(folder: str | Path) -> dict[str, Any]:
-    """A run folder's run.json; empty where there is none that can be read."""
+    """Read a run folder's run.json; empty if it is missing or unreadable."""
     try:
         return read_object(Path(folder) / PROCESS_FILE)
     except (OSError, ValueError):
@@ -218,7 +214,7 @@ def read_process(folder: str | Path) -> dict[str, Any]:
 
 
 def has_finished(folder: str | Path) -> bool:
-    """Whether a run folder holds a run that has come to its end."""
+    """Whether a run folder holds a finished run."""
     try:
         return bool(read_object(Path(folder) / SUMMARY_FILE).get("state") == "finished")
     except (OSError, ValueError):
@@ -226,10 +222,10 @@ def has_finished(folder: str | Path) -> bool:
 
 
 def write_process(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write run.json: these values, and which process writes the run.
+    """Write run.json: these values, with this process's pid and host.
 
     Raises:
-        OSError: not writable.
+        OSError: the file cannot be written.
     """
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
     write_atomically(folder / PROCESS_FILE, json.dumps({**values, **owner}, indent=2) + "\n")
@@ -237,17 +233,17 @@ def write_process(folder: Path, values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """How a run stands.
+    """State and last figures of a run.
 
     Attributes:
-        folder: where it lies.
-        recipe: its recipe; None where that cannot be read.
-        state: finished, interrupted, failed or running; a run that was killed is interrupted.
-        step: steps of which a row is on disk.
+        folder: the run folder.
+        recipe: its recipe; None if it cannot be read.
+        state: finished, interrupted, failed or running; a killed run counts as interrupted.
+        step: step of the last row on disk.
         n_steps: steps of the whole run.
         figures: the last row.
         updated: when the last row was written, seconds since the epoch.
-        problem: what cannot be read, empty where all can.
+        problem: message about the first file that cannot be read; empty if all can.
     """
 
     folder: Path
@@ -261,7 +257,7 @@ class RunInfo:
 
 
 def run_info(folder: Path) -> RunInfo:
-    """Read how a run stands, whatever is damaged in its folder."""
+    """Read state and last figures of a run; damaged files become its `problem`."""
     problems = []
     recipe = None
     rows: list[dict[str, Value]] = []
@@ -285,7 +281,7 @@ def run_info(folder: Path) -> RunInfo:
     last = rows[-1] if rows else {}
     try:
         updated = (metrics if metrics.exists() else folder).stat().st_mtime
-    except OSError as error:  # deleted meanwhile
+    except OSError as error:  # just deleted
         updated = 0.0
         problems.append(str(error))
     return RunInfo(
@@ -301,18 +297,18 @@ def run_info(folder: Path) -> RunInfo:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders at and below a folder, by name; the insides of runs are not searched."""
+    """The run folders at and below a folder, sorted by name; run folders are not searched."""
     if _is_run(folder):
         return [folder]
-    found: list[Path] = []
+    runs: list[Path] = []
     try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError:
-        return found
-    for path in inside:
+        return runs
+    for path in subfolders:
         if not path.name.startswith(".") and not path.is_symlink():
-            found += find_runs(path)
-    return found
+            runs += find_runs(path)
+    return runs
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The record of a run: a W&B run, and beside it plain files that cannot be lost silently."""
+"""The record of a run: a W&B run, and plain files as a safeguard when W&B loses rows."""
 
 import json
 import re
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechcausal.measures.figures import STEP, Value
 from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
 from mechcausal.records.run_folder import (
     METRICS_FILE,
     PROCESS_FILE,
     RECIPE_FILE,
-    STEP,
     SUMMARY_FILE,
     State,
-    Value,
     finite,
     hold,
     read_metrics,
@@ -36,10 +35,10 @@ from mechcausal.support.messages import shell_command
 from mechcausal.support.nested import flat
 
 if TYPE_CHECKING:
-    from mechcausal.pictures.wandb_panels import Panel
+    from mechcausal.records.panels import Panel
 
 COUNT_SECONDS = 6
-"""How long rows that W&B lacks are waited for when a run has ended."""
+"""At the end of a run: how long to wait for W&B to write its last rows."""
 
 
 class RecordError(OSError):
@@ -48,7 +47,7 @@ class RecordError(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within the block an error of the file system becomes a RecordError that names the file."""
+    """Turn an OSError in the block into a RecordError that names the file."""
     try:
         yield
     except RecordError:
@@ -58,14 +57,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class RunRecord:
-    """One run's W&B run and files: opened, fed row by row, finished.
+    """Writes the files and the W&B run of one training run: open, log rows, finish.
 
     Attributes:
         folder: the run folder.
-        mode: resolved W&B mode; falls back to offline when online cannot be had.
-        warnings: what went wrong with recording, for the user to read.
-        rows: rows in metrics.jsonl.
-        lean: whether the run began as a lean one, in a batch.
+        mode: resolved W&B mode; falls back to offline if online cannot start.
+        warnings: problems with recording, for the user.
+        rows: number of rows in metrics.jsonl.
+        lean: whether the run started as a lean one, in a batch.
     """
 
     def __init__(
@@ -83,14 +82,14 @@ class RunRecord:
 
         Args:
             folder: the run folder.
-            recipe: goes to W&B as its config.
-            mode: of W&B.
-            rows: what metrics.jsonl holds already, when the run is resumed. Rows that W&B has not
-                got, lost when the process was killed, are logged again.
+            recipe: becomes the config of the W&B run.
+            mode: W&B mode.
+            rows: rows already in metrics.jsonl when a run is resumed. Rows that W&B lost when the
+                process was killed are logged again.
             environment: versions and device, kept in run.json.
-            on_warning: told what goes wrong, as it does.
-            lean: for one of very many runs: W&B is opened at the end, told the rows alone and asked
-                for nothing about the machine, which takes a tenth of the time.
+            on_warning: called with each warning.
+            lean: for one of very many runs: W&B is opened only at the end and receives only the
+                rows, without information about the machine, which is about ten times faster.
 
         Raises:
             RecordError: not writable.
@@ -99,8 +98,8 @@ class RunRecord:
         self.warnings: list[str] = []
         self._on_warning = on_warning
         process = read_process(folder)
-        known = str(process.get("wandb_id") or "")
-        self._id = known if re.fullmatch(r"[\w-]{1,120}", known) else _run_id(folder)
+        stored_id = str(process.get("wandb_id") or "")
+        self._id = stored_id if re.fullmatch(r"[\w-]{1,120}", stored_id) else _run_id(folder)
         self._values: dict[str, Any] = {
             **process,
             "wandb_id": self._id,
@@ -112,14 +111,14 @@ class RunRecord:
             self._values["lean"] = True
         self._wandb: WandbRun | None = None
         self._in_wandb: set[int] = set()
-        # W&B takes no more of a step once its row is committed: that of the last step waits for
-        # the panels, which are drawn from all that was recorded.
+        # W&B accepts nothing for a step after its row is committed. The last row therefore waits
+        # for the panels, which are drawn from the complete record.
         self._last_step = recipe.n_steps
-        self._waiting: Callable[[Mapping[str, Panel]], None] | None = None
+        self._send_last_row: Callable[[Mapping[str, Panel]], None] | None = None
         with writing(folder / METRICS_FILE):
             self._metrics = JsonLines(folder / METRICS_FILE)
         self.rows = len(rows)
-        self._at_end = None
+        self._open_at_end = None
         try:
             with writing(folder / PROCESS_FILE):
                 write_process(folder, self._values)
@@ -128,25 +127,25 @@ class RunRecord:
         except BaseException:
             self.finish({}, "failed")
             raise
-        self._at_end = (recipe, mode) if lean and mode != "disabled" else None
+        self._open_at_end = (recipe, mode) if lean and mode != "disabled" else None
 
     @property
     def mode(self) -> WandbMode:
-        """W&B's mode, disabled once it has failed."""
+        """W&B mode; disabled once W&B has failed."""
         return self._wandb.mode if self._wandb else "disabled"
 
     @property
     def wandb_folder(self) -> Path | None:
-        """Where W&B writes this fragment of the run, None when disabled."""
+        """Folder of this fragment of the W&B run; None when disabled."""
         return self._wandb.folder if self._wandb else None
 
     @property
     def url(self) -> str | None:
-        """The run's page, when online."""
+        """Page of the W&B run; None unless online."""
         return self._wandb.url if self._wandb else None
 
     def warn(self, message: str) -> None:
-        """Keep a warning, and tell it at once."""
+        """Store a warning and pass it to `on_warning`."""
         self.warnings.append(message)
         if self._on_warning is not None:
             self._on_warning(message)
@@ -157,16 +156,16 @@ class RunRecord:
         metrics: Mapping[str, Value],
         images: Mapping[str, np.ndarray | Path] | None = None,
     ) -> None:
-        """Write one row: to metrics.jsonl (with the operating system), then to W&B (committed).
+        """Write one row to metrics.jsonl, then commit it to W&B.
 
         Args:
-            step: training step; rows come in increasing order.
-            metrics: numbers by name; None and values that are not finite are written as null in
-                the file and left out of the W&B row.
+            step: training step; must increase from row to row.
+            metrics: numbers by name; None and non-finite values are null in the file and left out
+                of the W&B row.
             images: pictures for the W&B row, as uint8 arrays [height, width, 3] or PNG files.
 
         Raises:
-            RecordError: the file cannot be written; the row is not in it.
+            RecordError: the file cannot be written; it does not contain the row.
         """
         row = table_row(step, metrics)
         with writing(self.folder / METRICS_FILE):
@@ -190,7 +189,7 @@ class RunRecord:
             self._metrics.sync()
 
     def closing(self, summary: Mapping[str, Any], state: State) -> dict[str, Any]:
-        """What summary.json would hold if the run ended now."""
+        """The content of summary.json if the run ended now."""
         return {**summary, "state": state, "rows": self.rows, "warnings": list(self.warnings)}
 
     def finish(
@@ -201,25 +200,25 @@ class RunRecord:
     ) -> None:
         """Close the W&B run, check that no row was lost, and write summary.json.
 
-        Whatever cannot be written becomes a warning: this is called when all else has failed, too.
+        Never raises for a file that cannot be written, but warns: it also runs after a failure.
 
         Args:
-            summary: what came out.
+            summary: results of the run.
             state: how the run ended.
-            panels: for W&B, beside the row of the last step.
+            panels: panels for the last W&B row.
         """
         try:
             self.sync()
         except RecordError as error:
             self.warn(str(error))
         self._metrics.close()
-        if self._at_end is not None:
+        if self._open_at_end is not None:
             try:
-                self._open_wandb(*self._at_end, read_metrics(self.folder), lean=True)
+                self._open_wandb(*self._open_at_end, read_metrics(self.folder), lean=True)
             except (OSError, ValueError) as error:
                 self.warn(f"the run is recorded in metrics.jsonl alone: {error}")
-        if self._waiting is not None:
-            self._waiting(panels or {})
+        if self._send_last_row is not None:
+            self._send_last_row(panels or {})
         if self._wandb is not None:
             self._wandb.finish(
                 flat({**summary, "state": state}, "/"), exit_code=0 if state == "finished" else 1
@@ -240,15 +239,15 @@ class RunRecord:
         *,
         lean: bool = False,
     ) -> None:
-        """Start W&B, and tell it the rows that it has not got."""
-        before = fragments(self.folder, self._id)
+        """Start W&B and log the rows that it does not have yet."""
+        old_fragments = fragments(self.folder, self._id)
         self._start_wandb(recipe, mode, lean=lean)
         assert self._wandb is not None
-        if self._wandb.mode == "online":  # what it holds is for the server to say
+        if self._wandb.mode == "online":  # the server knows which rows it has
             first = self._wandb.first_step
             self._in_wandb = {step for row in rows if (step := int(row[STEP] or 0)) < first}
         else:
-            for fragment in before:
+            for fragment in old_fragments:
                 settle(fragment)
                 self._in_wandb.update(wandb_steps(fragment) or ())
         for row in rows:
@@ -274,9 +273,9 @@ class RunRecord:
             return
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
-        found = [path.relative_to(self.folder) for path in fragments(self.folder, self._id)]
-        self._values["fragments"] = [str(path) for path in found]
-        self._values["sync"] = [shell_command(*sync_command(path)) for path in found]
+        paths = [path.relative_to(self.folder) for path in fragments(self.folder, self._id)]
+        self._values["fragments"] = [str(path) for path in paths]
+        self._values["sync"] = [shell_command(*sync_command(path)) for path in paths]
         with writing(self.folder / PROCESS_FILE):
             write_process(self.folder, self._values)
 
@@ -291,7 +290,7 @@ class RunRecord:
         self._in_wandb.add(step)
         send = partial(self._wandb.log, step, row, images)
         if step == self._last_step:
-            self._waiting = send
+            self._send_last_row = send
         else:
             send({})
 
@@ -299,53 +298,55 @@ class RunRecord:
         assert self._wandb is not None
         if self._wandb.folder is None:
             return
-        own, first_step = self._wandb.folder, self._wandb.first_step
-        # Of an online run the server knows what had arrived before this fragment.
-        is_online = not own.name.startswith("offline-")
-        places = {own} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
-        arrived = [step for step in self._in_wandb if step < first_step]
-        # Of a run that W&B gave up nothing more is to come.
+        newest, first_step = self._wandb.folder, self._wandb.first_step
+        is_online = not newest.name.startswith("offline-")
+        folders = {newest} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
+        # Steps before the first one of an online fragment are on the server.
+        on_server = [step for step in self._in_wandb if step < first_step]
+        # Once W&B has failed, no more rows arrive: do not wait.
         patience = COUNT_SECONDS if self.mode != "disabled" else 0
         deadline = time.monotonic() + patience
-        while True:  # its service may write the last of them a moment after it has finished
-            found = {place: wandb_steps(place) for place in sorted(places)}
-            logged = Counter(arrived + [step for steps in found.values() for step in steps or ()])
+        while True:  # W&B's service may write the last rows a moment after it has finished
+            steps_by_folder = {folder: wandb_steps(folder) for folder in sorted(folders)}
+            local = [step for steps in steps_by_folder.values() for step in steps or ()]
+            logged = Counter(on_server + local)
             if len(logged) >= self.rows or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        if found[own] is None:
-            self.warn(f"the rows of the W&B run in {own} could not be counted")
+        if steps_by_folder[newest] is None:
+            self.warn(f"the rows of the W&B run in {newest} could not be counted")
             return
         if len(logged) < self.rows:
             self.warn(
-                f"W&B kept {len(logged)} of {self.rows} rows in {own}; "
+                f"W&B kept {len(logged)} of {self.rows} rows in {newest}; "
                 f"all of them are in {self.folder / METRICS_FILE}"
             )
-        repeated = sorted(step for step, times in logged.items() if times > 1)
+        repeated = sorted(step for step, count in logged.items() if count > 1)
         if repeated:
-            said = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
-            self.warn(f"W&B has these steps in more than one fragment: {said}")
+            steps = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
+            self.warn(f"W&B has these steps in more than one fragment: {steps}")
 
 
 def send_again(folder: Path) -> str:
-    """Send the server of an online run the rows that it has not got; what went wrong, or empty.
+    """Send the server of an online run the rows that it lacks; return the warnings, or "".
 
-    Uploading the fragment of an online run would repeat the rows that had arrived.
+    `wandb sync` would upload the rows that have arrived a second time.
 
     Raises:
         RunFolderError, RecipeError, OSError, ValueError: the run cannot be read or written.
     """
     with hold(folder):
         summary, rows = read_summary(folder), read_metrics(folder)
-        recipe, around = load_recipe(folder / RECIPE_FILE), read_process(folder).get("environment")
-        record = RunRecord(folder, recipe, "online", rows=rows, environment=around)
+        recipe = load_recipe(folder / RECIPE_FILE)
+        environment = read_process(folder).get("environment")
+        record = RunRecord(folder, recipe, "online", rows=rows, environment=environment)
         sent = record.mode == "online"
         record.finish(summary, summary.get("state", "interrupted"))
         return "" if sent and not record.warnings else "; ".join(record.warnings)
 
 
 def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:
-    """A row of metrics.jsonl: null for what is not a finite number."""
+    """A row of metrics.jsonl; None replaces values that are not finite."""
     return {STEP: step} | {key: finite(value) for key, value in metrics.items()}
 
 

@@ -1,6 +1,6 @@
-"""What W&B leaves in a run folder: read back, and uploaded.
+"""Read and upload the fragments of a W&B run in a run folder.
 
-A run that is resumed keeps its id; every time it was begun or resumed left a fragment, a folder
+Starting a run and every resume write one fragment each, all with the same run id: a folder
 `wandb/offline-run-<time>-<id>` or `wandb/run-<time>-<id>`.
 """
 
@@ -18,12 +18,12 @@ _ORPHAN_SECONDS = 2.0
 def fragments(run: Path, run_id: str) -> list[Path]:
     """The fragments of a run in a run folder, oldest first."""
     if not re.fullmatch(r"[\w-]+", run_id):
-        return []  # what mechcausal never wrote
+        return []  # no id of ours
     return sorted(
         (
             path
-            for end in ("", "-[0-9]")  # the second of one second
-            for path in (run / "wandb").glob(f"*run-*-{run_id}{end}")
+            for suffix in ("", "-[0-9]")  # W&B numbers fragments that start in the same second
+            for path in (run / "wandb").glob(f"*run-*-{run_id}{suffix}")
             if path.is_dir()
         ),
         key=lambda path: path.name.removeprefix("offline-"),
@@ -52,9 +52,9 @@ def wandb_steps(fragment: Path) -> list[int] | None:
 
 
 def settle(fragment: Path) -> None:
-    """Wait until a fragment's log is complete.
+    """Wait until nothing writes to a fragment's log any more.
 
-    W&B's service outlives a process that was killed by a second, in which it may still write.
+    After a kill, W&B's service may go on writing for about a second.
     """
     for log in fragment.glob("*.wandb"):
         while 0 <= time.time() - log.stat().st_mtime < _ORPHAN_SECONDS:
@@ -78,10 +78,10 @@ def is_uploaded(fragment: Path) -> bool:
 
 
 def sync(fragment: Path) -> str:
-    """Upload a fragment; what went wrong, empty when all of it arrived.
+    """Upload a fragment; return the error message, or "" if everything arrived.
 
-    W&B's exit code is 0 in either case, and it may mark as uploaded what the server refused: what
-    counts is its mark and that it named no error.
+    `wandb sync` exits with 0 even on failure, and may mark refused rows as uploaded. Success
+    therefore needs both the mark and an output without errors.
     """
     command = [sys.executable, "-m", *sync_command(fragment)]
     retries = {
@@ -93,22 +93,23 @@ def sync(fragment: Path) -> str:
             ("TIMEOUT_SECONDS", "10"),
         )
     }
-    around = {**os.environ, **retries, "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
-    around.pop("WANDB_SILENT", None)  # it would hide the errors
-    around.pop("WANDB_MODE", None)
+    environment = {**os.environ, **retries, "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
+    environment.pop("WANDB_SILENT", None)  # it would hide the errors
+    environment.pop("WANDB_MODE", None)
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=around, timeout=600
+            command, capture_output=True, text=True, check=False, env=environment, timeout=600
         )
     except subprocess.TimeoutExpired:
         _unmark(fragment)
         return "gave up after 10 minutes"
-    said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-    errors = [line for line in said if "ERROR" in line or "rror while" in line]
+    output = (result.stdout + result.stderr).splitlines()
+    lines = [line.strip() for line in output if line.strip()]
+    errors = [line for line in lines if "ERROR" in line or "rror while" in line]
     if is_uploaded(fragment) and not errors:
         return ""
     _unmark(fragment)
-    return (errors or said or [f"exit code {result.returncode}"])[0]
+    return (errors or lines or [f"exit code {result.returncode}"])[0]
 
 
 def _unmark(fragment: Path) -> None:

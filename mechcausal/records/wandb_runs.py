@@ -1,8 +1,7 @@
-"""W&B runs that never stand in the way: opened, fed, finished.
+"""W&B runs that never stop a training run: each failure of W&B becomes a warning.
 
-W&B offline loses rows without a word when the disk is full or the folder not writable, and up to a
-second of them when the process is killed. So its folder is checked to be where it was asked to be,
-its rows are counted, and whatever it raises becomes a warning while the run goes on.
+Offline, W&B silently loses rows when the disk is full or the folder not writable, and up to a
+second of rows when the process is killed. So we check where W&B writes and count its rows.
 """
 
 import os
@@ -21,13 +20,13 @@ from mechcausal.support.messages import first_line
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
-    from mechcausal.pictures.wandb_panels import Panel
+    from mechcausal.records.panels import Panel
 
 MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 FINISH_SECONDS = 30
-"""How long finishing may take before a run ends without it."""
+"""W&B's own time limit for finishing a run."""
 PATIENCE_SECONDS = 10
-"""How long W&B may take beyond its own limit, before its service is ended."""
+"""How long to wait beyond that limit before killing W&B's service."""
 _SLOW_ARTIFACT_SECONDS = 5.0
 _LEAN: Mapping[str, Any] = {
     "disable_git": True,
@@ -39,17 +38,18 @@ _LEAN: Mapping[str, Any] = {
 
 
 class TrackingError(ValueError):
-    """A W&B setting that cannot be used; the message is one line for the user."""
+    """An invalid W&B setting; the message is one line for the user."""
 
 
 def resolve_mode(requested: WandbMode | None) -> WandbMode:
-    """W&B mode: as requested, else WANDB_MODE, else as W&B is set up, else online with a key.
+    """W&B mode: the requested one, else WANDB_MODE, else W&B's settings, else online with a key.
 
-    W&B is set up by its settings files and by `wandb.setup`: for a server, whose key counts, and
-    possibly for a mode, as `wandb offline` does. Without a key the mode is offline.
+    W&B's settings come from its settings files and `wandb.setup`; they name the server whose key
+    is looked up, and possibly a mode (as set by `wandb offline`). Without a key the mode is
+    offline.
 
     Raises:
-        TrackingError: WANDB_MODE is none of the modes.
+        TrackingError: WANDB_MODE is not a W&B mode.
     """
     if requested is not None:
         return requested
@@ -64,15 +64,15 @@ def resolve_mode(requested: WandbMode | None) -> WandbMode:
         if settings is not None and settings.mode in ("offline", "disabled"):  # not the default
             return settings.mode
         return "online" if wandb_session.has_key(settings) else "offline"
-    except Exception:  # settings that W&B refuses, as it will say when the run starts
+    except Exception:  # invalid settings: W&B reports them when the run starts
         return "offline"
 
 
 def load_wandb() -> None:
-    """Import W&B with all that its first run imports; before TransformerLens where that can be.
+    """Import W&B and everything its first run needs; call this before importing TransformerLens.
 
-    In Pythons before 3.13 W&B's classes search every loaded module for their docstrings: more than
-    a second where there are thousands of modules, a fifth of that otherwise.
+    Before Python 3.13, importing W&B searches every loaded module for docstrings, which is slow
+    once thousands of modules are loaded.
     """
     import wandb.apis.public  # noqa: F401
 
@@ -80,19 +80,19 @@ def load_wandb() -> None:
 def start_wandb(
     mode: WandbMode, folder: Path, warnings: list[str], *, lean: bool = False, **options: Any
 ) -> "tuple[Run | None, WandbMode]":
-    """Start a W&B run in a folder: offline where online cannot be had, none where neither can.
+    """Start a W&B run in a folder; fall back from online to offline to none.
 
-    Nothing on the terminal, rows on disk within a second, no long wait for a silent network.
+    W&B prints nothing, flushes rows to disk every second, and gives up on the network after 20 s.
 
     Args:
         mode: online or offline.
         folder: W&B's files go below it.
-        warnings: what went wrong is added here.
-        lean: say nothing of the machine, the packages and the repository.
+        warnings: problems are appended here.
+        lean: collect nothing about the machine, the packages and the repository.
         **options: further arguments of `wandb.init`.
 
     Returns:
-        The run and its mode, `None` and "disabled" without one.
+        The run and its mode; `None` and "disabled" if no run could start.
     """
     import wandb
 
@@ -106,13 +106,13 @@ def start_wandb(
         x_transaction_log_flush_interval=1,
         **(_LEAN if lean else {}),
     )
-    # Absolute: W&B's service may have been started in another folder.
+    # W&B's service may run in another working directory: pass an absolute path.
     folder = folder.resolve()
-    # Offline twice: an id may still count as in use by a process that was killed a moment ago.
+    # Offline twice: after a kill the id may still count as in use for a moment.
     attempts: list[WandbMode] = ["offline", "offline"]
     if mode == "online":
         attempts.insert(0, "online")
-    said: list[str] = []
+    problems: list[str] = []
     options.setdefault("id", secrets.token_hex(4))
     for attempt in attempts:
         try:
@@ -123,25 +123,26 @@ def start_wandb(
                 settings=settings,
                 **options,
             )
-        except Exception as error:  # whatever W&B raises, the training goes on
-            said.append(f"W&B could not start {attempt}: {first_line(error)}")
+        except Exception as error:  # W&B may raise anything; the training continues
+            problems.append(f"W&B could not start {attempt}: {first_line(error)}")
             continue
-        warnings += [line for line in said if not line.startswith("W&B could not start offline")]
+        offline_failed = "W&B could not start offline"
+        warnings += [line for line in problems if not line.startswith(offline_failed)]
         actual = Path(run.settings.sync_dir).resolve()
         if not actual.is_relative_to(folder):
             warnings.append(f"W&B writes to {actual}, not into the run folder")
         return run, attempt
-    warnings += dict.fromkeys(said)
+    warnings += dict.fromkeys(problems)
     return None, "disabled"
 
 
 class WandbRun:
-    """A W&B run that turns into a warning when it fails.
+    """A W&B run whose failures become warnings.
 
     Attributes:
-        mode: online or offline; disabled once it has failed or could not start.
-        first_step: when online, steps below this one are with the server already.
-        folder: where W&B writes; None when it could not start.
+        mode: online or offline; disabled if it could not start or has failed.
+        first_step: when online, the server already has all steps below this one.
+        folder: folder that W&B writes to; None if it could not start.
         url: the run's page, when online.
     """
 
@@ -154,14 +155,14 @@ class WandbRun:
         kept: str = "every row is in metrics.jsonl",
         **options: Any,
     ) -> None:
-        """Start, or resume a run of the same id.
+        """Start a W&B run, or resume one with the same id.
 
         Args:
             mode: online or offline.
             folder: the run folder; W&B's files go below it.
-            warn: told what goes wrong.
-            kept: where the same can be read when it has failed.
-            **options: further arguments of `wandb.init`, its id among them.
+            warn: called with each warning.
+            kept: for the warning: where the data can be found if W&B fails.
+            **options: further arguments of `wandb.init`, including `id`.
         """
         self._warn = warn
         self._kept = kept
@@ -183,7 +184,7 @@ class WandbRun:
         images: Mapping[str, np.ndarray | Path] | None = None,
         panels: "Mapping[str, Panel] | None" = None,
     ) -> None:
-        """Commit a row; None values, and panels that W&B does not take, are left out."""
+        """Commit a row, without None values and without panels that W&B refuses."""
         content: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
 
         def send(run: "Run") -> None:
@@ -197,9 +198,9 @@ class WandbRun:
 
         self._guarded(f"at step {step}", send)
         if panels and self._run is not None:
-            from mechcausal.pictures.wandb_panels import log_panels
+            from mechcausal.records.panels import log_panels
 
-            # Tables become artifacts.
+            # W&B stages tables as artifacts: keep those files in the run folder.
             with wandb_session.environment("WANDB_DATA_DIR", str(self._data)):
                 log_panels(self._run, step, panels, self._warn, tables=self._artifacts)
             self._guarded(f"at step {step}", lambda run: run.log({}, step=step, commit=True))
@@ -215,29 +216,29 @@ class WandbRun:
     def log_folder(self, folder: Path, *, name: str, kind: str, aliases: list[str]) -> None:
         """Log a folder as an artifact, staged inside the run folder.
 
-        Where that fails, or takes long because the network is gone, no other one is tried.
+        After a failure or a slow upload (no network), later artifacts are skipped.
         """
         if self._run is None or not self._artifacts:
             return
         import wandb
 
-        began, problem = time.monotonic(), ""
+        start, problem = time.monotonic(), ""
         try:
             with wandb_session.environment("WANDB_DATA_DIR", str(self._data)):
                 artifact = wandb.Artifact(name, type=kind)
                 for path in sorted(folder.iterdir()):
                     artifact.add_file(str(path))
                 self._run.log_artifact(artifact, aliases=aliases)
-        except Exception as error:  # whatever W&B raises, the training goes on
+        except Exception as error:  # W&B may raise anything; the training continues
             problem = first_line(error)
-        if not problem and time.monotonic() - began > _SLOW_ARTIFACT_SECONDS:
-            problem = f"it took {time.monotonic() - began:.0f} s"
+        if not problem and time.monotonic() - start > _SLOW_ARTIFACT_SECONDS:
+            problem = f"it took {time.monotonic() - start:.0f} s"
         if problem:
             self._artifacts = False
             self._warn(f"W&B did not take {folder}: {problem}; checkpoints stay in the run folder")
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int) -> None:
-        """Close the run; give up on it, with a warning, when that takes too long."""
+        """Close the run; if that takes too long, abandon it with a warning."""
 
         def close(run: "Run") -> None:
             run.summary.update(dict(summary))
@@ -251,7 +252,7 @@ class WandbRun:
             return
         try:
             action(self._run)
-        except Exception as error:  # whatever W&B raises, the training goes on
+        except Exception as error:  # W&B may raise anything; the training continues
             self._fail(
                 f"W&B failed {when}: {first_line(error)}; the run goes on without it, {self._kept}"
             )

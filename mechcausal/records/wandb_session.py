@@ -1,7 +1,7 @@
-"""W&B's session of this process, which runs of others may share: nothing here acts on theirs.
+"""Open and close W&B runs without touching W&B runs that the user has open in this process.
 
-W&B has one session a process: settings, a login, a service, and the runs that are open. A second
-`wandb.init` returns the run that was opened last, and `wandb.teardown` ends them all.
+W&B has one session per process: settings, login, service, and the open runs. A second `wandb.init`
+returns the run opened last, and `wandb.teardown` ends all of them.
 """
 
 import os
@@ -22,39 +22,39 @@ if TYPE_CHECKING:
     from wandb import Settings
     from wandb.sdk.wandb_run import Run
 
-# Held while a run is opened and while the service is ended: a run in between is on no list yet.
+# A run that is just being opened is in no list yet: do not end the service meanwhile.
 _lock = threading.RLock()
 _open_runs: list[tuple[int, "Run"]] = []
-"""Ours, with the process that opened them: W&B's own list is kept free of them."""
+"""Our open runs with the pid that opened them; they are removed from W&B's own list."""
 
 
 def settings() -> "Settings | None":
-    """W&B's settings as its next run will have them; None where nobody has left any.
+    """The settings of W&B's next run; None if no settings file exists and W&B is not imported.
 
-    Nothing is started and nothing is changed. W&B, slow to import, is then not imported.
+    Starts and changes nothing. Without a settings file W&B, slow to import, is not imported.
     """
     home, config = Path("~").expanduser(), os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    file = Path(config).expanduser() / "settings"
+    system_file = Path(config).expanduser() / "settings"
     netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     workspace = (Path(name) / "settings" for name in ("wandb", ".wandb"))
-    places = (file, netrc, home / "_netrc", *workspace)
-    if "wandb" not in sys.modules and not any(place.is_file() for place in places):
+    files = (system_file, netrc, home / "_netrc", *workspace)
+    if "wandb" not in sys.modules and not any(file.is_file() for file in files):
         return None
     import wandb
     from wandb.sdk import wandb_setup
 
-    session = wandb_setup._singleton  # `singleton()` would make one
+    session = wandb_setup._singleton  # `singleton()` would create a session
     if session is not None and session._pid == os.getpid() and session.settings_if_loaded:
         return session.settings_if_loaded
-    found = wandb.Settings(silent=True)  # names no file that it reads
-    found.settings_system = str(file)
-    found.update_from_system_settings()
-    found.update_from_env_vars(dict(os.environ))
-    return found
+    loaded = wandb.Settings(silent=True)  # do not print the names of the files read
+    loaded.settings_system = str(system_file)
+    loaded.update_from_system_settings()
+    loaded.update_from_env_vars(dict(os.environ))
+    return loaded
 
 
 def has_key(settings: "Settings | None") -> bool:
-    """Whether W&B has a key for its server: in the environment, of a login, or in netrc."""
+    """Whether W&B has a key for its server: from the environment, a login, or netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     if settings is None:
@@ -70,19 +70,19 @@ def has_key(settings: "Settings | None") -> bool:
             or wbauth.session_credentials(host=host)
             or wbauth.read_netrc_auth(host=host)
         )
-    except AuthenticationError:  # a key of the wrong form: W&B says so when the run starts
+    except AuthenticationError:  # malformed key: W&B reports it when the run starts
         return True
 
 
 def open_run(*, patience: int, **options: Any) -> "Run":
-    """`wandb.init` for a run that others in this process do not see.
+    """`wandb.init` for a run that other W&B users in this process do not see.
 
     Args:
-        patience: seconds for W&B to tidy up after an attempt that failed.
-        **options: of `wandb.init`, with `dir` and `id`.
+        patience: seconds that W&B gets to clean up after a failed attempt.
+        **options: arguments of `wandb.init`, including `dir` and `id`.
 
     Raises:
-        Exception: whatever W&B raises; its session and the folder are then without the run.
+        Exception: whatever W&B raises; nothing of the run is left in its session or the folder.
     """
     import wandb
     from wandb.sdk import wandb_setup
@@ -90,37 +90,37 @@ def open_run(*, patience: int, **options: Any) -> "Run":
     with _lock:
         _leave_service_of_others()
         folder, run_id = Path(options["dir"]), options["id"]
-        before = fragments(folder, run_id)
+        old_fragments = fragments(folder, run_id)
         try:
             session = wandb_setup.singleton()
-            # Read before the environment changes: W&B warns the user of a change that comes after.
+            # Load the settings first: W&B warns if the environment changes before it has.
             _ = session.settings
-            # Its reports of its own errors keep a process without network from ending.
+            # Without a network, W&B's error reporting would keep the process from exiting.
             with environment("WANDB_ERROR_REPORTING", "false", override=False):
                 run = wandb.init(**options)
         except Exception as error:
-            begun = set(fragments(folder, run_id)) - set(before)
+            new_fragments = set(fragments(folder, run_id)) - set(old_fragments)
             if not _others_are_open():
                 _end_session(patience)
-            elif begun:
+            elif new_fragments:
                 _close_unopened(run_id, error, patience)
-            for leftover in begun:  # without a row
-                shutil.rmtree(leftover, ignore_errors=True)
+            for fragment in new_fragments:  # they hold no rows
+                shutil.rmtree(fragment, ignore_errors=True)
             raise
         with suppress(AttributeError):
-            session.remove_active_run(run)  # else the user's next `wandb.init` returns it
+            session.remove_active_run(run)  # else the user's next `wandb.init` would return it
         _open_runs.append((os.getpid(), run))
         return run
 
 
 def finish_run(run: "Run", exit_code: int, *, seconds: int) -> None:
-    """`run.finish` that is given up after some seconds.
+    """`run.finish` with a time limit.
 
-    W&B's limits do not hold of the upload of an artifact: where the network has gone in the midst
-    of one, it is tried again for twenty minutes. Only the end of its service stops that.
+    W&B's own limits do not cover artifact uploads: if the network fails during one, W&B retries for
+    twenty minutes, unless its service is killed.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: the limit was exceeded.
         Exception: whatever W&B raises.
     """
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -148,12 +148,12 @@ def finish_run(run: "Run", exit_code: int, *, seconds: int) -> None:
 
 
 def abandon_run(run: "Run", *, patience: int) -> None:
-    """Let go of a run that failed, and of W&B's service, which may have died, if nobody needs it.
+    """Drop a failed run; also end W&B's service if no other run is open.
 
-    Else W&B stumbles over it when Python exits.
+    A dead service would make W&B fail when Python exits.
 
     Args:
-        run: of `open_run`.
+        run: a run from `open_run`.
         patience: seconds after which the service is killed.
     """
     with _lock:
@@ -163,22 +163,22 @@ def abandon_run(run: "Run", *, patience: int) -> None:
 
 
 def _close_unopened(run_id: str, error: Exception, patience: int) -> None:
-    """Free the id of a run that could not be opened: else the next attempt finds it in use."""
+    """Release the id of a run that failed to open, so that the next attempt can use it."""
     from wandb.sdk import wandb_setup
     from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
-    if isinstance(error, ServerResponseError):  # somebody else's run has that id
+    if isinstance(error, ServerResponseError):  # another user's run has that id
         return
     with suppress(Exception):
         service = wandb_setup.singleton().assert_service()
         _, interface = service.inform_attach(run_id)
-        # The service serves nobody while it waits for a run that was not told to end.
+        # The service blocks until it is told that the run ends.
         interface.deliver_exit(1).wait_or(timeout=patience)
         service.inform_finish(run_id)
 
 
 def _others_are_open(run: "Run | None" = None) -> bool:
-    """Whether any run but this one is open: of ours, or of the user."""
+    """Whether any other run is open in this process, ours or the user's."""
     from wandb.sdk import wandb_setup
 
     session = wandb_setup._singleton
@@ -192,34 +192,34 @@ def _forget(run: "Run") -> None:
 
 
 def _end_session(patience: int) -> None:
-    """End W&B's service; what the user has set up or logged in to stays."""
+    """End W&B's service but keep the user's settings and login."""
     import wandb
     from wandb.sdk import wandb_setup
 
     session = wandb_setup._singleton
     if session is None or session._pid != os.getpid():
         return
-    kept = session.settings_if_loaded
+    user_settings = session.settings_if_loaded
     timer = threading.Timer(patience, _kill, [_services()])
     timer.daemon = True
     timer.start()
     try:
-        # W&B would exit with the code of a service that was killed.
+        # W&B exits the process with the service's code if the service was killed.
         with suppress(Exception, SystemExit):
             wandb.teardown(exit_code=1)
     finally:
         timer.cancel()
     with suppress(Exception):
-        wandb_setup._setup(settings=kept, start_service=False)
+        wandb_setup._setup(settings=user_settings, start_service=False)
 
 
 def _services() -> list[psutil.Process]:
-    found = []
+    services = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if child.name().startswith("wandb-core"):
-                found.append(child)
-    return found
+                services.append(child)
+    return services
 
 
 def _kill(services: list[psutil.Process]) -> None:
@@ -230,29 +230,29 @@ def _kill(services: list[psutil.Process]) -> None:
 
 @contextmanager
 def environment(name: str, value: str, *, override: bool = True) -> Iterator[None]:
-    """A variable of the environment within the block.
+    """Set an environment variable within the block.
 
     Args:
-        name: of the variable.
-        value: within the block.
-        override: False leaves a value that it has already.
+        name: name of the variable.
+        value: its value within the block.
+        override: False keeps an existing value.
     """
-    before = os.environ.get(name)
-    if override or before is None:
+    old_value = os.environ.get(name)
+    if override or old_value is None:
         os.environ[name] = value
     try:
         yield
     finally:
-        if before is None:
+        if old_value is None:
             os.environ.pop(name, None)
         else:
-            os.environ[name] = before
+            os.environ[name] = old_value
 
 
 def _leave_service_of_others() -> None:
-    """Have a service of our own in a process that inherited its parent's.
+    """Do not use a W&B service inherited from the parent process; W&B then starts its own.
 
-    That one may have ended, and it would take our run for one in use after we were killed.
+    The parent's service may have ended. It would also keep our run id in use after we are killed.
     """
     _, owner, *_ = [*os.environ.get("WANDB_SERVICE", "").split("-"), ""]
     if owner and owner != str(os.getpid()):

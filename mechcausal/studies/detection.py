@@ -1,4 +1,4 @@
-"""Which heads of a model are induction heads: scores, and what interventions say of them."""
+"""Find a model's induction heads: scores, ablation and K-composition."""
 
 import secrets
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from probes import (
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found out about a model's heads.
+    """Scores of a model's heads and the requested interventions.
 
     Attributes:
         target: the model.
-        scores: of every head.
-        in_context: loss by position, None for a model that makes no next-token predictions.
-        ablations: of the induction and previous-token heads; None where not asked for.
-        composition: of earlier heads with the induction heads; None where not asked for.
+        scores: scores of every head.
+        in_context: loss by position; None for a model that makes no next-token predictions.
+        ablations: effects of ablating induction and previous-token heads; None if not requested.
+        composition: of earlier heads with the induction heads; None if not requested.
     """
 
     target: Target
@@ -45,14 +45,14 @@ class Detection:
     composition: KComposition | None
 
     def is_previous_token(self, head: tuple[int, int]) -> bool:
-        """Whether that is a head's verdict, or one of them."""
+        """Whether "previous_token" is among a head's verdicts."""
         return "previous_token" in self.scores.verdicts[head]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `HeadScores.to_dict`, and what else was asked for.
+        """JSON values: `HeadScores.to_dict` and the requested interventions.
 
-        Adds `in_context` (loss by position and gain, nats), `ablations` and `composition` (for
-        each induction head the earlier heads, the strongest first).
+        Adds `in_context` (loss by position and gain, nats), `ablations`, and `composition` (for
+        each induction head the earlier heads, strongest first).
         """
         content = self.scores.to_dict(self.target.name)
         if self.in_context is not None:
@@ -96,20 +96,20 @@ def detect(
     ablate: bool = False,
     compose: bool = False,
 ) -> Detection:
-    """Score every head, and on demand take heads out and trace what they read.
+    """Score every head; on request ablate heads and compute K-composition.
 
     Args:
         target: the model.
-        n_sequences: repeated sequences; as many controls come on top.
-        repeat_lengths: lengths of the repeated block, None for what fits.
-        threshold: from where on a head gets its verdict.
-        seed: of the random tokens.
+        n_sequences: number of repeated sequences, plus as many controls.
+        repeat_lengths: lengths of the repeated block; None for lengths that fit the context.
+        threshold: lowest score at which a head gets a verdict.
+        seed: seed of the random tokens.
         ablate: mean-ablate the induction and previous-token heads, one at a time.
         compose: K-composition of earlier heads with the induction heads.
 
     Raises:
-        ValueError, ProbeError: see `probes.score_heads`; ablation of a model that does not predict
-            every token.
+        ValueError, ProbeError: see `probes.score_heads`; also for `ablate` with a model that does
+            not predict every token.
     """
     if ablate and not target.predicts_every_token:
         raise ValueError("--ablate needs next-token predictions, which this model does not make")
@@ -151,10 +151,10 @@ def draw_heatmap(detection: Detection, path: Path) -> None:
 
 
 def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> str | None:
-    """Log scores, heatmap and interventions as a W&B run of job type "detect"; say where.
+    """Log scores, heatmap and interventions as a W&B run of job type "detect".
 
-    An offline run lies in the target's run folder, or else in the current one. None where W&B could
-    not start; `warnings` then say why.
+    Returns the run's page or folder. An offline run is written to the target's run folder, or else
+    to the current one. Returns None if W&B could not start; `warnings` then say why.
     """
     import wandb
 

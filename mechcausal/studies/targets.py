@@ -1,7 +1,6 @@
-"""What `detect` can be pointed at: a run, a saved HookedTransformer, or a Hugging Face model.
+"""Load a model to probe: from a run, a saved HookedTransformer, or a Hugging Face model.
 
-Nothing is unpickled: weights are read from safetensors alone, and code that comes with a Hugging
-Face model is never run.
+Only safetensors are read, nothing is unpickled, and a Hugging Face model's own code is never run.
 """
 
 import logging
@@ -32,8 +31,8 @@ from probes import ProbeError
 from probes.heads.stimuli import Bos
 from probes.reading.passes import attends_ahead
 
-# Entries of masks that a Hugging Face config may ask for whatever its weights are, and layers:
-# configs name numbers of layers that no layer is made for.
+# Allowed for any Hugging Face config, however few weights it comes with: entries of attention
+# masks, and layers (some configs hold layer counts that no weights belong to).
 _FREE_ENTRIES = 2**26
 _FREE_LAYERS = 512
 _MAX_VOCABULARY = 10_000_000
@@ -42,21 +41,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tok
 
 
 class TargetError(ValueError):
-    """A target that cannot be loaded or run; the message is one line that names it."""
+    """The target cannot be loaded or run; the message is one line that names it."""
 
 
 @contextmanager
 def running(name: str) -> Iterator[None]:
-    """Within the block, what a model raises when it is run becomes one line for the user.
+    """Turn errors from running a model in the block into a one-line TargetError.
 
-    A model that was loaded may still not run: its parts do not fit together, or memory is short.
+    A model that loads may still not run: its parts may not fit together, or memory runs out.
 
     Args:
-        name: of the target.
+        name: name of the target.
 
     Raises:
         TargetError: the model cannot be run.
-        ProbeError: as a probe raised it.
+        ProbeError: raised by a probe, passed on unchanged.
     """
     try:
         yield
@@ -68,15 +67,15 @@ def running(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Target:
-    """A model to look at.
+    """A model to probe.
 
     Attributes:
-        name: what the user called it, with the step of a checkpoint.
+        name: name from the command line, with the step of a checkpoint.
         model: a HookedTransformer or TransformerBridge.
-        bos: token that its sequences start with, None for none, "auto" for what its tokenizer asks.
-        folder: the run folder, where there is one.
-        predicts_every_token: False for models that give probabilities for their query alone, or
-            that attend to later tokens, the ones that a next-token loss would ask for.
+        bos: token that starts its sequences; None for none, "auto" for the tokenizer's choice.
+        folder: the run folder, if the model comes from a run.
+        predicts_every_token: whether it predicts the next token at every position. False for models
+            that predict only at the query, and for models that attend to later tokens.
     """
 
     name: str
@@ -92,28 +91,28 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
     Args:
         target: a run folder; a folder that `save_model` wrote; a folder with a Hugging Face model
             in safetensors; or the name of a Hugging Face model.
-        step: a checkpoint of a run folder, its final weights when absent.
-        device: where to put it.
+        step: step of a checkpoint in a run folder; the final weights when absent.
+        device: device for the model.
 
     Raises:
-        TargetError: not there, not readable, or not fetched; the message names it.
+        TargetError: it does not exist, cannot be read or cannot be fetched.
     """
     path = Path(target)
     try:
         if path.is_file():
             raise TargetError(f"{target}: a file; give the folder of a model or a run")
         is_run = (path / RECIPE_FILE).is_file()
-    except OSError as error:  # too long a name, a folder that may not be entered
+    except OSError as error:  # e.g. the name is too long, or a folder may not be entered
         raise TargetError(f"{target}: {error.strerror or error}") from None
     if not path.exists() and (target.count("/") > 1 or target.startswith((".", "/", "~"))):
         raise TargetError(f"{target}: no such folder")
     if step is not None and not is_run:
-        raise TargetError(f"{target}: --step goes with a run folder, and this is none")
+        raise TargetError(f"{target}: --step goes with a run folder, and this is not one")
     try:
         if is_run:
             folder = _weights_folder(path, step)
             name = target if step is None else f"{target}, step {step}"
-            return _saved(folder, name, device, run=path)
+            return _load_saved(folder, name, device, run=path)
         if path.is_dir():
             return _from_folder(path, target, device)
     except ModelFileError as error:
@@ -122,31 +121,32 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
 
 
 def _weights_folder(run: Path, step: int | None) -> Path:
-    """The folder of a run's final weights, or of those at a step.
+    """The folder of a run's final weights, or of a checkpoint's weights.
 
     Raises:
-        TargetError: there are none.
+        TargetError: it does not exist.
     """
     if step is None:
         if not (run / MODEL_FOLDER).is_dir():
             raise TargetError(f"{run}: no final weights ({MODEL_FOLDER}/): the run did not end")
         return run / MODEL_FOLDER
-    found = checkpoint_folders(run)
-    if step not in found:
-        there = ", ".join(map(str, found)) or "none"
-        raise TargetError(f"{run}: no checkpoint at step {step}; there are: {there}")
-    return found[step]
+    folders = checkpoint_folders(run)
+    if step not in folders:
+        available = ", ".join(map(str, folders)) or "none"
+        raise TargetError(f"{run}: no checkpoint at step {step}; there are: {available}")
+    return folders[step]
 
 
-def _saved(folder: Path, name: str, device: str, *, run: Path | None = None) -> Target:
+def _load_saved(folder: Path, name: str, device: str, *, run: Path | None = None) -> Target:
     model, extra = build_from_files(folder, device=device)
     bos = extra.get("bos")
-    ours = next((kind for kind in KINDS if kind.kind == extra.get("kind")), None)
-    if ours is not None:  # what is wired or fixed in such a model is checked there
-        model = ours.load(folder, device=device).hooked
-    # Models of a causal graph say what follows the last position alone.
-    language_model = ("bos" in extra or ours is None) and not attends_ahead(model)
-    return Target(name, model, bos if isinstance(bos, int) else None, run, language_model)
+    graph_model = next((kind for kind in KINDS if kind.kind == extra.get("kind")), None)
+    if graph_model is not None:  # its `load` also checks wired and fixed weights
+        model = graph_model.load(folder, device=device).hooked
+    # Models of a causal graph predict only at the last position.
+    with running(name):
+        is_language_model = ("bos" in extra or graph_model is None) and not attends_ahead(model)
+    return Target(name, model, bos if isinstance(bos, int) else None, run, is_language_model)
 
 
 def _from_folder(path: Path, name: str, device: str) -> Target:
@@ -155,7 +155,7 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
         raise TargetError(f"{path}: no {CONFIG_FILE} or {RECIPE_FILE} in it: no model")
     config = read_config(config_path)
     if isinstance(config, dict) and config.get("format") == FORMAT:
-        return _saved(path, name, device)
+        return _load_saved(path, name, device)
     if not isinstance(config, dict) or "model_type" not in config:
         raise TargetError(f"{config_path}: neither written by save_model nor by Hugging Face")
     check_weights(path, config)
@@ -164,14 +164,14 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
 
 
 def check_weights(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder in which transformers would reach for anything but safetensors.
+    """Refuse a folder from which transformers would load anything but safetensors.
 
     Raises:
-        TargetError: no weights, or a pickle among them.
+        TargetError: there are no weights, or a pickle is among them.
     """
     index = path / f"{WEIGHTS_FILE}.index.json"
     shards: list[Any] = []
-    if "transformers_weights" in config:  # names a file of its own, whatever its kind
+    if "transformers_weights" in config:  # may name any file, also a pickle
         shards = [config["transformers_weights"]]
     elif not (path / WEIGHTS_FILE).is_file() and index.is_file():
         try:
@@ -195,13 +195,13 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
 
 def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -> Target:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers.utils import logging as its_logging
+    from transformers.utils import logging as hf_logging
 
     is_folder = Path(source).is_dir()
     options: dict[str, Any] = {}
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    transformers_logging: Any = its_logging
+    transformers_logging: Any = hf_logging
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -210,9 +210,9 @@ def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -
             if not has_tokenizer:
                 options["tokenizer"] = _placeholder_tokenizer(Path(source))
             model = TransformerBridge.boot_transformers(
-                source, device=device, model_class=_WholeModel, **options
+                source, device=device, model_class=_CompleteModel, **options
             )
-    except Exception as error:  # whatever the libraries raise: the user gets one line
+    except Exception as error:  # the libraries may raise anything: give the user one line
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = excerpt(lines[0], 120) if lines else type(error).__name__
         if is_folder:
@@ -226,13 +226,14 @@ def _hugging_face(source: str, name: str, device: str, *, has_tokenizer: bool) -
     if not has_tokenizer:
         model.tokenizer = None  # the placeholder's BOS and PAD mean nothing
     bos: Bos = "auto" if has_tokenizer else None
-    return Target(name, model, bos, predicts_every_token=not attends_ahead(model))
+    with running(name):
+        return Target(name, model, bos, predicts_every_token=not attends_ahead(model))
 
 
-class _WholeModel:
-    """Loads the class that a bridge would take, from safetensors, and only if no weight is missing.
+class _CompleteModel:
+    """Loads a bridge's model class from safetensors, and only if no weight is missing.
 
-    transformers alone would open a pickle where there is nothing else, and fill in random weights.
+    By default transformers would fall back to a pickle, and fill missing weights at random.
     """
 
     @staticmethod
@@ -249,8 +250,8 @@ class _WholeModel:
         if Path(source).is_dir():
             _check_sizes(Path(source), config, model_class)
         options |= {"use_safetensors": True, "output_loading_info": True}
-        model, found = model_class.from_pretrained(source, config=config, **options)
-        missing = sorted(found["missing_keys"])
+        model, loading_info = model_class.from_pretrained(source, config=config, **options)
+        missing = sorted(loading_info["missing_keys"])
         if missing:
             raise ValueError(
                 f"{len(missing)} of the model's weights are missing: {missing[0]}, ..."
@@ -259,34 +260,34 @@ class _WholeModel:
 
 
 def _check_sizes(folder: Path, config: Any, model_class: Any) -> None:
-    """Refuse a config that asks for far more than its weights, before anything is allocated.
+    """Before allocating anything, refuse a config that needs far more than its weights hold.
 
     Raises:
-        ValueError: more layers, or more parameters and tables, than the weights can fill.
+        ValueError: more layers, tokens or parameters than the weights can fill.
     """
     shapes = [
         shape for file in folder.glob("*.safetensors") for shape in read_shapes(file).values()
     ]
-    held = sum(map(math.prod, shapes))
+    stored = sum(map(math.prod, shapes))
     for name, value in config.to_dict().items():
-        # Every layer is a Python object, every token a word of a tokenizer.
-        most = None
+        # Each layer costs a Python object and each token a word of a tokenizer.
+        limit = None
         if "layer" in name:
-            most = max(len(shapes), _FREE_LAYERS)
+            limit = max(len(shapes), _FREE_LAYERS)
         elif name == "vocab_size":
-            most = held
-        if most is not None and isinstance(value, int) and value > most:
+            limit = stored
+        if limit is not None and isinstance(value, int) and value > limit:
             raise ValueError(f"{excerpt(name)} is {value}, but there are {len(shapes)} weights")
     with torch.device("meta"):
         model = model_class.from_config(config, trust_remote_code=False)
     needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
-    # Tied weights are held once; masks of small models may be larger than their weights.
-    if needed > 4 * held + _FREE_ENTRIES:
-        raise ValueError(f"the config needs {needed:,} numbers, the weights are {held:,}")
+    # Tied weights are stored once; masks of small models may be larger than their weights.
+    if needed > 4 * stored + _FREE_ENTRIES:
+        raise ValueError(f"the config needs {needed:,} numbers, the weights are {stored:,}")
 
 
 def _placeholder_tokenizer(folder: Path) -> Any:
-    """A bridge wants a tokenizer, also where tokens are given as numbers: token i is called i."""
+    """A tokenizer that calls token i "i": a bridge needs one even for tokens given as numbers."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -295,7 +296,7 @@ def _placeholder_tokenizer(folder: Path) -> Any:
     if not 0 < config.vocab_size <= _MAX_VOCABULARY:
         raise ValueError(f"vocab_size is {config.vocab_size}, at most {_MAX_VOCABULARY} is allowed")
     words = WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0")
-    # Without a BOS: a bridge would load a tokenizer that has one anew, from a file.
+    # No BOS token: a bridge reloads tokenizers that have one from a file.
     special = {f"{kind}_token": "0" for kind in ("eos", "pad", "unk")}
     make: Any = PreTrainedTokenizerFast
     return make(tokenizer_object=Tokenizer(words), **special)

@@ -1,4 +1,4 @@
-"""A run folder as bytes, for workers that share no disk with the sweep."""
+"""Pack a run folder into bytes, for workers that share no disk with the sweep."""
 
 import io
 import tarfile
@@ -8,14 +8,14 @@ from mechcausal.records.run_folder import LOCK_FILE, SUMMARY_FILE, RunFolderErro
 from mechcausal.support.files import write_atomically
 
 MAX_BYTES = 2**31
-"""The most that an archive may unpack to."""
+"""The largest size that an archive may unpack to."""
 
 
 def pack(folder: Path) -> bytes:
-    """The regular files of a folder, compressed; links and the lock stay behind."""
+    """Compress the regular files of a folder, without links and the lock file."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
-        # The summary says that a run has finished: it comes last.
+        # The summary marks a run as finished, so it must be unpacked last.
         for path in sorted(folder.rglob("*"), key=lambda p: (p.name == SUMMARY_FILE, p)):
             if path.is_file() and not path.is_symlink() and path.name != LOCK_FILE:
                 archive.add(path, arcname=path.relative_to(folder).as_posix(), recursive=False)
@@ -23,13 +23,13 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Put what `pack` packed into a folder, file by file in the place of those that are there.
+    """Unpack an archive made by `pack` into a folder; its files replace existing ones.
 
-    A worker's archive comes over the network: every entry has to be a regular file below the
-    folder, and all of them together no larger than memory would bear.
+    Archives come over the network and are not trusted: every entry must be a regular file below
+    the folder, and together they must not exceed `MAX_BYTES`.
 
     Raises:
-        RunFolderError: an entry that is anything else, or too much of them.
+        RunFolderError: an archive that breaks these rules or cannot be read.
         OSError: the folder cannot be written.
     """
     root = folder.resolve()
@@ -37,20 +37,24 @@ def unpack(content: bytes, folder: Path) -> None:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             entries = archive.getmembers()
             if sum(entry.size for entry in entries) > MAX_BYTES:
-                raise RunFolderError(f"{folder}: an archive of more than {MAX_BYTES:,} bytes")
+                raise RunFolderError(
+                    f"{folder}: archive not unpacked: more than {MAX_BYTES:,} bytes"
+                )
             for entry in entries:
-                place = root / entry.name
+                target = root / entry.name
                 inside = not Path(entry.name).is_absolute() and ".." not in Path(entry.name).parts
-                if not (entry.isreg() and inside and place.resolve().is_relative_to(root)):
-                    raise RunFolderError(f"{folder}: an archive with {entry.name!r}: not unpacked")
+                if not (entry.isreg() and inside and target.resolve().is_relative_to(root)):
+                    raise RunFolderError(
+                        f"{folder}: archive not unpacked: {entry.name!r} is not a file below it"
+                    )
             folder.mkdir(parents=True, exist_ok=True)
             for entry in entries:
                 source = archive.extractfile(entry)
-                assert source is not None  # a regular file
-                place = root / entry.name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(place, source.read(), durable=False)
+                assert source is not None  # only None for irregular files
+                target = root / entry.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(target, source.read(), durable=False)
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, RunFolderError):
             raise
-        raise RunFolderError(f"{folder}: an archive that cannot be read: {error}") from None
+        raise RunFolderError(f"{folder}: archive cannot be read: {error}") from None

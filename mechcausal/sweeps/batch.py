@@ -1,7 +1,7 @@
-"""A batch of runs in training: every tensor has one more axis, every member its own record.
+"""Train one batch of runs: shared tensors with a leading member axis, one record per member.
 
-Reads as `mechcausal.training.run` does, with every action on the members one by one and every
-computation on all of them together.
+The steps follow `mechcausal.training.run`: the batch computes for all members at once, and each
+member writes its own rows and checkpoints.
 """
 
 import math
@@ -19,28 +19,27 @@ from mechcausal.measures.closed_form_observer import ClosedFormObserver
 from mechcausal.models.batched_simplified import BatchedSimplified
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.recipes import Recipe, WandbMode
+from mechcausal.recipes.devices import device_named
 from mechcausal.recipes.stages import Stage, probe_steps, stages
 from mechcausal.records.run_folder import MODEL_FOLDER, State, new_run_folder
 from mechcausal.records.tracking import RunRecord, writing
-from mechcausal.support.devices import device_named
 from mechcausal.support.files import write_folder_atomically
-from mechcausal.sweeps.member import one_line
-from mechcausal.sweeps.outcome import Outcome
+from mechcausal.sweeps.outcome import Outcome, one_line
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.batched import BatchedTask
-from mechcausal.training.album import Album
 from mechcausal.training.checkpointing import Checkpointer
 from mechcausal.training.checkpoints import environment
 from mechcausal.training.experiments import Generators
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
+from mechcausal.training.probe_log import ProbeLog
 from mechcausal.training.run import Progress, check_finite, explained, schedule
 
 P = ParamSpec("P")
-Tell = Callable[[Progress | Outcome], None]
+Report = Callable[[Progress | Outcome], None]
 
 
 class _Experiment(CausalGraphExperiment):
-    """A member's experiment: looked at in closed form, without pictures."""
+    """A member's experiment: probed in closed form, without pictures."""
 
     observer_type = ClosedFormObserver
     model: SimplifiedTransformer
@@ -53,26 +52,26 @@ class _Experiment(CausalGraphExperiment):
         return {}
 
 
-def _alone(action: Callable[Concatenate["BatchMember", P], None]) -> Callable[..., None]:
-    """Let an error of a member end this member alone; nothing for one that has ended."""
+def _contain_errors(method: Callable[Concatenate["BatchMember", P], None]) -> Callable[..., None]:
+    """Wrap a method: its errors end this member only, and it does nothing once the member ended."""
 
-    @wraps(action)
-    def act(member: "BatchMember", *args: P.args, **options: P.kwargs) -> None:
+    @wraps(method)
+    def contained(member: "BatchMember", *args: P.args, **options: P.kwargs) -> None:
         try:
             if not member.ended:
-                action(member, *args, **options)
+                method(member, *args, **options)
         except Exception as error:
             member.fail(error)
 
-    return act
+    return contained
 
 
 class BatchMember:
-    """A run of a batch: what it has of its own.
+    """One run of a batch, with its own experiment, generators, optimizer and record.
 
     Attributes:
-        recipe: checked.
-        ended: whether it has finished, failed or been interrupted.
+        recipe: the checked recipe.
+        ended: whether the run has finished, failed or been interrupted.
     """
 
     experiment: _Experiment
@@ -81,49 +80,52 @@ class BatchMember:
     stage: Stage
     optimizer: torch.optim.Optimizer
     _record: RunRecord
-    _album: Album
+    _probe_log: ProbeLog
     _checkpointer: Checkpointer
     _schedule: Iterator[tuple[int, Stage, torch.optim.Optimizer]]
 
-    def __init__(self, recipe: Recipe, folder: Path, mode: WandbMode, tell: Tell) -> None:
-        """Nothing is begun before `open`.
+    def __init__(self, recipe: Recipe, folder: Path, mode: WandbMode, report: Report) -> None:
+        """Store the arguments; `open` starts the run.
 
         Args:
-            recipe: of a simplified model, checked.
-            folder: of the new run.
-            mode: of W&B.
-            tell: told the progress at every probe step, and at the end the outcome.
+            recipe: a checked recipe of a simplified model.
+            folder: the new run's folder.
+            mode: the W&B mode.
+            report: called with the progress at every probe step, and with the outcome at the end.
         """
         self.recipe = recipe
         self.ended = False
         self.step = 0
         self._folder = folder
         self._mode = mode
-        self._tell = tell
-        self._held = ExitStack()
+        self._report = report
+        self._open_resources = ExitStack()
 
     def open(self) -> None:
-        """Make the folder and hold it, build the experiment, open the record."""
+        """Make and lock the folder, build the experiment, open the record."""
         recipe, plan = self.recipe, stages(self.recipe)
         try:
-            self._held.enter_context(new_run_folder(recipe, self._folder))
+            self._open_resources.enter_context(new_run_folder(recipe, self._folder))
             generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
             self.experiment, self.generators = _Experiment(recipe, generators), generators
-            around = environment(generators.data.device)
             self._record = RunRecord(
-                self._folder, recipe, self._mode, environment=around, lean=True
+                self._folder,
+                recipe,
+                self._mode,
+                environment=environment(generators.data.device),
+                lean=True,
             )
         except BaseException as error:
-            self._held.close()
+            self._open_resources.close()
             self.ended = True
-            said = explained(error, self._folder, recipe, "before the first step")
-            self._tell(Outcome("failed", one_line(said)))
+            explanation = explained(error, self._folder, recipe, "before the first step")
+            self._report(Outcome("failed", one_line(explanation)))
             if not isinstance(error, Exception):
                 raise
             return
         for note in self.experiment.notes:
             self._record.warn(note)
-        self._album = Album(
+        self._probe_log = ProbeLog(
             self._record,
             self.experiment,
             steps=probe_steps(recipe.probing, plan),
@@ -131,75 +133,78 @@ class BatchMember:
             durable=False,
         )
         self._checkpointer = Checkpointer(
-            self._record, self._album, self.experiment, generators, start=0
+            self._record, self._probe_log, self.experiment, generators, start=0
         )
         self._schedule = schedule(plan, self.experiment, 0)
-        self._open_album()
+        self._open_probe_log()
 
-    @_alone
-    def _open_album(self) -> None:
-        self._album.open()
+    @_contain_errors
+    def _open_probe_log(self) -> None:
+        self._probe_log.open()
 
     def advance(self) -> None:
-        """Go on to the next step."""
+        """Move to the next step."""
         self.step, self.stage, self.optimizer = next(self._schedule)
 
-    @_alone
+    @_contain_errors
     def take_checkpoint(self) -> None:
-        """If the schedule wants one before this step."""
+        """Write a checkpoint if the schedule asks for one before this step."""
         if self._checkpointer.is_due(self.step):
             self._checkpointer.save(self.step, self.stage.name, self.optimizer)
 
-    @_alone
-    def look(self, loss: float) -> None:
-        """With the loss and its gradient known: write the row, and end after the last step."""
-        if self.step in self._album.steps:
-            self._album.add(self.step, loss)
-            self._tell(
-                Progress(self.step, self.recipe.n_steps, self.stage.name, self._album.latest)
+    @_contain_errors
+    def record_step(self, loss: float) -> None:
+        """Write the row if this is a probe step; end the run after the last step.
+
+        The models must hold this step's gradients.
+        """
+        if self.step in self._probe_log.steps:
+            self._probe_log.add(self.step, loss)
+            self._report(
+                Progress(self.step, self.recipe.n_steps, self.stage.name, self._probe_log.latest)
             )
         self._checkpointer.publish(self.step)
         if self.step == self.recipe.n_steps:
-            self._album.close()
+            self._probe_log.close()
             self._end("finished")
 
-    @_alone
+    @_contain_errors
     def check_finite(self, loss: float) -> None:
         """Fail if the loss or its gradient is NaN or infinite."""
         check_finite(loss, self.optimizer, self.step, self.stage, self._folder)
 
-    @_alone
+    @_contain_errors
     def interrupt(self) -> None:
-        """Stop before this step, with a checkpoint."""
+        """Write a checkpoint and stop before this step."""
         self._checkpointer.save(self.step, self.stage.name, self.optimizer)
         self._end("interrupted")
 
     def fail(self, error: BaseException) -> None:
-        """End with an error."""
+        """End the run with an error."""
         if not self.ended:
-            said = explained(error, self._folder, self.recipe, f"at step {self.step}")
+            explanation = explained(error, self._folder, self.recipe, f"at step {self.step}")
             state: State = "failed" if isinstance(error, Exception) else "interrupted"
-            self._finish(state, one_line(said))
+            self._finish(state, one_line(explanation))
 
     def _end(self, state: State) -> None:
-        final = self._folder / MODEL_FOLDER
-        with writing(final), write_folder_atomically(final) as place:
-            self.experiment.save_model(place)
+        model_folder = self._folder / MODEL_FOLDER
+        with writing(model_folder), write_folder_atomically(model_folder) as scratch:
+            self.experiment.save_model(scratch)
         self._finish(state)
 
     def _finish(self, state: State, error: str = "") -> None:
         self.ended = True
         self._schedule.close()  # type: ignore[attr-defined]
-        summary = self._album.summary() | {"train/steps": self.step, "recipe": self.recipe.name}
+        summary = self._probe_log.summary() | {"train/steps": self.step, "recipe": self.recipe.name}
         try:
             self._record.finish(summary, state)
         finally:
-            self._held.close()
-        self._tell(Outcome(state, error))
+            self._open_resources.close()
+        self._report(Outcome(state, error))
 
 
-class _Together:
-    """What is computed for all members at once."""
+class _Batch:
+    """The computations on all members at once: sampling, gradients, descent."""
 
     def __init__(self, members: Sequence[BatchMember]) -> None:
         self.members = list(members)
@@ -216,7 +221,7 @@ class _Together:
         self._training = members[0].recipe.training
 
     def descend(self, stage: Stage) -> None:
-        """Change the weights of every member; plain gradient descent in one go."""
+        """Take an optimizer step for every member; plain SGD runs as one batched update."""
         if stage.section.optimizer != "sgd":
             for member in self.members:
                 member.optimizer.step()
@@ -226,19 +231,19 @@ class _Together:
             torch.tensor([group[name] for group in groups], device=self._epsilon.device)
             for name in ("lr", "weight_decay")
         )
-        self._model.descend(_names(stage), rates=rates, weight_decay=decay)
+        self._model.descend(_parameter_names(stage), rates=rates, weight_decay=decay)
 
     def losses(self, stage: Stage) -> list[float]:
-        """Of each member's batch, part by part; gradients add up in the models."""
+        """Sample a batch per member; return the losses, and add the gradients to the models'."""
         training = self._training
         self._model.zero_gradients()
         losses = [0.0] * len(self.members)
         for _ in range(training.accumulation):
             batch = self._task.sample(training.batch_size // training.accumulation)
             share = 1 / training.accumulation
-            found = self._model.closed_form(batch, epsilon=self._epsilon, share=share)
-            self._model.add_gradients(found, batch, _names(stage))
-            parts = found.loss.tolist()
+            result = self._model.closed_form(batch, epsilon=self._epsilon, share=share)
+            self._model.add_gradients(result, batch, _parameter_names(stage))
+            parts = result.loss.tolist()
             losses = [a + b / training.accumulation for a, b in zip(losses, parts, strict=True)]
         if not (all(map(math.isfinite, losses)) and self._model.gradients_are_finite()):
             for member, loss in zip(self.members, losses, strict=True):
@@ -246,36 +251,36 @@ class _Together:
         return losses
 
 
-def _names(stage: Stage) -> tuple[str, ...]:
+def _parameter_names(stage: Stage) -> tuple[str, ...]:
     return ("A1", "A2") if "all" in stage.parameters else stage.parameters
 
 
 def train_batch(members: Sequence[BatchMember], stop: Callable[[], bool]) -> None:
-    """Train members of equal shape to their end, or until asked to stop.
+    """Train members of equal shape to their end, or until `stop` returns True.
 
-    Members that were not begun when it is time to stop stay as they are.
+    Members that have not started by then stay untouched.
     """
-    begun: list[BatchMember] = []
+    started: list[BatchMember] = []
     try:
         for member in members:
             if stop():
                 break
             member.open()
             if not member.ended:
-                begun.append(member)
-        _train(begun, stop)
-    except BaseException as error:  # out of memory, or interrupted a second time
-        for member in begun:
+                started.append(member)
+        _train(started, stop)
+    except BaseException as error:  # out of memory, or a second interrupt
+        for member in started:
             member.fail(error)
         if not isinstance(error, Exception):
             raise
 
 
 def _train(members: list[BatchMember], stop: Callable[[], bool]) -> None:
-    together: _Together | None = None
+    batch: _Batch | None = None
     while members := [member for member in members if not member.ended]:
-        if together is None or len(together.members) != len(members):
-            together = _Together(members)
+        if batch is None or len(batch.members) != len(members):
+            batch = _Batch(members)
         for member in members:
             member.advance()
         first = members[0]
@@ -285,7 +290,7 @@ def _train(members: list[BatchMember], stop: Callable[[], bool]) -> None:
             return
         for member in members:
             member.take_checkpoint()
-        for member, loss in zip(members, together.losses(first.stage), strict=True):
-            member.look(loss)
+        for member, loss in zip(members, batch.losses(first.stage), strict=True):
+            member.record_step(loss)
         if first.step < first.recipe.n_steps:
-            together.descend(first.stage)
+            batch.descend(first.stage)

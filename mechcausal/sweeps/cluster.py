@@ -1,7 +1,7 @@
-"""The jobs of a sweep on the user's Dask cluster.
+"""Run the jobs of a sweep on the user's Dask cluster.
 
-None is started here: whoever reaches a scheduler can run code on its workers, so who may reach it
-is for the user to say, best with TLS.
+This module starts no cluster: whoever reaches a scheduler can run code on its workers, so the user
+must decide who may reach it, best with TLS.
 """
 
 import logging
@@ -20,28 +20,28 @@ from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.sweep import SweepError
 
 CONNECT_SECONDS = 10
-"""How long a scheduler may take to answer."""
+"""How long to wait for the scheduler."""
 _POLL_SECONDS = 1.0
-# What Dask raises for an address or certificates that are none, for encryption that is required,
-# and (an assertion) where its client does not start in time on a machine under load.
+# What Dask raises for an invalid address, invalid certificates or missing encryption; the assertion
+# fails if its client does not start in time on a busy machine.
 _REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ImportError, AssertionError)
-_SILENT = ("distributed", "distributed.client", "distributed.worker", "distributed.scheduler")
+_LOGGERS = ("distributed", "distributed.client", "distributed.worker", "distributed.scheduler")
 
-# Torch's threads and W&B's run are the process's: a worker of several threads takes turns.
+# Torch's thread count and W&B's run belong to the process: a worker's threads must take turns.
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class DaskEngine:
-    """Submits jobs to a Dask scheduler, which runs those of a dead worker again elsewhere.
+    """Submits jobs to a Dask scheduler, which runs the jobs of a dead worker again elsewhere.
 
-    A member that was half done is gone on with, where workers share the sweep's disk.
+    If the workers share the sweep's disk, they resume half-trained members.
     """
 
     def __init__(self, address: str) -> None:
-        """Connect, over TLS with the certificates of Dask's settings where the address says so.
+        """Connect to the scheduler; a tls:// address uses the certificates in Dask's settings.
 
         Args:
-            address: of the scheduler, such as tls://host:8786 or tcp://host:8786.
+            address: address of the scheduler, such as tls://host:8786 or tcp://host:8786.
 
         Raises:
             SweepError: dask.distributed is not installed, or no scheduler answers.
@@ -53,9 +53,9 @@ class DaskEngine:
             raise SweepError(
                 "--engine dask needs dask.distributed: pip install 'mechcausal[cluster]'"
             ) from None
-        # What goes wrong on a worker becomes an outcome; the rest is for us to say, in one line.
-        dask.config.set({"logging": dict.fromkeys(_SILENT, "critical")})
-        for name in _SILENT:
+        # Errors on workers become outcomes, and this class reports all others in one line.
+        dask.config.set({"logging": dict.fromkeys(_LOGGERS, "critical")})
+        for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.address = address
         try:
@@ -75,7 +75,7 @@ class DaskEngine:
 
     @property
     def n_workers(self) -> int:
-        """Threads of all workers that there are now."""
+        """The number of threads of all connected workers."""
         if self._client.status != "running":
             return 1
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
@@ -83,11 +83,11 @@ class DaskEngine:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the client has given up: Dask leaves what it took while the scheduler went."""
+        """Whether the client has closed; Dask then never completes the pending futures."""
         return self._client.status in ("closing", "closed")
 
     def submit(self, job: Job) -> "Future[Done]":
-        """Hand a job to the scheduler."""
+        """Submit a job to the scheduler."""
         if self._client.status not in ("running", "connecting"):
             raise EngineLostError(self._lost())
         future: Future[Done] = self._executor.submit(_on_worker, job, self._event_name)
@@ -99,7 +99,7 @@ class DaskEngine:
             self._client.sync(self._event.set, asynchronous=True)
 
     def problem(self) -> str:
-        """No scheduler, or no worker."""
+        """Why no job ends: no scheduler, or no worker; else empty."""
         if self._client.status != "running":
             return self._lost()
         if not self._client.scheduler_info(n_workers=-1)["workers"]:
@@ -107,7 +107,7 @@ class DaskEngine:
         return ""
 
     def __enter__(self) -> "DaskEngine":
-        """Is connected already."""
+        """Do nothing: the client is connected already."""
         return self
 
     def __exit__(
@@ -116,7 +116,7 @@ class DaskEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the cluster as it is."""
+        """Disconnect; the cluster keeps running."""
         self._client.close(timeout=2)
 
     def _lost(self) -> str:
@@ -124,21 +124,21 @@ class DaskEngine:
 
 
 def _check_certificates() -> None:
-    """Find out whether Dask's settings name the certificates of a TLS client.
+    """Check that Dask's settings name the certificates of a TLS client.
 
     Raises:
-        ValueError: they do not.
-        OSError: one cannot be read, or is none.
+        ValueError: a certificate is missing.
+        OSError: a certificate cannot be read or is invalid.
     """
     import dask.config
     import distributed
 
     if dask.config.get("distributed.client.security-loader", None):
-        return  # it is asked as the client connects
+        return  # the client calls the loader itself
     make_security: Any = distributed.Security
     security = make_security()
     for file in (security.tls_ca_file, security.tls_client_cert, security.tls_client_key):
-        # Python's TLS does not say which file it misses; a text of several lines is no name.
+        # Python's error does not name the missing file; several lines are the certificate itself.
         if file and "\n" not in file and not Path(file).is_file():
             raise ValueError(f"TLS: {file}: no such file")
     if security.get_connection_args("client").get("ssl_context") is None:
@@ -149,28 +149,29 @@ def _check_certificates() -> None:
 
 
 def _on_worker(job: Job, event_name: str) -> Done:
-    """Run a job in a worker of the cluster, one at a time in a process."""
+    """Run a job in a worker of the cluster, one at a time per process."""
     with _ONE_AT_A_TIME:
         return run_job(job, _stop_asked(event_name))
 
 
 def _stop_asked(event_name: str) -> Callable[[], bool]:
+    """A function that polls the sweep's stop event, at most once per `_POLL_SECONDS`."""
     import distributed
 
     make_event: Any = distributed.Event
     event: Any = None
-    asked, answer = 0.0, False
+    last_poll, answer = 0.0, False
 
     def should_stop() -> bool:
-        nonlocal event, asked, answer
-        if answer or time.monotonic() - asked < _POLL_SECONDS:
+        nonlocal event, last_poll, answer
+        if answer or time.monotonic() - last_poll < _POLL_SECONDS:
             return answer
         try:
             event = event or make_event(event_name, client=distributed.get_client())
             answer = bool(event.is_set())
-        except Exception:  # without a scheduler nobody waits for the result
+        except Exception:  # the scheduler is gone: nobody waits for the result
             answer = True
-        asked = time.monotonic()
+        last_poll = time.monotonic()
         return answer
 
     return should_stop

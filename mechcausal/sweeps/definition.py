@@ -1,6 +1,6 @@
-"""Sweeps as files: found by path or name, read, checked, and written out.
+"""Read, check and write sweep files.
 
-Importing this module is cheap (no torch): a sweep is checked and planned before anything heavy.
+This module does not import torch, so that the command line refuses a bad sweep at once.
 """
 
 import json
@@ -40,7 +40,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """What a sweep file may hold."""
+    """The keys of a sweep file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -57,10 +57,10 @@ class _File:
 
 
 def load_sweep(target: str | Path) -> Sweep:
-    """Read a sweep from a TOML file, by the name of one that comes along, or from a sweep's folder.
+    """Read a sweep from a TOML file, a sweep's folder, or by the name of a bundled sweep.
 
     Raises:
-        SweepError: no such file, not a sweep, or axes that are none; one line that names the file.
+        SweepError: no such file, not a sweep, or an invalid axis; one line that names the file.
     """
     path = _find(target)
     data = _read(path)
@@ -69,14 +69,14 @@ def load_sweep(target: str | Path) -> Sweep:
     base = _base(file, path)
     axes = _axes(file, str(path))
     if "seed" in axes and file.seeds is not None:
-        raise SweepError(f"{path}: seeds: found beside an axis `seed`; one of them is enough")
+        raise SweepError(f"{path}: seeds: also given as the axis `seed`; keep one of the two")
     seeds = file.seeds if file.seeds is not None else (base.seed,)
     seeds = tuple(range(seeds)) if isinstance(seeds, int) else seeds
     if len(set(seeds)) < len(seeds):
-        raise SweepError(f"{path}: seeds: a seed is there twice, found {excerpt(list(seeds))}")
+        raise SweepError(f"{path}: seeds: a seed occurs twice, found {excerpt(list(seeds))}")
     if (file.kind == "random") != (file.samples is not None):
-        verb = "needed by" if file.kind == "random" else "belongs to"
-        raise SweepError(f"{path}: samples: {verb} kind random")
+        rule = "needed by" if file.kind == "random" else "belongs to"
+        raise SweepError(f"{path}: samples: {rule} kind random")
     if file.kind != "random" and file.sampling_seed is not None:
         raise SweepError(f"{path}: sampling_seed: belongs to kind random")
     for number, picture in enumerate(file.pictures):
@@ -92,12 +92,12 @@ def load_sweep(target: str | Path) -> Sweep:
         pictures=file.pictures,
         search=file.search,
         source=str(path),
-        recipe_source=_packaged(file, path),
+        recipe_source=_bundled_recipe(file, path),
     )
 
 
 def sweep_to_dict(sweep: Sweep) -> dict[str, Any]:
-    """Plain data that `load_sweep` reads back as the same sweep, its base recipe written out."""
+    """The sweep as plain data, with the full base recipe; `load_sweep` reads it back equal."""
     data: dict[str, Any] = {
         "name": sweep.name,
         "kind": sweep.kind,
@@ -120,7 +120,7 @@ def sweep_to_dict(sweep: Sweep) -> dict[str, Any]:
 
 
 def packaged_sweeps() -> dict[str, Path]:
-    """Sweeps that come with the package, by name."""
+    """The files of the bundled sweeps, by name."""
     folder = next(iter(packaged_recipes().values())).parent / "sweeps"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
@@ -131,7 +131,7 @@ def _find(target: str | Path) -> Path:
         if path.is_dir():
             if (path / COPY_FILE).is_file():
                 return path / COPY_FILE
-            raise SweepError(f"{path}: no sweep's folder: no {COPY_FILE} in it")
+            raise SweepError(f"{path}: not a sweep folder: it has no {COPY_FILE}")
         if path.is_file():
             return path
     except OSError as error:
@@ -141,7 +141,7 @@ def _find(target: str | Path) -> Path:
         return packaged[str(target)]
     raise SweepError(
         f"{path}: no such file or sweep{suggestion(str(target), packaged)}; "
-        f"sweeps that come along: {', '.join(packaged)}"
+        f"bundled sweeps: {', '.join(packaged)}"
     )
 
 
@@ -174,26 +174,26 @@ def _parse(data: dict[str, Any], source: str) -> _File:
 
 
 def _checked(adapter: Any, data: Any, source: str) -> Any:
-    """What an adapter makes of plain data.
+    """Check plain data against a type.
 
     Raises:
-        SweepError: it refuses; the first reason.
+        SweepError: the first thing that is wrong, in one line.
     """
     try:
         return adapter.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         known = {item.name for kind in (_File, Range, Picture, Search) for item in fields(kind)}
-        place = [p for p in first["loc"] if isinstance(p, int) or p in known]
-        where = ".".join(map(str, place)) or excerpt(first["loc"][0] if first["loc"] else "sweep")
+        keys = [key for key in first["loc"] if isinstance(key, int) or key in known]
+        where = ".".join(map(str, keys)) or excerpt(first["loc"][0] if first["loc"] else "sweep")
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             key = str(first["loc"][-1])
             hint = suggestion(key, known)
             raise SweepError(f"{source}: {excerpt(key)}: unknown key{hint}") from None
         if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            raise SweepError(f"{source}: {where}: is needed") from None
-        found = excerpt(json.dumps(first["input"], default=str))
-        raise SweepError(f"{source}: {where}: {first['msg'].lower()}, found {found}") from None
+            raise SweepError(f"{source}: {where}: is missing") from None
+        value = excerpt(json.dumps(first["input"], default=str))
+        raise SweepError(f"{source}: {where}: {first['msg'].lower()}, found {value}") from None
     except RecursionError:
         raise SweepError(f"{source}: nested too deeply") from None
     except (TypeError, ValueError) as error:
@@ -201,12 +201,12 @@ def _checked(adapter: Any, data: Any, source: str) -> Any:
 
 
 def _base(file: _File, path: Path) -> Recipe:
-    """The recipe that all members share; its page, 5 MB a member, only where the sweep asks."""
+    """The recipe that all members share, without report pages unless the file asks for them."""
     try:
         if isinstance(file.recipe, str):
-            beside = path.parent / file.recipe
-            recipe = load_recipe(beside if beside.is_file() else file.recipe)
-            # An edge list lies beside the recipe, which a worker elsewhere does not have.
+            local_file = path.parent / file.recipe
+            recipe = load_recipe(local_file if local_file.is_file() else file.recipe)
+            # A worker on another machine cannot read the recipe's edge-list file.
             recipe = recipe.self_contained().with_overrides(probing__report=False)
         else:
             values = {"name": file.name, **file.recipe}
@@ -221,12 +221,13 @@ def _base(file: _File, path: Path) -> Recipe:
             recipe = parse_recipe(values, source=f"{path}: changes")
     except (RecipeError, OSError) as error:
         raise SweepError(str(error)) from None
-    except ValueError as error:  # an edge list that is no graph
+    except ValueError as error:  # an invalid edge list
         raise SweepError(f"{path}: recipe: {error}") from None
     return recipe
 
 
-def _packaged(file: _File, path: Path) -> str:
+def _bundled_recipe(file: _File, path: Path) -> str:
+    """The name of the base recipe if it is a bundled one, unchanged; else empty."""
     known = isinstance(file.recipe, str) and file.recipe in packaged_recipes()
     if not known or file.changes or (path.parent / str(file.recipe)).is_file():
         return ""
@@ -234,9 +235,9 @@ def _packaged(file: _File, path: Path) -> str:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Tables within tables as dotted paths, as deep as a recipe has sections.
+    """Turn nested tables into dotted paths, down to the fields of a recipe's sections.
 
-    So `a.b = 1` and `"a.b" = 1` mean the same.
+    The TOML lines `a.b = 1` and `"a.b" = 1` then mean the same.
     """
     known = recipe_fields()
     flat: dict[str, Any] = {}
@@ -250,7 +251,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def overlay(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value at a dotted path; a table is laid over the section there."""
+    """Set the value at a dotted path; a table updates the section that it names."""
     *parents, last = path.split(".")
     for part in parents:
         inner = values.get(part)
@@ -261,15 +262,16 @@ def overlay(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
+    """The checked axes of a sweep file, by dotted path."""
     known = recipe_fields()
     axes: dict[str, tuple[Any, ...] | Range] = {}
     for path, given in flatten(file.axes).items():
         where = f"{source}: axes.{excerpt(path)}"
         if path not in known:
             hint = suggestion(path, known, closeness=0.5) or "; see mechcausal train --help"
-            raise SweepError(f"{where}: no field of a recipe{hint}")
+            raise SweepError(f"{where}: not a recipe field{hint}")
         if path in ("name", "wandb", "wandb.group"):
-            raise SweepError(f"{where}: is set by the sweep")
+            raise SweepError(f"{where}: the sweep sets this field")
         if isinstance(given, dict):
             axes[path] = _range(given, where, file.kind)
         elif isinstance(given, list):
@@ -278,26 +280,26 @@ def _axes(file: _File, source: str) -> dict[str, tuple[Any, ...] | Range]:
             allowed = "a list of values, or with kind random also { low, high }"
             raise SweepError(f"{where}: {allowed}, found {excerpt(json.dumps(given, default=str))}")
     if not axes and file.seeds is None:
-        raise SweepError(f"{source}: axes: no axis, and no seeds: nothing to vary")
+        raise SweepError(f"{source}: axes: no axis and no seeds: nothing to vary")
     for path in axes:
         inner = next((other for other in axes if other.startswith(f"{path}.")), None)
         if inner:
             raise SweepError(f"{source}: axes.{inner}: lies within the axis {path}")
     lengths = {path: len(axis) for path, axis in axes.items() if not isinstance(axis, Range)}
     if file.kind == "list" and len(set(lengths.values())) > 1:
-        said = ", ".join(f"{path} has {length}" for path, length in lengths.items())
-        raise SweepError(f"{source}: axes: kind list needs axes of equal lengths; {said}")
+        listed = ", ".join(f"{path} has {length}" for path, length in lengths.items())
+        raise SweepError(f"{source}: axes: kind list needs axes of equal lengths; {listed}")
     return axes
 
 
 def _values(given: list[Any], where: str, kind: str) -> tuple[Any, ...]:
     if not given:
         raise SweepError(f"{where}: is empty")
-    # Side by side, or drawn, a value may well come more than once.
+    # Only a grid would run the same member twice.
     texts = Counter(json.dumps(value, default=str) for value in given)
     text, count = texts.most_common(1)[0]
     if count > 1 and kind == "grid":
-        raise SweepError(f"{where}: {excerpt(text)} is there twice")
+        raise SweepError(f"{where}: {excerpt(text)} occurs twice")
     return tuple(given)
 
 
@@ -319,6 +321,6 @@ def _check_picture(picture: Picture, where: str) -> None:
         if path is None or path in known or (role == "x" and path == "train/step"):
             continue
         hint = suggestion(path, known, closeness=0.5)
-        raise SweepError(f"{where}.{role}: {excerpt(path)}: no field of a recipe{hint}")
+        raise SweepError(f"{where}.{role}: {excerpt(path)}: not a recipe field{hint}")
     if picture.y is not None and (picture.by or picture.fit or picture.x == "train/step"):
-        raise SweepError(f"{where}: by, fit and train/step do not go with y")
+        raise SweepError(f"{where}.y: not allowed together with by, fit or x = train/step")

@@ -1,48 +1,41 @@
-"""`sweep`: plan, run what is missing, tabulate, draw."""
+"""Run a sweep: plan its members, train the unfinished ones, write the table and the pictures."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
 
 from mechcausal.recipes import RecipeError, WandbMode, recipe_to_dict
-from mechcausal.records.run_folder import LOCK_FILE, RECIPE_FILE, RunFolderError, has_finished
+from mechcausal.records.run_folder import RECIPE_FILE, RunFolderError, has_finished
 from mechcausal.records.wandb_runs import TrackingError, resolve_mode
-from mechcausal.support.files import write_atomically
 from mechcausal.support.signals import stop_on_signals
 from mechcausal.sweeps.archive import pack, unpack
-from mechcausal.sweeps.definition import sweep_to_dict
 from mechcausal.sweeps.engine_names import EngineName, check_engine_options
 from mechcausal.sweeps.engines import Engine, EngineLostError, LocalEngine
-from mechcausal.sweeps.member import Done, Job, one_line
-from mechcausal.sweeps.outcome import Outcome
+from mechcausal.sweeps.folder import locked_sweep_folder, write_copy
+from mechcausal.sweeps.member import Done, Job
+from mechcausal.sweeps.outcome import Outcome, one_line
 from mechcausal.sweeps.plan import Member, plan
-from mechcausal.sweeps.sweep import COPY_FILE, Sweep, SweepError
+from mechcausal.sweeps.sweep import Sweep, SweepError
 
-# Parts of a sweep that may change without its members changing.
-_FREE = ("pictures", "search")
 MAX_BATCH = 64
-"""Members in one batch: more would be no faster, and an interrupted batch is lost as a whole."""
+"""The most members in one batch; larger batches train no faster and lose more if they break."""
 
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """How a sweep stands.
+    """How far a sweep is: numbers of members.
 
     Attributes:
-        total: members.
-        skipped: had finished before.
-        done: finished now.
-        failed: failed now.
-        running: with a worker.
-        problem: why nothing goes on, empty where all is well.
+        total: all members.
+        skipped: members that had finished before this call.
+        done: members that finished during this call.
+        failed: members that failed during this call.
+        running: members that a worker is training.
+        problem: why the sweep makes no progress; empty if it does.
     """
 
     total: int
@@ -55,16 +48,16 @@ class SweepProgress:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A sweep that ended.
+    """The result of a sweep.
 
     Attributes:
-        folder: where members, table and pictures lie.
-        members: all of them, in order.
-        outcomes: by member's name; a member that was not begun has none.
-        signal: which stopped it, None where none did.
-        problem: why the engine could not go on, empty where it could.
-        files: the table and the pictures, by name.
-        warnings: which pictures failed, one line each.
+        folder: the sweep's folder, with members, table and pictures.
+        members: all members, in order.
+        outcomes: by member name; a member that has not started has none.
+        signal: the signal that stopped the sweep, or None.
+        problem: why the engine stopped early; empty if it did not.
+        files: the paths of the table and the pictures, by name.
+        warnings: one line per picture that failed.
     """
 
     folder: Path
@@ -77,12 +70,12 @@ class SweepResult:
 
     @property
     def failed(self) -> dict[str, str]:
-        """The error of every member that failed."""
+        """The error message of every failed member, by name."""
         return {n: o.error for n, o in self.outcomes.items() if o.state == "failed"}
 
     @property
     def finished(self) -> int:
-        """Members that have finished, now or before."""
+        """The number of members that have finished, in this call or before."""
         return sum(outcome.state == "finished" for outcome in self.outcomes.values())
 
 
@@ -97,37 +90,38 @@ def run_sweep(
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[SweepProgress], None] = lambda progress: None,
 ) -> SweepResult:
-    """Run every member of a sweep that has not finished, then tabulate and draw.
+    """Train every unfinished member of a sweep, then write the table and the pictures.
 
     Args:
-        sweep: what to run.
-        folder: `runs/<name>` when absent; a sweep that is there is gone on with.
-        engine: local: processes. batched: members of equal shape as one batch. dask: a cluster.
-        workers: processes of this machine, without Dask; as many as its cores allow when absent.
-        address: of the Dask scheduler; needed with dask.
-        collect: have Dask's workers send folders back; for a cluster that shares no disk.
-        wandb_mode: of every member.
-        on_progress: told as members end.
+        sweep: the sweep.
+        folder: default `runs/<name>`; a sweep in it is resumed.
+        engine: "local": processes. "batched": members of equal shape in one batch. "dask": a
+            cluster.
+        workers: number of local processes (not with Dask); default: as many as the cores allow.
+        address: address of the Dask scheduler; required with "dask".
+        collect: make Dask's workers send the run folders back, for clusters without a shared disk.
+        wandb_mode: overrides every member's W&B mode.
+        on_progress: called several times a second.
 
     Returns:
-        What became of every member. A failing one does not stop the others.
+        The outcome of every member. A failing member does not stop the others.
 
     Raises:
-        SweepError: bad input, or no scheduler, before anything was started.
+        SweepError: bad input or no scheduler, before any member starts.
         OSError: the folder cannot be written.
     """
     check_engine_options(engine, workers=workers, address=address, collect=collect)
     folder = Path(folder) if folder is not None else Path("runs") / sweep.name
     members = plan(sweep, folder)
-    _check(members, everywhere=engine != "dask", wandb_mode=wandb_mode)
-    with _hold(folder, sweep):
+    _check(members, on_this_machine=engine != "dask", wandb_mode=wandb_mode)
+    with locked_sweep_folder(folder, sweep):
         outcomes = {m.name: Outcome("finished") for m in members if has_finished(m.folder)}
         missing = [member for member in members if member.name not in outcomes]
         signal, problem = None, ""
         if missing:
             running = _engine(engine, missing, workers, address)
             with running:
-                write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
+                write_copy(folder, sweep)
                 lots = _lots(missing, engine, running.n_workers)
                 progress = SweepProgress(total=len(members), skipped=len(outcomes))
                 signal, problem = _run(
@@ -139,7 +133,7 @@ def run_sweep(
                     on_progress,
                 )
         else:
-            write_atomically(folder / COPY_FILE, json.dumps(sweep_to_dict(sweep), indent=2))
+            write_copy(folder, sweep)
         from mechcausal.sweeps.results import write_results
 
         warnings: list[str] = []
@@ -150,12 +144,12 @@ def run_sweep(
 def _run(
     engine: Engine,
     lots: Sequence[list[Member]],
-    make: Callable[[list[Member]], Job],
+    make_job: Callable[[list[Member]], Job],
     outcomes: dict[str, Outcome],
     progress: SweepProgress,
     on_progress: Callable[[SweepProgress], None],
 ) -> tuple[int | None, str]:
-    """Run lots, a few more at a time than there are workers; the signal that stopped it, if any."""
+    """Run the lots, up to two per worker at a time; return the stop signal and the problem."""
     pending: dict[Future[Done], list[Member]] = {}
     waiting = iter(lots)
     problem, ended_early = "", False
@@ -166,13 +160,13 @@ def _run(
                 ended_early = True
                 engine.stop()
             n_workers = engine.n_workers
-            # A lot becomes a job when it is needed: thousands wait as members.
+            # Jobs are made late: a member needs less memory than the job made from it.
             while not ended_early and len(pending) < 2 * n_workers:
                 lot = next(waiting, None)
                 if lot is None:
                     break
                 try:
-                    pending[engine.submit(make(lot))] = lot
+                    pending[engine.submit(make_job(lot))] = lot
                 except EngineLostError as error:
                     problem, ended_early = str(error), True
             if not pending:
@@ -181,14 +175,12 @@ def _run(
             for future in ended:
                 lot = pending.pop(future)
                 try:
-                    results = _collected(future.result(), lot)
+                    results = _unpacked(future.result(), lot)
                 except (EngineLostError, CancelledError):
                     problem = problem or engine.problem() or "the engine can run no more jobs"
                     ended_early = True
                     continue
-                except (
-                    Exception
-                ) as error:  # the engine gave a job up, as Dask does after some tries
+                except Exception as error:  # Dask gives a job up after several tries
                     results = [Outcome("failed", one_line(error))] * len(lot)
                 outcomes |= {m.name: o for m, o in zip(lot, results, strict=True)}
             if engine.is_lost and not any(future.done() for future in pending):
@@ -208,8 +200,8 @@ def _run(
     return (int(stop.received) if stop.received is not None else None), problem
 
 
-def _collected(done: Done, members: Sequence[Member]) -> Sequence[Outcome]:
-    """Put folders that were sent back into their places."""
+def _unpacked(done: Done, members: Sequence[Member]) -> Sequence[Outcome]:
+    """Unpack the run folders that a worker sent back; return the outcomes."""
     if done.archives is None:
         return done.outcomes
     results = []
@@ -223,13 +215,13 @@ def _collected(done: Done, members: Sequence[Member]) -> Sequence[Outcome]:
 
 
 def _lots(members: Sequence[Member], engine: EngineName, n_workers: int) -> list[list[Member]]:
-    """Members that are run by one job, long ones first, so that none is left over at the end."""
+    """Group the members into jobs, the longest first, so that all workers end about together."""
     lots: list[list[Member]] = []
     singles = [*members]
     if engine == "batched":
         from mechcausal.sweeps.batched import batchable, groups
 
-        # What was begun is gone on with by itself.
+        # A member that has started is resumed on its own.
         fresh = [m for m in members if not (m.folder / RECIPE_FILE).is_file()]
         fresh = [m for m in fresh if batchable(m.recipe)]
         batched = {member.name for member in fresh}
@@ -245,8 +237,10 @@ def _lots(members: Sequence[Member], engine: EngineName, n_workers: int) -> list
 def _job(lot: Sequence[Member], wandb_mode: WandbMode | None, collect: bool) -> Job:
     archives = None
     if collect:
-        begun = [(member.folder / RECIPE_FILE).is_file() for member in lot]
-        archives = [pack(m.folder) if b else b"" for m, b in zip(lot, begun, strict=True)]
+        archives = [
+            pack(member.folder) if (member.folder / RECIPE_FILE).is_file() else b""
+            for member in lot
+        ]
     return Job(
         recipes=[recipe_to_dict(member.recipe) for member in lot],
         folders=[str(member.folder.resolve()) for member in lot],
@@ -256,16 +250,18 @@ def _job(lot: Sequence[Member], wandb_mode: WandbMode | None, collect: bool) -> 
     )
 
 
-def _check(members: Sequence[Member], *, everywhere: bool, wandb_mode: WandbMode | None) -> None:
-    """Whether every member can be trained.
+def _check(
+    members: Sequence[Member], *, on_this_machine: bool, wandb_mode: WandbMode | None
+) -> None:
+    """Check that every member can be trained.
 
     Args:
-        members: of the sweep.
-        everywhere: False leaves out what only holds of this machine: its memory and its devices.
-        wandb_mode: as asked for.
+        members: the members.
+        on_this_machine: whether to check this machine's memory and devices too.
+        wandb_mode: the W&B mode asked for.
 
     Raises:
-        SweepError: one cannot.
+        SweepError: the first member that cannot be trained.
     """
     from mechcausal.graphs import GraphError
     from mechcausal.recipes.stages import stages
@@ -280,14 +276,14 @@ def _check(members: Sequence[Member], *, everywhere: bool, wandb_mode: WandbMode
         raise SweepError(str(error)) from None
     seen = set()
     for member in members:
-        # Seeds change a graph's edges, not whether it is one.
+        # A seed changes a random graph's edges, but not whether the recipe is valid.
         values = recipe_to_dict(member.recipe) | {"seed": 0, "wandb": None}
         key = json.dumps(values, default=str)
         if key in seen:
             continue
         seen.add(key)
         try:
-            if everywhere:
+            if on_this_machine:
                 check(member.recipe)
                 continue
             if not stages(member.recipe):
@@ -297,55 +293,6 @@ def _check(members: Sequence[Member], *, everywhere: bool, wandb_mode: WandbMode
                 check_model(recipe, build_task(recipe.build_graph(), recipe.build_prior()))
         except (RecipeError, GraphError, PriorError) as error:
             raise SweepError(f"member {member.name}: {error}") from None
-
-
-@contextmanager
-def _hold(folder: Path, sweep: Sweep) -> Iterator[None]:
-    """Make the sweep's folder, or find the same sweep in it, and be the only one that runs it.
-
-    Raises:
-        SweepError: another sweep, a run or something else is in it, or another process runs it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_copy(folder, sweep)
-        lock = FileLock(folder / LOCK_FILE)
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        raise SweepError(f"{folder}: another process is running this sweep") from None
-    except OSError as error:
-        raise SweepError(f"{folder}: not writable: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_copy(folder: Path, sweep: Sweep) -> None:
-    copy = folder / COPY_FILE
-    if not copy.is_file():
-        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if others:
-            raise SweepError(
-                f"{folder}: is not empty and holds no sweep (found {sorted(others)[0]}); "
-                "choose another folder with --out"
-            )
-        return
-    try:
-        before = json.loads(copy.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        before = None
-    if not isinstance(before, dict):
-        raise SweepError(f"{copy}: cannot be read; choose another folder with --out")
-    now: dict[str, Any] = json.loads(json.dumps(sweep_to_dict(sweep)))
-    different = [
-        key for key in sorted({*before, *now} - {*_FREE}) if before.get(key) != now.get(key)
-    ]
-    if different:
-        raise SweepError(
-            f"{folder}: holds another sweep ({', '.join(different)} differ); "
-            "choose another folder with --out"
-        )
 
 
 def _engine(

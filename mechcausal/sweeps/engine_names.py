@@ -1,4 +1,4 @@
-"""The names of the engines and what goes with each, without what the engines import."""
+"""The engines' names and options, in a module that imports quickly."""
 
 from typing import Literal
 
@@ -10,10 +10,10 @@ EngineName = Literal["local", "batched", "dask"]
 def check_engine_options(
     engine: EngineName, *, workers: int | None, address: str | None, collect: bool
 ) -> None:
-    """Find out whether an engine has what it needs, and nothing that it would ignore.
+    """Check that every option given belongs to the engine, and that Dask has an address.
 
     Raises:
-        SweepError: an option of another engine, or Dask without an address.
+        SweepError: an option of another engine, or no address for Dask.
     """
     dask = ("dask",)
     for option, is_given, engines in (
@@ -27,6 +27,6 @@ def check_engine_options(
             )
     if engine == "dask" and not address:
         raise SweepError(
-            "--engine dask needs --address, the scheduler of a Dask cluster of yours, such as "
+            "--engine dask needs --address, the address of your Dask scheduler, such as "
             "tls://host:8786"
         )

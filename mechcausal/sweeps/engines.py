@@ -1,4 +1,4 @@
-"""What runs the jobs of a sweep: one seam, a `submit` like that of `concurrent.futures`."""
+"""Engines run the jobs of a sweep, with a `submit` like that of `concurrent.futures`."""
 
 import multiprocessing
 import os
@@ -28,14 +28,14 @@ class Engine(Protocol):
 
     @property
     def n_workers(self) -> int:
-        """Jobs that can run at a time."""
+        """The number of jobs that can run at a time."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether what is pending will never end."""
+        """Whether the pending jobs will never end."""
 
     def submit(self, job: Job) -> "Future[Done]":
-        """Run a job; a failing member is an outcome, never an exception.
+        """Run a job; a failing member gives an outcome, not an exception.
 
         The future raises EngineLostError, or is cancelled, when the engine can run no more jobs.
         """
@@ -44,7 +44,7 @@ class Engine(Protocol):
         """Ask every running member to stop; returns at once."""
 
     def problem(self) -> str:
-        """Why no job comes to an end; empty where nothing is wrong."""
+        """Why no job ends, one line; empty if nothing is wrong."""
 
     def __enter__(self) -> object:
         """Start the workers."""
@@ -55,22 +55,22 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the workers, once the members that they run have ended."""
+        """Wait for the running members, then end the workers."""
 
 
 class LocalEngine:
-    """Processes of this machine, each of which runs one job after another.
+    """Runs jobs in processes of this machine.
 
-    Every process has a pool of its own, so that one that is killed takes only its job with it,
-    which another then goes on with.
+    Every process is a pool of its own: if one is killed, only its job is lost, and a new process
+    resumes it.
     """
 
     def __init__(self, n_workers: int, *, uses_cuda: bool = False) -> None:
-        """Say how many.
+        """Prepare the pools; processes start with their first jobs.
 
         Args:
-            n_workers: processes.
-            uses_cuda: start each from nothing; CUDA does not survive a fork.
+            n_workers: number of processes.
+            uses_cuda: spawn the processes, since CUDA does not survive a fork.
         """
         self._n_workers = n_workers
         self._context = _context(uses_cuda)
@@ -82,16 +82,16 @@ class LocalEngine:
 
     @property
     def n_workers(self) -> int:
-        """The processes."""
+        """The number of processes."""
         return self._n_workers
 
     @property
     def is_lost(self) -> bool:
-        """Never: a process that died is replaced."""
+        """Always False: a dead process is replaced."""
         return False
 
     def submit(self, job: Job) -> "Future[Done]":
-        """Run a job in the next process that is free."""
+        """Run a job in the next free process."""
         return self._threads.submit(self._run, job)
 
     def stop(self) -> None:
@@ -99,11 +99,11 @@ class LocalEngine:
         self._stop.set()
 
     def problem(self) -> str:
-        """Nothing ever is."""
+        """Always empty."""
         return ""
 
     def __enter__(self) -> "LocalEngine":
-        """Processes start with their first jobs."""
+        """Do nothing: processes start with their first jobs."""
         return self
 
     def __exit__(
@@ -112,7 +112,7 @@ class LocalEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for the members that run, and end the processes."""
+        """Wait for the running members, then end the processes."""
         if kind is not None:
             self.stop()
         self._threads.shutdown(cancel_futures=True)
@@ -148,24 +148,24 @@ def _context(uses_cuda: bool) -> BaseContext:
     if uses_cuda or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Imported once, in a process that has no threads yet; workers are its copies.
+    # The fork server imports this once, while it has no threads, and forks every worker from it.
     context.set_forkserver_preload(["mechcausal.sweeps.preload"])
     return context
 
 
-_should_stop: Callable[[], bool] = lambda: False  # noqa: E731  of this worker process
+_should_stop: Callable[[], bool] = lambda: False  # noqa: E731  replaced in each worker
 
 
 def _start_worker(stop: Any) -> None:
-    """Make a process a worker: deaf to Ctrl-C, which the sweep passes on, and mortal with it."""
+    """Set up a worker process: it ignores Ctrl-C and ends when the sweep's process dies."""
     global _should_stop
-    # A terminal sends Ctrl-C to its whole group: a member must not be stopped twice.
+    # A terminal sends Ctrl-C to the whole process group, and the sweep passes it on as `stop`.
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     orphaned = threading.Event()
 
-    def watch() -> None:
+    def watch_parent() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
@@ -173,7 +173,7 @@ def _start_worker(stop: Any) -> None:
             if not _busy.is_set():
                 os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch_parent, daemon=True).start()
     _should_stop = lambda: bool(orphaned.is_set() or stop.is_set())  # noqa: E731
 
     import torch

@@ -1,4 +1,4 @@
-"""What a worker does: train a member, go on with it, or find that it has finished."""
+"""What a worker does with a member: train it, resume it, or skip it if it has finished."""
 
 import os
 import signal
@@ -12,31 +12,30 @@ from typing import Any
 from mechcausal.recipes import Recipe, WandbMode, parse_recipe
 from mechcausal.records.run_folder import RECIPE_FILE, has_finished, is_held
 from mechcausal.sweeps.archive import pack, unpack
-from mechcausal.sweeps.outcome import Outcome
+from mechcausal.sweeps.outcome import Outcome, one_line
 
 POLL_SECONDS = 0.2
-"""How often a member looks whether it is to stop."""
+"""How often a member checks whether it must stop."""
 LEAN = {
     "WANDB_X_DISABLE_STATS": "true",
     "WANDB_X_DISABLE_MACHINE_INFO": "true",
     "WANDB_X_SAVE_REQUIREMENTS": "false",
     "WANDB_DISABLE_GIT": "true",
 }
-"""What W&B leaves out of a member's run, so that it starts in milliseconds; a variable that the
-user has set stays."""
+"""Environment variables that make a member's W&B run start fast; the user's own values win."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is sent to a worker: plain data.
+    """The members that one worker trains, as plain data.
 
     Attributes:
-        recipes: one for every member.
-        folders: where each lies.
-        wandb_mode: instead of the recipes'.
-        batched: train them as one batch.
-        archives: of members that were begun, where the worker is to send their folders back; None
-            where it writes them itself.
+        recipes: one per member.
+        folders: one run folder per member.
+        wandb_mode: overrides the recipes' W&B mode.
+        batched: whether to train the members as one batch.
+        archives: the packed folder of each member, empty if it has not started; the worker then
+            sends the folders back. None if the worker writes to `folders` itself.
     """
 
     recipes: Sequence[Mapping[str, Any]]
@@ -48,11 +47,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What comes back of a job.
+    """The result of a job.
 
     Attributes:
-        outcomes: of every member.
-        archives: their folders, where they are sent back.
+        outcomes: one per member.
+        archives: one packed folder per member, if the job asks for them.
     """
 
     outcomes: Sequence[Outcome]
@@ -60,13 +59,13 @@ class Done:
 
 
 def run_job(job: Job, should_stop: Callable[[], bool]) -> Done:
-    """Run the members of a job; whatever goes wrong becomes their outcome."""
+    """Run the members of a job; a member's error becomes its outcome."""
     for name, value in LEAN.items():
         os.environ.setdefault(name, value)
     if job.archives is None:
         return Done(_run(job, job.folders, should_stop))
-    with tempfile.TemporaryDirectory(prefix="mechcausal-") as place:
-        folders = [str(Path(place) / Path(folder).name) for folder in job.folders]
+    with tempfile.TemporaryDirectory(prefix="mechcausal-") as scratch:
+        folders = [str(Path(scratch) / Path(folder).name) for folder in job.folders]
         for folder, archive in zip(folders, job.archives, strict=True):
             if archive:
                 unpack(archive, Path(folder))
@@ -78,16 +77,16 @@ def _run(job: Job, folders: Sequence[str], should_stop: Callable[[], bool]) -> l
     recipes = [parse_recipe(dict(values), source="sweep") for values in job.recipes]
     if job.wandb_mode is not None:
         recipes = [recipe.with_overrides(wandb__mode=job.wandb_mode) for recipe in recipes]
-    places = [Path(folder) for folder in folders]
+    paths = [Path(folder) for folder in folders]
     outcomes: dict[int, Outcome] = {}
     if job.batched:
-        # What was begun, also by a worker that died, is gone on with by itself.
-        fresh = [n for n, place in enumerate(places) if not (place / RECIPE_FILE).is_file()]
-        outcomes = _run_batch(recipes, places, fresh, should_stop)
-    for number, (recipe, place) in enumerate(zip(recipes, places, strict=True)):
+        # A member that has started, perhaps on a worker that died, is resumed on its own below.
+        fresh = [n for n, path in enumerate(paths) if not (path / RECIPE_FILE).is_file()]
+        outcomes = _run_batch(recipes, paths, fresh, should_stop)
+    for number, (recipe, path) in enumerate(zip(recipes, paths, strict=True)):
         if number not in outcomes:
             outcomes[number] = run_member(
-                recipe, place, wandb_mode=job.wandb_mode, should_stop=should_stop
+                recipe, path, wandb_mode=job.wandb_mode, should_stop=should_stop
             )
     return [outcomes[number] for number in range(len(recipes))]
 
@@ -100,14 +99,14 @@ def _run_batch(
 ) -> dict[int, Outcome]:
     from mechcausal.sweeps.batched import train_batched
 
-    own = [recipes[number] for number in numbers]
-    places = [folders[number] for number in numbers]
+    batch_recipes = [recipes[number] for number in numbers]
+    batch_folders = [folders[number] for number in numbers]
     try:
-        outcomes = train_batched(own, places, stop=should_stop)
+        outcomes = train_batched(batch_recipes, batch_folders, stop=should_stop)
     except KeyboardInterrupt:
-        outcomes = [Outcome("interrupted")] * len(own)
+        outcomes = [Outcome("interrupted")] * len(numbers)
     except Exception as error:  # a batch that breaks must not end the sweep
-        outcomes = [Outcome("failed", one_line(error))] * len(own)
+        outcomes = [Outcome("failed", one_line(error))] * len(numbers)
     return dict(zip(numbers, outcomes, strict=True))
 
 
@@ -118,29 +117,29 @@ def run_member(
     wandb_mode: WandbMode | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train a member, or go on where it was left.
+    """Train a member, or resume it from its last checkpoint.
 
     Args:
-        recipe: what is trained, if nothing of it is there.
-        folder: its own.
-        wandb_mode: instead of that of a run that is there.
-        should_stop: asked a few times a second; a member that stops can be resumed.
+        recipe: used if the folder holds no run yet.
+        folder: the member's run folder.
+        wandb_mode: overrides the W&B mode of a resumed run.
+        should_stop: polled a few times a second; a member that stops can be resumed.
     """
     from mechcausal.support.signals import StopSignal
     from mechcausal.training.resuming import resume
     from mechcausal.training.run import Progress, train
 
-    stop, asked = StopSignal(), time.monotonic()
+    stop, last_poll = StopSignal(), time.monotonic()
 
-    def look(progress: Progress) -> None:
-        nonlocal asked
-        if time.monotonic() - asked > POLL_SECONDS:
-            asked = time.monotonic()
+    def poll(progress: Progress) -> None:
+        nonlocal last_poll
+        if time.monotonic() - last_poll > POLL_SECONDS:
+            last_poll = time.monotonic()
             if stop.received is None and should_stop():
                 stop.received = signal.SIGINT
 
     try:
-        # A worker that lost its scheduler, or its sweep, may still be writing its last row.
+        # A worker that lost its scheduler or its sweep may still be writing this member's last row.
         while is_held(folder):
             if should_stop():
                 return Outcome("interrupted")
@@ -150,18 +149,11 @@ def run_member(
         if should_stop():
             return Outcome("interrupted")
         if (folder / RECIPE_FILE).is_file():
-            result = resume(folder, wandb_mode=wandb_mode, on_progress=look, stop=stop)
+            result = resume(folder, wandb_mode=wandb_mode, on_progress=poll, stop=stop)
         else:
-            result = train(recipe, out=folder, on_progress=look, stop=stop)
+            result = train(recipe, out=folder, on_progress=poll, stop=stop)
     except KeyboardInterrupt:
         return Outcome("interrupted")
     except Exception as error:  # one member's failure must not end the sweep
         return Outcome("failed", one_line(error))
     return Outcome(result.state)
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line: its message where that is written for users, else its kind too."""
-    text = " ".join(str(error).split())
-    own = type(error).__module__.startswith("mechcausal.")
-    return text if own and text else f"{type(error).__name__}: {text}"

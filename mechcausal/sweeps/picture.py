@@ -1,4 +1,4 @@
-"""Pictures of a sweep: a figure over two axes, over one with a band, or over training."""
+"""Pictures of a sweep: phase diagrams, lines with bands, and curves over training."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A scale is logarithmic from this ratio of its ends on.
-_LOG_RATIO = 20.0
-_MOST_INSIDE, _MOST_NAMES = 6, 100  # names of a legend among the lines, and of any legend
+_LOG_RATIO = (
+    20.0  # an axis becomes logarithmic if its largest value is this many times its smallest
+)
+_MOST_INSIDE = 6  # longer legends move beside the lines
+_MOST_NAMES = 100  # longer legends are left out
 
 
 def draw(
@@ -26,21 +28,21 @@ def draw(
     *,
     title: str = "",
 ) -> "Figure | None":
-    """Draw what a picture asks for; None where the table has nothing for it.
+    """Draw a picture; return None if the table lacks its figure or axes.
 
     Args:
-        picture: which figure, over which axes.
-        table: see `results_table`; finished members that have the axes are drawn.
-        curves: `train/step` and `value` of every member, for a picture over training.
-        title: put before the figure's name.
+        picture: the figure and its axes.
+        table: see `results_table`; only finished members that have a value on every axis count.
+        curves: by member name, the columns `train/step` and `value`, for a picture over training.
+        title: the title above the picture.
     """
-    figure = _drawn(picture, table[table["state"] == "finished"], curves or {}, title)
+    figure = _draw(picture, table[table["state"] == "finished"], curves or {}, title)
     if figure is not None:
-        _keep_within(figure)
+        _fit_labels(figure)
     return figure
 
 
-def _drawn(
+def _draw(
     picture: Picture, done: pd.DataFrame, curves: Mapping[str, pd.DataFrame], title: str
 ) -> "Figure | None":
     over_training = picture.x == "train/step"
@@ -48,7 +50,7 @@ def _drawn(
     columns = [column for column in axes if column is not None]
     if any(column not in done for column in columns):
         return None
-    # What only some members have, as graph.lag, is drawn of those.
+    # Only some members may have a field: graph.lag belongs to one preset.
     done = done.dropna(subset=columns)
     if over_training:
         return curves_with_bands(picture, done, curves, title=title)
@@ -62,7 +64,7 @@ def _drawn(
 
 
 def phase_diagram(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
-    """Mean of a figure over two axes, and beside it the spread (standard deviation) of the rest."""
+    """Mean of a figure over two axes, and its standard deviation over all other axes beside it."""
     assert picture.y is not None
     values = table.assign(value=_values(table, picture))
     groups = values.groupby([picture.y, picture.x], sort=True)["value"]
@@ -77,8 +79,8 @@ def phase_diagram(picture: Picture, table: pd.DataFrame, *, title: str = "") -> 
     _heatmap(axes[0], mean, f"{name}: mean", picture)
     if several:
         low, high = int(count.min()), int(count.max())
-        rest = f"{low}" if low == high else f"{low}–{high}"
-        _heatmap(axes[1], spread, f"spread (sd) over {rest} runs a cell", picture)
+        n_runs = f"{low}" if low == high else f"{low}–{high}"
+        _heatmap(axes[1], spread, f"spread (sd) over {n_runs} runs per cell", picture)
     figure.suptitle(title)
     return figure
 
@@ -86,27 +88,27 @@ def phase_diagram(picture: Picture, table: pd.DataFrame, *, title: str = "") -> 
 def line(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
     """Mean of a figure over one axis, with a band of one standard deviation."""
     figure, (axis,) = new_figure(1, 1)
-    _room(figure)
+    _set_margins(figure)
     values = table.assign(value=_values(table, picture))
     for index, (label, part) in enumerate(_parts(values, picture.by)):
         groups = part.groupby(picture.x, sort=True)["value"]
         mean, spread = groups.mean(), groups.std().fillna(0.0)
-        where = mean.index.to_numpy()
+        x_values = mean.index.to_numpy()
         numeric = pd.api.types.is_numeric_dtype(mean.index)
-        places = where.astype(float) if numeric else np.arange(len(where), dtype=float)
+        x = x_values.astype(float) if numeric else np.arange(len(x_values), dtype=float)
         colour = _colour(index, picture.by, values)
-        axis.plot(places, mean, "o-", color=colour, label=label, markersize=4)
+        axis.plot(x, mean, "o-", color=colour, label=label, markersize=4)
         low, high = mean - spread, mean + spread
         if picture.fit and (mean > 0).all():
             low = low.clip(lower=mean.min() / 10)
-        axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         if not numeric:
-            axis.set_xticks(places, [str(value) for value in where], rotation=30, ha="right")
+            axis.set_xticks(x, [str(value) for value in x_values], rotation=30, ha="right")
         if picture.fit and numeric:
-            _fit(axis, places, mean.to_numpy(), colour)
-        if numeric and (picture.fit or _spans(places)) and places.min() > 0:
+            _fit(axis, x, mean.to_numpy(), colour)
+        if numeric and (picture.fit or _spans_decades(x)) and x.min() > 0:
             axis.set_xscale("log")
-            axis.set_xticks(places, [_text(value) for value in where])
+            axis.set_xticks(x, [_text(value) for value in x_values])
             axis.set_xticks([], minor=True)
     axis.set(xlabel=picture.x, ylabel=_name(picture))
     _legend(axis, picture.by)
@@ -123,7 +125,7 @@ def curves_with_bands(
 ) -> "Figure | None":
     """A figure against the training step: mean and a band from the 10th to the 90th percentile."""
     figure, (axis,) = new_figure(1, 1)
-    _room(figure)
+    _set_margins(figure)
     for index, (label, part) in enumerate(_parts(table, picture.by)):
         rows = [curves[name] for name in part["member"] if name in curves]
         rows = [row for row in rows if len(row)]
@@ -150,7 +152,7 @@ def curves_with_bands(
 def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Least squares of `log y = log c + k log x`: k, its standard error, c.
 
-    NaN for the error with fewer than three points.
+    The error is NaN for fewer than three points.
 
     Example:
         >>> k, error, c = power_law(np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.5, 0.75]))
@@ -160,10 +162,10 @@ def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     log_x, log_y = np.log(x), np.log(y)
     centred = log_x - log_x.mean()
     k = float((centred * log_y).sum() / (centred**2).sum())
-    rest = log_y - log_y.mean() - k * centred
+    residual = log_y - log_y.mean() - k * centred
     error = math.nan
     if len(x) > 2:
-        error = float(np.sqrt((rest**2).sum() / (len(x) - 2) / (centred**2).sum()))
+        error = float(np.sqrt((residual**2).sum() / (len(x) - 2) / (centred**2).sum()))
     return k, error, float(np.exp(log_y.mean() - k * log_x.mean()))
 
 
@@ -183,7 +185,7 @@ def _parts(table: pd.DataFrame, by: str | None) -> "list[tuple[str, pd.DataFrame
 
 
 def _colour(index: int, by: str | None, table: pd.DataFrame) -> Any:
-    """Few lines get distinct colours, many the order of their values."""
+    """Distinct colours for a few lines, a colour scale ordered by value for many."""
     count = 1 if by is None else table[by].nunique()
     if count <= len(CYCLE):
         return CYCLE[index]
@@ -222,13 +224,13 @@ def _fit(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: Any) -> None:
     if good.sum() < 2:
         return
     k, error, c = power_law(x[good], y[good])
-    said = f"∝ x^{k:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-    axis.plot(x[good], c * x[good] ** k, "--", color=colour, linewidth=1, label=said)
+    law = f"∝ x^{k:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    axis.plot(x[good], c * x[good] ** k, "--", color=colour, linewidth=1, label=law)
     axis.set_yscale("log")
 
 
-def _spans(places: np.ndarray) -> bool:
-    return bool(places.min() > 0 and places.max() / places.min() >= _LOG_RATIO)
+def _spans_decades(x: np.ndarray) -> bool:
+    return bool(x.min() > 0 and x.max() / x.min() >= _LOG_RATIO)
 
 
 def _size(shape: tuple[int, int], n_panels: int) -> tuple[float, float]:
@@ -237,26 +239,26 @@ def _size(shape: tuple[int, int], n_panels: int) -> tuple[float, float]:
     return width, min(10.0, max(4.0, 0.38 * rows + 2.0))
 
 
-def _room(figure: "Figure") -> None:
+def _set_margins(figure: "Figure") -> None:
     figure.set_size_inches(6.4, 4.4)
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.16, top=0.9)
 
 
 def _legend(axis: "Axes", title: str | None) -> None:
-    """Names of the lines, beside them where so many would cover them; none where nobody reads."""
+    """Name the lines: inside the axes if few, beside them if many, not at all if too many."""
     count = len(axis.get_legend_handles_labels()[1])
-    beside: dict[str, Any] = {}
+    placement: dict[str, Any] = {}
     if count > _MOST_INSIDE:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "ncols": 1 + count // 20}
+        placement = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "ncols": 1 + count // 20}
     if 0 < count <= _MOST_NAMES:
-        axis.legend(title=title, fontsize="small", frameon=False, **beside)
+        axis.legend(title=title, fontsize="small", frameon=False, **placement)
 
 
-def _keep_within(figure: "Figure") -> None:
-    """Make room for words that the margins would cut off."""
+def _fit_labels(figure: "Figure") -> None:
+    """Enlarge the figure if its margins would cut off labels."""
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height:
-        figure.set_size_inches(max(width, box.x1), height)  # a wide legend leaves the lines theirs
+        figure.set_size_inches(max(width, box.x1), height)  # a wide legend must not narrow the axes
         figure.tight_layout()
 
 

@@ -1,4 +1,4 @@
-"""From a sweep to its members: what is run, where, under which name."""
+"""Turn a sweep into its members: their names, folders and recipes."""
 
 import itertools
 import json
@@ -21,10 +21,10 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder, unique in the sweep.
-        folder: where it lies.
-        recipe: what is trained.
-        point: its value on every axis, by dotted path.
+        name: the folder's name, unique in the sweep.
+        folder: the run folder.
+        recipe: the recipe to train.
+        point: the member's value on every axis, by dotted path.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Member:
 
 
 def plan(sweep: Sweep, folder: Path) -> list[Member]:
-    """The members of a sweep, in order: the last axis varies fastest, seeds faster still.
+    """The members of a sweep, in order: seeds vary fastest, then the last axis.
 
     Args:
-        sweep: what to run.
-        folder: the sweep's; a member's folder lies in it.
+        sweep: the sweep.
+        folder: the sweep's folder, which contains the members' folders.
 
     Raises:
-        SweepError: a member whose recipe is none, or more members than a million.
+        SweepError: a member with an invalid recipe, or more than `MAX_MEMBERS` members.
     """
     count = size(sweep)
     if count > MAX_MEMBERS:
@@ -52,13 +52,13 @@ def plan(sweep: Sweep, folder: Path) -> list[Member]:
     digits = len(str(count - 1))
     members = []
     for number, point in enumerate(_points(sweep)):
-        own = dict(values)
+        member_values = dict(values)
         for path, value in point.items():
-            overlay(own, path, value)
-        said = "_".join(f"{labels.get(path, path)}{_text(v)}" for path, v in point.items())
-        name = f"{number:0{digits}d}_{re.sub(r'[^A-Za-z0-9_.+-]', '-', said)}"[:80].rstrip("._-")
+            overlay(member_values, path, value)
+        label = "_".join(f"{labels.get(path, path)}{_text(v)}" for path, v in point.items())
+        name = f"{number:0{digits}d}_{re.sub(r'[^A-Za-z0-9_.+-]', '-', label)}"[:80].rstrip("._-")
         try:
-            recipe = parse_recipe(own, source=f"{sweep.source}: member {name}")
+            recipe = parse_recipe(member_values, source=f"{sweep.source}: member {name}")
         except RecipeError as error:
             raise SweepError(str(error)) from None
         members.append(Member(name, folder / name, recipe, point))
@@ -66,7 +66,7 @@ def plan(sweep: Sweep, folder: Path) -> list[Member]:
 
 
 def size(sweep: Sweep) -> int:
-    """The number of members, without making them."""
+    """The number of members, without building them."""
     lengths = [len(axis) for axis in sweep.axes.values() if not isinstance(axis, Range)]
     points = {
         "grid": math.prod(lengths),
@@ -100,42 +100,44 @@ def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def _draws(sweep: Sweep) -> Iterator[list[Any]]:
-    # Of Python's generator only `random()` is promised to stay as it is.
-    source = random.Random(sweep.sampling_seed)
+    # Only `random()` is guaranteed to give the same numbers in later versions of Python.
+    generator = random.Random(sweep.sampling_seed)
     for _ in range(sweep.samples):
         row = []
         for axis in sweep.axes.values():
-            uniform = source.random()
+            uniform = generator.random()
             if isinstance(axis, Range):
-                row.append(_within(axis, uniform))
+                row.append(_range_value(axis, uniform))
             else:
                 row.append(axis[int(uniform * len(axis))])
         yield row
 
 
-def _within(axis: Range, uniform: float) -> int | float:
-    """The value at a share of a range; floats are rounded to six digits, so that they can be read.
+def _range_value(axis: Range, uniform: float) -> int | float:
+    """Map a number in [0, 1) to a range; floats are rounded to six digits, for readable names.
 
     Example:
-        >>> _within(Range(low=1, high=6), 0.99), _within(Range(low=0.01, high=100.0, log=True), 0.5)
-        (6, 1.0)
+        >>> _range_value(Range(low=1, high=6), 0.99)
+        6
+        >>> _range_value(Range(low=0.01, high=100.0, log=True), 0.5)
+        1.0
     """
     low, high = axis.low, axis.high
-    whole = isinstance(low, int) and isinstance(high, int)
-    if whole:  # every whole number has an interval of its own
+    is_integer = isinstance(low, int) and isinstance(high, int)
+    if is_integer:  # every integer gets its own interval
         low, high = (low, high + 1) if not axis.log else (low - 0.5, high + 0.5)
     if axis.log:
         value = math.exp(math.log(low) + uniform * (math.log(high) - math.log(low)))
     else:
         value = low + uniform * (high - low)
-    if whole:
+    if is_integer:
         value = round(value) if axis.log else math.floor(value)
         return int(min(max(value, axis.low), axis.high))
     return min(max(float(f"{value:.6g}"), axis.low), axis.high)
 
 
 def shortest_ends(paths: list[str]) -> dict[str, str]:
-    """The shortest end of every path that names it alone.
+    """The shortest suffix of every dotted path that no other path ends with.
 
     Example:
         >>> shortest_ends(["task.alpha", "training.stage1.lr", "training.stage2.lr"]).values()

@@ -1,15 +1,11 @@
-"""What every worker process needs, imported once before workers are forked off."""
+"""Imports that every worker process needs; the fork server runs them once, before it forks."""
 
-import gc
-import os
+from importlib import import_module
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mechcausal.records.wandb_runs import load_wandb
+from mechcausal.support.startup import prepare_process
 
-import wandb.apis.public  # noqa: F401  before TransformerLens, see `wandb_runs.load_wandb`
-
-import mechcausal.training.experiments.causal_graph
-import mechcausal.training.resuming
-import mechcausal.training.run  # noqa: F401
-from mechcausal.cli.main import GARBAGE_THRESHOLD
-
-gc.set_threshold(GARBAGE_THRESHOLD)
+prepare_process()
+load_wandb()  # before TransformerLens
+for module in ("experiments.causal_graph", "resuming", "run"):
+    import_module(f"mechcausal.training.{module}")

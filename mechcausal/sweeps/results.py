@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder beside its members: the table and the pictures."""
+"""Write and read the table and the pictures of a sweep."""
 
 import io
 import warnings
@@ -30,14 +30,14 @@ def write_results(
     *,
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Path]:
-    """Write results.csv, results.parquet and a PNG for every picture that can be drawn.
+    """Write results.csv, results.parquet and figures/*.png; return the paths by name.
 
     Args:
-        sweep: says which pictures.
-        members: a row for each.
-        outcomes: by member's name.
-        folder: of the sweep.
-        warn: told of a picture that fails; the others are drawn.
+        sweep: the sweep, which names the pictures.
+        members: one row each.
+        outcomes: by member name.
+        folder: the sweep's folder.
+        warn: called with one line for each picture that fails; the others are drawn.
 
     Raises:
         OSError: the table cannot be written.
@@ -58,12 +58,12 @@ def write_results(
 
 
 def read_results(folder: str | Path) -> tuple[pd.DataFrame, dict[str, "Figure"]]:
-    """The table of a sweep's folder and its pictures, drawn anew, by name.
+    """Read a sweep's table and draw its pictures, by name.
 
-    A picture that fails is a Python warning, and left out.
+    A picture that fails raises a Python warning and is left out.
 
     Raises:
-        SweepError, OSError: no sweep, or one that has not come to an end yet.
+        SweepError, OSError: the folder holds no sweep, or one without a table yet.
     """
     sweep, table = _read(folder)
     figures: dict[str, Figure] = {}
@@ -72,7 +72,7 @@ def read_results(folder: str | Path) -> tuple[pd.DataFrame, dict[str, "Figure"]]
 
 
 def describe_results(folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """For the page of a sweep: its pictures as PNG, and what became of members that failed.
+    """A sweep's pictures as PNG, by name, and one note per picture or member that failed.
 
     Raises:
         SweepError, OSError: see `read_results`.
@@ -105,7 +105,7 @@ def _draw_each(
     keep: Callable[[str, "Figure"], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Draw every picture that the table has something for; one that fails stops no other."""
+    """Draw every picture that the table has data for; a failing one does not stop the others."""
     pictures = sweep.pictures or default_pictures(table)
     for name, picture in zip(picture_names(pictures), pictures, strict=True):
         try:
@@ -123,7 +123,7 @@ def _png(figure: "Figure") -> bytes:
 
 
 def picture_names(pictures: Sequence[Picture]) -> list[str]:
-    """The file names of pictures, without their endings; no two are equal.
+    """Distinct file names of the pictures, without suffix.
 
     Example:
         >>> first = Picture(figure="loss/eval", x="training.stage1.lr")
@@ -132,11 +132,11 @@ def picture_names(pictures: Sequence[Picture]) -> list[str]:
         (['loss-eval_lr'], ['loss-eval_stage1-lr', 'loss-eval_stage2-lr'])
     """
     axes = [[axis for axis in (p.x, p.y, p.by) if axis] for p in pictures]
-    labels = shortest_ends([*dict.fromkeys(axis for own in axes for axis in own)])
+    labels = shortest_ends([*dict.fromkeys(axis for picture_axes in axes for axis in picture_axes)])
     names: list[str] = []
-    for picture, own in zip(pictures, axes, strict=True):
+    for picture, picture_axes in zip(pictures, axes, strict=True):
         figure = f"one-minus-{picture.figure}" if picture.complement else picture.figure
-        text = "_".join([figure, *(labels[axis] for axis in own)])
+        text = "_".join([figure, *(labels[axis] for axis in picture_axes)])
         first = name = text.replace("/", "-").replace(".", "-")[:100]
         number = 1
         while name in names:
@@ -147,7 +147,7 @@ def picture_names(pictures: Sequence[Picture]) -> list[str]:
 
 
 def default_pictures(table: pd.DataFrame) -> list[Picture]:
-    """A picture over the first axes, of the graph or else of the loss, and curves over training."""
+    """A picture over the first one or two axes and curves over training, of one main figure."""
     start = list(table.columns).index("error") + 1
     fields = [name for name in table.columns[start:] if "." in name]
     fields = [name for name in fields if not name.startswith("wandb.")]
@@ -164,15 +164,15 @@ def default_pictures(table: pd.DataFrame) -> list[Picture]:
 
 
 def curves(picture: Picture, table: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:
-    """The rows of every finished member, where a picture is one of curves over training."""
+    """The figure against `train/step` of every finished member, if the picture needs them."""
     if picture.x != "train/step":
         return {}
-    found = {}
+    by_member = {}
     for name in table.loc[table["state"] == "finished", "member"]:
         try:
             rows = read_metrics(folder / name)
         except (OSError, ValueError):
             continue
-        kept = [(row["train/step"], row.get(picture.figure)) for row in rows]
-        found[name] = pd.DataFrame(kept, columns=["train/step", "value"]).dropna()
-    return found
+        points = [(row["train/step"], row.get(picture.figure)) for row in rows]
+        by_member[name] = pd.DataFrame(points, columns=["train/step", "value"]).dropna()
+    return by_member

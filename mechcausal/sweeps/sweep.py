@@ -10,7 +10,7 @@ from mechcausal.recipes import Recipe
 
 MAX_MEMBERS = 1_000_000
 COPY_FILE = "sweep.json"
-"""A sweep folder's copy of the sweep, the whole base recipe in it."""
+"""The copy of the sweep in its folder, with the full base recipe."""
 
 
 class SweepError(ValueError):
@@ -19,7 +19,7 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Values of a random axis between two ends, whole numbers where both ends are."""
+    """An interval that a random axis draws from; integers if both ends are integers."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -28,7 +28,7 @@ class Range:
     high: int | Annotated[float, Field(allow_inf_nan=False)]
     """Largest value."""
     log: bool = False
-    """Uniform in the logarithm."""
+    """Draw uniformly in the logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,47 +40,48 @@ class Picture:
     figure: str
     """Name of the figure, as in metrics.jsonl; `first/...` for the first probe step's."""
     x: str
-    """Axis from left to right: a recipe field, or `train/step` for curves over training."""
+    """Horizontal axis: a recipe field, or `train/step` for curves over training."""
     y: str | None = None
-    """Axis from bottom to top, which makes a phase diagram."""
+    """Vertical axis, a recipe field; makes the picture a phase diagram."""
     by: str | None = None
-    """A field whose values get a line of their own (without `y`)."""
+    """Recipe field with one line per value (without `y`)."""
     complement: bool = False
     """Draw one minus the figure."""
     fit: bool = False
-    """Fit a power law to the means, and say its exponent (without `y`)."""
+    """Fit a power law to the means and show its exponent (without `y`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How W&B's own sweep is to search; see `--as-wandb`."""
+    """How W&B's own sweep searches; see `--as-wandb`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     method: Literal["grid", "random", "bayes"] | None = None
-    """When absent: as the sweep."""
+    """Default: random for a random sweep, else grid."""
     metric: str = "loss/eval"
-    """Figure that bayes improves."""
+    """Figure that bayes optimises."""
     goal: Literal["minimize", "maximize"] = "minimize"
-    """What better means."""
+    """Whether a smaller or a larger figure is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep, completely described.
+    """A complete sweep.
 
     Attributes:
-        name: of its folder and its W&B group.
-        base: the recipe that all members share, but for their axes.
-        kind: grid: every combination. list: the axes side by side. random: drawn from ranges.
-        axes: values, or the range of a random axis, by dotted path.
-        seeds: every point is run with each of these.
-        samples: points of a random sweep.
-        sampling_seed: they follow from it.
-        pictures: drawn at the end.
-        search: see `--as-wandb`.
-        source: file it was read from.
-        recipe_source: name of the base recipe, where that comes along and nothing is changed.
+        name: name of the sweep's folder and W&B group.
+        base: the recipe that the axes vary.
+        kind: "grid": every combination of values. "list": the i-th values of all axes together.
+            "random": values drawn from lists and ranges.
+        axes: a list of values or a range, by the dotted path of the recipe field.
+        seeds: every point runs once with each seed.
+        samples: number of points of a random sweep.
+        sampling_seed: seed that the points are drawn with.
+        pictures: pictures to draw at the end.
+        search: settings of W&B's own sweep, see `--as-wandb`.
+        source: the file that the sweep was read from.
+        recipe_source: name of the base recipe if it is a bundled one, unchanged; else empty.
     """
 
     name: str

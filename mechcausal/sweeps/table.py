@@ -1,4 +1,4 @@
-"""Every member of a sweep as a row: what varies, how it ended, its figures."""
+"""The table of a sweep: one row per member with its settings, its outcome and its figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ from mechcausal.support.nested import flat
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member
 
-# Of a summary: not figures, or the same in every member.
-_LEFT_OUT = ("state", "rows", "warnings", "recipe", "plateaus", "drops", "steepest_drop")
+# Entries of a run's summary that are no figures, or the same in every member.
+_NOT_FIGURES = ("state", "rows", "warnings", "recipe", "plateaus", "drops", "steepest_drop")
 
 
 def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) -> pd.DataFrame:
-    """A row for every member, in their order.
+    """One row per member, in their order.
 
-    Columns: `member`, `state` (`waiting` for one that was not begun), `error`; the recipe's fields
-    that are not the same in all members, by dotted path; the figures of the summary,
-    `first/...` for those of the first probe step. Lists are written as JSON.
+    Columns: `member`, `state` (`waiting` if the member has not started), `error`; the recipe fields
+    that differ between members, by dotted path; the figures of the run's summary, with `first/...`
+    for those of the first probe step. Lists are written as JSON.
     """
     rows: list[dict[str, Any]] = []
     recipes = [_cells(recipe_to_dict(member.recipe), ".") for member in members]
@@ -38,11 +38,11 @@ def results_table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) ->
             summary = read_summary(member.folder)
         except (OSError, ValueError):
             summary = {}
-        figures = _cells({k: v for k, v in summary.items() if k not in _LEFT_OUT}, "/")
+        figures = _cells({k: v for k, v in summary.items() if k not in _NOT_FIGURES}, "/")
         rows.append(row | {k: v for k, v in figures.items() if not isinstance(v, str)})
     table = pd.DataFrame(rows)
     for name in table.columns:
-        if table[name].map(lambda value: isinstance(value, str)).any() and name not in ("error",):
+        if table[name].map(lambda value: isinstance(value, str)).any() and name != "error":
             table[name] = table[name].map(lambda v: v if v is None or _is_nan(v) else str(v))
     return table
 
@@ -59,8 +59,8 @@ def varying(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    listed = flat(values, separator).items()
-    return {k: json.dumps(v) if isinstance(v, list | tuple) else v for k, v in listed}
+    cells = flat(values, separator).items()
+    return {k: json.dumps(v) if isinstance(v, list | tuple) else v for k, v in cells}
 
 
 def _is_nan(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A sweep in W&B's own form, for its server to hand out and its agents to run.
+"""Write a sweep as W&B's own sweep configuration, which W&B's agents run.
 
 https://docs.wandb.ai/guides/sweeps/define-sweep-configuration
 """
@@ -17,16 +17,16 @@ def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
     """The configuration that `wandb sweep` takes; its agents call `mechcausal train`.
 
     Args:
-        sweep: grid or random.
-        recipe: name or path of the base recipe, as agents will find it.
+        sweep: a sweep of kind grid or random.
+        recipe: name or path of the base recipe on the agents' machines.
 
     Raises:
-        SweepError: an axis that W&B's agents cannot put on a command line, or a kind that they do
-            not have.
+        SweepError: an axis that W&B's agents cannot put on a command line, or kind list, which
+            W&B does not have.
     """
     method = sweep.search.method or ("random" if sweep.kind == "random" else "grid")
     if sweep.kind == "list":
-        raise SweepError(f"{sweep.source}: kind list: W&B has grid, random and bayes alone")
+        raise SweepError(f"{sweep.source}: kind list: W&B only has grid, random and bayes")
     ranges = [path for path, axis in sweep.axes.items() if isinstance(axis, Range)]
     if method == "grid" and ranges:
         raise SweepError(f"{sweep.source}: axes.{ranges[0]}: a range has no grid")
@@ -54,14 +54,14 @@ def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
 
 
 def write_wandb_sweep(sweep: Sweep, file: Path) -> list[Path]:
-    """Write the YAML file, and beside it the base recipe where that has no name of its own.
+    """Write the YAML file and, unless the base recipe is a bundled one, the recipe beside it.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
         SweepError: see `wandb_config`.
-        OSError: not writable.
+        OSError: a file cannot be written.
     """
     recipe = file.with_name(f"{file.stem}.recipe.toml")
     config = wandb_config(sweep, sweep.recipe_source or str(recipe))
@@ -75,7 +75,7 @@ def write_wandb_sweep(sweep: Sweep, file: Path) -> list[Path]:
 
 
 def to_yaml(values: Mapping[str, Any], indent: str = "") -> str:
-    """Nested plain data as YAML: tables as blocks, lists of plain values on a line.
+    """Nested plain data as YAML, with each list on one line.
 
     Example:
         >>> print(to_yaml({"a": {"b": [1e-05, "x", True]}}), end="")
@@ -95,7 +95,7 @@ def to_yaml(values: Mapping[str, Any], indent: str = "") -> str:
 
 def _scalar(value: Any) -> str:
     text = json.dumps(value)
-    # Without a dot YAML 1.1 reads 1e-05 as a word.
+    # YAML 1.1 reads 1e-05 without a dot as a string.
     if isinstance(value, float) and "e" in text and "." not in text:
         text = text.replace("e", ".0e")
     return text
@@ -105,12 +105,12 @@ def _parameter(path: str, axis: "tuple[Any, ...] | Range", sweep: Sweep) -> dict
     where = f"{sweep.source}: axes.{path}"
     if not isinstance(axis, Range):
         if any(isinstance(value, dict | list) for value in axis):
-            raise SweepError(f"{where}: W&B's agents take numbers, words and booleans alone")
+            raise SweepError(f"{where}: W&B's agents only take numbers, strings and booleans")
         return {"values": list(axis)}
-    whole = isinstance(axis.low, int) and isinstance(axis.high, int)
-    if whole and axis.log:
-        raise SweepError(f"{where}: W&B has no logarithmic range of whole numbers; list the values")
-    if whole:
+    is_integer = isinstance(axis.low, int) and isinstance(axis.high, int)
+    if is_integer and axis.log:
+        raise SweepError(f"{where}: W&B has no logarithmic range of integers; list the values")
+    if is_integer:
         return {"distribution": "int_uniform", "min": axis.low, "max": axis.high}
     name = "log_uniform_values" if axis.log else "uniform"
     return {"distribution": name, "min": float(axis.low), "max": float(axis.high)}

@@ -1,4 +1,4 @@
-"""Sequences that a causal graph generates, and the target that a model learns to predict."""
+"""Tasks: sequences drawn from a causal graph, and the distribution a model learns to predict."""
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy, to_score
@@ -7,11 +7,11 @@ from mechcausal.tasks.several_parents import SeveralParentsTask
 from mechcausal.tasks.single_parent import SingleParentTask
 
 Task = SingleParentTask | SeveralParentsTask
-"""Either task: `graph`, `prior`, `vocab_size`, `sequence_length` and `sample` are common."""
+"""Either task; both have `graph`, `prior`, `vocab_size`, `sequence_length` and `sample`."""
 
 
 def build_task(graph: CausalGraph, prior: Prior) -> Task:
-    """The task of a graph: the single-parent task where the graph is one, else several parents.
+    """The single-parent task if the graph is a single-parent graph, else the several-parents task.
 
     Raises:
         GraphError: a position has several parents but the query has none.

@@ -1,4 +1,4 @@
-"""What every task gives and how predictions are scored: batches and the cross entropy."""
+"""Batches of sequences, and the cross entropy that scores predictions."""
 
 import math
 import operator
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences with what generated them.
+    """Sequences, their targets and their transition matrices.
 
     Attributes:
         tokens: the sequences; in the single-parent task the last position is the query.
-        target: soft label, the distribution of the token to be predicted.
-        transition: the matrix `pi` of every sequence; None in tasks with several parents, where it
-            is integrated out.
+        target: soft label, the distribution of the next token.
+        transition: the matrix `pi` of every sequence; None for several parents, where the
+            transition tensors are integrated out.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -34,10 +34,10 @@ class Batch:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice | int) -> "Batch":
-        """Some of the sequences, or a batch of one.
+        """A slice of the sequences, or one sequence as a batch of one.
 
         Raises:
-            IndexError: there is no such sequence.
+            IndexError: the batch has no sequence with this index.
 
         Example:
             >>> batch = Batch(torch.tensor([[0], [1], [0]]), torch.full((3, 2), 0.5))
@@ -58,10 +58,10 @@ def to_score(
     target: Float[Tensor, "*any vocab"],
     epsilon: float | Float[Tensor, "*ones"],
 ) -> Float[Tensor, "*any vocab"]:
-    """What a target's logarithms are taken of: `prediction + epsilon`, and 1 where it has no mass.
+    """The argument of the logarithm: `prediction + epsilon`, or 1 where the target is 0.
 
-    So 0 log 0 is 0, and so is its gradient, whatever is predicted there. Where the target has mass,
-    a prediction of 0 without epsilon costs infinitely much.
+    So tokens with target 0 contribute no loss and no gradient. If the target is positive and both
+    prediction and epsilon are 0, the loss is infinite.
     """
     return torch.where(target > 0, prediction + epsilon, 1.0)
 
@@ -74,10 +74,10 @@ def soft_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross entropy in nats of smoothed predictions against soft labels.
 
-    `-mean_b sum_s target_bs log((prediction_bs + epsilon) / (1 + S epsilon))`. The division makes
-    the smoothed prediction a distribution again, so that losses stay comparable with the Bayes
-    loss; it adds the constant `log(1 + S epsilon)` to the paper's loss and changes no gradient.
-    0 log 0 = 0, see `to_score`.
+    `-mean_b sum_s target_bs log((prediction_bs + epsilon) / (1 + S epsilon))`, with 0 log 0 = 0
+    (see `to_score`). The division keeps the smoothed prediction a distribution, so the loss can be
+    compared with the Bayes loss. It adds `log(1 + S epsilon)` to the paper's loss and changes no
+    gradient.
     """
     normaliser = math.log1p(prediction.shape[-1] * epsilon)
     return normaliser - (target * to_score(prediction, target, epsilon).log()).sum(-1).mean()
@@ -104,6 +104,6 @@ def cross_entropies(
 
 
 def cumulative(probabilities: Float[Tensor, "*any vocab"]) -> Float[Tensor, "*any vocab"]:
-    """Cumulative sums, the last entry exactly 1: rounding never lets a draw fall behind the end."""
+    """Cumulative sums whose last entry is exactly 1: rounding cannot push a draw past the end."""
     sums = probabilities.cumsum(-1)
     return sums / sums[..., -1:]

@@ -1,9 +1,9 @@
 """Sequences that a causal graph with several parents generates.
 
-Every sequence draws, for each number k of parents that occurs, a fresh transition tensor over
-contexts of k tokens, of which all rows are iid from the prior. The tensors have S^k rows, few of
-which a sequence ever visits, so they are integrated out: given the tokens before it, a token
-follows a Polya urn. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 5.
+Every sequence has its own transition tensors, one for each number k of parents in the graph, with
+S^k rows that are iid from the prior. A sequence visits few of these rows, so the sampler integrates
+them out: given the earlier tokens, the next token follows a Polya urn.
+Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 5.
 """
 
 import math
@@ -18,9 +18,9 @@ from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.tasks.base import Batch, cumulative
 from mechcausal.tasks.priors import FixedTransition, Prior, PriorError, sample_dirichlet
 
-# Transition tensors with more entries for each sequence are refused before memory is.
+# Transition tensors with more entries raise PriorError before they exhaust the memory.
 _MAX_ENTRIES = 10**8
-# Numbers of contexts fit into an int64.
+# Codes of contexts must fit into an int64.
 _CODE_BITS = 62
 
 
@@ -30,16 +30,17 @@ class SeveralParentsTask:
 
     Roots are uniform; a position with the k parents p_1 < ... < p_k is drawn from
     `pi_k(. | s_p1, ..., s_pk)`, where the rows of every `pi_k` are iid Dirichlet(concentration).
-    The label is `pi_k(. | tokens of the query's parents)`, k their number. Unlike in the
-    single-parent task no query token is added: T is the number of positions.
+    The target is `pi_k(. | tokens of the query's k parents)`, where the query is the token to be
+    predicted. Unlike in the single-parent task, no query token is added: T is the number of
+    positions.
 
     Attributes:
-        graph: positions 0 ... T-1, and the parents of the token to be predicted after them.
-        prior: of every row; a fixed matrix where no position has more than one parent.
+        graph: positions 0 ... T-1, and the parents of the query, which follows them.
+        prior: of every row; a fixed matrix is allowed if no position has more than one parent.
 
     Raises:
         GraphError: the query has no parents.
-        PriorError: a fixed matrix, and a position with several parents.
+        PriorError: the prior is a fixed matrix, but a position has several parents.
 
     Example:
         >>> from mechcausal.graphs import two_parents
@@ -60,8 +61,8 @@ class SeveralParentsTask:
             )
         if isinstance(self.prior, FixedTransition) and self.graph.max_parents > 1:
             raise PriorError(
-                "a fixed transition matrix serves graphs with at most one parent:"
-                f" found up to {self.graph.max_parents} parents, allowed is a DirichletPrior"
+                f"a position has {self.graph.max_parents} parents: a fixed transition matrix allows"
+                " at most one parent, a DirichletPrior any number"
             )
 
     @property
@@ -71,7 +72,7 @@ class SeveralParentsTask:
 
     @property
     def sequence_length(self) -> int:
-        """Number of positions T; the token to be predicted is not one of them."""
+        """Number of positions T, without the token to be predicted."""
         return self.graph.sequence_length
 
     @property
@@ -81,17 +82,17 @@ class SeveralParentsTask:
 
     @property
     def parent_numbers(self) -> tuple[int, ...]:
-        """The numbers k >= 1 of parents that occur, the query's included, ascending."""
+        """The distinct numbers k >= 1 of parents of positions and of the query, ascending."""
         rows = (*self.graph.parents, self.query_parents)
         return tuple(sorted({len(row) for row in rows if row}))
 
     def sample(self, n_sequences: int, *, generator: torch.Generator) -> Batch:
-        """Draw sequences on the generator's device, the tensors integrated out.
+        """Draw sequences on the generator's device, with the transition tensors integrated out.
 
-        `s_i = s` with probability proportional to `alpha_s + N(s)`, N counting the earlier
-        positions with the same number of parents and the same parent tokens; then the target is
-        one draw of Dirichlet(alpha + N). The same law as `sample_given` fresh `sample_tensors`,
-        for `batch * T^2` comparisons and without the S^k rows.
+        `s_i = s` with probability proportional to `alpha_s + N(s)`, where N(s) counts the earlier
+        positions that hold s and have the same number of parents and the same parent tokens. The
+        target is one draw of Dirichlet(alpha + N). The distribution equals that of
+        `sample_given(sample_tensors(...))`; the cost is `batch * T^2` comparisons.
         """
         if isinstance(self.prior, FixedTransition):
             tensors = self.sample_tensors(n_sequences, generator=generator)
@@ -99,18 +100,20 @@ class SeveralParentsTask:
         device, length = generator.device, self.sequence_length
         alpha = torch.tensor(self.prior.representable, device=device)
         total = float(alpha.sum())
-        new, uniform = torch.rand((2, length, n_sequences), generator=generator, device=device)
-        # First every token as if its urn held nothing but the prior's mean, uniform for roots;
-        # position first, so that the tokens of a position are contiguous.
+        from_prior, from_urn = torch.rand(
+            (2, length, n_sequences), generator=generator, device=device
+        )
+        # First draw every token from the prior's mean (roots: uniform); the urns then replace some.
+        # Axis 0 is the position, so the tokens of a position are contiguous.
         is_root = torch.tensor([not row for row in self.graph.parents], device=device)
         mean = cumulative(torch.where(is_root.unsqueeze(1), 1.0, alpha))
-        tokens = (new.unsqueeze(2) >= mean[:, :-1].unsqueeze(1)).sum(2)
+        tokens = (from_prior.unsqueeze(2) >= mean[:, :-1].unsqueeze(1)).sum(2)
         urns = {k: _Urns(self, k, n_sequences, device) for k in self.parent_numbers}
         for position, parents in enumerate(self.graph.parents):
             if parents:
                 context = [tokens[parent] for parent in parents]
                 tokens[position] = urns[len(parents)].draw(
-                    context, tokens[position], uniform[position], total
+                    context, tokens[position], from_urn[position], total
                 )
         sequences = tokens.T.contiguous()
         counts = self.context_counts(sequences)
@@ -121,8 +124,8 @@ class SeveralParentsTask:
     ) -> Float[Tensor, "batch vocab"]:
         """How often each token followed the context of the token to be predicted.
 
-        Counted are the positions with as many parents as it has, in order: their parents' tokens
-        have to equal its own parents' tokens, all of them or only the `n_nearest` last ones.
+        Only positions with as many parents as that token count, and only if their parents hold the
+        same tokens in the same order; `n_nearest` compares only the last so many parents.
         """
         query = self.query_parents
         skipped = 0 if n_nearest is None else len(query) - n_nearest
@@ -142,10 +145,10 @@ class SeveralParentsTask:
     def sample_tensors(
         self, n: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> dict[int, Float[Tensor, "batch ... vocab"]]:
-        """Draw n transition tensors for every number k of parents that occurs.
+        """Draw n transition tensors for every number k in `parent_numbers`.
 
-        The tensor of k has the shape `[n, S, ..., S, S]`: k axes for the parents' tokens in
-        ascending order of position, then one for the token drawn.
+        The tensor for k has the shape `[n, S, ..., S, S]`: k axes for the tokens of the parents, in
+        ascending order of position, then one for the child's token.
 
         Raises:
             PriorError: a tensor would have more than 10^8 entries.
@@ -174,24 +177,24 @@ class SeveralParentsTask:
         """Draw one sequence from each of the given transition tensors.
 
         Args:
-            tensors: as `sample_tensors` gives them. One set serves many sequences when it is
-                expanded along the batch, which copies nothing.
+            tensors: as `sample_tensors` returns them. To draw many sequences from one set, expand
+                it along the batch axis, which copies nothing.
             generator: source of the tokens.
 
         Raises:
-            PriorError: a number of parents is missing, or a tensor has another shape.
+            PriorError: the tensor for a number of parents is missing or has the wrong shape.
         """
         n_sequences = self._checked(tensors)
         device, vocab = generator.device, self.vocab_size
         rows = torch.arange(n_sequences, device=device)
         first = next(iter(tensors.values()))
         shape = (self.sequence_length, n_sequences, 1)
-        uniform = torch.rand(shape, generator=generator, dtype=first.dtype, device=device)
+        threshold = torch.rand(shape, generator=generator, dtype=first.dtype, device=device)
         tokens = torch.empty(shape[:2], dtype=torch.int64, device=device)
-        even = first.new_ones(vocab)
+        uniform_law = first.new_ones(vocab)
         for position, parents in enumerate(self.graph.parents):
-            law = tensors[len(parents)][rows, *tokens[list(parents)]] if parents else even
-            tokens[position] = (uniform[position] >= cumulative(law)[..., :-1]).sum(-1)
+            law = tensors[len(parents)][rows, *tokens[list(parents)]] if parents else uniform_law
+            tokens[position] = (threshold[position] >= cumulative(law)[..., :-1]).sum(-1)
         query = self.query_parents
         return Batch(tokens.T.contiguous(), tensors[len(query)][rows, *tokens[list(query)]])
 
@@ -217,7 +220,7 @@ class _Urns:
 
     def __init__(self, task: SeveralParentsTask, k: int, n: int, device: torch.device) -> None:
         self.vocab_size = task.vocab_size
-        # A context is told by its number; where S^k exceeds an integer, by several.
+        # A context is encoded as an integer, or as several if S^k exceeds an int64.
         self.digits = max(1, int(_CODE_BITS / math.log2(self.vocab_size)))
         length = sum(len(row) == k for row in task.graph.parents)
         shape = (-(-k // self.digits), length, n)
@@ -225,10 +228,10 @@ class _Urns:
         self.drawn = torch.empty(shape[1:], dtype=torch.int64, device=device)
         self.n_drawn = 0
 
-    def draw(self, context: list[Tensor], new: Tensor, uniform: Tensor, total: float) -> Tensor:
-        """One token for every sequence: `new`, or with the urn's chance an earlier one again.
+    def draw(self, context: list[Tensor], new: Tensor, threshold: Tensor, total: float) -> Tensor:
+        """One token for every sequence: `new`, or a copy of an earlier draw in the same context.
 
-        The urn holds the weight `total` for what is new and 1 for each earlier draw.
+        `new` has the weight `total`, each earlier draw the weight 1.
         """
         m = self.n_drawn
         for word, start in enumerate(range(0, len(context), self.digits)):
@@ -242,10 +245,10 @@ class _Urns:
                 matches &= codes[:m] == codes[m]
             drawn_before = matches.cumsum(0, dtype=torch.int16)
             count = drawn_before[-1]
-            # Rounding must not pick a draw behind the last one.
-            picked = (uniform * (total + count) - total).minimum(count - 0.5)
-            which = (drawn_before <= picked).sum(0).clamp(max=m - 1)
-            copied = self.drawn[:m].gather(0, which.unsqueeze(0)).squeeze(0)
+            # Rounding must not pick an index past the last draw.
+            picked = (threshold * (total + count) - total).minimum(count - 0.5)
+            index = (drawn_before <= picked).sum(0).clamp(max=m - 1)
+            copied = self.drawn[:m].gather(0, index.unsqueeze(0)).squeeze(0)
             new = torch.where(picked >= 0, copied, new)
         self.drawn[m] = new
         self.n_drawn += 1

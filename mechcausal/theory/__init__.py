@@ -12,7 +12,7 @@ from mechcausal.theory.pairwise import (
 )
 
 Information = PairwiseTheory | ParentInformation
-"""What is known of a graph: `graph`, `chi2`, `shannon` and their standard errors are common."""
+"""Theory for either task; both have `graph`, `chi2`, `shannon` and their standard errors."""
 
 __all__ = [
     "Information",

@@ -1,8 +1,8 @@
 """Exact information in a graph with several parents, given its transition tensors.
 
-Positions are added in order. Of those behind, only the frontier has to be held in a joint table:
-the positions with a child still to come, and one more that is asked about. So the cost is about
-`T^2 / 2` tables of S^(width), whatever the number of sequences; k-grams have the width k + 2.
+Variable elimination: positions are added in order, and the joint table keeps only the frontier,
+which is the positions with a child still to come, plus one target position. So the cost is about
+`T^2 / 2` tables of S^width entries; k-grams have the width k + 2.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,14 +16,14 @@ from mechcausal.theory.joint_tables import table_information
 
 
 def elimination_width(graph: CausalGraph) -> int:
-    """The largest number of positions in one table: the tables have S to that power entries.
+    """The largest number of positions in one table; a table has up to S^width entries.
 
     Example:
         >>> from mechcausal.graphs import k_gram, two_parents
         >>> [elimination_width(g) for g in (k_gram(32, 2), two_parents(32))]
         [4, 11]
     """
-    # A step holds its frontier, the new position and, if there is any outside, one asked about.
+    # A table holds the frontier, the new position and, if outside of these, the target position.
     sizes = [(len(held), i) for i, held in enumerate(_frontiers(graph))]
     return max(size + 1 + (size < i) for size, i in sizes)
 
@@ -31,11 +31,11 @@ def elimination_width(graph: CausalGraph) -> int:
 def exact_information(
     graph: CausalGraph, tensors: Mapping[int, Float[Tensor, "prior ... vocab"]]
 ) -> dict[str, Float[Tensor, "prior ..."]]:
-    """Information of every pair of positions and of every position with the set of its parents.
+    """Information of every pair of positions, and of every position with all of its parents.
 
     Args:
-        graph: with query parents; the token to be predicted counts as position n.
-        tensors: as `SeveralParentsTask.sample_tensors` gives them, float64.
+        graph: with query parents; the token to be predicted is position n.
+        tensors: as `SeveralParentsTask.sample_tensors` returns them, float64.
 
     Returns:
         "chi2" and "shannon" `[prior pos pos]`, "set_chi2" and "set_shannon" `[prior pos]`.
@@ -44,32 +44,34 @@ def exact_information(
     n = len(rows)
     frontiers = [*_frontiers(graph), set()]
     first = next(iter(tensors.values()))
-    found = {name: first.new_zeros(first.shape[0], n, n) for name in ("chi2", "shannon")}
-    found |= {f"set_{name}": first.new_zeros(first.shape[0], n) for name in ("chi2", "shannon")}
+    information = {name: first.new_zeros(first.shape[0], n, n) for name in ("chi2", "shannon")}
+    information |= {
+        f"set_{name}": first.new_zeros(first.shape[0], n) for name in ("chi2", "shannon")
+    }
     base, base_held = first.new_ones(first.shape[0]), list[int]()
-    for asked in range(n):
-        joint = _extended(base, base_held, rows[asked], tensors)
-        held = [*base_held, asked]
-        if rows[asked]:
-            with_set = _marginal(joint, held, {*rows[asked], asked}).flatten(1, -2)
+    for target in range(n):
+        joint = _extended(base, base_held, rows[target], tensors)
+        held = [*base_held, target]
+        if rows[target]:
+            with_set = _marginal(joint, held, {*rows[target], target}).flatten(1, -2)
             set_chi2, set_shannon = table_information(with_set)
-            found["set_chi2"][:, asked] = set_chi2
-            found["set_shannon"][:, asked] = set_shannon
-        base = _marginal(joint, held, frontiers[asked + 1])
-        base_held = [position for position in held if position in frontiers[asked + 1]]
-        pairs = [torch.diag_embed(_marginal(joint, held, {asked}))]
-        for position in range(asked + 1, n):
-            kept = frontiers[position] | {asked}
+            information["set_chi2"][:, target] = set_chi2
+            information["set_shannon"][:, target] = set_shannon
+        base = _marginal(joint, held, frontiers[target + 1])
+        base_held = [position for position in held if position in frontiers[target + 1]]
+        pairs = [torch.diag_embed(_marginal(joint, held, {target}))]
+        for position in range(target + 1, n):
+            kept = frontiers[position] | {target}
             joint = _marginal(joint, held, kept)
             held = [h for h in held if h in kept]
             joint = _extended(joint, held, rows[position], tensors)
             held.append(position)
-            pairs.append(_marginal(joint, held, {asked, position}))
+            pairs.append(_marginal(joint, held, {target, position}))
         for name, values in zip(
             ("chi2", "shannon"), table_information(torch.stack(pairs, 1)), strict=True
         ):
-            found[name][:, asked, asked:] = found[name][:, asked:, asked] = values
-    return found
+            information[name][:, target, target:] = information[name][:, target:, target] = values
+    return information
 
 
 def _rows(graph: CausalGraph) -> tuple[tuple[int, ...], ...]:
@@ -77,7 +79,7 @@ def _rows(graph: CausalGraph) -> tuple[tuple[int, ...], ...]:
 
 
 def _frontiers(graph: CausalGraph) -> list[set[int]]:
-    """For every position, the earlier ones that are its parents or those of a later one."""
+    """For every position, the earlier positions that are parents of it or of a later position."""
     frontiers: list[set[int]] = []
     needed: set[int] = set()
     rows = _rows(graph)
@@ -103,5 +105,5 @@ def _extended(
 
 def _marginal(joint: Tensor, held: Sequence[int], kept: Collection[int]) -> Tensor:
     axes = [axis for axis, position in enumerate(held, start=1) if position not in kept]
-    # A sum over no axes would be one over all of them.
+    # `sum([])` sums over all axes.
     return joint.sum(axes) if axes else joint

@@ -1,7 +1,7 @@
 """Information between the positions of a graph with several parents, averaged over the prior.
 
-Given the transition tensors it is exact where elimination is feasible, else estimated from
-sequences. The single-parent task has closed forms instead: `pairwise.pairwise_theory`.
+For given transition tensors it is exact if elimination is feasible, otherwise estimated from
+sequences. For the single-parent task, `pairwise.pairwise_theory` has closed forms.
 """
 
 from dataclasses import dataclass
@@ -12,38 +12,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
+from mechcausal.support.statistics import mean_of_moments
 from mechcausal.tasks import SeveralParentsTask
 from mechcausal.tasks.priors import FixedTransition
-from mechcausal.theory.averages import (
+from mechcausal.theory.budget import (
     PRODUCTS_PER_SECOND,
     TABLE_ENTRIES_PER_SECOND,
     Report,
     affordable,
-    mean_and_stderr,
 )
 from mechcausal.theory.elimination import elimination_width, exact_information
 from mechcausal.theory.sampled import N_GROUPS, sampled_information
 
-# Transition tensors and tables of a chunk of the prior have at most about as many entries.
+# Approximate limit on the entries of transition tensors and tables held at a time.
 _MAX_ELEMENTS = 4_000_000
 
 
 @dataclass(frozen=True)
 class ParentInformation:
-    """Information between positions, and of each position with the set of its parents.
+    """Information between positions, and of each position with all of its parents.
 
     Positions 0 ... n-1 are those of the graph; the token to be predicted, drawn from the target,
     is position n. All averages over the prior come with their standard error (0 for a fixed matrix
-    and the exact method); that of the Monte Carlo method holds the noise of the sequences too.
+    and the exact method); for the Monte Carlo method it includes the noise of the sequences.
 
     Attributes:
         graph: the causal graph.
-        method: given the transition tensors, "exact" or "monte carlo".
+        method: for given transition tensors, "exact" or "monte carlo".
         n_priors: sets of transition tensors averaged over.
         n_wanted: sets that were asked for, more where time was limited.
         n_sequences: sequences for each of them; 0 for the exact method.
         chi2: chi-squared information of each pair of positions, symmetric; the diagonal is the
-            number of tokens that occur at a position less one: S - 1 under a Dirichlet prior.
+            number of tokens with positive probability minus one: S - 1 under a Dirichlet prior.
         chi2_stderr: its standard error.
         shannon: Shannon information in nats, symmetric; the diagonal is the entropy.
         shannon_stderr: its standard error.
@@ -69,7 +69,7 @@ class ParentInformation:
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:
-        """All (parent, child) pairs, the token to be predicted as child n, by child, then parent.
+        """All (parent, child) pairs, ordered by child; the token to be predicted is child n.
 
         `chi2[child, parent]` is the information of an edge.
         """
@@ -91,8 +91,8 @@ def parent_information(
 
     Args:
         task: graph and prior.
-        n_priors: sets of transition tensors to average over; a fixed matrix needs one where the
-            method is exact, and is sampled from so often where it is not.
+        n_priors: sets of transition tensors to average over. For a fixed matrix: ignored by the
+            exact method, the number of repetitions for the Monte Carlo method.
         generator: source of tensors and sequences.
         n_sequences: for each set of tensors, if the method is Monte Carlo.
         max_states: the largest joint table, S^`elimination_width`, for the exact method.
@@ -102,13 +102,14 @@ def parent_information(
 
     Raises:
         PriorError: the transition tensors are too large.
-        ValueError: fewer than 2 priors, or 16 sequences, where these are needed.
+        ValueError: fewer than 2 priors for a Dirichlet prior or the Monte Carlo method, or fewer
+            than 16 sequences for the latter.
 
     Example:
         >>> from mechcausal.graphs import k_gram
         >>> sticky = FixedTransition(((0.9, 0.1), (0.1, 0.9)))
-        >>> found = parent_information(SeveralParentsTask(k_gram(3, 1), sticky))
-        >>> found.method, [round(x, 4) for x in found.chi2[3].tolist()]  # 0.8^6, 0.8^4, 0.8^2, S-1
+        >>> info = parent_information(SeveralParentsTask(k_gram(3, 1), sticky))
+        >>> info.method, [round(x, 4) for x in info.chi2[3].tolist()]  # 0.8^6, 0.8^4, 0.8^2, S-1
         ('exact', [0.2621, 0.4096, 0.64, 1.0])
     """
     if generator is None:
@@ -132,18 +133,18 @@ def parent_information(
         if exact:
             size = min(chunk, n_priors - start)
             tensors = task.sample_tensors(size, generator=generator, dtype=torch.float64)
-            found = exact_information(task.graph, tensors)
+            values = exact_information(task.graph, tensors)
         else:
             tensors = task.sample_tensors(1, generator=generator, dtype=torch.float64)
-            found = sampled_information(task, tensors, n_sequences, generator=generator)
-        for name, values in found.items():
-            moments = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
+            values = sampled_information(task, tensors, n_sequences, generator=generator)
+        for name, value in values.items():
+            moments = torch.stack([value.sum(0), value.square().sum(0)]).cpu()
             totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
         if on_progress is not None:
             on_progress(min(start + (chunk if exact else 1), n_priors), n_priors)
     fields = {}
     for name, total in totals.items():
-        fields[name], fields[f"{name}_stderr"] = mean_and_stderr(total, n_priors)
+        fields[name], fields[f"{name}_stderr"] = mean_of_moments(total, n_priors)
     method: Literal["exact", "monte carlo"] = "exact" if exact else "monte carlo"
     return ParentInformation(task.graph, method, n_priors, n_wanted, n_sequences, **fields)
 

@@ -10,7 +10,7 @@ def table_information(
 ) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
     """chi-squared and Shannon information (nats) of joint distributions.
 
-    `sum (P - P_x P_y)^2 / (P_x P_y)` and `sum P log(P / (P_x P_y))`; values that never occur add 0.
+    `sum (P - P_x P_y)^2 / (P_x P_y)` and `sum P log(P / (P_x P_y))`; values of probability 0 add 0.
 
     Example:
         >>> chi2, shannon = table_information(torch.tensor([[0.5, 0.0], [0.0, 0.5]]))

@@ -26,16 +26,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
+from mechcausal.support.statistics import mean_of_moments
 from mechcausal.tasks.priors import FixedTransition, Prior, stationary_distribution
-from mechcausal.theory.averages import (
+from mechcausal.theory.budget import (
     PRODUCTS_PER_SECOND,
     TABLE_ENTRIES_PER_SECOND,
     Report,
     affordable,
-    mean_and_stderr,
 )
 
-# Chunks of the average over the prior are chosen so that no intermediate has more entries.
+# Limit on the entries of an intermediate tensor; sets the chunk size of the average.
 _MAX_ELEMENTS = 8_000_000
 # Deflated powers with no larger entry count as 0: their products are below the range of float64.
 _VANISHED = 1e-160
@@ -47,8 +47,8 @@ class PairDistances:
 
     Attributes:
         pairs: the distinct distances (m, n), m <= n.
-        index: for every pair of positions its row in `pairs`, -1 where no ancestor is common.
-        up: distance from position i to the common ancestor with j, at [i, j]; -1 where none.
+        index: for every pair of positions its row in `pairs`, -1 without a common ancestor.
+        up: at [i, j] the distance from i to its common ancestor with j, -1 without one.
     """
 
     pairs: Int[np.ndarray, "kinds 2"]
@@ -99,8 +99,8 @@ class PairwiseTheory:
         shannon_stderr: its standard error.
         g: the paper's g_ij at [query i, key j], 0 for j > i.
         g_stderr: its standard error.
-        bound: `E sqrt(I_ij I_i,parent(i))`, which g_ij cannot exceed (Cauchy-Schwarz); itself at
-            most `E I_i,parent(i)` for j < i (data processing). 0 for j > i and in rows of roots.
+        bound: upper bound `E sqrt(I_ij I_i,parent(i))` on g_ij (Cauchy-Schwarz); for j < i it is
+            at most `E I_i,parent(i)` (data processing). 0 for j > i and in rows of roots.
         predicted_gradient: `-dL/dA1` at A1 = 0, A2 = beta0 I, to leading order in 1/T, rows and
             columns 0 ... T-1; 0 for j > i.
     """
@@ -118,12 +118,12 @@ class PairwiseTheory:
     predicted_gradient: Float[Tensor, "query key"]
 
     def predicted_edges(self, *, z_threshold: float = 4.0) -> tuple[tuple[int, int], ...]:
-        """The edges (parent, child) that theory says the gradient picks.
+        """The edges (parent, child) that the predicted gradient names.
 
-        In each row the key j < i with the largest g, where that is above 0 by `z_threshold`
-        standard errors (by more than rounding for a fixed matrix). Rows of roots have g_ij = 0
-        exactly for every j < i, so they name no edge. The row's own key is left out: its g is
-        `trace(pi) - 1`, 0 on average over a Dirichlet prior but not for a fixed matrix.
+        Each row names its key j < i with the largest g, if that g exceeds `z_threshold` standard
+        errors (rounding error for a fixed matrix). Rows of roots have g_ij = 0 exactly for every
+        j < i, so they name no edge. The row's own key is excluded: its g is `trace(pi) - 1`, which
+        is 0 on average over a Dirichlet prior but not for a fixed matrix.
         """
         threshold = z_threshold * self.g_stderr + 1e-12
         edges = []
@@ -197,15 +197,15 @@ def pairwise_theory(
             n_priors = max(n_priors, done)
         if on_progress is not None:
             on_progress(done, n_priors)
-    spread = {name: mean_and_stderr(total, n_priors) for name, total in totals.items()}
+    spread = {name: mean_of_moments(total, n_priors) for name, total in totals.items()}
     index = torch.from_numpy(distances.index)
     up = torch.from_numpy(distances.up)
 
     def on_pairs(values: Tensor) -> Tensor:
         return torch.where(index >= 0, values.cpu()[index.clamp(min=0)], 0.0)
 
-    # g and its bound depend on which of the two positions is the query: two tables, (m, n) with
-    # the key at the smaller distance m, and the other way round.
+    # g depends on which of the two positions is the query: one table for the key at the smaller
+    # distance m, one for the key at the larger distance n.
     key_nearer = up.T <= up
 
     def on_query_key(name: str, part: int) -> Tensor:
@@ -235,8 +235,8 @@ def predicted_gradient(
     """Leading-order `-dL/dA1` at A1 = 0 and A2 = beta0 I.
 
     Row i (counted from 1) is `beta0 / (S T i) (g_ij - mean_{k<=i} g_ik)` for keys j <= i, else 0.
-    The row of the query, which is no position of the graph, is left 0: the one entry of it that
-    does not vanish to this order is the query's own key.
+    The row of the query, which is not a position of the graph, is set to 0; to this order, only
+    its own key would be different from 0.
     """
     n = g.shape[0]
     length = n + 1
@@ -248,8 +248,10 @@ def predicted_gradient(
 
 
 def _visited(transition: Float[Tensor, "1 all all"]) -> Float[Tensor, "1 vocab vocab"]:
-    """A fixed matrix without the states that no sequence visits: the information has 0/0 there."""
-    visited = stationary_distribution(transition)[0] > 1e-20  # PROBABILITY_FLOOR and less: never
+    """A fixed matrix without its transient states, for which the information is 0/0."""
+    visited = (
+        stationary_distribution(transition)[0] > 1e-20
+    )  # at most PROBABILITY_FLOOR: never visited
     return transition[:, visited][:, :, visited]
 
 

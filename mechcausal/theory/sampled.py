@@ -1,11 +1,11 @@
 """Information in a graph with several parents by Monte Carlo, given its transition tensors.
 
-For graphs whose frontier is too wide to eliminate. With x_j the one-hot token of position j and
-r_i = pi_k(. | tokens of i's parents) known, `P(s_j, s_i) = E[x_j r_i^T]` for j < i: all pairs are
-one Gram matrix, and averaging r_i in place of the token removes that token's noise. Information is
-convex in the table, so that noise biases it upwards, by (S-1)^2 / 2N for the Shannon information of
-independent tokens counted in N sequences; the jackknife over groups of sequences removes the
-bias of order 1/N of every quantity alike.
+For graphs whose frontier is too wide for elimination. With x_j the one-hot token of position j and
+r_i = pi_k(. | tokens of i's parents), `P(s_j, s_i) = E[x_j r_i^T]` for j < i, so one Gram matrix
+holds all pairs; using r_i instead of the token of i reduces the noise. Information is convex in the
+table, so noise biases it upwards (for example by (S-1)^2 / 2N for the Shannon information of
+independent tokens in N sequences); a jackknife over groups of sequences removes the bias of order
+1/N.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mechcausal.tasks import SeveralParentsTask
 from mechcausal.theory.joint_tables import table_information
 
 N_GROUPS = 8
-"""Groups of sequences of the jackknife."""
+"""Number of groups of sequences for the jackknife."""
 
 
 def sampled_information(
@@ -26,16 +26,16 @@ def sampled_information(
     *,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "1 ..."]]:
-    """Information of every pair of positions and of every position with the set of its parents.
+    """Information of every pair of positions, and of every position with all of its parents.
 
     Args:
-        task: graph and prior; the token to be predicted counts as position n.
-        tensors: one set, as `task.sample_tensors` gives it, float64.
-        n_sequences: drawn from it, rounded down to a multiple of `N_GROUPS`.
+        task: graph and prior; the token to be predicted is position n.
+        tensors: one set, as `task.sample_tensors` returns it, float64.
+        n_sequences: drawn from the set, rounded down to a multiple of `N_GROUPS`.
         generator: source of the sequences.
 
     Returns:
-        As `elimination.exact_information`, estimated.
+        Estimates of the quantities of `elimination.exact_information`.
     """
     per_group = n_sequences // N_GROUPS
     n, vocab = task.sequence_length, task.vocab_size
@@ -52,24 +52,24 @@ def sampled_information(
         torch.xlogy(laws, laws).sum((1, 3)),
     ]
     totals = [part.sum(0, keepdim=True) for part in parts]
-    whole = _information(task, totals, N_GROUPS * per_group)
-    rest = [total - part for total, part in zip(totals, parts, strict=True)]
-    without = _information(task, rest, (N_GROUPS - 1) * per_group)
+    full_sample = _information(task, totals, N_GROUPS * per_group)
+    left_out = [total - part for total, part in zip(totals, parts, strict=True)]
+    without_group = _information(task, left_out, (N_GROUPS - 1) * per_group)
     return {
-        name: N_GROUPS * value - (N_GROUPS - 1) * without[name].mean(0, keepdim=True)
-        for name, value in whole.items()
+        name: N_GROUPS * value - (N_GROUPS - 1) * without_group[name].mean(0, keepdim=True)
+        for name, value in full_sample.items()
     }
 
 
 def _laws(
     task: SeveralParentsTask, tokens: Tensor, tensors: dict[int, Tensor]
 ) -> Float[Tensor, "batch pos vocab"]:
-    """What every token was drawn from, the one to be predicted last."""
+    """The distribution that each token was drawn from; the token to be predicted comes last."""
     first = next(iter(tensors.values()))
-    even = first.new_full((tokens.shape[0], task.vocab_size), 1 / task.vocab_size)
+    uniform = first.new_full((tokens.shape[0], task.vocab_size), 1 / task.vocab_size)
     columns = tokens.T
     laws = [
-        tensors[len(parents)][0][tuple(columns[list(parents)])] if parents else even
+        tensors[len(parents)][0][tuple(columns[list(parents)])] if parents else uniform
         for parents in (*task.graph.parents, task.query_parents)
     ]
     return torch.stack(laws, 1)
@@ -85,13 +85,13 @@ def _information(
     tables[:, :n] = pairs
     diagonal = torch.arange(n + 1, device=pairs.device)
     tables[:, diagonal, diagonal] = torch.diag_embed(marginal)
-    found = {}
+    information = {}
     for name, values in zip(("chi2", "shannon"), table_information(tables), strict=True):
-        # Only a later position's law was averaged: the entries [j, i] with j <= i.
+        # The Gram matrix used the later position's distribution: only [j, i] with j <= i is valid.
         upper = values.triu()
-        found[name] = upper + upper.triu(1).mT
-    # Given its parents' tokens a position has its law for certain: no table of S^k contexts.
+        information[name] = upper + upper.triu(1).mT
+    # Given its parents' tokens, a position's distribution is known: no table of S^k contexts.
     tiny = torch.finfo(marginal.dtype).tiny
-    found["set_chi2"] = (square / marginal.clamp(min=tiny)).sum(2) - 1
-    found["set_shannon"] = log_law - torch.xlogy(marginal, marginal).sum(2)
-    return found
+    information["set_chi2"] = (square / marginal.clamp(min=tiny)).sum(2) - 1
+    information["set_shannon"] = log_law - torch.xlogy(marginal, marginal).sum(2)
+    return information

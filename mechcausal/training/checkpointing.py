@@ -1,10 +1,9 @@
-"""When checkpoints are taken, and which of them are kept."""
+"""When a run saves checkpoints, and which of them it keeps."""
 
 import torch
 
-from mechcausal.records.run_folder import STEP
+from mechcausal.measures.figures import STEP
 from mechcausal.records.tracking import RunRecord, writing
-from mechcausal.training.album import Album
 from mechcausal.training.checkpoints import (
     checkpoint_folder,
     checkpoint_folders,
@@ -12,34 +11,35 @@ from mechcausal.training.checkpoints import (
     write_checkpoint,
 )
 from mechcausal.training.experiments import Experiment, Generators
+from mechcausal.training.probe_log import ProbeLog
 
 FORMATION_MOVE = 0.05
-"""How far the induction score moves from one checkpoint of its formation to the next."""
+"""While the induction head forms: change of its score from one checkpoint to the next."""
 
 
 class Checkpointer:
-    """Takes the checkpoints of a run by the schedule of its recipe."""
+    """Saves the checkpoints of a run on the recipe's schedule."""
 
     def __init__(
         self,
         record: RunRecord,
-        album: Album,
+        probe_log: ProbeLog,
         experiment: Experiment,
         generators: Generators,
         *,
         start: int,
     ) -> None:
-        """Begin, with the checkpoints that a resumed run has already.
+        """Start from the checkpoints that a resumed run already has.
 
         Args:
-            record: of the run.
-            album: its rows say which checkpoint is the best, and where the head forms.
+            record: the run's record.
+            probe_log: its rows say which checkpoint is best, and when the induction head forms.
             experiment: holds the weights.
-            generators: all that the run draws from.
-            start: first step; its checkpoint is there already.
+            generators: the run's random generators.
+            start: first step to train; above 0, its checkpoint already exists.
         """
         self._record = record
-        self._album = album
+        self._probe_log = probe_log
         self._experiment = experiment
         self._generators = generators
         self._start = start
@@ -48,26 +48,26 @@ class Checkpointer:
         self._kept: set[int] = set()
         self._kept_score = 0.0
         score = None
-        for row in album.history:
+        for row in probe_log.history:
             self._keep_if_added(int(row[STEP] or 0), score)
             score = row.get("induction/score")
         if start:
             self._keep_if_added(start, score)
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be taken before this step."""
+        """Whether the schedule asks for a checkpoint before this step."""
         section = self._section
         if section.schedule == "none" or (step == self._start and step > 0):
             return False
-        if step == self._album.last_step or (step > 0 and step % section.every == 0):
+        if step == self._probe_log.last_step or (step > 0 and step % section.every == 0):
             return True
-        return self._is_added(step, self._album.latest.get("induction/score"))
+        return self._is_added(step, self._probe_log.latest.get("induction/score"))
 
     def save(self, step: int, stage: str, optimizer: torch.optim.Optimizer) -> None:
-        """Take a checkpoint, after the rows before it are safe on the disk.
+        """Save a checkpoint, once all earlier rows are on the disk.
 
         Raises:
-            RecordError: it cannot be written; the one before is left.
+            RecordError: it cannot be written; earlier checkpoints are untouched.
         """
         if self._section.schedule == "none":
             return
@@ -82,16 +82,16 @@ class Checkpointer:
                 optimizer=optimizer,
                 generators=self._generators,
             )
-        self._keep_if_added(step, self._album.latest.get("induction/score"))
+        self._keep_if_added(step, self._probe_log.latest.get("induction/score"))
         self._saved = step
 
     def publish(self, step: int) -> None:
-        """After the row of a checkpoint's step: log it to W&B, and delete what is not kept."""
+        """Log the step's checkpoint to W&B and delete old ones; call it after the step's row."""
         if self._saved != step:
             return
         self._saved = None
         run = self._record.folder
-        best = self._album.lowest_loss(set(checkpoint_folders(run)))
+        best = self._probe_log.lowest_loss(set(checkpoint_folders(run)))
         if self._section.artifacts:
             aliases = ["latest", f"step-{step}"] + (["best"] if best == step else [])
             self._record.log_checkpoint(checkpoint_folder(run, step), aliases)
@@ -99,17 +99,20 @@ class Checkpointer:
         prune(run, keep=self._section.keep, kept=kept)
 
     def _is_added(self, step: int, score: float | None) -> bool:
-        """Whether the schedule wants a checkpoint at this probe step beside the regular ones.
+        """Whether the schedule adds a checkpoint at this step to the regular ones.
 
         Args:
-            step: of the checkpoint.
-            score: induction score of the last look before it.
+            step: step of the checkpoint.
+            score: induction score of the last probe step before it.
         """
-        if self._section.schedule not in ("formation", "probes") or step not in self._album.steps:
+        if (
+            self._section.schedule not in ("formation", "probes")
+            or step not in self._probe_log.steps
+        ):
             return False
         if self._section.schedule == "probes":
             return True
-        # A score may rest between the bounds for most of a run: nothing forms then.
+        # A score that stays between the bounds without moving is no formation.
         return (
             score is not None
             and 0.1 < score < 0.9

@@ -1,13 +1,13 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to continue as if it had never stopped.
 
-One folder a checkpoint, `checkpoints/<step>`, that appears whole or not at all:
+Each checkpoint is one folder, `checkpoints/<step>`, written atomically:
 
     model.safetensors, config.json   the weights, as `save_model` writes them
-    state.safetensors                the optimizer's and every generator's state
+    state.safetensors                the state of the optimizer and of every generator
     checkpoint.json                  step, stage, recipe, versions, and a checksum of each file
 
-A checkpoint of step k was taken before the batch of step k was drawn. Reading one unpickles
-nothing, and refuses whatever its checksums do not vouch for.
+The checkpoint of step k is taken before the batch of step k is drawn. Reading a checkpoint never
+unpickles, and refuses files whose checksums do not match.
 """
 
 import hashlib
@@ -48,17 +48,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read, its checksums verified.
+    """A checkpoint read from disk, its checksums verified.
 
     Attributes:
-        folder: where it lies.
-        step: steps that had been done.
+        folder: its folder.
+        step: number of training steps done.
         stage: name of the stage that the next step belongs to.
         recipe: the run's recipe as plain values.
         environment: versions, device and threads of the process that wrote it.
         weights: parameters by name.
-        optimizer: state of every parameter of the stage, by its number and the state's name; empty
-            where the stage had not begun.
+        optimizer: optimizer state, by number of the stage's parameter and name of the state; empty
+            if the stage had not begun.
         generators: state of each generator, by name.
     """
 
@@ -74,23 +74,23 @@ class Checkpoint:
     def restore(
         self, experiment: Experiment, optimizer: torch.optim.Optimizer, generators: Generators
     ) -> None:
-        """Put everything back.
+        """Restore weights, optimizer state and generators in place.
 
         Raises:
             CheckpointError: the weights or the optimizer's state belong to another model.
         """
         parameters = dict(experiment.hooked.named_parameters())
         try:
-            if odd := sorted(set(parameters) ^ set(self.weights)):
-                raise ValueError(f"{odd[0]} is not in both")
+            if unmatched := sorted(set(parameters) ^ set(self.weights)):
+                raise ValueError(f"{unmatched[0]} is not in both")
             experiment.hooked.load_state_dict(self.weights, strict=False)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             for number, state in self.optimizer.items():
                 for name, value in state.items():
                     if value.ndim and value.shape != trained[number].shape:
                         raise ValueError(f"the optimizer's {name} has another shape")
-            held = optimizer.state_dict()
-            optimizer.load_state_dict({**held, "state": self.optimizer})
+            fresh_state = optimizer.state_dict()
+            optimizer.load_state_dict({**fresh_state, "state": self.optimizer})
             for name, value in self.generators.items():
                 getattr(generators, name).set_state(value)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers of a run may depend on beside its recipe."""
+    """Versions, device and threads: what a run's numbers depend on besides its recipe."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "mechcausal": __version__,
@@ -119,10 +119,10 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     generators: Generators,
 ) -> None:
-    """Write a checkpoint to a folder, in place of one that is there.
+    """Write a checkpoint to a folder, replacing an existing one.
 
     Raises:
-        OSError: it cannot be written; what was there is left.
+        OSError: it cannot be written; an existing one is untouched.
     """
     tensors = {
         f"optimizer/{number}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
@@ -131,26 +131,26 @@ def write_checkpoint(
     }
     for name in _GENERATORS:
         tensors[f"generator/{name}"] = getattr(generators, name).get_state()
-    with write_folder_atomically(folder) as place:
-        experiment.save_model(place)
-        (place / STATE_FILE).write_bytes(save(tensors))
+    with write_folder_atomically(folder) as new_folder:
+        experiment.save_model(new_folder)
+        (new_folder / STATE_FILE).write_bytes(save(tensors))
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
             "stage": stage,
             "recipe": recipe_to_dict(experiment.recipe),
             "environment": environment(generators.data.device),
-            "files": {name: _digest((place / name).read_bytes()) for name in _FILES},
+            "files": {name: _digest((new_folder / name).read_bytes()) for name in _FILES},
         }
         manifest["sha256"] = _digest(_canonical(manifest))
-        (place / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        (new_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read a checkpoint, and verify that every byte of it is as it was written.
+    """Read a checkpoint and verify the checksum of every file.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed or foreign; one line that names it.
+        CheckpointError: a file is missing, truncated, changed or foreign; one line names it.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST_FILE)
@@ -190,18 +190,18 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def checkpoint_folders(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run folder by step, in order; unread."""
+    """The folder of every checkpoint of a run, by step, in order; the files are not read."""
     folders = sorted((run / CHECKPOINTS_FOLDER).glob("*"))
     return {int(folder.name): folder for folder in folders if folder.name.isdecimal()}
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return run / CHECKPOINTS_FOLDER / f"{step:08d}"
 
 
 def newest_checkpoint(run: Path, warnings: list[str]) -> Checkpoint | None:
-    """The newest good checkpoint of a run; a bad one is named in the warnings and passed over."""
+    """The newest readable checkpoint of a run; a warning names each one that is skipped."""
     for step, folder in reversed(checkpoint_folders(run).items()):
         try:
             checkpoint = read_checkpoint(folder)
@@ -216,16 +216,16 @@ def newest_checkpoint(run: Path, warnings: list[str]) -> Checkpoint | None:
 
 
 def prune(run: Path, *, keep: int, kept: set[int]) -> None:
-    """Delete checkpoints other than the newest and those of some steps.
+    """Delete all checkpoints except the newest and those of given steps.
 
     Args:
         run: the run folder.
-        keep: how many of the newest are kept.
-        kept: steps whose checkpoints are kept beside.
+        keep: how many of the newest to keep.
+        kept: steps whose checkpoints to keep in addition.
     """
-    found = checkpoint_folders(run)
-    for step in sorted(set(found) - kept)[:-keep]:
-        shutil.rmtree(found[step], ignore_errors=True)
+    folders = checkpoint_folders(run)
+    for step in sorted(set(folders) - kept)[:-keep]:
+        shutil.rmtree(folders[step], ignore_errors=True)
 
 
 def differences(
@@ -237,19 +237,19 @@ def differences(
         >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
         {'a.b': (1, 3)}
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*before, *after}):
-        one, other = before.get(key), after.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found |= differences(one, other, prefix=f"{prefix}{key}.")
-        elif one != other:
-            found[f"{prefix}{key}"] = (one, other)
-    return found
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed |= differences(old, new, prefix=f"{prefix}{key}.")
+        elif old != new:
+            changed[f"{prefix}{key}"] = (old, new)
+    return changed
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    """checkpoint.json."""
+    """The fields of checkpoint.json."""
 
     step: Annotated[int, Field(ge=0)]
     stage: str

@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted, killed or failed."""
+"""Resume a run that was interrupted, killed or failed."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mechcausal.measures.figures import STEP, Value
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -16,16 +17,15 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
+from mechcausal.recipes.devices import computing_on, device_named
 from mechcausal.recipes.stages import stages
 from mechcausal.records.run_folder import (
     MATRICES_FILE,
     MATRICES_FOLDER,
     METRICS_FILE,
     RECIPE_FILE,
-    STEP,
     SUMMARY_FILE,
     RunFolderError,
-    Value,
     has_finished,
     hold,
     read_metrics,
@@ -33,7 +33,6 @@ from mechcausal.records.run_folder import (
 )
 from mechcausal.records.tracking import writing
 from mechcausal.records.wandb_runs import resolve_mode
-from mechcausal.support.devices import computing_on, device_named
 from mechcausal.support.files import write_atomically
 from mechcausal.support.messages import excerpt
 from mechcausal.support.signals import StopSignal, stop_on_signals
@@ -51,18 +50,18 @@ def resume(
     on_warning: Callable[[str], None] | None = None,
     stop: StopSignal | None = None,
 ) -> RunResult:
-    """Go on with a run that was interrupted, killed or failed, as if it had never stopped.
+    """Resume a run that was interrupted, killed or failed, as if it had never stopped.
 
-    On the same machine, on the CPU with one thread, metrics and weights end up bit by bit as those
-    of a run without interruption.
+    On the same machine, on the CPU with one thread, metrics and weights equal those of an
+    uninterrupted run bit by bit.
 
     Args:
         folder: the run folder.
-        recipe: to go on with; that of the folder when absent.
-        allow_change: go on although the recipe, versions, threads or the device differ from those
-            of the checkpoint. Rows from its step on are then computed anew; the old ones are kept
-            in a folder `before-step-N-1`.
-        wandb_mode: instead of the recipe's.
+        recipe: the recipe to use; the folder's own when absent.
+        allow_change: resume although the recipe, versions, threads or device differ from those of
+            the checkpoint. Rows from its step on are computed again; the old rows are copied to a
+            folder `before-step-N-1`.
+        wandb_mode: overrides the recipe's W&B mode.
         on_progress: called before every step.
         on_warning: told what goes wrong, as it does.
         stop: see `mechcausal.train`.
@@ -71,8 +70,8 @@ def resume(
         The run.
 
     Raises:
-        RunFolderError: no run, one that has finished, one that another process writes, or one that
-            differs without `allow_change`.
+        RunFolderError: the folder holds no run, the run has finished, another process is writing
+            it, or something differs and `allow_change` is False.
         RecipeError, GraphError, PriorError, TrackingError, TrainingError, StopRequested: see
             `mechcausal.train`.
     """
@@ -94,16 +93,16 @@ def resume(
             raise RunFolderError(f"{folder}: has finished; there is nothing to resume")
         start = checkpoint.step if checkpoint else 0
         if changed and not allow_change:
-            said = "; ".join(
-                f"{excerpt(name)} was {excerpt(a)}, is {excerpt(b)}"
-                for name, (a, b) in changed.items()
+            changes = "; ".join(
+                f"{excerpt(name)} was {excerpt(old)}, is {excerpt(new)}"
+                for name, (old, new) in changed.items()
             )
             raise RunFolderError(
-                f"{folder}: differs from the run: {said}; "
-                f"with --allow-change it goes on from step {start} all the same"
+                f"{folder}: differs from the run: {changes}; "
+                f"--allow-change resumes from step {start} anyway"
             )
         if checkpoint is not None:
-            _check_place(checkpoint, recipe)
+            _check_stage(checkpoint, recipe)
         if changed:
             _set_aside(folder, recipe, start)
             rows = [row for row in rows if int(row[STEP] or 0) < start]
@@ -124,10 +123,10 @@ def resume(
 
 
 def _rows(folder: Path) -> list[dict[str, Value]]:
-    """The rows on disk.
+    """The rows in metrics.jsonl.
 
     Raises:
-        RunFolderError: a row that is not the last is damaged, or steps do not rise.
+        RunFolderError: a row other than the last is damaged, or steps do not increase.
     """
     path = folder / METRICS_FILE
     try:
@@ -146,25 +145,24 @@ def _rows(folder: Path) -> list[dict[str, Value]]:
 def _changes(
     folder: Path, recipe: Recipe, checkpoint: Checkpoint | None
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs between the run as it was and as it would go on."""
+    """Differences in recipe and environment between the stored run and the resumed one."""
     process = read_process(folder)
-    before, around = process.get("recipe"), process.get("environment")
+    old_recipe, old_environment = process.get("recipe"), process.get("environment")
     if checkpoint is not None:
-        before, around = checkpoint.recipe, checkpoint.environment
-    now = recipe_to_dict(recipe)
+        old_recipe, old_environment = checkpoint.recipe, checkpoint.environment
     changed: dict[str, tuple[Any, Any]] = {}
-    if isinstance(before, Mapping):
-        with suppress(RecipeError):  # as read today: newer fields have their defaults
-            before = recipe_to_dict(parse_recipe(dict(before), source=str(folder)))
-        changed |= differences(before, now)
-    if isinstance(around, Mapping):
+    if isinstance(old_recipe, Mapping):
+        with suppress(RecipeError):  # parsing fills in the defaults of fields added since
+            old_recipe = recipe_to_dict(parse_recipe(dict(old_recipe), source=str(folder)))
+        changed |= differences(old_recipe, recipe_to_dict(recipe))
+    if isinstance(old_environment, Mapping):
         with computing_on(recipe.threads):
-            changed |= differences(around, environment(device_named(recipe.device)))
+            changed |= differences(old_environment, environment(device_named(recipe.device)))
     return changed
 
 
-def _check_place(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Whether the checkpoint's step belongs to the same stage in this recipe.
+def _check_stage(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Check that the checkpoint's step belongs to the same stage in this recipe.
 
     Raises:
         RunFolderError: it does not.
@@ -183,19 +181,19 @@ def _check_place(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _set_aside(folder: Path, recipe: Recipe, start: int) -> None:
-    """Make room for another continuation: old rows and the old recipe are kept under other names.
+    """Copy old rows, recipe and matrices to `before-step-N-i`; drop what comes after `start`.
 
     Raises:
         RecordError: the folder cannot be written.
     """
     with writing(folder):
         number = 1
-        while (aside := folder / f"before-step-{start}-{number}").exists():
+        while (backup := folder / f"before-step-{start}-{number}").exists():
             number += 1
-        aside.mkdir()
+        backup.mkdir()
         for name in (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, MATRICES_FILE):
             if (folder / name).is_file():
-                shutil.copy2(folder / name, aside / name)
+                shutil.copy2(folder / name, backup / name)
         rows = [row for row in _rows(folder) if int(row[STEP] or 0) < start]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(folder / METRICS_FILE, text)

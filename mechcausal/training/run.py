@@ -1,4 +1,4 @@
-"""The training loop: Algorithm 1 or joint training, on the closed form, watched by hooks."""
+"""The training loop: Algorithm 1 or joint training, on the closed form, observed through hooks."""
 
 import math
 import time
@@ -11,32 +11,33 @@ from typing import Any
 
 import torch
 
+from mechcausal.measures.figures import History, Value
 from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
+from mechcausal.recipes.devices import computing_on, device_named
 from mechcausal.recipes.stages import Stage, learning_rate, probe_steps, stages
-from mechcausal.records.run_folder import MODEL_FOLDER, History, State, Value, new_run_folder
+from mechcausal.records.run_folder import MODEL_FOLDER, State, new_run_folder
 from mechcausal.records.tracking import RecordError, RunRecord, writing
 from mechcausal.records.wandb_runs import load_wandb, resolve_mode
-from mechcausal.support.devices import computing_on, device_named
 from mechcausal.support.files import write_folder_atomically
 from mechcausal.support.messages import shell_command
 from mechcausal.support.signals import StopRequested, StopSignal, stop_on_signals
-from mechcausal.training.album import Album
 from mechcausal.training.checkpointing import Checkpointer
 from mechcausal.training.checkpoints import Checkpoint, CheckpointError, environment
+from mechcausal.training.closing_pictures import ClosingPictures
 from mechcausal.training.experiments import (
     Experiment,
     Generators,
     build_experiment,
     check_experiment,
 )
-from mechcausal.training.last_pictures import LastPictures
+from mechcausal.training.probe_log import ProbeLog
 
 SILENT_SECONDS = 1.0
 """What is prepared before the first step is told of when it takes longer."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one line that says why, and how to go on."""
+    """A run that failed; the message is one line with the cause and how to resume."""
 
 
 class NonFiniteLossError(TrainingError):
@@ -71,14 +72,14 @@ class RunResult:
     """A run that ended.
 
     Attributes:
-        folder: where its record lies.
+        folder: the run folder.
         state: finished, or interrupted by a signal.
         signal: number of that signal.
-        start: step from which it was trained, more than 0 when it was resumed from a checkpoint.
-        summary: last figures, the first probe step's under "first", and the run's own facts.
+        start: first step trained; above 0 when the run was resumed from a checkpoint.
+        summary: figures of the last probe step, those of the first under "first", conclusions.
         history: a dict of figures for every probe step.
         experiment: the trained model with its data, probes and theory.
-        warnings: what went wrong with recording.
+        warnings: problems with recording.
         wandb_folder: W&B's folder; None when disabled.
         url: the W&B page, when online.
     """
@@ -103,10 +104,10 @@ def train(
     on_warning: Callable[[str], None] | None = None,
     stop: StopSignal | None = None,
 ) -> RunResult:
-    """Train a recipe's model and record everything that was seen on the way.
+    """Train a recipe's model and record figures, matrices and checkpoints.
 
     Args:
-        recipe: a recipe, the path of one, or the name of one that comes along.
+        recipe: a recipe, its path, or the name of a bundled recipe.
         out: the run's folder; `runs/<recipe>/<run-id>` when absent.
         on_progress: called before every step.
         on_warning: told what goes wrong with recording, as it does.
@@ -116,11 +117,11 @@ def train(
         The run; its folder is described in `mechcausal.records.run_folder`.
 
     Raises:
-        RecipeError, GraphError, PriorError, TrackingError, RunFolderError: bad input, before
-            anything was trained.
-        TrainingError: the loss became NaN or infinite, the memory or the disk was full; all rows
-            logged so far are kept.
-        StopRequested: stopped by a signal before the first step.
+        RecipeError, GraphError, PriorError, TrackingError, RunFolderError: bad input; nothing was
+            trained.
+        TrainingError: the loss became NaN or infinite, or memory or disk ran out; all rows logged
+            so far are kept.
+        StopRequested: a signal arrived before the first step.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -132,10 +133,10 @@ def train(
 
 
 def check(recipe: Recipe) -> None:
-    """Whether the recipe can be trained here.
+    """Check that this machine can train the recipe.
 
     Raises:
-        RecipeError: nothing to train, no such device, or parts that do not fit.
+        RecipeError: nothing to train, no such device, or parts that do not fit together.
     """
     if not stages(recipe):
         raise RecipeError("training: no steps in any stage: nothing to train")
@@ -154,15 +155,15 @@ def run(
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> RunResult:
-    """Train from the start or from a checkpoint, to the end or until asked to stop.
+    """Train from the start or from a checkpoint, until the end or a request to stop.
 
     Args:
-        recipe: checked.
-        folder: held by this process.
-        mode: of W&B.
+        recipe: a recipe that `check` accepted.
+        folder: a run folder that this process has locked with `hold`.
+        mode: W&B mode.
         stop: says when to stop.
-        checkpoint: where to go on.
-        rows: what metrics.jsonl holds.
+        checkpoint: where to resume; None trains from the start.
+        rows: rows already in metrics.jsonl.
         on_progress: see `train`.
         on_warning: see `train`.
 
@@ -173,20 +174,25 @@ def run(
     start = checkpoint.step if checkpoint else 0
     with computing_on(recipe.threads), ThreadPoolExecutor(1) as pool:
         generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
-        around = environment(generators.data.device)
         if mode != "disabled":
             load_wandb()
-        # W&B takes a second to start, mostly waiting: the experiment is built meanwhile.
+        # W&B takes a second to start, mostly waiting: build the experiment meanwhile.
         opening = pool.submit(
-            RunRecord, folder, recipe, mode, rows=rows, environment=around, on_warning=on_warning
+            RunRecord,
+            folder,
+            recipe,
+            mode,
+            rows=rows,
+            environment=environment(generators.data.device),
+            on_warning=on_warning,
         )
         try:
             experiment = build_experiment(recipe, generators, _telling(on_progress, recipe, start))
         except BaseException as error:
-            with suppress(RecordError):  # what went wrong first is what the user has to know
+            with suppress(RecordError):  # report the first error, not what follows from it
                 opening.result().finish({}, "interrupted" if stop.received else "failed")
             raise explained(error, folder, recipe, "before the first step") from None
-        # From here on a signal waits for the end of a step, and of what follows the last one.
+        # From here on a signal takes effect only at the end of a step.
         stop.waits = True
         try:
             record = opening.result()
@@ -194,7 +200,7 @@ def run(
             raise explained(error, folder, recipe, "before the first step") from None
         for note in experiment.notes:
             record.warn(note)
-        album = Album(
+        probe_log = ProbeLog(
             record,
             experiment,
             steps=probe_steps(recipe.probing, plan),
@@ -202,11 +208,11 @@ def run(
             start=start,
             rows=rows,
         )
-        checkpointer = Checkpointer(record, album, experiment, generators, start=start)
+        checkpointer = Checkpointer(record, probe_log, experiment, generators, start=start)
         state: State = "failed"
         step = start
         try:
-            album.open()
+            probe_log.open()
             for step, stage, optimizer in schedule(plan, experiment, start):
                 if step == start and checkpoint is not None:
                     checkpoint.restore(experiment, optimizer, generators)
@@ -219,8 +225,8 @@ def run(
                 optimizer.zero_grad()
                 loss = _accumulate(experiment)
                 check_finite(loss, optimizer, step, stage, folder)
-                if step in album.steps:
-                    album.add(step, loss)
+                if step in probe_log.steps:
+                    probe_log.add(step, loss)
                 checkpointer.publish(step)
                 if on_progress is not None:
                     on_progress(
@@ -228,28 +234,28 @@ def run(
                             step=step,
                             n_steps=recipe.n_steps,
                             stage=stage.name,
-                            figures=album.latest,
-                            matrices=album.latest_matrices,
-                            history=album.history,
+                            figures=probe_log.latest,
+                            matrices=probe_log.latest_matrices,
+                            history=probe_log.history,
                         )
                     )
                 if is_last:
-                    album.close()
+                    probe_log.close()
                     state = "finished"
                 else:
                     optimizer.step()
             if state != "finished":
                 state = "interrupted"
             final = folder / MODEL_FOLDER
-            with writing(final), write_folder_atomically(final) as place:
-                experiment.save_model(place)
+            with writing(final), write_folder_atomically(final) as new_folder:
+                experiment.save_model(new_folder)
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             raise explained(error, folder, recipe, f"at step {step}") from None
         finally:
-            summary = album.summary() | {"train/steps": step, "recipe": recipe.name}
+            summary = probe_log.summary() | {"train/steps": step, "recipe": recipe.name}
             if state == "finished":
-                pictures = LastPictures(record, recipe)
+                pictures = ClosingPictures(record, recipe)
                 pictures.draw_page(summary)
                 panels = pictures.draw_panels(summary, stop)
                 n_warnings = len(record.warnings)
@@ -264,7 +270,7 @@ def run(
         signal=None if state == "finished" or stop.received is None else int(stop.received),
         start=start,
         summary=summary,
-        history=album.history,
+        history=probe_log.history,
         experiment=experiment,
         warnings=record.warnings,
         wandb_folder=record.wandb_folder,
@@ -292,7 +298,7 @@ def schedule(
 ) -> Iterator[tuple[int, Stage, torch.optim.Optimizer]]:
     """Number, stage and optimizer of every step from `start` on.
 
-    After the last step comes one more number, to look at the result.
+    One more number follows the last training step, for the final probe step.
     """
     end = plan[-1].start + plan[-1].section.steps
     for stage in plan:
@@ -310,7 +316,7 @@ def schedule(
 
 
 def _accumulate(experiment: Experiment) -> float:
-    """Add up the gradients of a step's batch, part by part; the mean loss."""
+    """Accumulate the gradients of a batch part by part; return the mean loss."""
     training = experiment.recipe.training
     total = 0.0
     for _ in range(training.accumulation):
@@ -334,32 +340,32 @@ def _optimizer(
 def check_finite(
     loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
 ) -> None:
-    """Stop before weights are spoiled.
+    """Raise before the optimizer writes NaN into the weights.
 
     Raises:
         NonFiniteLossError: the loss or an entry of its gradient is NaN or infinite.
     """
-    what = f"the loss became {loss}"
+    problem = f"the loss became {loss}"
     if math.isfinite(loss):
         gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
         if all(g is None or bool(g.isfinite().all()) for g in gradients):
             return
-        what = f"the gradient became NaN or infinite (the loss is {loss:g})"
+        problem = f"the gradient became NaN or infinite (the loss is {loss:g})"
     section = stage.section
     change = (f"--training.{stage.name}.lr", f"{section.lr / 10:g}", "--allow-change")
     again = shell_command("mechcausal", "resume", folder, *change)
     raise NonFiniteLossError(
-        f"{what} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): try a "
-        "smaller learning rate or a larger epsilon; every row before it is kept; "
-        f"{again} goes on from the last checkpoint"
+        f"{problem} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): "
+        "try a smaller learning rate or a larger epsilon; every row before it is kept; "
+        f"{again} resumes from the last checkpoint"
     )
 
 
 def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
-    """The error as the user should read it: what happened, and how to go on."""
+    """The error as the user should read it: what happened, and how to resume."""
     again = shell_command("mechcausal", "resume", folder)
     if isinstance(error, StopRequested):
-        return StopRequested(f"stopped {when}; go on with: {again}", error.number)
+        return StopRequested(f"stopped {when}; resume with: {again}", error.number)
     if isinstance(error, RecordError):
         return TrainingError(
             f"{error}; the run stopped {when}, what was written before is kept; "
@@ -367,9 +373,9 @@ def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> 
         )
     if isinstance(error, CheckpointError):
         return TrainingError(str(error))
-    said = str(error).lower()
+    text = str(error).lower()
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
     ):
         return TrainingError(
             f"out of memory {when}: reduce training.batch_size "

@@ -1,4 +1,4 @@
-"""Which sets of nodes may separate two others: the candidates of iterative causal discovery."""
+"""The candidate separating sets of iterative causal discovery."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -10,16 +10,17 @@ from probes.causal_discovery.orientation import ARROW, NONE, Marks, possibly_dir
 
 
 class Candidates:
-    """Separating sets of any size for the pairs of one graph, smallest detour first.
+    """Candidate separating sets for the pairs of one graph; sets nearest to x come first.
 
-    A set S is a candidate for (x, y) if every member is a possible ancestor of x or y, and is
-    reached from x by a possible-d-sep path inside S that avoids y: of each three nodes in a row the
-    middle one is a collider, or the three are a triangle. A path inside S is no longer than |S|.
+    A set S is a candidate for (x, y) if every member is a possible ancestor of x or y, and a
+    possible-d-sep path inside S leads to it from x and avoids y. On such a path, the middle one of
+    any three consecutive nodes is a collider, or the three form a triangle.
 
     Args:
-        marks: the graph; removing edges from it afterwards is seen by the next call.
-        ancestors_only: leave out the condition on ancestors where it is False (selection bias: what
-            is conditioned on may be an ancestor of the selection instead).
+        marks: the graph; the next call uses its current edges.
+        ancestors_only: whether members must be possible ancestors. False under selection bias,
+            where a member may be an ancestor of the selection instead.
+        on_each: called before each candidate is examined, for time limits.
 
     Source: Rohekar et al. 2021, "Iterative causal discovery in the possible presence of latent
     confounders and selection bias" (the ICD-Sep conditions).
@@ -37,7 +38,7 @@ class Candidates:
         self._on_each = on_each
 
     def of(self, x: int, y: int, size: int) -> Iterator[tuple[int, ...]]:
-        """The candidate sets of one size with paths from x, each in ascending order."""
+        """The candidate sets of one size with paths from x, each sorted."""
         if size == 0:
             self._on_each()
             yield ()
@@ -48,9 +49,9 @@ class Candidates:
         allowed = allowed.astype(bool)
         allowed[[x, y]] = False
         passable = self._passable(adjacent)
-        steps = self._steps(x, allowed, adjacent, passable, size)
-        near = {node for node, distance in steps.items() if distance == 1}
-        nodes = sorted(steps, key=lambda node: (steps[node], node))
+        distances = self._distances(x, allowed, adjacent, passable, size)
+        near = {node for node, distance in distances.items() if distance == 1}
+        nodes = sorted(distances, key=lambda node: (distances[node], node))
         for chosen in combinations(nodes, size):
             self._on_each()
             far = set(chosen) - near
@@ -59,43 +60,44 @@ class Candidates:
 
     def _possible_ancestors(self, x: int, y: int) -> Bool[np.ndarray, "node"]:
         may_point = possibly_directed(self._marks)
-        found = np.zeros(len(may_point), dtype=bool)
-        found[[x, y]] = True
+        ancestors = np.zeros(len(may_point), dtype=bool)
+        ancestors[[x, y]] = True
         while True:
-            more = found | (may_point & found).any(1)
-            if (more == found).all():
-                return found
-            found = more
+            more = ancestors | (may_point & ancestors).any(1)
+            if (more == ancestors).all():
+                return ancestors
+            ancestors = more
 
     def _passable(self, adjacent: Bool[np.ndarray, "node node"]) -> Bool[np.ndarray, "u v w"]:
-        """`[u, v, w]`: the middle of u, v, w is a collider, or the three are a triangle."""
+        """`[u, v, w]`: whether v is a collider on u, v, w, or the three form a triangle."""
         into = self._marks == ARROW
         collider = into[:, :, None] & into.T[None, :, :]
         triangle = adjacent[:, None, :]
         return np.asarray(adjacent[:, :, None] & adjacent[None] & (collider | triangle))
 
     @staticmethod
-    def _steps(
+    def _distances(
         x: int,
         allowed: Bool[np.ndarray, "node"],
         adjacent: Bool[np.ndarray, "node node"],
         passable: Bool[np.ndarray, "u v w"],
         size: int,
     ) -> dict[int, int]:
-        """Edges on the shortest path from x to each node within `size` of them."""
-        states = np.zeros_like(adjacent)
-        states[x] = adjacent[x] & allowed
-        steps = {int(node): 1 for node in np.flatnonzero(states[x])}
-        seen = states.copy()
+        """The number of edges from x to every node at most `size` edges away."""
+        # frontier[u, v]: a path of the current length ends with the edge from u to v.
+        frontier = np.zeros_like(adjacent)
+        frontier[x] = adjacent[x] & allowed
+        distances = {int(node): 1 for node in np.flatnonzero(frontier[x])}
+        seen = frontier.copy()
         for distance in range(2, size + 1):
-            onward = (states[:, :, None] & passable).any(0) & allowed[None, :]
-            states = onward & ~seen
-            if not states.any():
+            longer = (frontier[:, :, None] & passable).any(0) & allowed[None, :]
+            frontier = longer & ~seen
+            if not frontier.any():
                 break
-            seen |= states
-            for node in np.flatnonzero(states.any(0)):
-                steps.setdefault(int(node), distance)
-        return steps
+            seen |= frontier
+            for node in np.flatnonzero(frontier.any(0)):
+                distances.setdefault(int(node), distance)
+        return distances
 
     @staticmethod
     def _connected(
@@ -105,15 +107,15 @@ class Candidates:
         adjacent: Bool[np.ndarray, "node node"],
         passable: Bool[np.ndarray, "u v w"],
     ) -> bool:
-        """Whether paths inside the chosen set lead to all of it that is not next to x."""
+        """Whether paths inside the chosen set lead from x to all of its `far` members."""
         pending = [(x, node) for node in chosen if adjacent[x, node]]
         seen = set(pending)
         while pending and far:
-            before, here = pending.pop()
-            far = far - {here}
-            for there in chosen:
-                step = (here, there)
-                if passable[before, here, there] and step not in seen:
-                    seen.add(step)
-                    pending.append(step)
+            previous, node = pending.pop()
+            far = far - {node}
+            for following in chosen:
+                edge = (node, following)
+                if passable[previous, node, following] and edge not in seen:
+                    seen.add(edge)
+                    pending.append(edge)
         return not far

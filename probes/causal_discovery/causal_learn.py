@@ -1,4 +1,4 @@
-"""FCI and PC of the package causal-learn as a second opinion (optional extra `discovery`)."""
+"""FCI and PC from the package causal-learn, to check our search (optional extra `discovery`)."""
 
 import contextlib
 import io
@@ -19,18 +19,18 @@ _NAME = "probes_independence"
 def causal_learn(
     test: IndependenceTest, method: Literal["fci", "pc"], *, max_cond: int | None = None
 ) -> Found:
-    """Search with causal-learn, every question answered by our test.
+    """Search with causal-learn and our independence test.
 
-    A check on the skeleton above all: causal-learn's rule R5 may give false tails. PC knows no
-    hidden variables; what it leaves undirected is shown as `o-o`.
+    Compare mainly the skeleton: causal-learn's rule R5 may give false tails. PC assumes no hidden
+    variables; its undirected edges become `o-o`.
 
     Args:
-        test: answers whether two variables are independent given others.
+        test: the test of conditional independence.
         method: "fci" or "pc".
         max_cond: largest conditioning set of the adjacency search, None for no limit.
 
     Returns:
-        As `icd`; `reached` is None, and of a pair's separating sets the first that was met is kept.
+        As `icd`, with `reached` None; a pair's separating set is the first that the search met.
 
     Raises:
         ProbeError: causal-learn is not installed.
@@ -46,7 +46,7 @@ def causal_learn(
     asked: dict[tuple[int, int, tuple[int, ...]], bool] = {}
     depth = -1 if max_cond is None else max_cond
     graph = _run(test, method, asked, depth)
-    # Both keep the mark at i of the edge i–j in [i, j]; ours is that of [j, i].
+    # causal-learn stores the mark at i of the edge i–j in [i, j]; we store it in [j, i].
     marks = np.zeros((n, n), dtype=int)
     for theirs, ours in ((-1, TAIL), (1, ARROW), (2, CIRCLE)):
         marks[graph.T == theirs] = ours
@@ -58,9 +58,10 @@ def causal_learn(
             separating.setdefault((i, j), given)
     complete = True
     if max_cond is not None:
-        # PC's skeleton is where the adjacency search of both ends; its questions are answered.
+        # FCI and PC share the adjacency search, and PC's skeleton is its result; `asked` holds the
+        # tests.
         adjacent = (graph if method == "pc" else _run(test, "pc", asked, depth)) != 0
-        # A larger set is asked for where a node has as many neighbours beside the other end.
+        # The search tests larger sets only for nodes with more than max_cond other neighbours.
         complete = bool(adjacent.sum(1).max() - 1 <= max_cond)
     return Found(PAG(tuple(range(n)), marks), separating, len(asked), complete, None)
 
@@ -82,7 +83,7 @@ def _run(
     base: Any = CIT_Base
 
     class Ours(base):  # type: ignore[misc]
-        """What causal-learn takes for a test on data; there are none."""
+        """Our test in the form of causal-learn's tests, which expect data."""
 
         method = _NAME
 
@@ -95,12 +96,12 @@ def _run(
 
     register_ci_test(_NAME, Ours)
     no_data = np.zeros((1, test.n_variables))
-    # Some of its rules print what they did.
+    # causal-learn prints to the terminal.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message="The number of features")
         if method == "fci":
-            found = fci(no_data, _NAME, 0.5, depth=depth, show_progress=False)[0].graph
+            graph = fci(no_data, _NAME, 0.5, depth=depth, show_progress=False)[0].graph
         else:
             max_k = None if depth < 0 else depth
-            found = pc(no_data, 0.5, _NAME, show_progress=False, max_k=max_k).G.graph
-    return np.asarray(found)
+            graph = pc(no_data, 0.5, _NAME, show_progress=False, max_k=max_k).G.graph
+    return np.asarray(graph)

@@ -1,10 +1,10 @@
-"""From attention to (partial) correlations of its tokens.
+"""(Partial) correlations of tokens, computed from attention.
 
 Attention is read as a linear structural equation model, Z = G Z + Λ U with A = (I − G)⁻¹ Λ, so that
 Cov(Z) ∝ A Aᵀ: each token is a row of A, and covariances are inner products of rows. A partial
 correlation is then the cosine between two rows after the rows of the conditioning set are
-projected out. No covariance is ever inverted: beside an attention sink all rows are nearly
-parallel, A Aᵀ is nearly singular, and an inverse loses what a projection keeps.
+projected out. A projection is more accurate than an inverse of A Aᵀ, which is nearly singular
+where an attention sink makes all rows nearly parallel.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,19 @@ from scipy.linalg import qr
 from torch import Tensor
 
 ROW_SUM_TOLERANCE = 1e-2
-"""Half precision rounds every entry, and the matrix may have been widened since; more than this is
-no softmax."""
+"""Largest deviation of a row's sum from 1; allows for rows computed in half precision."""
 LATER_TOLERANCE = 1e-6
-"""Weight above the diagonal up to which no token attends to a later one: float32 rounding."""
+"""Largest weight on a later token that counts as float32 rounding."""
 RESIDUAL_TOLERANCE = 1e-12
-"""Share of a row's length below which what is left of it counts as rounding."""
+"""A residual shorter than this share of its row counts as rounding."""
 
 
 def checked_attention(
     attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
 ) -> Float[np.ndarray, "query key"]:
-    """One attention pattern as float64, if it is one.
+    """Check one attention pattern and return it as float64.
 
-    What rounding put below zero becomes 0: see `negative_tolerance`.
+    Negative weights within `negative_tolerance` become 0.
 
     Args:
         attention: `[query key]`, rows that sum to 1 within `ROW_SUM_TOLERANCE`.
@@ -78,9 +77,10 @@ def checked_attention(
 
 
 def negative_tolerance(matrix: Float[np.ndarray, "query key"]) -> float:
-    """How far rounding may put a weight below zero: `n ε`, at most `ROW_SUM_TOLERANCE`.
+    """How far below 0 rounding may put a weight: `n ε`, at most `ROW_SUM_TOLERANCE`.
 
-    ε is that of the coarsest type that holds every entry, so that widening changes nothing.
+    ε belongs to the coarsest float type that holds every entry, so that a cast to a wider type does
+    not change the tolerance.
 
     >>> f"{negative_tolerance(np.array([[1.0, 0.0], [0.3, 0.7]])):.1e}"
     '4.4e-16'
@@ -106,18 +106,18 @@ def correlation(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "no
 def partial_correlation(
     rows: Float[np.ndarray, "node source"], given: Sequence[int]
 ) -> Float[np.ndarray, "node node"]:
-    """Partial correlations of all pairs of nodes given a set of others.
+    """Partial correlations of all pairs of nodes given a set of nodes.
 
     With Q an orthonormal basis of the given rows, `E = A − A Q Qᵀ` and `ρ[i, j]` is the cosine
-    between rows i and j of E: −K₀₁ / sqrt(K₀₀ K₁₁) for K the inverse of the correlation of
-    {i, j} ∪ given.
+    between rows i and j of E. This equals −K₀₁ / sqrt(K₀₀ K₁₁), where K is the inverse of the
+    correlation matrix of {i, j} ∪ given.
 
     Args:
-        rows: one row a node, of any length.
+        rows: one row per node, of any length.
         given: the nodes to condition on.
 
     Returns:
-        ρ; NaN for pairs with a node that the given ones determine, themselves among them.
+        ρ; NaN for pairs with a given node or one that the given nodes determine.
     """
     unit = _unit_rows(residual_rows(_unit_rows(rows), given))
     unit[~unit.any(1)] = np.nan
@@ -127,14 +127,14 @@ def partial_correlation(
 def residual_rows(
     rows: Float[np.ndarray, "node source"], given: Sequence[int]
 ) -> Float[np.ndarray, "node source"]:
-    """What is left of every row when the given rows are projected out; zeros where they span it."""
+    """Every row with the given rows projected out; zeros if they span it."""
     if not len(given):
         return rows
-    # Pivots put rows that the others span last: they would add a direction of rounding alone.
+    # Pivoting puts linearly dependent rows last; their directions are rounding errors, and dropped.
     directions, lengths, _ = qr(_unit_rows(rows[list(given)]).T, mode="economic", pivoting=True)
     basis = directions[:, np.abs(lengths.diagonal()) > RESIDUAL_TOLERANCE]
     residual = rows - (rows @ basis) @ basis.T
-    # A second pass takes out what rounding left of the first where little remains of a row.
+    # The second pass removes the rounding errors of the first in very short residuals.
     residual = residual - (residual @ basis) @ basis.T
     before, after = np.linalg.norm(rows, axis=1), np.linalg.norm(residual, axis=1)
     residual[after <= RESIDUAL_TOLERANCE * before] = 0.0
@@ -142,7 +142,7 @@ def residual_rows(
 
 
 def _unit_rows(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "node source"]:
-    """The rows with length 1; zeros stay."""
+    """The rows scaled to length 1; rows of zeros stay."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))
 
@@ -150,13 +150,13 @@ def _unit_rows(rows: Float[np.ndarray, "node source"]) -> Float[np.ndarray, "nod
 def without_sink(
     rows: Float[np.ndarray, "node source"], sink: int
 ) -> Float[np.ndarray, "node-1 source"]:
-    """The rows of the other nodes, given the sink's: its row projected out, and left out.
+    """The rows of the other nodes, with the sink's row projected out.
 
-    Where the sink attends to itself alone, as the first token under causal attention must, this
-    equals dropping its row and its column from the attention.
+    If the sink attends only to itself, like the first token under causal attention, this equals
+    dropping its row and its column from the attention.
 
     Raises:
-        ValueError: the sink is no row.
+        ValueError: there is no row `sink`.
 
     >>> without_sink(np.array([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.8, 0.1, 0.1]]), 0).round(6)
     array([[0. , 0.3, 0. ],

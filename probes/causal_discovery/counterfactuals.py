@@ -1,4 +1,4 @@
-"""Run a model with some of its tokens replaced: within a budget, and no input twice."""
+"""Run a model with some of its tokens replaced, within a budget and no input twice."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from torch import Tensor
 from probes.reading.errors import ProbeError
 
 Logits: TypeAlias = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch cls"]]
-"""One row of logits (or log-probabilities) a sequence; its largest entry is the prediction."""
+"""One row of logits (or log-probabilities) per sequence; the largest is the prediction."""
 
 Replace: TypeAlias = Callable[
     [Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Int[Tensor, "batch pos"]
 ]
-"""The tokens with those at the marked positions replaced; the shape stays."""
+"""Replaces the tokens at the marked positions and keeps the shape."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model makes of a sequence with some positions replaced.
+    """The model's prediction for a sequence with some tokens replaced.
 
     Attributes:
-        positions: the replaced ones, ascending.
+        positions: the replaced positions, ascending.
         prediction: the class with the largest logit.
-        log_probability: of the class predicted from the whole sequence, nats.
+        log_probability: log-probability of the class predicted from the original sequence, in nats.
     """
 
     positions: tuple[int, ...]
@@ -52,13 +52,13 @@ def replace_by(token: int) -> Replace:
 
 
 class Counterfactuals:
-    """The runs of one sequence's counterfactuals; every sequence run is a call.
+    """Runs one sequence with sets of tokens replaced, and counts the runs.
 
     Attributes:
-        tokens: the sequence, `[pos]`.
-        prediction: the class that the model predicts from the whole sequence.
-        calls: sequences run so far, that first one included.
-        budget: the most that may be run.
+        tokens: the original sequence, `[pos]`.
+        prediction: the class predicted from the original sequence.
+        calls: number of sequences run so far, including the original.
+        budget: the largest number of calls.
     """
 
     def __init__(
@@ -70,47 +70,47 @@ class Counterfactuals:
         budget: int,
         batch_size: int,
     ) -> None:
-        """Run the whole sequence."""
+        """Run the original sequence."""
         self.tokens = tokens
         self.budget = budget
         self.calls = 0
         self._logits = logits
         self._replace = replace
         self._batch_size = batch_size
-        # Distinct sets may make the same tokens, under a replacement that is a function.
+        # A replacement function may turn distinct sets into the same tokens.
         self._seen = {tuple(tokens.tolist())}
         self.prediction = int(self._run(tokens.unsqueeze(0)).argmax())
 
     @property
     def left(self) -> int:
-        """Sequences that may still be run."""
+        """The number of sequences that may still be run."""
         return self.budget - self.calls
 
     def spend(self) -> None:
-        """Count a sequence that was run elsewhere, to read its attention."""
+        """Count a sequence that the caller ran to read its attention."""
         self.calls += 1
 
     def effective(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """The positions at which a replacement alone changes the tokens; runs nothing."""
+        """The positions whose replacement changes the tokens; does not run the model."""
         if not positions:
             return ()
         changed = self._replaced([(position,) for position in positions]) != self.tokens
         return tuple(p for p, any_ in zip(positions, changed.any(1).tolist(), strict=True) if any_)
 
     def first_change(self, sets: Iterable[tuple[int, ...]], *, keep: int = 0) -> Outcome | None:
-        """The first set whose replacement changes the prediction, None if none did.
+        """The first set whose replacement changes the prediction, or None.
 
         Args:
-            sets: positions to replace together; taken one by one, as far as needed.
-            keep: calls of the budget to leave.
+            sets: sets of positions to replace; consumed only as far as needed.
+            keep: number of calls of the budget to leave unspent.
         """
         outcomes = self.outcomes(sets, keep=keep)
-        return next((found for found in outcomes if found.prediction != self.prediction), None)
+        return next((o for o in outcomes if o.prediction != self.prediction), None)
 
     def outcomes(self, sets: Iterable[tuple[int, ...]], *, keep: int = 0) -> Iterator[Outcome]:
-        """Run sets in batches, in their order, until the budget is spent but for `keep` calls.
+        """Run sets in order, in batches, until only `keep` calls of the budget are left.
 
-        Sets whose tokens were run before are passed over.
+        Sets whose tokens have been run before are skipped.
         """
         fresh = self._fresh(iter(sets))
         while self.left > keep:
@@ -118,9 +118,9 @@ class Counterfactuals:
             if not batch:
                 return
             logits = self._run(torch.stack([tokens for _, tokens in batch]))
-            own = logits.log_softmax(-1)[:, self.prediction].tolist()
+            log_probabilities = logits.log_softmax(-1)[:, self.prediction].tolist()
             for (chosen, _), prediction, value in zip(
-                batch, logits.argmax(-1).tolist(), own, strict=True
+                batch, logits.argmax(-1).tolist(), log_probabilities, strict=True
             ):
                 yield Outcome(chosen, prediction, value)
 
@@ -145,7 +145,7 @@ class Counterfactuals:
         after = self._replace(before.clone(), marked)
         if after.shape != before.shape:
             raise ProbeError(
-                f"replacement makes shape {tuple(after.shape)} of tokens of shape "
+                f"replacement returns shape {tuple(after.shape)} for tokens of shape "
                 f"{tuple(before.shape)}"
             )
         return after.to(before)
@@ -159,5 +159,5 @@ class Counterfactuals:
                 "expected [batch, class] with at least two classes"
             )
         if bool(logits.isnan().any()):
-            raise ProbeError("the model's logits hold NaN: no prediction can be read from them")
+            raise ProbeError("the model's logits contain NaN: they give no prediction")
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

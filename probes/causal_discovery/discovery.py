@@ -1,4 +1,4 @@
-"""`discover`: a causal graph over the tokens of one input, from one head of any transformer."""
+"""Discover a causal graph over the tokens of one input from the attention of one head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ Engine: TypeAlias = Literal["icd", "fci", "pc"]
 
 @dataclass(frozen=True)
 class Discovery:
-    """A graph over token positions, and how it was found.
+    """A causal graph over token positions, and the settings of the search.
 
     Attributes:
         pag: the graph; its nodes are token positions.
-        separating_sets: by pair of positions without an edge, the earlier first: the positions that
-            separated it.
-        tests: how many tests of independence were made.
-        n_eff: the knob of sparsity (see `discover`).
-        alpha: level of the tests.
-        ordered: whether token order was taken for causal order.
-        complete: whether the search came to its end; if not, edges may be too many.
-        reached: size of conditioning sets up to which all tests were made; None where not known.
-        layer: which layer's attention; None for a pattern that was given.
-        head: which head's.
-        sink: "node", or "conditioned" on.
-        values: whether covariances are those of attention-weighted values.
-        engine: which search.
+        separating_sets: for each pair of positions without an edge, earlier position first: the
+            positions that separate it.
+        tests: number of independence tests made.
+        n_eff: effective number of samples (see `discover`).
+        alpha: significance level of the tests.
+        ordered: whether the search took token order as causal order.
+        complete: whether the search finished; if not, the graph may have too many edges.
+        reached: the largest size of conditioning sets fully tested; None if unknown.
+        layer: the layer; None if the caller gave the attention pattern.
+        head: the head; None if the caller gave the attention pattern.
+        sink: "node", or "conditioned" if the tests condition on the attention sink.
+        values: whether the covariances are those of attention-weighted values.
+        engine: the search algorithm.
     """
 
     pag: PAG
@@ -55,7 +55,7 @@ class Discovery:
     engine: Engine = "icd"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON.
+        """The discovery as plain values for JSON.
 
         `{"nodes", "edges": [{"from", "to", "marks"}], "separating_sets": [{"pair", "given"}],
         "tests", "n_eff", "alpha", "ordered", "complete", "reached", "layer", "head", "sink",
@@ -66,8 +66,8 @@ class Discovery:
             for pair, given in sorted(self.separating_sets.items())
         ]
         names = ("tests", "n_eff", "alpha", "ordered", "complete", "reached", "layer", "head")
-        rest = {name: getattr(self, name) for name in (*names, "sink", "values", "engine")}
-        return {**self.pag.to_dict(), "separating_sets": sets, **rest}
+        settings = {name: getattr(self, name) for name in (*names, "sink", "values", "engine")}
+        return {**self.pag.to_dict(), "separating_sets": sets, **settings}
 
 
 def discover(
@@ -89,39 +89,40 @@ def discover(
     time_budget: float | None = None,
     selection_bias: bool = False,
 ) -> Discovery:
-    """The causal graph over one input's tokens that one head's attention A stands for.
+    """Discover the causal graph over one input's tokens from one head's attention A.
 
-    Covariances of tokens are A Aᵀ; an edge stays where no set of other tokens makes the partial
-    correlation insignificant.
+    The covariance of the tokens is A Aᵀ; two tokens keep their edge unless some set of other tokens
+    makes their partial correlation insignificant.
 
     Args:
-        model: a HookedTransformer, HookedEncoder or TransformerBridge; left as it was.
+        model: a HookedTransformer, HookedEncoder or TransformerBridge; unchanged.
         tokens: one sequence, `[pos]` or `[1 pos]`.
-        layer: whose attention; None for the deepest.
-        head: which of its heads.
-        n_eff: stands for a number of samples in the tests; None for `d_head`. One forward pass has
-            no samples: this is a knob of sparsity, and the larger it is, the more edges stay.
-            Compare a few.
-        alpha: level of the tests; the smaller, the fewer edges.
-        ordered: whether token order is causal order (OrdICD); None: where no token attends to
-            a later one, and without selection bias.
-        sink: "node", or "conditioned": the attention sink is taken out by conditioning on it.
-        sink_position: where the sink is; used with "conditioned".
-        positions: the tokens to be nodes, None for all; the others are hidden variables.
-        values: take the covariances of the attention-weighted values A V (`hook_z`) instead.
-        engine: "icd"; "fci" or "pc" of causal-learn as a check, which know no token order, and
-            take neither `stable` nor `selection_bias` nor `time_budget`.
+        layer: layer of the head; default: the deepest.
+        head: index of the head.
+        n_eff: effective number of samples in the tests; default: `d_head`. One forward pass has no
+            samples: n_eff only sets the sparsity, and a larger one keeps more edges. Compare
+            several values.
+        alpha: significance level of the tests; a smaller one keeps fewer edges.
+        ordered: whether token order is causal order (OrdICD); default: True if no token attends to
+            a later one and `selection_bias` is False.
+        sink: "node" treats the attention sink as any token; "conditioned" conditions on it and
+            removes it.
+        sink_position: position of the sink; used with "conditioned".
+        positions: the tokens that become nodes; default: all. The others are hidden variables.
+        values: use the covariances of the attention-weighted values A V (`hook_z`) instead.
+        engine: "icd", or causal-learn's "fci" or "pc" as a check; these ignore token order and
+            accept none of `ordered`, `stable`, `selection_bias` and `time_budget`.
         stable: see `icd`.
         max_cond: largest conditioning set; must be below n_eff − 3.
-        time_budget: seconds after which the search stops with a sound partial graph (icd alone).
+        time_budget: seconds after which the search stops with a sound partial graph (icd only).
         selection_bias: see `icd`.
 
     Returns:
         The graph over token positions, with its separating sets.
 
     Raises:
-        ValueError: an argument out of range, n_eff too small for a set that has to be conditioned
-            on, or attention that is not finite.
+        ValueError: an argument out of range, n_eff too small for a conditioning set, or attention
+            that is not finite.
         ProbeError: an unknown layer or head, tokens outside the vocabulary or the context, or no
             attention to read.
 
@@ -166,28 +167,28 @@ def discover_attention(
     layer: int | None = None,
     head: int | None = None,
 ) -> Discovery:
-    """The same from an attention pattern that is at hand.
+    """Discover the causal graph from a given attention pattern.
 
     Args:
-        attention: `[query key]`, rows that sum to 1; see `checked_attention` for its rounding.
-        n_eff: stands for a number of samples: a knob of sparsity.
-        alpha: level of the tests.
-        ordered: whether token order is causal order; None: see `discover`.
-        sink: "node" or "conditioned".
-        sink_position: where the sink is.
-        positions: the tokens to be nodes.
-        mixed_values: A V, to take covariances of in place of A's.
-        engine: "icd", "fci" or "pc".
+        attention: `[query key]`, rows that sum to 1; `checked_attention` gives the tolerances.
+        n_eff: see `discover`.
+        alpha: see `discover`.
+        ordered: see `discover`.
+        sink: see `discover`.
+        sink_position: see `discover`.
+        positions: see `discover`.
+        mixed_values: attention-weighted values A V whose covariances replace A Aᵀ.
+        engine: see `discover`.
         stable: see `icd`.
-        max_cond: largest conditioning set.
-        time_budget: seconds after which the search stops.
+        max_cond: see `discover`.
+        time_budget: see `discover`.
         selection_bias: see `icd`.
-        layer: where the pattern is from, for the record.
-        head: the same.
+        layer: layer of the pattern, stored in the result.
+        head: head of the pattern, stored in the result.
 
     Raises:
-        ValueError: no attention pattern, or as `discover`.
-        ProbeError: causal-learn is asked for and not installed.
+        ValueError: an invalid attention pattern, or as `discover`.
+        ProbeError: the engine needs causal-learn, which is not installed.
 
     >>> chain = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
     >>> print(discover_attention(chain, n_eff=1000).pag)
@@ -199,9 +200,9 @@ def discover_attention(
     if len(rows) != len(matrix) or not np.isfinite(rows).all():
         raise ValueError(f"mixed_values must be finite, one row for each of {len(matrix)} tokens")
     if engine != "icd":
-        ours = {"ordered": ordered, "stable": stable, "selection_bias": selection_bias}
-        for name, given in {**ours, "time_budget": time_budget is not None}.items():
-            if given:
+        icd_options = {"ordered": ordered, "stable": stable, "selection_bias": selection_bias}
+        for name, is_given in {**icd_options, "time_budget": time_budget is not None}.items():
+            if is_given:
                 raise ValueError(f"{name} goes with engine 'icd', not {engine!r}")
         ordered = False
     if ordered is None:
@@ -220,7 +221,7 @@ def discover_attention(
             f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest_given(n_eff)}"
         )
     if engine == "icd":
-        found = icd(
+        result = icd(
             test,
             ordered=ordered,
             stable=stable,
@@ -229,9 +230,9 @@ def discover_attention(
             selection_bias=selection_bias,
         )
     else:
-        found = causal_learn(test, engine, max_cond=max_cond)
+        result = causal_learn(test, engine, max_cond=max_cond)
     return Discovery(
-        **_at_positions(found, nodes),
+        **_at_positions(result, nodes),
         n_eff=n_eff,
         alpha=alpha,
         ordered=ordered,
@@ -254,16 +255,16 @@ def _nodes(n_tokens: int, positions: Sequence[int] | None) -> tuple[int, ...]:
     return nodes
 
 
-def _at_positions(found: Found, nodes: tuple[int, ...]) -> dict[str, Any]:
-    """What a search over variables 0, 1, … found, said of token positions."""
+def _at_positions(result: Found, nodes: tuple[int, ...]) -> dict[str, Any]:
+    """The result of a search over variables 0, 1, …, with token positions as nodes."""
     sets = {
         (nodes[i], nodes[j]): tuple(nodes[k] for k in given)
-        for (i, j), given in found.separating_sets.items()
+        for (i, j), given in result.separating_sets.items()
     }
     return {
-        "pag": PAG(nodes, found.pag.marks),
+        "pag": PAG(nodes, result.pag.marks),
         "separating_sets": sets,
-        "tests": found.tests,
-        "complete": found.complete,
-        "reached": found.reached,
+        "tests": result.tests,
+        "complete": result.complete,
+        "reached": result.reached,
     }

@@ -1,4 +1,4 @@
-"""Tests of conditional independence: what every search asks, and how attention answers."""
+"""Tests of conditional independence: the interface, and partial correlations of attention."""
 
 import math
 from typing import Protocol, runtime_checkable
@@ -14,27 +14,27 @@ _CACHE_BYTES = 64 * 2**20
 
 @runtime_checkable
 class IndependenceTest(Protocol):
-    """Whether two variables are independent given others; variables are numbers from 0."""
+    """Tests whether two variables are independent given others; variables are numbered from 0."""
 
     @property
     def n_variables(self) -> int:
-        """How many variables there are."""
+        """The number of variables."""
         ...
 
     def p_value(self, i: int, j: int, given: tuple[int, ...]) -> float:
-        """The probability of so strong a dependence by chance; an oracle says 0 or 1."""
+        """The p-value of independence; an oracle returns 0 or 1."""
         ...
 
     def independent(self, i: int, j: int, given: tuple[int, ...]) -> bool:
-        """Whether that is taken for independence."""
+        """Whether the test accepts independence."""
         ...
 
 
 def largest_given(n_eff: float | int) -> int:
-    """How many variables a test can be given: the largest |S| with `n_eff > |S| + 3`.
+    """The largest conditioning set that a test allows: the largest |S| with `n_eff > |S| + 3`.
 
     Args:
-        n_eff: finite; up to 3 no test is possible and the result is negative.
+        n_eff: finite; if it is 3 or less, no test is possible and the result is negative.
 
     >>> largest_given(5), largest_given(64.5), largest_given(3)
     (1, 61, -1)
@@ -49,9 +49,9 @@ def p_value(rho: float, n_given: int, n_eff: float | int) -> float:
 
     Args:
         rho: the partial correlation.
-        n_given: |S|, how many variables it is conditioned on.
-        n_eff: stands for a number of samples. One forward pass has none: it is a knob of sparsity,
-            and the larger it is, the more edges stay.
+        n_given: |S|, the size of the conditioning set.
+        n_eff: effective number of samples. One forward pass has no samples: n_eff only sets the
+            sparsity, and a larger one keeps more edges.
 
     Raises:
         ValueError: `n_eff <= |S| + 3`.
@@ -75,13 +75,13 @@ def p_value(rho: float, n_given: int, n_eff: float | int) -> float:
 class PartialCorrelationTest:
     """Fisher's z on the partial correlations of a matrix's rows (see `correlation`).
 
-    Two variables count as independent when `p > alpha`. Where the given variables determine one of
-    the two there is nothing left to test: p is 0, and an edge is never removed for that.
+    Two variables count as independent if `p > alpha`. If the given variables determine one of the
+    two, no test is possible: p is 0, so that the edge stays.
 
     Args:
-        rows: one row a variable; rows of attention, or attention-weighted values.
+        rows: one row per variable: rows of attention, or attention-weighted values.
         n_eff: see `p_value`.
-        alpha: level of the test, above 0 and below 1.
+        alpha: significance level of the test, above 0 and below 1.
 
     Raises:
         ValueError: `n_eff` is not above 3 and finite, or alpha is out of range.
@@ -102,19 +102,19 @@ class PartialCorrelationTest:
 
     @property
     def n_variables(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self._rows)
 
     def partial_correlation(self, i: int, j: int, given: tuple[int, ...]) -> float:
-        """ρ of two variables given others; NaN where those determine one of the two."""
+        """ρ of two variables given others; NaN if the others determine one of the two."""
         given = tuple(sorted(given))
-        found = self._cache.get(given)
-        if found is None:
-            # One projection serves all pairs, and searches ask for one size of set after another.
+        matrix = self._cache.get(given)
+        if matrix is None:
+            # Searches go from one set size to the next, so old entries are not needed again.
             if len(self._cache) >= self._cache_size:
                 self._cache.clear()
-            found = self._cache[given] = partial_correlation(self._rows, given)
-        return float(found[i, j])
+            matrix = self._cache[given] = partial_correlation(self._rows, given)
+        return float(matrix[i, j])
 
     def p_value(self, i: int, j: int, given: tuple[int, ...]) -> float:
         """See the function `p_value`.

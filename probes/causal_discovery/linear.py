@@ -1,4 +1,4 @@
-"""The direct reading of attention as a linear structural equation model, for no hidden tokens."""
+"""Direct causal effects from attention as a linear structural equation model."""
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -14,15 +14,15 @@ def linear_effects(
 ) -> Float[np.ndarray, "query key"]:
     """The direct effects G of Z = G Z + Λ U, `G = I − diag(A) A⁻¹`.
 
-    From A = (I − G)⁻¹ Λ. `G[i, j]` is the effect of token j on token i. With every token seen it is
-    exact, without any test; a hidden common cause shows as an effect that is not there.
+    The formula follows from A = (I − G)⁻¹ Λ. `G[i, j]` is the effect of token j on token i. It is
+    exact if there are no hidden variables; a hidden common cause gives a false effect.
 
     Args:
-        attention: a full pattern `[query key]`; triangular, as causal attention is, or any other
-            that can be inverted.
+        attention: an invertible pattern `[query key]`, such as a causal one with a positive
+            diagonal.
 
     Raises:
-        ValueError: no attention pattern, or one that cannot be inverted in float64.
+        ValueError: an invalid attention pattern, or one that cannot be inverted in float64.
 
     >>> linear_effects(np.array([[1.0, 0.0], [0.25, 0.75]])).round(6) + 0.0
     array([[0.  , 0.  ],
@@ -32,8 +32,8 @@ def linear_effects(
     condition = float(np.linalg.cond(matrix))
     if not condition < _LARGEST_CONDITION:
         raise ValueError(
-            f"the attention cannot be inverted (condition number {condition:.1g}): the direct "
-            "reading needs every token to keep some attention of its own"
+            f"the attention cannot be inverted (condition number {condition:.1g}): "
+            "linear effects need every token to attend to itself"
         )
     return np.asarray(np.eye(len(matrix)) - np.diag(matrix)[:, None] * np.linalg.inv(matrix))
 
@@ -41,11 +41,11 @@ def linear_effects(
 def linear_edges(
     attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."], threshold: float = 1e-6
 ) -> tuple[tuple[int, int], ...]:
-    """Pairs (cause, effect) of positions whose direct effect is larger than a threshold.
+    """Pairs (cause, effect) of positions with a direct effect above a threshold.
 
     Args:
         attention: see `linear_effects`.
-        threshold: on `|G[effect, cause]|`, which has the unit of attention.
+        threshold: lower bound on `|G[effect, cause]|`, in units of attention.
 
     Raises:
         ValueError: as `linear_effects`, or a threshold below 0.

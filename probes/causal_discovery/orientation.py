@@ -1,7 +1,7 @@
 """Orientation rules of Zhang (2008): from a skeleton and its separating sets to a PAG.
 
-`marks[i, j]` is the mark at j of the edge i–j. A rule only ever replaces a circle, so that where
-noisy tests contradict each other the first mark stays.
+`marks[i, j]` is the mark at j of the edge i–j. After R0 (the colliders), rules replace only
+circles: if noisy tests lead to contradicting marks, the first mark stays.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from probes.causal_discovery.pag import Mark
 
 Marks = Int[np.ndarray, "node node"]
 SeparatingSets = Mapping[tuple[int, int], tuple[int, ...]]
-"""By pair of variables, the smaller first."""
+"""The separating set of each pair of variables, smaller index first."""
 
 NONE, CIRCLE, ARROW, TAIL = (int(mark) for mark in Mark)
 
@@ -30,17 +30,17 @@ def orient(
 ) -> Marks:
     """Apply the rules until none applies.
 
-    R0–R4 give arrowheads, and the tails that follow with them; R8–R10 the other tails; R5–R7 hold
-    under selection bias alone.
+    R0–R4 give the arrowheads and some tails, R8–R10 the remaining tails. R5–R7 apply only under
+    selection bias.
 
     Args:
-        start: the skeleton, with circles at all ends or with arrowheads that are known before.
-        separating: the set that separated each pair without an edge.
+        start: the skeleton, with circles at all ends except for arrowheads known in advance.
+        separating: the separating set of each pair without an edge.
         tails: whether to apply R8–R10 (and R5–R7).
-        selection_bias: whether sequences may have been selected by a common effect of the tokens.
+        selection_bias: whether a common effect of the tokens may have selected the sequences.
 
     Returns:
-        New marks; `start` is not changed.
+        New marks; `start` is unchanged.
 
     Source: Zhang 2008, section 3, with R9 and R10 on uncovered possibly directed paths.
     """
@@ -65,7 +65,7 @@ def separates(separating: SeparatingSets, i: int, j: int, node: int) -> bool:
 
 
 def possibly_directed(marks: Marks) -> Bool[np.ndarray, "node node"]:
-    """`[i, j]`: an edge that may point from i to j, neither into i nor out of j."""
+    """`[i, j]`: whether an edge may point from i to j: no arrowhead at i and no tail at j."""
     return np.asarray((marks != NONE) & (marks != TAIL) & (marks.T != ARROW))
 
 
@@ -85,7 +85,7 @@ def _until_stable(marks: Marks, separating: SeparatingSets) -> None:
         _rule2(marks)
         _rule3(marks)
         if (marks == before).all():
-            # The costly one waits for the others.
+            # R4 is the slowest rule, so it runs only when the others are done.
             _rule4(marks, separating)
             if (marks == before).all():
                 return
@@ -96,9 +96,9 @@ def _fill(marks: Marks, where: Bool[np.ndarray, "node node"], mark: int) -> None
 
 
 def _not_adjacent(marks: Marks) -> Bool[np.ndarray, "node node"]:
-    apart = marks == NONE
-    np.fill_diagonal(apart, False)
-    return np.asarray(apart)
+    not_adjacent = marks == NONE
+    np.fill_diagonal(not_adjacent, False)
+    return np.asarray(not_adjacent)
 
 
 def _directed(marks: Marks) -> Bool[np.ndarray, "node node"]:
@@ -121,10 +121,10 @@ def _rule2(marks: Marks) -> None:
 
 def _rule3(marks: Marks) -> None:
     """R3: a *→ b ←* c, a *-o d o-* c, no edge a–c, d *-o b: d *→ b."""
-    apart = _not_adjacent(marks)
+    not_adjacent = _not_adjacent(marks)
     for d, b in np.argwhere(marks == CIRCLE):
-        both = np.flatnonzero((marks[:, b] == ARROW) & (marks[:, d] == CIRCLE))
-        if apart[np.ix_(both, both)].any():
+        candidates = np.flatnonzero((marks[:, b] == ARROW) & (marks[:, d] == CIRCLE))
+        if not_adjacent[np.ix_(candidates, candidates)].any():
             marks[d, b] = ARROW
 
 
@@ -152,7 +152,7 @@ def _rule4(marks: Marks, separating: SeparatingSets) -> None:
 
 
 def _discriminated(marks: Marks, b: int, c: int) -> tuple[int, int] | None:
-    """The first node and the last before b of a shortest discriminating path for b and c."""
+    """The first node, and the node before b, of a shortest discriminating path for b and c."""
     parents_of_c = _directed(marks)[:, c]
     adjacent_to_c = marks[c] != NONE
     into = marks == ARROW
@@ -161,14 +161,14 @@ def _discriminated(marks: Marks, b: int, c: int) -> tuple[int, int] | None:
     seen = {a for a, _ in queue}
     while queue:
         node, last = queue.popleft()
-        for further in map(int, np.flatnonzero(into[:, node])):
-            if further in (b, c):
+        for previous in map(int, np.flatnonzero(into[:, node])):
+            if previous in (b, c):
                 continue
-            if not adjacent_to_c[further]:
-                return further, last
-            if further not in seen and parents_of_c[further] and into[node, further]:
-                seen.add(further)
-                queue.append((further, last))
+            if not adjacent_to_c[previous]:
+                return previous, last
+            if previous not in seen and parents_of_c[previous] and into[node, previous]:
+                seen.add(previous)
+                queue.append((previous, last))
     return None
 
 
@@ -187,54 +187,55 @@ def _rules9_and_10(marks: Marks) -> None:
     uncovered possibly directed paths from a to b and from a to d whose second nodes are not
     adjacent.
     """
-    apart, may_point = _not_adjacent(marks), possibly_directed(marks)
+    not_adjacent, may_point = _not_adjacent(marks), possibly_directed(marks)
     for a, c in np.argwhere((marks == ARROW) & (marks.T == CIRCLE)):
         seconds = [int(b) for b in np.flatnonzero(may_point[a]) if b != c]
         parents = {int(p) for p in np.flatnonzero(_directed(marks)[:, c])}
-        good = []
+        leading_to_parents = []
         for second in seconds:
-            reached = _uncovered_reach(apart, may_point, int(a), second, end=int(c))
-            if apart[second, c] and c in reached:
+            reached = _uncovered_reach(not_adjacent, may_point, int(a), second, end=int(c))
+            if not_adjacent[second, c] and c in reached:
                 marks[c, a] = TAIL
                 break
             if parents & (reached - {int(c)}):
-                good.append(second)
-        if apart[np.ix_(good, good)].any():
+                leading_to_parents.append(second)
+        if not_adjacent[np.ix_(leading_to_parents, leading_to_parents)].any():
             marks[c, a] = TAIL
 
 
 def _uncovered_reach(
-    apart: Bool[np.ndarray, "node node"],
+    not_adjacent: Bool[np.ndarray, "node node"],
     may_point: Bool[np.ndarray, "node node"],
     first: int,
     second: int,
     *,
     end: int,
 ) -> set[int]:
-    """Where uncovered possibly directed paths `first, second, …` lead; none goes on past `end`."""
+    """The nodes on uncovered possibly directed paths `first, second, …`, which stop at `end`."""
     seen = {(first, second)}
     queue = deque(seen)
     while queue:
-        before, here = queue.popleft()
-        if here == end:
+        previous, node = queue.popleft()
+        if node == end:
             continue
-        for there in np.flatnonzero(may_point[here] & apart[before]):
-            step = (here, int(there))
-            if there != first and step not in seen:
-                seen.add(step)
-                queue.append(step)
+        for following in np.flatnonzero(may_point[node] & not_adjacent[previous]):
+            edge = (node, int(following))
+            if following != first and edge not in seen:
+                seen.add(edge)
+                queue.append(edge)
     return {node for _, node in seen}
 
 
 def _rule5(marks: Marks) -> None:
     """R5: a o-o b, an uncovered circle path a, c, …, d, b, no edges a–d and b–c: all undirected.
 
-    Whatever lies on a closed walk of which each three nodes in a row are so is undirected: an
-    arrowhead on it would go all the way round by R1. That asks for no search through paths, of
-    which there may be more than can be counted.
+    All edges on a closed uncovered walk of circle edges become undirected, since R1 would propagate
+    an arrowhead on it around the whole walk. Strongly connected components find these walks without
+    an enumeration of paths, whose number may be exponential.
     """
     circles = (marks == CIRCLE) & (marks.T == CIRCLE)
     n = len(marks)
+    # Nodes of the walk graph are edges (u, v); they connect to edges (v, w) with u, w not adjacent.
     u, v, w = np.nonzero(circles[:, :, None] & circles & _not_adjacent(marks)[:, None, :])
     steps = coo_array((np.ones(len(u)), (u * n + v, v * n + w)), shape=(n * n, n * n))
     _, component = connected_components(steps, connection="strong")

@@ -1,4 +1,4 @@
-"""Partial ancestral graphs: what a causal discovery can say when some variables are hidden."""
+"""Partial ancestral graphs (PAGs): the result of causal discovery with hidden variables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Mark(IntEnum):
-    """What stands at one end of an edge."""
+    """The mark at one end of an edge."""
 
     NONE = 0
     """No edge."""
     CIRCLE = 1
-    """Not known."""
+    """Unknown."""
     ARROW = 2
-    """This node is no ancestor of the other."""
+    """This node is not an ancestor of the other."""
     TAIL = 3
     """This node is an ancestor of the other (or, under selection bias, of the selection)."""
 
@@ -30,7 +30,7 @@ _RIGHT = {Mark.CIRCLE: "o", Mark.ARROW: ">", Mark.TAIL: "-"}
 
 
 class Edge(NamedTuple):
-    """An edge between two token positions; `marks` such as `o->`, read from `start` to `end`."""
+    """An edge between two token positions; `marks`, such as `o->`, read from `start` to `end`."""
 
     start: int
     end: int
@@ -44,17 +44,17 @@ class Edge(NamedTuple):
 class PAG:
     """A partial ancestral graph over token positions.
 
-    `x --> y`: x is a cause (an ancestor) of y. `x <-> y`: neither is one of the other, a hidden
-    common cause links them. `x o-> y`: y is no ancestor of x; whether x causes y is open.
-    `x o-o y`: open at both ends. No edge: some set of the other tokens makes the two independent.
+    `x --> y`: x is a cause (an ancestor) of y. `x <-> y`: neither causes the other; they have a
+    hidden common cause. `x o-> y`: y does not cause x; x may cause y. `x o-o y`: nothing is known
+    about the direction. No edge: some set of the other tokens makes the two independent.
 
     Attributes:
-        nodes: token positions, ascending or not, without repeats.
+        nodes: distinct token positions, in any order.
         marks: `marks[i, j]` is the mark AT `nodes[j]` of the edge between `nodes[i]` and
             `nodes[j]`, a `Mark` (0 none, 1 circle, 2 arrow, 3 tail); read-only.
 
     Raises:
-        ValueError: the marks are no such matrix, or mark one end of an edge only.
+        ValueError: the marks are not such a matrix, or an edge has a mark at one end only.
 
     Source: Zhang 2008, "On the completeness of orientation rules for causal discovery in the
     presence of latent confounders and selection bias".
@@ -100,7 +100,7 @@ class PAG:
         """The row of a token position in `marks`.
 
         Raises:
-            ValueError: it is no node.
+            ValueError: the position is not a node.
         """
         if node not in self.nodes:
             raise ValueError(
@@ -109,7 +109,7 @@ class PAG:
         return self.nodes.index(node)
 
     def mark(self, start: int, end: int) -> Mark:
-        """The mark at `end` of the edge between two token positions; `Mark.NONE` without one."""
+        """The mark at `end` of the edge between two positions; `Mark.NONE` without an edge."""
         return Mark(int(self.marks[self.index(start), self.index(end)]))
 
     def neighbours(self, node: int) -> tuple[int, ...]:
@@ -117,31 +117,34 @@ class PAG:
         return tuple(self.nodes[j] for j in np.flatnonzero(self.marks[self.index(node)]))
 
     def edges(self) -> list[Edge]:
-        """Every edge once, earlier node first unless an arrow can then point to the right."""
-        found = []
+        """Every edge once, earlier node first unless that end has the only arrowhead."""
+        edges = []
         for i, j in np.argwhere(np.triu(self.marks)):
             at_i, at_j = Mark(int(self.marks[j, i])), Mark(int(self.marks[i, j]))
             if at_i == Mark.ARROW != at_j:
                 i, j, at_i, at_j = j, i, at_j, at_i
-            found.append(Edge(self.nodes[i], self.nodes[j], f"{_LEFT[at_i]}-{_RIGHT[at_j]}"))
-        return found
+            edges.append(Edge(self.nodes[i], self.nodes[j], f"{_LEFT[at_i]}-{_RIGHT[at_j]}"))
+        return edges
 
     def distances(self, node: int) -> dict[int, int]:
-        """Edges on a shortest path from a token position to all it can reach, nearest first.
+        """The length of a shortest path from a position to every reachable one, nearest first.
 
-        Marks do not matter; the node itself has distance 0.
+        Paths may follow edges with any marks; the node itself has distance 0.
+
+        Raises:
+            ValueError: the position is not a node.
         """
-        found = {node: 0}
+        distances = {node: 0}
         frontier = [node]
         self.index(node)
         while frontier:
-            reached = dict.fromkeys(there for here in frontier for there in self.neighbours(here))
-            frontier = [there for there in reached if there not in found]
-            found |= dict.fromkeys(frontier, max(found.values()) + 1)
-        return found
+            reached = dict.fromkeys(near for one in frontier for near in self.neighbours(one))
+            frontier = [near for near in reached if near not in distances]
+            distances |= dict.fromkeys(frontier, max(distances.values()) + 1)
+        return distances
 
     def to_networkx(self) -> "nx.DiGraph[int]":
-        """Two directed edges for each edge; `mark` of u → v is the mark at v, as a `Mark`."""
+        """A networkx graph with two directed edges per edge; u → v has `mark`, the `Mark` at v."""
         import networkx as nx
 
         graph: nx.DiGraph[int] = nx.DiGraph()
@@ -152,7 +155,7 @@ class PAG:
         return graph
 
     def to_text(self, tokens: Mapping[int, str] | Sequence[str] | None = None) -> str:
-        """One line an edge, `0 o-> 3`; with the tokens' text behind it where that is given.
+        """One line per edge, such as `0 o-> 3`, followed by the tokens' text if given.
 
         Args:
             tokens: text by token position.

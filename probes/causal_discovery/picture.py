@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Safe for colour-blind readers.
+# A palette for colour-blind readers.
 _COLOURS = {
     "-->": "#0072b2",
     "<->": "#d55e00",
@@ -36,15 +36,15 @@ _WIDEST = 60.0
 def draw(
     pag: PAG, tokens: Mapping[int, str] | Sequence[str] | None = None, *, title: str = ""
 ) -> "Figure":
-    """Draw a graph.
+    """Draw a PAG.
 
     Args:
         pag: the graph.
         tokens: text by token position, shown below the position.
-        title: above the picture.
+        title: title above the picture.
 
     Returns:
-        A matplotlib figure that needs no display.
+        A matplotlib figure, drawn without a display.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,18 +58,18 @@ def draw(
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    place = {node: k for k, node in enumerate(pag.nodes)}
+    column = {node: k for k, node in enumerate(pag.nodes)}
     drawn: dict[str, None] = {}
     for edge in pag.edges():
         kind = "--o" if edge.marks == "o--" else edge.marks
         drawn[kind] = None
-        _arc(axes, place[edge.start], place[edge.end], edge.marks, _COLOURS[kind])
+        _arc(axes, column[edge.start], column[edge.end], edge.marks, _COLOURS[kind])
     axes.scatter(range(n), [0] * n, s=16, color="black", zorder=3)
     axes.set_xticks(range(n), [_plain(label) for label in labels], rotation=90)
     axes.set_yticks([])
     axes.set_xlim(-0.7, max(n - 0.3, 0.7))
     axes.set_title("\n".join(map(_plain, lines)), fontsize="medium")
-    spans = [abs(place[e.start] - place[e.end]) for e in pag.edges()]
+    spans = [abs(column[e.start] - column[e.end]) for e in pag.edges()]
     axes.set_ylim(-0.04 * max(spans, default=1), 0.56 * max(spans, default=1) + 0.05)
     axes.spines[["left", "right", "top", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
@@ -84,39 +84,39 @@ def save_picture(
     *,
     title: str = "",
 ) -> None:
-    """Draw a graph to a file; its ending (.png, .svg, .pdf) says in which form.
+    """Draw a PAG to a file, in the format of its suffix (.png, .svg, .pdf).
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an ending that matplotlib does not know.
+        ValueError: a suffix that matplotlib does not know.
     """
     figure = draw(pag, tokens, title=title)
     with warnings.catch_warnings():
-        # A box stands for a letter that the font has not.
+        # matplotlib warns about characters that the font lacks, and draws a box.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, dpi=150)
 
 
 def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
-    """A half ellipse with a mark at each end."""
+    """Draw a half circle with a mark at each end."""
     from math import cos, pi, sin
 
     middle, radius = (start + end) / 2, abs(end - start) / 2
-    # Marks stand a little way up the arc, where arcs of other lengths have parted.
-    up = min(0.5, 0.3 / radius)
-    angles = [up + (pi - 2 * up) * k / 60 for k in range(61)]
+    # Marks sit a little above the ends of the arc, where they do not cover other arcs' marks.
+    margin = min(0.5, 0.3 / radius)
+    angles = [margin + (pi - 2 * margin) * k / 60 for k in range(61)]
     points = [(middle + radius * cos(a), radius * sin(a)) for a in angles]
     if start < end:
         points.reverse()
-    foot = [(start, 0.0), *points, (end, 0.0)]
-    axes.plot(*zip(*foot, strict=True), color=colour, linewidth=1.2, zorder=1)
+    line = [(start, 0.0), *points, (end, 0.0)]
+    axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2, zorder=1)
     ends: tuple[tuple[str, Any, Any], ...] = (
-        (marks[0], points[1], foot[0]),
-        (marks[2], points[-2], foot[-1]),
+        (marks[0], points[1], line[0]),
+        (marks[2], points[-2], line[-1]),
     )
     for mark, before, tip in ends:
         if mark == "o":
-            near = points[0] if tip == foot[0] else points[-1]
+            near = points[0] if tip == line[0] else points[-1]
             axes.plot(
                 *near, "o", markersize=5, markerfacecolor="white", markeredgecolor=colour, zorder=2
             )
@@ -126,7 +126,7 @@ def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
 
 
 def _legend(figure: "Figure", kinds: list[str]) -> None:
-    """What the kinds of edges mean, above the arcs."""
+    """Explain the kinds of edges above the arcs."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=_COLOURS[k], label=_MEANING[k]) for k in _COLOURS if k in kinds]
@@ -137,5 +137,5 @@ def _legend(figure: "Figure", kinds: list[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Without line breaks, and with dollar signs that do not start a formula."""
+    """The text without line breaks, and with dollar signs escaped for matplotlib."""
     return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""One head's attention, and its mixed values, over one sequence of a model."""
+"""Read one head's attention and attention-weighted values on one sequence."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from probes.reading.records import Concatenated, LayerProbe
 
 @dataclass(frozen=True, eq=False)
 class HeadReading:
-    """What one head did with one sequence.
+    """One head's attention on one sequence.
 
     Attributes:
         attention: the pattern after the softmax.
-        mixed_values: attention-weighted values A V (`hook_z`), None where not asked for.
-        layer: which layer it was.
+        mixed_values: attention-weighted values A V (`hook_z`); None if not requested.
+        layer: index of the layer.
     """
 
     attention: Float[Tensor, "query key"]
@@ -44,15 +44,16 @@ def read_head(
     """Run the model on one sequence and read one head.
 
     Args:
-        model: left as it was.
+        model: the model; unchanged.
         tokens: `[pos]` or `[1 pos]`.
-        layer: None for the deepest that has attention.
-        head: which head.
-        values: whether to read the mixed values too.
+        layer: default: the deepest layer with attention.
+        head: index of the head.
+        values: whether to read the attention-weighted values too.
 
     Raises:
-        ValueError: not one sequence of tokens.
-        ProbeError: an unknown layer or head, tokens that the model cannot take, or nothing read.
+        ValueError: the tokens are not one sequence.
+        ProbeError: an unknown layer or head, tokens that the model cannot take, or hooks that did
+            not fire.
     """
     if tokens.ndim == 1:
         tokens = tokens[None]

@@ -1,4 +1,4 @@
-"""Iterative causal discovery (ICD), and its form for tokens in causal order (OrdICD)."""
+"""Iterative causal discovery (ICD), and its variant for tokens in causal order (OrdICD)."""
 
 import math
 import time
@@ -16,14 +16,14 @@ from probes.causal_discovery.pag import PAG
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found out.
+    """The result of a search.
 
     Attributes:
         pag: the graph over the variables 0, 1, ….
-        separating_sets: by pair without an edge, the smaller first: the set that separated it.
-        tests: how many tests of independence were asked for; none is asked twice.
-        complete: whether the search came to its end: no larger set was left to condition on.
-        reached: the size of conditioning sets up to which all tests were made; None for none.
+        separating_sets: the separating set of each pair without an edge, smaller index first.
+        tests: number of independence tests; none is made twice.
+        complete: whether the search finished: no larger conditioning set was left to test.
+        reached: the largest size of conditioning sets fully tested; None for none.
     """
 
     pag: PAG
@@ -42,29 +42,29 @@ def icd(
     time_budget: float | None = None,
     selection_bias: bool = False,
 ) -> Found:
-    """Search for the graph by conditioning sets of growing size, orienting it after each size.
+    """Search for the graph with conditioning sets of growing size, orienting it after each size.
 
-    It starts with an edge between all pairs. For r = 0, 1, 2, … every pair that still has an edge
-    is tested given its candidate sets of size r (see `Candidates`), the first that separates it
-    removes the edge, and the marks are found anew (R0–R4; the rest at the end). Whenever it is
-    stopped the graph is sound: it has every true edge, and, up to errors of the tests, no false
-    mark.
+    The search starts with an edge between all pairs. For r = 0, 1, 2, … it tests every pair that
+    still has an edge given its candidate sets of size r (see `Candidates`), removes the edge at the
+    first set that separates the pair, then orients the graph again (R0–R4; the other rules at the
+    end). A search stopped early returns a sound graph: up to errors of the tests, it has every true
+    edge and no false mark.
 
     Args:
-        test: answers whether two variables are independent given others.
+        test: the test of conditional independence.
         ordered: the variables are in causal order (OrdICD): edges start as earlier o-> later, and
-            only earlier variables separate a later one from others.
-        stable: test all sets of a size before an edge goes, keep the one with the largest p-value,
-            and remove edges together, so that the skeleton does not depend on the order of the
-            variables. Costs more tests.
-        max_cond: largest conditioning set, None for no limit.
-        time_budget: seconds after which to stop, None for no limit.
-        selection_bias: see `orient`; the order is then of no use, for what was selected is later
-            than all and conditioned on.
+            only variables before the later one of a pair can separate it.
+        stable: test all sets of a size before removing any edge, and keep for each pair the set
+            with the largest p-value. The skeleton then does not depend on the order of the
+            variables; costs more tests.
+        max_cond: largest conditioning set; default: no limit.
+        time_budget: seconds after which to stop; default: no limit.
+        selection_bias: see `orient`; excludes `ordered`, since the selection comes after all
+            variables and is conditioned on.
 
     Raises:
-        ValueError: `max_cond` or the budget is negative, `ordered` and `selection_bias` are both
-            set; or what the test raises.
+        ValueError: `max_cond` or `time_budget` is negative, `ordered` and `selection_bias` are both
+            set, or the test raises it.
 
     Source: Rohekar et al. 2021 (ICD), 2023 (causal attention); Spirtes 2001 for stopping early.
     """
@@ -105,8 +105,8 @@ class _Search:
         size, complete = 0, False
         try:
             while size <= max_cond and not complete:
-                # Without candidates of this size there are none of a larger one: every candidate
-                # set holds smaller ones.
+                # Every candidate set contains smaller ones, so if this size has none, larger sizes
+                # have none either.
                 complete = not self._remove_edges(marks.copy(), size)
                 if not complete:
                     marks = orient(
@@ -118,7 +118,7 @@ class _Search:
                     size += 1
             complete = complete or not self._has_candidates(marks, size)
         except _OutOfTimeError:
-            # Half a size says too little for new marks: those of the last whole one hold on.
+            # Keep the marks of the last completed size; this size's tests are incomplete.
             pass
         marks = orient(marks, self._separating, selection_bias=self._selection_bias)
         marks[self._skeleton() == NONE] = NONE
@@ -126,7 +126,7 @@ class _Search:
         return Found(pag, self._separating, self._tests, complete, size - 1 if size else None)
 
     def _skeleton(self) -> Marks:
-        """What is left of the graph, with circles, and the arrowheads that the order gives."""
+        """The remaining edges, with circles, and arrowheads where the order gives them."""
         n = self._test.n_variables
         marks = np.where(np.eye(n, dtype=bool), NONE, CIRCLE)
         if self._ordered:
@@ -136,9 +136,9 @@ class _Search:
         return marks
 
     def _remove_edges(self, marks: Marks, size: int) -> bool:
-        """Test every edge given its candidates of one size; whether there were any."""
+        """Test every edge given its candidates of one size; return whether there were any."""
         any_tested = False
-        found: dict[tuple[int, int], tuple[int, ...]] = {}
+        separating: dict[tuple[int, int], tuple[int, ...]] = {}
         for x, y in _pairs(marks):
             best = 0.0
             for given in self._candidates(marks, x, y, size):
@@ -147,13 +147,13 @@ class _Search:
                 if self._test.independent(x, y, given):
                     p_value = self._test.p_value(x, y, given) if self._stable else 1.0
                     if p_value > best:
-                        best, found[x, y] = p_value, given
+                        best, separating[x, y] = p_value, given
                     if not self._stable:
                         marks[x, y] = marks[y, x] = NONE
                         break
             if not self._stable:
-                self._separating |= found
-        self._separating |= found
+                self._separating |= separating
+        self._separating |= separating
         return any_tested
 
     def _candidates(self, marks: Marks, x: int, y: int, size: int) -> Iterator[tuple[int, ...]]:
@@ -161,8 +161,8 @@ class _Search:
             marks, ancestors_only=not self._selection_bias, on_each=self._check_time
         )
         seen: set[tuple[int, ...]] = set()
-        # The later of two is no ancestor of the earlier, and what can be reached from such a node
-        # suffices; elsewhere both ends are tried, or stopping early would not be sound.
+        # Paths from the end that is not an ancestor of the other suffice; the order tells that it
+        # is the later one. Without an order both ends are tried, so that stopping early is sound.
         starts = ((y, x),) if self._ordered else ((x, y), (y, x))
         for start, end in starts:
             for given in candidates.of(start, end, size):
@@ -180,7 +180,7 @@ class _Search:
 
 
 def _pairs(marks: Marks) -> Iterator[tuple[int, int]]:
-    """The pairs with an edge, while there is one: edges may go in between."""
+    """The pairs that have an edge when their turn comes; the caller may remove edges meanwhile."""
     for i, j in combinations(range(len(marks)), 2):
         if marks[i, j] != NONE:
             yield i, j

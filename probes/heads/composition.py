@@ -1,4 +1,4 @@
-"""Which earlier head a later head reads: composition of weights, no forward pass needed."""
+"""K-composition: which earlier heads the keys of a later head read, computed from weights alone."""
 
 import math
 from collections.abc import Sequence
@@ -22,53 +22,53 @@ class KComposition:
     Attributes:
         later: the later heads as (layer, head), one per row.
         earlier: the earlier heads as (layer, head), one per column.
-        scores: composition above what random matrices give; NaN where the column's head is not
-            in a layer before the row's.
-        random: what was subtracted.
+        excess: the composition score minus `random`; NaN unless the column's head lies in an
+            earlier layer than the row's.
+        random: the score of random matrices, `1 / sqrt(d_model)`.
     """
 
     later: tuple[Head, ...]
     earlier: tuple[Head, ...]
-    scores: Float[Tensor, "later earlier"]
+    excess: Float[Tensor, "later earlier"]
     random: float
 
     def partners(self, later: Head, n: int = 1) -> list[tuple[Head, float]]:
-        """The n earlier heads that a later head's keys read most, with their scores.
+        """The n earlier heads that a later head's keys read most, each with its excess.
 
         Raises:
             ValueError: the head is not among `later`.
         """
         if later not in self.later:
             raise ValueError(f"no scores for head {later}; there are {list(self.later)}")
-        scores = self.scores[self.later.index(later)]
-        order = scores.nan_to_num(-math.inf).argsort(descending=True, stable=True)
-        finite = [i for i in order.tolist() if not scores[i].isnan()]
-        return [(self.earlier[i], scores[i].item()) for i in finite[:n]]
+        excess = self.excess[self.later.index(later)]
+        order = excess.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+        defined = [i for i in order.tolist() if not excess[i].isnan()]
+        return [(self.earlier[i], excess[i].item()) for i in defined[:n]]
 
 
 def k_composition(
     model: nn.Module, later: Sequence[Head], earlier: Sequence[Head] | None = None
 ) -> KComposition:
-    """K-composition of earlier heads with later ones, above what random matrices give.
+    """K-composition of earlier heads with later heads, in excess of random matrices.
 
-    In the row-vector convention, x the residual stream, the later head's score of query i and
-    key j is `x_i W_Q W_K^T x_j^T`, and the earlier head puts `x W_V W_O` into the stream. The
-    earlier head's output as the later one's KEY input gives
+    With row vectors x from the residual stream, the later head scores query i and key j as
+    `x_i W_Q W_K^T x_j^T`, and the earlier head writes `x W_V W_O`. When the later head's keys read
+    what the earlier head writes, the excess is
 
-    `‖W_V W_O · W_K W_Q^T‖_F / (‖W_V W_O‖_F ‖W_K W_Q^T‖_F) - 1 / sqrt(d_model)`,
+    `‖W_V W_O · W_K W_Q^T‖_F / (‖W_V W_O‖_F ‖W_K W_Q^T‖_F) - 1 / sqrt(d_model)`
 
-    V and O of the earlier head, K and Q of the later. The last term is the root mean square of
-    the ratio for independent Gaussian factors, whatever d_head. Everything is done on d_head ×
-    d_head products. The weights are taken as the model holds them: LayerNorm counts only in so far
-    as it is folded in, rotary positions do not count.
+    with W_V, W_O of the earlier head and W_K, W_Q of the later. The last term is the root mean
+    square of the ratio for independent Gaussian factors of any d_head. The function reads the
+    weights as the model holds them: it includes LayerNorm only if the model has folded it into
+    the weights, and it ignores rotary embeddings.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         later: the heads whose keys read, as (layer, head).
-        earlier: the heads that write; None for all in layers before the last of `later`.
+        earlier: the heads that write; None for every head below the highest layer in `later`.
 
     Returns:
-        Scores `[later, earlier]`, 0 for chance, at most `1 - 1 / sqrt(d_model)`.
+        Excess `[later, earlier]`: 0 for random matrices, at most `1 - 1 / sqrt(d_model)`.
 
     Raises:
         ProbeError: a head does not exist.
@@ -80,7 +80,7 @@ def k_composition(
     >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> composition = k_composition(model, [(1, 0), (1, 1)])
-    >>> composition.earlier, composition.scores.shape
+    >>> composition.earlier, composition.excess.shape
     (((0, 0), (0, 1)), torch.Size([2, 2]))
     """
     config = config_of(model)
@@ -95,19 +95,19 @@ def k_composition(
     with torch.no_grad():
         writes = [_factors(model, head, "W_V", "W_O") for head in earlier]
         reads = [_factors(model, head, "W_K", "W_Q") for head in later]
-        scores = torch.full((len(later), len(earlier)), torch.nan)
+        ratios = torch.full((len(later), len(earlier)), torch.nan)
         for row, (head, (key, query)) in enumerate(zip(later, reads, strict=True)):
             columns = [i for i, writer in enumerate(earlier) if writer[0] < head[0]]
             if columns:
                 value = torch.stack([writes[i][0] for i in columns]).to(key)
                 output = torch.stack([writes[i][1] for i in columns]).to(key)
-                scores[row, columns] = _ratio(value, output, key, query).to(scores)
+                ratios[row, columns] = _ratio(value, output, key, query).to(ratios)
     chance = config.d_model**-0.5
-    return KComposition(tuple(later), tuple(earlier), scores - chance, chance)
+    return KComposition(tuple(later), tuple(earlier), ratios - chance, chance)
 
 
 def _factors(model: nn.Module, head: Head, first: str, second: str) -> tuple[Tensor, Tensor]:
-    """Two of a head's weights; grouped-query attention shares W_K and W_V among heads."""
+    """The head's two named weights, `[d_model d_head]` or `[d_head d_model]`, in float32."""
     layer, index = head
     attention_layers(model, layer)
     blocks: Any = model.blocks
@@ -118,9 +118,10 @@ def _factors(model: nn.Module, head: Head, first: str, second: str) -> tuple[Ten
             f"head {layer}.{index} does not exist: the layer has {n_heads} heads, "
             f"0 to {n_heads - 1}"
         )
+    # Grouped-query attention: several heads share one W_K and one W_V.
     weights = (getattr(attention, name).detach() for name in (first, second))
-    one, other = (weight[index * len(weight) // n_heads].float() for weight in weights)
-    return one, other
+    first_weight, second_weight = (w[index * len(w) // n_heads].float() for w in weights)
+    return first_weight, second_weight
 
 
 def _ratio(
@@ -129,7 +130,7 @@ def _ratio(
     key: Float[Tensor, "d_model k_head"],
     query: Float[Tensor, "d_model k_head"],
 ) -> Float[Tensor, "earlier"]:
-    """`‖V O K Q^T‖ / (‖V O‖ ‖K Q^T‖)` through Gram matrices, since `‖A B‖² = tr(A^T A B B^T)`."""
+    """`‖V O K Q^T‖ / (‖V O‖ ‖K Q^T‖)` from d_head × d_head products, `‖A B‖² = tr(A^T A B B^T)`."""
     values = rearrange(value, "earlier model head -> earlier head model") @ value
     outputs = output @ rearrange(output, "earlier head model -> earlier model head")
     queries, keys = query.T @ query, key.T @ key
@@ -137,5 +138,5 @@ def _ratio(
     joint = einsum(middle, values, middle, queries, "e i k, e i j, e j l, k l -> e")
     written = einsum(values, outputs, "e i j, e i j -> e")
     read = (queries * keys).sum()
-    share = joint.clamp(min=0) / (written * read)
-    return torch.where(written * read > 0, share, 0.0).sqrt()
+    squared = joint.clamp(min=0) / (written * read)
+    return torch.where(written * read > 0, squared, 0.0).sqrt()

@@ -1,4 +1,4 @@
-"""What a head writes when it attends: scores of weights, no forward pass needed."""
+"""Copying: whether a head raises the logits of the tokens it attends to, from weights alone."""
 
 from typing import Any
 
@@ -15,17 +15,16 @@ def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
     """Whether attending to a token raises that token's own logit, for every head of a layer.
 
     `Σ_i λ_i / Σ_i |λ_i|` over the eigenvalues of the full OV circuit `W_E W_V W_O W_U` (vocab ×
-    vocab). Its non-zero eigenvalues are those of the d_head × d_head product `W_O W_U W_E W_V`,
-    which is what is decomposed. Complex eigenvalues come in conjugate pairs, so the sum is real:
-    it is the trace. The weights are taken as the model holds them: LayerNorm counts only in so
-    far as it is folded in.
+    vocab). The function decomposes `W_O W_U W_E W_V` (d_head × d_head), which has the same non-zero
+    eigenvalues. The numerator is its trace, which is real. The function reads the weights as the
+    model holds them: it includes LayerNorm only if the model has folded it into the weights.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         layer: the layer of the heads.
 
     Returns:
-        One score per head in [-1, 1]: 1 copies, -1 suppresses, 0 also for a circuit that is zero.
+        One score per head in [-1, 1]: 1 copies, -1 suppresses; 0 for a circuit of zeros.
 
     Raises:
         ProbeError: the layer does not exist or has no attention, or the model reads and writes
@@ -51,16 +50,14 @@ def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
 def copying_scores(
     model: nn.Module, layers: Layers = None, *, max_tokens: int | None = None
 ) -> Float[Tensor, "layer head"]:
-    """`copying_score` of several layers, which share the vocabulary's d_model × d_model product.
+    """`copying_score` of several layers, which share the d_model × d_model product `W_U W_E`.
 
-    That product costs 2 · vocab · d_model² operations, for a large vocabulary as much as a
-    forward pass over some hundred tokens.
+    That product costs 2 · vocab · d_model² operations.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         layers: one layer, several, or None for every layer that has attention.
-        max_tokens: a larger vocabulary is represented by every n-th of its tokens, at most this
-            many; None for all of them.
+        max_tokens: use at most this many tokens, evenly spaced in the vocabulary; None for all.
 
     Returns:
         One score per head in [-1, 1].
@@ -81,7 +78,7 @@ def copying_scores(
                 f"{unembed.shape[1]} come out"
             )
         stride = 1 if max_tokens is None else -(-embed.shape[0] // max_tokens)
-        # Some thousand tokens at a time: a wide copy of a whole embedding may not fit.
+        # In chunks: a float32 copy of the whole embedding may not fit into memory.
         outs, ins = unembed[:, ::stride].split(2048, dim=1), embed[::stride].split(2048)
         tokens = _wide(outs[0]) @ _wide(ins[0])
         for out, into in zip(outs[1:], ins[1:], strict=True):
@@ -104,10 +101,10 @@ def _copying(attention: Any, tokens: Float[Tensor, "d_model d_model"]) -> Float[
 
 
 def _positive_share(circuit: Float[Tensor, "head d_head d_head"]) -> Float[Tensor, "head"]:
-    """`trace / Σ|λ|` of each matrix, 0 where there is nothing to divide by."""
+    """`trace / Σ|λ|` of each matrix, 0 where every eigenvalue is 0."""
     trace = circuit.diagonal(dim1=-2, dim2=-1).sum(-1)
     total = torch.linalg.eigvals(circuit).abs().sum(-1)
-    # A nilpotent circuit has only zero eigenvalues, which come out as rounding noise.
+    # The eigenvalues of a nilpotent circuit are 0, but are computed as rounding noise.
     noise = torch.finfo(circuit.dtype).eps * torch.linalg.matrix_norm(circuit)
     share = torch.where(total > noise, trace / total, 0.0)
     return share.clamp(-1.0, 1.0)

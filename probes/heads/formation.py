@@ -1,4 +1,4 @@
-"""When heads form: their scores along the checkpoints of a training run."""
+"""When heads form: their scores at the checkpoints of a training run."""
 
 import math
 import warnings
@@ -26,14 +26,14 @@ class Formation:
         steps: the training steps, rising.
         layers: the model's number of each layer.
         score: the name of the score.
-        threshold: the score from which on a head is formed.
+        threshold: the score at which a head counts as formed.
         scores: the score at every step, `[step, layer, head]`.
-        first_crossing: the first step at which the score reaches the threshold, half of it above
-            chance (`HeadScores.reaches`); NaN if never.
-        midpoint: the step at the middle of the fitted sigmoid; NaN if none could be fitted.
-        midpoint_low: lower end of its confidence interval.
-        midpoint_high: upper end.
-        confidence: of that interval.
+        first_crossing: the first step at which the score reaches the threshold, as defined by
+            `HeadScores.reaches`; NaN if never.
+        midpoint: the step at the middle of the fitted sigmoid; NaN if the fit failed.
+        midpoint_low: lower end of the midpoint's confidence interval.
+        midpoint_high: upper end of that interval.
+        confidence: the confidence level of that interval.
     """
 
     steps: tuple[int, ...]
@@ -48,7 +48,7 @@ class Formation:
     confidence: float
 
     def to_frame(self) -> Any:
-        """A pandas frame: one row per head and step, formation repeated in every row of a head.
+        """A pandas frame with one row per head and step; a head's formation is in each of its rows.
 
         Columns: `layer`, `head`, `step`, the score's name, `first_crossing`, `midpoint`,
         `midpoint_low`, `midpoint_high`.
@@ -82,31 +82,32 @@ def track_formation(
 ) -> Formation:
     """The score of every head along a run, and the step at which each head formed.
 
-    The first crossing is the first step given at which the score reaches the threshold, half of it
-    above what uniform attention scores (`HeadScores.reaches`). For heads that cross,
-    `low + (high - low) / (1 + exp(-(x - m) / w))` is fitted by least squares, with `x` the step or
-    its `log(1 + step)`; the midpoint is m, its interval `m ± t · sqrt(cov[m, m])` with Student's t
-    at the residual degrees of freedom, both turned back into steps. A rise
-    sharper than the checkpoints are dense can lie anywhere between two of them: its interval is
-    widened to these two. Fewer than five checkpoints, a fit that fails, or a midpoint outside the
-    steps seen leave NaN. Models are scored one at a time, all on the same sequences.
+    The first crossing is the first checkpoint at which the score reaches the threshold
+    (`HeadScores.reaches`). To the scores of a head that crosses, the function fits
+    `low + (high - low) / (1 + exp(-(x - m) / w))` by least squares, with `x` the step or
+    `log(1 + step)`. The midpoint is m, its interval `m ± t · sqrt(cov[m, m])` with Student's t at
+    the residual degrees of freedom, both converted to steps. If the rise is sharper
+    than the spacing of the checkpoints, the interval is widened to the two on either side. The
+    midpoint is NaN with fewer than five checkpoints, if the fit fails, or if m lies outside the
+    steps. Models are scored one at a time,
+    all on the same sequences.
 
     Args:
         checkpoints: pairs of a step and either the model at that step or its scores. Steps in
-            any order, each once. A generator that yields the same model, reloaded, is fine.
+            any order, each once. A generator may reload the same model for every step.
         score: the name of a score in `HeadScores`.
-        threshold: the score from which on a head is formed.
-        axis: fit along the "step" or along its "log".
-        confidence: of the interval, between 0 and 1.
-        generator: the source of randomness; its state is the same again before every checkpoint.
+        threshold: the score at which a head counts as formed.
+        axis: x in the fit: "step", or "log" for `log(1 + step)`.
+        confidence: the confidence level of the interval, between 0 and 1.
+        generator: the source of randomness, reset to its first state before every checkpoint.
         **scoring: further arguments of `score_heads`.
 
     Returns:
-        Scores along the steps and the formation steps of every head.
+        The scores at every step, and the formation steps of every head.
 
     Raises:
-        ValueError: no checkpoints, a step twice, negative or missing, an unknown score or axis.
-        ProbeError: checkpoints with different heads, or what `score_heads` raises.
+        ValueError: no checkpoints, a negative or repeated step, an unknown score or axis.
+        ProbeError: checkpoints with different heads, or as `score_heads`.
 
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads".
@@ -127,7 +128,7 @@ def track_formation(
     tables: dict[int, HeadScores] = {}
     for step, checkpoint in checkpoints:
         if step in tables or step < 0:
-            raise ValueError(f"step {step} is {'there twice' if step in tables else 'negative'}")
+            raise ValueError(f"step {step} is {'given twice' if step in tables else 'negative'}")
         if not isinstance(checkpoint, HeadScores):
             source.set_state(state)
             checkpoint = score_heads(checkpoint, generator=source, threshold=threshold, **scoring)
@@ -141,8 +142,8 @@ def track_formation(
     reached = torch.stack([tables[step].reaches(score, threshold).cpu() for step in steps])
     for row, head in reached.any(0).nonzero().tolist():
         crossing[row, head] = steps[int(reached[:, row, head].nonzero()[0])]
-        found = _sigmoid_midpoint(steps, values[:, row, head], axis, confidence)
-        fits[:, row, head] = torch.tensor(found)
+        fit = _sigmoid_midpoint(steps, values[:, row, head], axis, confidence)
+        fits[:, row, head] = torch.tensor(fit)
     return Formation(
         steps=tuple(steps),
         layers=tables[steps[0]].layers,
@@ -161,7 +162,7 @@ def _stacked(tables: Sequence[HeadScores], score: str) -> Float[Tensor, "step la
     shapes = {(table.layers, table.n_heads) for table in tables}
     if len(shapes) > 1:
         raise ProbeError(f"checkpoints differ in their (layers, heads): {sorted(shapes)}")
-    tables[0].top(score, 0)
+    tables[0].top(score, 0)  # raises if there is no such score
     return torch.stack([getattr(table, score).float().cpu() for table in tables])
 
 
@@ -174,7 +175,7 @@ def _sigmoid(x: Any, low: float, high: float, middle: float, width: float) -> An
 def _sigmoid_midpoint(
     steps: Sequence[int], curve: Float[Tensor, "step"], axis: Axis, confidence: float
 ) -> tuple[float, float, float]:
-    """Midpoint of the fitted sigmoid and the ends of its interval, in steps; NaN on failure."""
+    """Midpoint of the fitted sigmoid, lower and upper end of its interval, in steps; else NaN."""
     from scipy.optimize import curve_fit
     from scipy.stats import t
 
@@ -185,19 +186,19 @@ def _sigmoid_midpoint(
     y = curve.double().numpy()
     if len(x) < 5 or not np.isfinite(y).all():
         return unknown
-    # Fitted in units of the run's length, so that a step's size does not matter.
+    # Scale x to [0, 1], so that the same bounds and start values suit every run.
     origin, scale = x[0], x[-1] - x[0]
     u = (x - origin) / scale
     start = u[np.argmax(y >= (y.min() + y.max()) / 2)]
     bounds = ([-0.5, -0.5, -0.5, 1e-4], [1.5, 1.5, 1.5, 1.0])
     try:
         with warnings.catch_warnings(action="ignore"):
-            found, covariance = curve_fit(
+            parameters, covariance = curve_fit(
                 _sigmoid, u, y, p0=(y.min(), y.max(), start, 0.05), bounds=bounds, maxfev=5000
             )
     except (RuntimeError, ValueError):
         return unknown
-    low, high, middle, width = found
+    low, high, middle, width = parameters
     margin = t.ppf((1 + confidence) / 2, len(x) - 4) * math.sqrt(covariance[2, 2])
     if not (math.isfinite(margin) and high > low and 0 <= middle <= 1):
         return unknown
@@ -205,7 +206,7 @@ def _sigmoid_midpoint(
     after = max(1, int(np.searchsorted(u, middle)))
     if width < (u[after] - u[after - 1]) / 4:
         lower, upper = min(lower, u[after - 1]), max(upper, u[after])
-    places = [origin + scale * place for place in (middle, lower, upper)]
+    ends = [origin + scale * end for end in (middle, lower, upper)]
     if axis == "log":
-        places = [math.expm1(min(place, 700.0)) for place in places]
-    return places[0], places[1], places[2]
+        ends = [math.expm1(min(end, 700.0)) for end in ends]
+    return ends[0], ends[1], ends[2]

@@ -1,8 +1,8 @@
-"""Score every head of a model on what makes an induction circuit, in the passes that this needs.
+"""Score every head of a model for the roles in an induction circuit.
 
-Cost: one forward pass over the repeated sequences and one over their controls, no unembedding.
-Patterns are read as they pass by; what stays is a few numbers per head and sequence, and per
-head one sum for every distance that attention can bridge.
+Cost: one forward pass over the repeated sequences and one over their controls, without unembedding.
+Patterns are not kept: memory holds a few numbers per head and sequence, and per head one sum for
+every distance between query and key.
 """
 
 import math
@@ -42,7 +42,7 @@ from probes.reading.passes import (
 from probes.reading.records import LayerProbe, Sum
 
 COPYING_TOKENS = 4096
-"""A larger vocabulary is represented in `copying` by this many of its tokens, evenly spaced."""
+"""`copying` uses at most this many tokens, evenly spaced in the vocabulary."""
 
 
 def score_heads(
@@ -57,44 +57,44 @@ def score_heads(
     max_batch_bytes: int = MAX_BATCH_BYTES,
     bos: Bos = "auto",
 ) -> HeadScores:
-    """Which heads are induction, previous-token, duplicate-token or merely positional heads.
+    """Score every head as induction, previous-token, duplicate-token and positional head.
 
-    By default on random tokens repeated twice, in about five repeat lengths R, and on controls of
-    the same shape that do not repeat. With attention A, q running over the second copy:
+    By default the tokens are random blocks repeated twice, of about five repeat lengths R, and
+    controls of the same shape do not repeat. With attention A and q over the second copy:
 
-    - induction `mean_q A[q, q-R+1]`, positional control: the same entries on the controls;
-    - duplicate token `mean_q A[q, q-R]`, with its control;
+    - induction: `mean_q A[q, q-R+1]`; positional control: the same entries on the controls;
+    - duplicate token: `mean_q A[q, q-R]`, with the same kind of control;
     - previous token: mean of `A[q, q-1]` over all q >= 1;
-    - positional: `max over d >= 2 of mean_q A[q, q-d]` on the controls, keys at position 0 left
-      out. Only offsets that more than `1 / threshold` and a quarter of all query positions have:
-      a head that rests on one fixed position cannot reach the threshold;
-    - copying: `copying_score`, a vocabulary above 4,096 tokens being represented by as many.
+    - positional: `max over d >= 2 of mean_q A[q, q-d]` on the controls, without keys at position 0.
+      An offset d counts only if more than `1 / threshold` and at least a quarter of all queries
+      have it, so that attention to one fixed position cannot reach the threshold;
+    - copying: `copying_score`, on at most 4,096 tokens evenly spaced in the vocabulary.
 
-    With `tokens`, their own recurrences are scored, by the masks of `probes.heads.scores`, and the same
-    entries on random tokens of that shape are the controls; `n_sequences`, `repeat_lengths` and
-    `bos` are then not used. Control entries where control tokens happen to recur are left out, and
-    so is padding everywhere: controls are padded as the tokens are.
+    With `tokens`, the scores use the masks of `probes.heads.scores` on these tokens, and the
+    controls are random tokens of the same shape and padding; `n_sequences`, `repeat_lengths` and
+    `bos` are then ignored. The controls skip entries where a random token happens to recur, and no
+    score counts padding.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; a tokenizer is not needed. Afterwards it
-            is as it was: no hooks, no gradients, the same training mode.
-        tokens: sequences to score, or None to draw them.
-        attention_mask: 0 where they are padding, which the model is told too; None for what the
-            tokenizer's PAD token tells, see `padding.real_positions`.
-        n_sequences: repeated sequences over all repeat lengths; the controls come on top.
-        repeat_lengths: tokens in the repeated block, each at least 3; None for what fits.
+        model: a HookedTransformer or TransformerBridge, with or without tokenizer; left as it was.
+        tokens: sequences to score; None for random ones.
+        attention_mask: 0 at padding of `tokens`, which the model gets too; None to find padding by
+            the tokenizer's PAD token, see `padding.real_positions`.
+        n_sequences: number of repeated sequences over all repeat lengths; the controls are as many.
+        repeat_lengths: tokens in the repeated block, each at least 3; None for about five that fit.
         generator: the source of randomness; None for a new one with seed 0.
-        threshold: from which score on a head gets its verdict, in (0, 1].
+        threshold: the score at which a head gets a verdict, in (0, 1].
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
-        bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
+        bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
 
     Returns:
         Scores `[layer, head]` with standard errors over sequences, and verdicts.
 
     Raises:
-        ValueError: `n_sequences`, a repeat length, `threshold` or the shape of `tokens` or mask.
-        ProbeError: no attention, a context too short for two repeats, tokens outside the
-            vocabulary, or none of them recurs.
+        ValueError: `n_sequences`, a repeat length, `threshold`, or the shape of tokens or mask is
+            not allowed.
+        ProbeError: the model has no attention, the context is too short for two repeats, a token
+            is outside the vocabulary, or no token recurs.
 
     >>> from transformer_lens import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
@@ -120,7 +120,7 @@ def score_heads(
     scan = _Scan(causal=not attends_ahead(model))
     with undisturbed(model):
         for stimulus in stimuli:
-            scan.take(model, stimulus, max_batch_bytes)
+            scan.add(model, stimulus, max_batch_bytes)
     uniform = {name: torch.cat(values).nanmean() for name, values in scan.uniform.items()}
     if uniform["induction"].isnan():
         raise ProbeError("no token recurs in the sequences given: there is nothing to score")
@@ -150,13 +150,13 @@ def score_heads(
 
 
 class _Scan:
-    """Readings `[layer batch head]` by score, and the sums that make the positional profile.
+    """Accumulates the readings of all stimuli.
 
     Attributes:
-        readings: of every score, batch by batch.
-        uniform: what uniform attention scores in each sequence.
-        offsets: sums of attention by distance, `[layer head offset]`, those of uniform attention
-            and the number of pairs of positions, `[offset]`.
+        readings: by score, the reading `[layer batch head]` of every batch.
+        uniform: by score, the scores of uniform attention `[batch]` of every batch.
+        offsets: for every stimulus, the sums of attention by distance `[layer head offset]`, the
+            same of uniform attention `[offset]`, and the number of query-key pairs `[offset]`.
     """
 
     def __init__(self, *, causal: bool) -> None:
@@ -165,12 +165,12 @@ class _Scan:
         self.uniform: dict[str, list[Tensor]] = {}
         self.offsets: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def take(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
-        """Run the model over a stimulus and its control."""
+    def add(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
+        """Run the model over a stimulus and its control, and add the readings."""
         offsets = _OffsetSums(None, Sum)
         rows = batch_rows(model, stimulus.tokens.shape[1], max_batch_bytes)
         for tokens, control, real in split(rows, stimulus.tokens, stimulus.control, stimulus.real):
-            # Random tokens have no padding, whatever the tokenizer would take for it.
+            # Random tokens hold no padding, even where one equals the tokenizer's PAD token.
             text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
             with attach(model, InductionScores(attention_mask=text)) as (scores,):
                 run(model, tokens, real)
@@ -197,13 +197,15 @@ class _Scan:
     def _reference(
         self, stimulus: Stimulus
     ) -> tuple[Float[Tensor, "offset"], Float[Tensor, "offset"]]:
-        """Sums by distance of uniform attention, and of the pairs that there are."""
+        """Sums of uniform attention by distance, and the number of query-key pairs."""
         batch, pos = stimulus.tokens.shape
         real = stimulus.real
         pattern = uniform_pattern(pos, self._causal, real, device=stimulus.tokens.device)
-        times = 1 if real is not None else batch
-        both = (pattern, torch.ones_like(pattern))
-        uniform, count = (_by_offset(_behind_first(p, real).sum(0))[0] * times for p in both)
+        copies = 1 if real is not None else batch  # without padding the pattern is a batch of one
+        uniform, count = (
+            _by_offset(_without_first(values, real).sum(0))[0] * copies
+            for values in (pattern, torch.ones_like(pattern))
+        )
         return uniform, count
 
     def _add(self, name: str, reading: LabelledTensor) -> None:
@@ -218,10 +220,10 @@ _MASKS = {
 
 
 class _OffsetSums(LayerProbe[Sum]):
-    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the keys where a sequence begins.
+    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the first key of each sequence.
 
     Attributes:
-        real: False at padding of the next pass; None where there is none.
+        real: False at padding of the next pass; None if there is no padding.
     """
 
     real: Tensor | None = None
@@ -232,11 +234,8 @@ class _OffsetSums(LayerProbe[Sum]):
         }
 
     def _read(self, layer: int, pattern: Tensor) -> None:
-        behind = _behind_first(pattern, self.real)
-        self._records[layer].add(_by_offset(behind.sum(0)).unsqueeze(0))
-
-    def _seen(self) -> str:
-        return "forward pass"
+        attention = _without_first(pattern, self.real).sum(0)
+        self._records[layer].add(_by_offset(attention).unsqueeze(0))
 
     def reading(self) -> LabelledTensor:
         records = self._complete_records()
@@ -244,10 +243,10 @@ class _OffsetSums(LayerProbe[Sum]):
         return LabelledTensor("attention_by_offset", sums, ("layer", "head", "offset"))
 
 
-def _behind_first(
+def _without_first(
     pattern: Float[Tensor, "batch head query key"], real: Bool[Tensor, "batch pos"] | None
 ) -> Float[Tensor, "batch head rest rest"]:
-    """Without position 0, and without padding and the first position of text."""
+    """The pattern without position 0, and 0 at padding and at the first position of text."""
     if real is None:
         return pattern[:, :, 1:, 1:]
     later = real & (real.cumsum(1) > 1)
@@ -257,7 +256,7 @@ def _behind_first(
 def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head offset"]:
     """`Σ_q A[q, q-d]` for every offset d from 0."""
     n_heads, n, _ = pattern.shape
-    # Read in rows of n + 1 instead of n, entry (q, k) comes to stand in column (k - q) mod (n + 1).
+    # Reshaped to rows of n + 1 instead of n, entry (q, k) lies in column (k - q) mod (n + 1).
     flat = torch.nn.functional.pad(pattern.tril().flatten(1), (0, n))
     return flat.view(n_heads, n, n + 1).sum(1).roll(-1, 1).flip(1)[:, :n]
 
@@ -265,14 +264,14 @@ def _by_offset(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head 
 def _positional(
     offsets: Sequence[tuple[Tensor, Tensor, Tensor]], threshold: float
 ) -> tuple[Float[Tensor, "layer head"], Int[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-    """The largest mean attention at a fixed offset of two or more, that offset, and by chance."""
+    """Largest mean attention at an offset >= 2, that offset, and uniform attention's mean there."""
     width = max(sums.shape[-1] for sums, _, _ in offsets)
     total = offsets[0][0].new_zeros(*offsets[0][0].shape[:2], width)
     uniform, count = total.new_zeros(width), total.new_zeros(width)
-    for sums, of_uniform, pairs in offsets:
+    for sums, uniform_sums, pairs in offsets:
         size = sums.shape[-1]
         total[..., :size] += sums
-        uniform[:size] += of_uniform.to(uniform)
+        uniform[:size] += uniform_sums.to(uniform)
         count[:size] += pairs.to(count)
     longest = int((count > 0).sum())
     needed = max(math.floor(1 / threshold) + 1, math.ceil(longest / 4))
@@ -285,7 +284,7 @@ def _positional(
 
 
 def _copying(model: nn.Module, induction: Tensor) -> Float[Tensor, "layer head"]:
-    """Copying scores, NaN for a model that has none."""
+    """Copying scores; NaN if the model has none, as when it predicts another vocabulary."""
     try:
         return copying_scores(model, max_tokens=COPYING_TOKENS).to(induction)
     except ProbeError:

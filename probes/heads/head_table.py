@@ -1,4 +1,4 @@
-"""What every head of a model scored, and what that makes it."""
+"""The scores of every head of a model, and the verdicts that follow from them."""
 
 import json
 import math
@@ -42,7 +42,7 @@ _MORE_COLUMNS = (
     "positional_uniform",
 )
 
-# What uniform attention would score.
+# The field with the score of uniform attention, by score.
 _UNIFORM = {
     "induction": "uniform_baseline",
     "positional_control": "uniform_baseline",
@@ -57,40 +57,40 @@ _UNIFORM = {
 class HeadScores:
     """Scores of every head, `[layer, head]`; means over sequences with their standard errors.
 
-    Shares of attention in [0, 1] unless said otherwise; NaN where nothing could be measured (a
-    standard error of one sequence, the copying of a model that writes another vocabulary).
+    Scores are shares of attention in [0, 1] unless noted; NaN if not defined (a standard error of
+    one sequence, the copying score of a model that predicts another vocabulary).
 
-    A head reaches the threshold in a score if `score >= threshold`, and half of it above chance:
-    `(score - uniform) / (1 - uniform) >= threshold / 2`, where `uniform` is what attention to all
-    keys alike scores on the same sequences. (At 0.4 this matters where chance gives more than a
-    quarter: in short sequences, or with few different tokens.) It is called
+    A head reaches the threshold in a score if `score >= threshold` and
+    `(score - uniform) / (1 - uniform) >= threshold / 2`, where `uniform` is the score of uniform
+    attention on the same sequences. (At 0.4 the second condition matters only if `uniform` exceeds
+    1/4: in short sequences, or with few different tokens.) The verdict is
 
-    - `induction` if it does in `induction`, with clearly more than its `positional_control`: at
-      least twice as much, and by three standard errors;
-    - `duplicate_token` likewise, against `duplicate_control`;
-    - `previous_token` if it does in `previous_token`;
-    - `positional` if it does in `positional`: it looks a fixed number of positions back,
-      two or more, at whatever is there. The first position of a sequence, where heads rest,
-      does not count.
+    - `induction` if `induction` reaches the threshold, is at least twice `positional_control`, and
+      exceeds it by more than three standard errors;
+    - `duplicate_token` likewise, with `duplicate_control`;
+    - `previous_token` if `previous_token` reaches the threshold;
+    - `positional` if `positional` reaches the threshold: the head attends a fixed number of
+      positions back, two or more, whatever the tokens are. Attention to the first position of a
+      sequence, an attention sink, does not count.
 
     Attributes:
-        layers: the model's number of each row.
-        n_layers: layers of the model.
-        sequences: repeated sequences scored; there were as many controls.
-        threshold: from where on a head gets its name.
+        layers: the layer number of each row.
+        n_layers: number of layers of the model.
+        sequences: number of repeated sequences scored; the controls were as many.
+        threshold: the score at which a head gets a verdict.
         induction: attention to the position after the token's earlier occurrence.
         positional_control: attention to the same positions in sequences that do not repeat.
         previous_token: attention to the position before.
         duplicate_token: attention to the token's earlier occurrence.
         duplicate_control: attention to the same positions in sequences that do not repeat.
         positional: the largest mean attention at one fixed offset of two or more, in sequences
-            that do not repeat; NaN where the sequences are too short to tell. No standard error.
-        positional_offset: that offset, in positions back (0 where `positional` is NaN).
-        copying: of the head's OV circuit, in [-1, 1]; a property of the weights.
-        uniform_baseline: what uniform attention would score as `induction`.
-        previous_token_uniform: the same as `previous_token`.
-        duplicate_token_uniform: the same as `duplicate_token`.
-        positional_uniform: the same at `positional_offset`.
+            that do not repeat; NaN if the sequences are too short. It has no standard error.
+        positional_offset: that offset, in positions back (0 if `positional` is NaN).
+        copying: `copying_score` of the head's OV circuit, in [-1, 1]; depends on weights alone.
+        uniform_baseline: the `induction` score of uniform attention.
+        previous_token_uniform: the `previous_token` score of uniform attention.
+        duplicate_token_uniform: the `duplicate_token` score of uniform attention.
+        positional_uniform: mean uniform attention at `positional_offset`.
 
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads"; Wang et al. 2022,
@@ -130,33 +130,33 @@ class HeadScores:
 
     @property
     def n_heads(self) -> int:
-        """Heads of a layer."""
+        """Number of heads of a layer."""
         return self.induction.shape[1]
 
     @cached_property
     def verdicts(self) -> Mapping[Head, tuple[Verdict, ...]]:
-        """What each head is called, for every (layer, head); mostly nothing."""
-        names: dict[Verdict, Tensor] = {
+        """The verdicts on every (layer, head); empty for a head that reaches no threshold."""
+        applies: dict[Verdict, Tensor] = {
             "induction": self._above_control("induction", "positional_control"),
             "previous_token": self.reaches("previous_token", self.threshold),
             "duplicate_token": self._above_control("duplicate_token", "duplicate_control"),
             "positional": self.reaches("positional", self.threshold),
         }
         return {
-            (layer, head): tuple(name for name, found in names.items() if found[row, head])
+            (layer, head): tuple(name for name, heads in applies.items() if heads[row, head])
             for row, layer in enumerate(self.layers)
             for head in range(self.n_heads)
         }
 
     def reaches(self, score: str, threshold: float) -> Bool[Tensor, "layer head"]:
-        """Whether each head has a score from the threshold on, half of it above chance.
+        """Whether each head reaches the threshold in a score, as the class defines it.
 
-        Without regard to chance for a score that has none, such as `copying`.
+        For scores without a uniform counterpart, such as `copying`: `score >= threshold` alone.
 
         Raises:
             ValueError: there is no such score.
         """
-        self.top(score, 0)
+        self.top(score, 0)  # raises if there is no such score
         values: Tensor = getattr(self, score)
         reached = values >= threshold
         if score in _UNIFORM:
@@ -166,18 +166,18 @@ class HeadScores:
 
     def _above_control(self, name: str, control: str) -> Tensor:
         score: Tensor = getattr(self, name)
-        beside: Tensor = getattr(self, control).nan_to_num(0.0)
+        control_score: Tensor = getattr(self, control).nan_to_num(0.0)
         errors = [getattr(self, f"{part}_stderr").nan_to_num(0.0) for part in (name, control)]
-        clear: Tensor = score - beside > 3 * torch.hypot(*errors)
-        return self.reaches(name, self.threshold) & (score >= 2 * beside) & clear
+        significant: Tensor = score - control_score > 3 * torch.hypot(*errors)
+        return self.reaches(name, self.threshold) & (score >= 2 * control_score) & significant
 
     def heads(self, verdict: Verdict) -> list[Head]:
-        """The heads so called, as (layer, head), the highest score first."""
+        """The heads with this verdict, as (layer, head), the highest score first."""
         named = [head for head, verdicts in self.verdicts.items() if verdict in verdicts]
         return [head for head in self.top(verdict, len(self.verdicts)) if head in named]
 
     def top(self, score: str, n: int) -> list[Head]:
-        """The n heads with the highest score of that name, as (layer, head); NaN comes last.
+        """The n heads that are highest in a score, as (layer, head); NaN comes last.
 
         Raises:
             ValueError: there is no such score.
@@ -191,11 +191,11 @@ class HeadScores:
     def to_dict(self, model: str = "") -> dict[str, Any]:
         """Plain numbers, ready for JSON; heads sorted by induction score, the highest first.
 
-        Keys: `model`, `n_layers`, `n_heads`, `sequences`, `threshold`, `heads`; of each head
-        `layer`, `head`, the scores in `COLUMNS`, `verdict`. What could not be measured is None.
+        Keys: `model`, `n_layers`, `n_heads`, `sequences`, `threshold`, `heads`; each head has
+        `layer`, `head`, the scores in `COLUMNS`, `verdict`. NaN becomes None.
 
         Args:
-            model: the name to write down.
+            model: the value of the key `model`.
         """
         return {
             "model": model,
@@ -214,9 +214,9 @@ class HeadScores:
         return json.dumps(self.to_dict(model), indent=2, allow_nan=False)
 
     def to_frame(self) -> Any:
-        """A pandas frame: one row per head, the highest induction score first.
+        """A pandas frame with one row per head, the highest induction score first.
 
-        Columns as in `to_dict`, then the remaining scores; `verdict` is a list.
+        Columns: those of a head in `to_dict`, then the remaining scores; `verdict` is a list.
         """
         import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
@@ -236,6 +236,6 @@ class HeadScores:
 
     def __repr__(self) -> str:
         named = [f"{layer}.{head} {'+'.join(v)}" for (layer, head), v in self.verdicts.items() if v]
-        found = ", ".join(named) or f"no head reaches {self.threshold:g}"
+        verdicts = ", ".join(named) or f"no head reaches {self.threshold:g}"
         sizes = f"{len(self.layers)} layers × {self.n_heads} heads, {self.sequences} sequences"
-        return f"HeadScores({sizes}: {found})"
+        return f"HeadScores({sizes}: {verdicts})"

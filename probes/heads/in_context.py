@@ -1,4 +1,4 @@
-"""What a model gains from having seen the sequence before: its loss by position."""
+"""How much lower the loss is when a sequence repeats: loss by position."""
 
 import math
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class PositionLoss:
         loss: mean over sequences of `-log p(t[i+1] | t[0..i])`, `[pos - 1]`.
         stderr: its standard error (NaN for one sequence), `[pos - 1]`.
         repeat_length: tokens R in the block.
-        first_copy: where r begins (1 with a BOS, else 0).
-        in_context_gain: mean loss in the first copy minus that in the second, each over the R - 1
-            tokens that follow another token of the same copy; what the repetition is worth.
+        first_copy: the position at which r first begins (1 with a BOS, else 0).
+        in_context_gain: mean loss in the first copy minus mean loss in the second, each over the
+            R - 1 tokens that follow another token of the same copy.
         in_context_gain_stderr: its standard error, paired over sequences (NaN for one).
     """
 
@@ -45,8 +45,8 @@ def loss_by_position(
 ) -> PositionLoss:
     """Mean next-token loss by position on random tokens repeated twice.
 
-    A model without in-context copying stays near `log d_vocab` or above throughout; an induction
-    circuit shows as a drop at the second token of the second copy.
+    Without in-context copying, the loss stays at `log d_vocab` or above at every position. With an
+    induction circuit, it drops at the second token of the second copy.
 
     Args:
         model: a HookedTransformer or TransformerBridge; left as it was.
@@ -54,15 +54,15 @@ def loss_by_position(
         repeat_length: tokens in the block, at least 3; None for the longest that fits, at most 50.
         generator: the source of randomness; None for a new one with seed 0.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
-        bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
+        bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
 
     Returns:
         Losses in nats by position, and the gain.
 
     Raises:
         ValueError: `n_sequences` or `repeat_length` is too small.
-        ProbeError: a context too short for two repeats, or a model that does not predict the
-            tokens it reads.
+        ProbeError: the context is too short for two repeats, or the model predicts another
+            vocabulary than it reads, or attends to later tokens.
 
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads".
@@ -103,11 +103,11 @@ def loss_by_position(
 def repeated_pairs(
     tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
 ) -> Bool[Tensor, "batch pos-1"]:
-    """Where the next token is what followed an earlier occurrence of the present one.
+    """True where the pair of this token and the next occurred before: induction predicts it.
 
-    `∃ k < i: t[k] = t[i], t[k+1] = t[i+1]`: the predictions for which induction is right. On a
-    block of different tokens repeated twice: the second copy without its first token. Padding,
-    where an attention mask is 0, is no token.
+    `∃ k < i: t[k] = t[i], t[k+1] = t[i+1]` at index i. In a block of different tokens repeated
+    twice, these are the predictions of the second copy's tokens after its first. Pairs with
+    padding, where the attention mask is 0, do not count.
 
     >>> repeated_pairs(torch.tensor([[5, 6, 7, 5, 6, 7]]))
     tensor([[False, False, False,  True,  True]])

@@ -24,14 +24,14 @@ from probes.reading.padding import pairs_of, real_positions
 from probes.reading.records import Concatenated, LayerProbe
 
 KeyMask: TypeAlias = Callable[[Tensor], Tensor]
-"""From tokens `[batch pos]` to the keys that count, `[batch query key]` or `[query key]`."""
+"""Maps tokens `[batch pos]` to the keys that count, `[batch query key]` or `[query key]`."""
 
 _MaskOfText: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
-"""The same from tokens and attention mask."""
+"""Maps tokens and the positions of text, or None for all, to the keys that count."""
 
 
 class _MaskedAttention(LayerProbe[Concatenated]):
-    """Attention mass on one or several sets of keys; patterns themselves are not kept."""
+    """Attention mass on one or several sets of keys; does not keep the patterns."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class _MaskedAttention(LayerProbe[Concatenated]):
         self._forget_pass()
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """Take the tokens where the model embeds them, then the pattern of every chosen layer.
+        """Hooks on the embedding's tokens, the attention mask, and every chosen layer's pattern.
 
-        The tokens are those the model really saw: with the BOS that it put in front of a text.
+        The embedding's tokens include the BOS that the model prepends to a text.
         """
         layers = self._layers(model)
         hooks: dict[str, ForwardHook] = {
@@ -59,18 +59,18 @@ class _MaskedAttention(LayerProbe[Concatenated]):
         return hooks
 
     def begin_pass(self) -> None:
-        """Forget the tokens of the last pass: this one may start behind the embedding."""
+        """Forget the tokens of the last pass: this pass may start after the embedding."""
         self._forget_pass()
 
     def _forget_pass(self) -> None:
         self._tokens: Tensor | None = None
-        self._given: Tensor | None = None
+        self._given_mask: Tensor | None = None
         self._real: Tensor | None = None
         self._weights: Tensor | None = None
         self._unread: set[int] = set()
 
     def _at_mask(self, mask: Tensor) -> None:
-        self._given = None if bool(mask.all()) else mask.bool()
+        self._given_mask = None if bool(mask.all()) else mask.bool()
 
     def _at_tokens(self, model: nn.Module, layers: tuple[int, ...], tokens: Tensor) -> None:
         self._tokens, self._weights, self._unread = tokens, None, set(layers)
@@ -80,38 +80,35 @@ class _MaskedAttention(LayerProbe[Concatenated]):
             raise ProbeError(f"{type(self).__name__}: {error}") from None
 
     def _weights_of_pass(self) -> Tensor:
-        """For every score where attention counts, and how much."""
+        """The weight of every attention entry in every score, `[batch score query key]`."""
         assert self._tokens is not None
         tokens, real = self._tokens, self._real
-        if self._attention_mask is None and self._given is not None:
-            given = self._given.to(tokens.device)[:, -tokens.shape[1] :]
-            real = given if real is None else real & given
+        if self._attention_mask is None and self._given_mask is not None:
+            unmasked = self._given_mask.to(tokens.device)[:, -tokens.shape[1] :]
+            real = unmasked if real is None else real & unmasked
         masks = [mask(tokens, real).expand(len(tokens), -1, -1) for mask in self._masks.values()]
         if real is not None:
             pairs = pairs_of(real)
-            # A mask that does not fit is named where the pattern tells what would.
+            # `_at_pattern` rejects a mask of another shape, since it knows the right one.
             masks = [mask & pairs if mask.shape == pairs.shape else mask for mask in masks]
         return mean_weights(torch.stack(masks, dim=1))
 
     def _at_pattern(self, layer: int, pattern: Tensor) -> None:
-        # A layer reads the tokens of a pass once: called without `model(...)`, as by
-        # `run_with_hooks`, a pass that starts behind the embedding would find the last one's.
+        # Each layer may use the tokens once: `begin_pass` does not run under `run_with_hooks`, so a
+        # pass that starts after the embedding would reuse the tokens of the last pass.
         if layer not in self._unread:
-            raise ProbeError(f"{type(self).__name__} saw attention before any tokens")
+            raise ProbeError(f"{type(self).__name__} got an attention pattern before any tokens")
         self._unread.discard(layer)
         if self._weights is None:
             self._weights = self._weights_of_pass()
         weights = self._weights.to(pattern.device)
         if weights.shape[0] != pattern.shape[0] or weights.shape[2:] != pattern.shape[2:]:
             raise ProbeError(
-                f"{type(self).__name__}: keys chosen for (query, key) {tuple(weights.shape[2:])} "
-                f"and batch {weights.shape[0]}, but layer {layer} attends with shape "
-                f"{tuple(pattern.shape)} (batch, head, query, key); score whole sequences, no cache"
+                f"{type(self).__name__}: the mask has (query, key) {tuple(weights.shape[2:])} and "
+                f"batch {weights.shape[0]}, but the pattern of layer {layer} has shape "
+                f"{tuple(pattern.shape)} (batch, head, query, key); run whole sequences, no cache"
             )
         self._records[layer].add(weighted_attention(pattern, weights))
-
-    def _seen(self) -> str:
-        return "forward pass"
 
     def reset(self) -> None:
         """Forget every pass seen so far."""
@@ -128,18 +125,19 @@ class _MaskedAttention(LayerProbe[Concatenated]):
 class InductionScores(_MaskedAttention):
     """Prefix-matching, previous-token and duplicate-token score of every head.
 
-    The reading has axes `("score", "layer", "batch", "head")`; `score` is labelled
-    `prefix_matching`, `previous_token`, `duplicate_token`, which are the functions of the same
-    name in `probes.heads.scores`. Several batches, also of different lengths, follow one another along
-    `batch`; `reading().mean("batch")` and `.stderr("batch")` summarise them. A sequence in which
-    no token recurs is NaN in the first and the last. Only the scores are kept.
+    The reading has axes `("score", "layer", "batch", "head")`; the labels of `score` are
+    `prefix_matching`, `previous_token` and `duplicate_token`, for the functions
+    `prefix_matching_score` etc. in `probes.heads.scores`. Several batches, also of different
+    lengths, are concatenated along `batch`; `reading().mean("batch")` and `.stderr("batch")`
+    summarise them. `prefix_matching` and `duplicate_token` are NaN for a sequence in which no
+    token recurs. The probe keeps only the scores.
 
-    Padding does not count: where the attention mask given to the model is 0, and, if the model has
-    a tokenizer, runs of its PAD token at the ends of a sequence (`padding.real_positions`).
+    Padding does not count: positions where the attention mask of the pass is 0, and, if the model
+    has a tokenizer, runs of its PAD token at both ends of a sequence (`padding.real_positions`).
 
     Args:
         layers: one layer, several, or None for every layer that has attention.
-        attention_mask: 0 at padding, 1 at text, for every pass; used instead of all that.
+        attention_mask: 0 at padding, 1 at text, for every pass; replaces both rules.
     """
 
     def __init__(
@@ -156,7 +154,7 @@ class InductionScores(_MaskedAttention):
         """Shares of attention in [0, 1] (NaN: no query of the sequence qualifies).
 
         Raises:
-            ProbeError: no forward pass was seen.
+            ProbeError: there was no forward pass yet.
         """
         values, layers = self._scores()
         return LabelledTensor(
@@ -168,7 +166,7 @@ class InductionScores(_MaskedAttention):
 
 
 class AttentionTo(_MaskedAttention):
-    """Attention mass on keys of your choice, as `probes.heads.scores.attention_to`.
+    """Attention mass on the keys of a mask, as computed by `probes.heads.scores.attention_to`.
 
     The reading has axes `("layer", "batch", "head")`. Padding does not count, as in
     `InductionScores`.
@@ -196,7 +194,7 @@ class AttentionTo(_MaskedAttention):
         """Shares of attention in [0, 1] (NaN: the mask of the sequence is all False).
 
         Raises:
-            ProbeError: no forward pass was seen.
+            ProbeError: there was no forward pass yet.
         """
         values, layers = self._scores()
         return LabelledTensor(

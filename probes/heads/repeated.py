@@ -1,4 +1,4 @@
-"""Random tokens, repeated: the stimulus on which induction heads show themselves."""
+"""Random tokens, repeated: the stimulus that identifies induction heads."""
 
 import torch
 from jaxtyping import Int
@@ -16,9 +16,9 @@ def repeated_tokens(
 ) -> Int[Tensor, "batch pos"]:
     """Sequences `[bos] r r ... r` of a random block r of tokens, drawn anew for each sequence.
 
-    Within a block no token occurs twice as long as the vocabulary is large enough, so that with
-    two repeats every token of the second has exactly one earlier occurrence; a smaller vocabulary
-    is drawn from with replacement. `bos` is never drawn. Cost: batch · vocab_size random numbers.
+    If the vocabulary is large enough, no token occurs twice in a block: with two repeats, every
+    token of the second has exactly one earlier occurrence. From a smaller vocabulary, tokens are
+    drawn with replacement. `bos` is never drawn. Cost: batch · vocab_size random numbers.
 
     Args:
         batch: number of sequences.
@@ -26,7 +26,7 @@ def repeated_tokens(
         vocab_size: tokens are drawn uniformly from 0 to vocab_size - 1.
         generator: the source of randomness; its device is the result's device.
         n_repeats: how often the block occurs.
-        bos: token put in front, if any.
+        bos: token at the start of every sequence, if any.
 
     Returns:
         Tokens of shape `[batch, n_repeats · repeat_length (+ 1 with bos)]`.
@@ -55,7 +55,7 @@ def repeated_tokens(
         weights[bos] = 0
     n_drawable = int(weights.sum())
     if n_drawable == 0:
-        raise ValueError(f"vocab_size is {vocab_size}: with bos {bos} left out no token remains")
+        raise ValueError(f"vocab_size is {vocab_size}: without bos {bos} no token remains")
     block = torch.multinomial(
         weights.expand(batch, -1),
         repeat_length,

@@ -1,10 +1,10 @@
-"""How much a head attends where an induction circuit would: pure functions of its pattern.
+"""Scores of attention patterns for the heads of an induction circuit, as pure functions.
 
-Every score is attention mass on a set of keys, averaged over the queries that have such keys:
-a mask function says which keys, `attention_to` sums the attention on them, `uniform_baseline` says
-what a head with uniform attention would get. The batch axis stays, so that a standard error over
-sequences can be taken; a sequence without any such query scores NaN. An `attention_mask`, 0 at
-padding and 1 at text, keeps padding out: it neither attends nor recurs, nor is it attended to.
+Every score is attention mass on a set of keys, averaged over the queries that have such keys: a
+mask function chooses the keys, `attention_to` sums the attention on them, and `uniform_baseline` is
+the score of uniform attention. Scores keep the batch axis, so that a standard error over sequences
+can be computed; a sequence without any such query scores NaN. An `attention_mask`, 0 at padding and
+1 at text, excludes padding as query, as key and as earlier occurrence of a token.
 """
 
 import torch
@@ -20,7 +20,7 @@ def attention_to(
 ) -> Float[Tensor, "batch head"]:
     """Attention mass that queries put on the keys of a mask.
 
-    `mean over q in Q of Σ_k A[q, k] · mask[q, k]`, Q the queries with at least one True key.
+    `mean over q in Q of Σ_k A[q, k] · mask[q, k]`, where Q is the queries with a True key.
 
     Args:
         pattern: attention after the softmax.
@@ -54,7 +54,7 @@ def prefix_matching_mask(
     tensor([False,  True, False])
     """
     duplicate = duplicate_token_mask(tokens, attention_mask)
-    return _inside(torch.nn.functional.pad(duplicate[:, :, :-1], (1, 0)), attention_mask)
+    return _without_padding(torch.nn.functional.pad(duplicate[:, :, :-1], (1, 0)), attention_mask)
 
 
 def duplicate_token_mask(
@@ -68,26 +68,26 @@ def duplicate_token_mask(
     same = rearrange(tokens, "batch query -> batch query 1") == rearrange(
         tokens, "batch key -> batch 1 key"
     )
-    return _inside(same.tril(-1), attention_mask)
+    return _without_padding(same.tril(-1), attention_mask)
 
 
 def previous_token_mask(
     tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
 ) -> Bool[Tensor, "batch query key"]:
-    """The key just before each query, `k = q - 1`, whatever the tokens are.
+    """The key just before each query, `k = q - 1`, for any tokens.
 
     >>> previous_token_mask(torch.tensor([[5, 6, 5]]))[0, 2]
     tensor([False,  True, False])
     """
     batch, pos = tokens.shape
     before = torch.ones(pos, pos, dtype=torch.bool, device=tokens.device).tril(-1).triu(-1)
-    return _inside(before.expand(batch, pos, pos), attention_mask)
+    return _without_padding(before.expand(batch, pos, pos), attention_mask)
 
 
-def _inside(
+def _without_padding(
     mask: Bool[Tensor, "batch query key"], attention_mask: Shaped[Tensor, "batch pos"] | None
 ) -> Bool[Tensor, "batch query key"]:
-    """The mask without what is padding."""
+    """The mask, False where query or key is padding."""
     return mask if attention_mask is None else mask & pairs_of(attention_mask.bool())
 
 
@@ -99,12 +99,13 @@ def prefix_matching_score(
     """Attention from a token to the positions just after its earlier occurrences.
 
     `attention_to` with `prefix_matching_mask`: 1 for a perfect induction head. The mean runs over
-    the queries whose token occurred before (on a random block repeated twice: its second copy).
-    Vary the repeat length, or a head that looks a fixed number of positions back scores too.
+    the queries whose token occurred before (in a random block repeated twice: the second copy).
+    Use several repeat lengths: with one, a head that attends a fixed number of positions back also
+    scores high.
 
     Args:
         pattern: attention after the softmax.
-        tokens: the tokens it was computed on.
+        tokens: the tokens that the model read.
         attention_mask: 0 at padding.
 
     Returns:
@@ -114,8 +115,8 @@ def prefix_matching_score(
         Olsson et al. 2022, "In-context Learning and Induction Heads".
 
     >>> tokens = torch.tensor([[5, 6, 5, 6], [1, 2, 3, 4]])
-    >>> looks_one_back = torch.eye(4).roll(-1, dims=1).expand(2, 1, 4, 4)
-    >>> prefix_matching_score(looks_one_back, tokens)
+    >>> one_back = torch.eye(4).roll(-1, dims=1).expand(2, 1, 4, 4)
+    >>> prefix_matching_score(one_back, tokens)
     tensor([[1.],
             [nan]])
     """
@@ -135,8 +136,8 @@ def duplicate_token_score(
     Source:
         Wang et al. 2022, "Interpretability in the Wild".
 
-    >>> looks_two_back = torch.eye(4).roll(-2, dims=1).expand(1, 1, 4, 4)
-    >>> duplicate_token_score(looks_two_back, torch.tensor([[5, 6, 5, 6]]))
+    >>> two_back = torch.eye(4).roll(-2, dims=1).expand(1, 1, 4, 4)
+    >>> duplicate_token_score(two_back, torch.tensor([[5, 6, 5, 6]]))
     tensor([[1.]])
     """
     return attention_to(pattern, duplicate_token_mask(tokens, attention_mask))
@@ -167,10 +168,10 @@ def uniform_baseline(
     causal: bool = True,
     attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch"]:
-    """What `attention_to` gives for a head with uniform attention over all visible keys.
+    """The score `attention_to` of a head with uniform attention over all visible keys.
 
-    `mean over q in Q of |{k visible : mask[q, k]}| / |{k visible}|`; visible is `k <= q`, or every
-    key with `causal=False`, without padding. A score is worth something only above this.
+    `mean over q in Q of |{k visible : mask[q, k]}| / |{k visible}|`. Visible keys are `k <= q`, or
+    all with `causal=False`, without padding. A score is evidence only if it is above this.
 
     >>> uniform_baseline(previous_token_mask(torch.tensor([[5, 6]])))
     tensor([0.5000])
@@ -186,7 +187,7 @@ def uniform_pattern(
     *,
     device: torch.device | None = None,
 ) -> Float[Tensor, "batch 1 query key"]:
-    """Attention to all visible keys alike; a batch of one where nothing is padding.
+    """Uniform attention to all visible keys, `k <= q` or all; a batch of one without a mask.
 
     >>> uniform_pattern(2, causal=True)[0, 0]
     tensor([[1.0000, 0.0000],
@@ -203,10 +204,9 @@ def uniform_pattern(
 def above_chance(
     score: Float[Tensor, "*any"], uniform: Float[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
-    """Share of what uniform attention leaves: `(score - uniform) / (1 - uniform)`.
+    """The score rescaled so that uniform attention has 0: `(score - uniform) / (1 - uniform)`.
 
-    0 for a head that attends to every key alike, 1 for one that attends to the counted keys alone,
-    below 0 for one that avoids them.
+    1 for a head that attends only to the keys of the score, below 0 for one that avoids them.
 
     >>> above_chance(torch.tensor([0.5, 0.75]), torch.tensor([0.5, 0.5]))
     tensor([0.0000, 0.5000])
@@ -215,7 +215,7 @@ def above_chance(
 
 
 def mean_weights(masks: Bool[Tensor, "*any query key"]) -> Float[Tensor, "*any query key"]:
-    """Weights under which a sum over queries and keys is `attention_to`'s mean (NaN: no query)."""
+    """Weights w such that `Σ_qk A[q, k] · w[q, k]` is `attention_to` (NaN: no query)."""
     n_queries = masks.any(-1).sum(-1)
     return masks / rearrange(n_queries, "... -> ... 1 1")
 

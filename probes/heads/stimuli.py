@@ -1,4 +1,4 @@
-"""What heads are tested on: random tokens repeated twice, and controls that do not repeat."""
+"""Stimuli for head scores: random tokens repeated twice, and controls that do not repeat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from probes.reading.padding import real_positions
 from probes.reading.passes import checked_tokens, device_of
 
 Bos: TypeAlias = Literal["auto"] | int | None
-"""Token put in front: a token, None for none, "auto" for what the model's tokenizer asks for."""
+"""The token at the start of a sequence: a token, None for none, "auto" for the tokenizer's BOS."""
 
 SHORTEST, LONGEST = 3, 50
-"""Repeat lengths that are used. With 2 an induction head looks at the previous token."""
+"""Limits of the repeat length. With 2, an induction head attends to the previous token."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stimulus:
-    """Sequences of one length, and as many controls of the same shape.
+    """Sequences of one length, each with a control.
 
     Attributes:
         tokens: sequences in which tokens recur.
-        control: random tokens, all different where the vocabulary allows; padded alike.
-        real: False at padding; None where there is none.
+        control: random tokens, all different if the vocabulary is large enough; same padding.
+        real: False at padding; None if there is no padding.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -37,14 +37,14 @@ class Stimulus:
 
 
 def bos_token(model: nn.Module, bos: Bos = "auto") -> int | None:
-    """The token to put in front of a sequence.
+    """The token at the start of a sequence, or None.
 
-    With "auto": none if the config says `default_prepend_bos=False`; else the tokenizer's BOS, or
-    without a tokenizer the one in a bridge's Hugging Face config; none if that is no token of the
+    With "auto": None if the config has `default_prepend_bos=False`; else the tokenizer's BOS, or
+    without a tokenizer the BOS in a bridge's Hugging Face config; None if that token is not in the
     model's vocabulary.
 
     Raises:
-        ProbeError: a token was asked for that the vocabulary does not hold.
+        ProbeError: `bos` is a token outside the vocabulary.
     """
     config = config_of(model)
     if bos != "auto":
@@ -63,8 +63,8 @@ def bos_token(model: nn.Module, bos: Bos = "auto") -> int | None:
 def fitting_repeat_lengths(n_ctx: int, vocab_size: int, bos: int | None = None) -> tuple[int, ...]:
     """About five different repeat lengths R, from short to the longest that fits.
 
-    `2R (+1 with BOS) <= n_ctx`, `3 <= R <= 50`, and `2R` different tokens where the vocabulary has
-    six, so that a control need not repeat either.
+    `2R (+1 with BOS) <= n_ctx` and `3 <= R <= 50`. In a vocabulary of at least six tokens also
+    `2R <= vocab_size`, without the BOS, so that a control needs no token twice.
 
     Raises:
         ProbeError: the context cannot hold two repeats of three tokens.
@@ -94,23 +94,23 @@ def draw_stimuli(
     generator: torch.Generator | None = None,
     bos: Bos = "auto",
 ) -> list[Stimulus]:
-    """Random blocks repeated twice, `[bos] r r`, in several repeat lengths, each with a control.
+    """Random blocks repeated twice, `[bos] r r`, of several repeat lengths, each with a control.
 
     Sequence i has the repeat length `repeat_lengths[i mod n]`.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        n_sequences: repeated sequences over all lengths; there are as many controls.
+        n_sequences: number of repeated sequences over all lengths; the controls are as many.
         repeat_lengths: tokens in the block; None for `fitting_repeat_lengths`.
         generator: the source of randomness; None for a new one with seed 0.
-        bos: token put in front.
+        bos: token at the start.
 
     Returns:
         One stimulus per repeat length, on the model's device.
 
     Raises:
         ValueError: `n_sequences` or a repeat length is too small.
-        ProbeError: the context is too short, or the BOS is no token.
+        ProbeError: the context is too short, or the BOS is outside the vocabulary.
     """
     if n_sequences < 1:
         raise ValueError(f"n_sequences is {n_sequences}; it must be at least 1")
@@ -139,7 +139,7 @@ def longest_stimulus(
     generator: torch.Generator | None = None,
     bos: Bos = "auto",
 ) -> tuple[Stimulus, int]:
-    """A stimulus of one repeat length, by default the longest that fits; and that length.
+    """A stimulus of one repeat length, by default the longest that fits, and that length.
 
     Raises:
         ValueError, ProbeError: as `draw_stimuli`.
@@ -165,13 +165,13 @@ def given_stimuli(
     attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Stimulus]:
-    """The user's tokens, with a control of random tokens of the same shape, padded alike.
+    """The user's tokens, with a control of random tokens of the same shape and padding.
 
-    The control keeps the first token if all sequences share it, or a single one starts with the
-    model's BOS.
+    The control keeps the first token if all sequences share it, or if the only sequence starts
+    with the model's BOS.
 
     Raises:
-        ValueError: the tokens are no integers `[batch, pos]`, or the mask has another shape.
+        ValueError: the tokens are not integers `[batch, pos]`, or the mask differs in shape.
         ProbeError: a token outside the vocabulary, or a sequence longer than the context.
     """
     tokens = checked_tokens(model, tokens)
@@ -202,22 +202,22 @@ def _with_control(
     tokens, control = tokens.to(device), control.to(device)
     if real is not None:
         # The n-th position of text gets the n-th random token.
-        place = (real.cumsum(1) - 1).clamp(0, longest - 1)
-        control = torch.where(real, control.gather(1, place), tokens)
+        text_index = (real.cumsum(1) - 1).clamp(0, longest - 1)
+        control = torch.where(real, control.gather(1, text_index), tokens)
     return Stimulus(tokens, control, real)
 
 
 def _checked_lengths(lengths: Sequence[int], n_ctx: int, bos: int | None) -> tuple[int, ...]:
-    found = tuple(dict.fromkeys(lengths))
-    if not found or min(found) < SHORTEST:
+    distinct = tuple(dict.fromkeys(lengths))
+    if not distinct or min(distinct) < SHORTEST:
         raise ValueError(
             f"repeat_lengths are {list(lengths)}; each must be at least {SHORTEST}, or induction "
             "cannot be told from attention to the previous token"
         )
-    needed = 2 * max(found) + (bos is not None)
+    needed = 2 * max(distinct) + (bos is not None)
     if needed > n_ctx:
         raise ProbeError(
-            f"a context of {n_ctx} is too short for two repeats of {max(found)} tokens: "
+            f"a context of {n_ctx} is too short for two repeats of {max(distinct)} tokens: "
             f"{needed} positions are needed"
         )
-    return found
+    return distinct

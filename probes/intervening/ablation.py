@@ -1,4 +1,4 @@
-"""Take heads out of a model and see what it loses: whether a head matters, not how it looks."""
+"""Replace heads by their mean and measure how the loss rises: whether the model needs a head."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from probes.reading import hook_names
 from probes.reading.attach import ForwardHook, attach
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import attention_layers, config_of, hook_points
-from probes.reading.hooking import Hooks
+from probes.reading.hooking import Hooks, converted, reverted
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import real_positions
 from probes.reading.passes import (
@@ -32,19 +32,19 @@ from probes.reading.passes import (
 from probes.reading.records import LayerProbe, Sum
 
 NEGLIGIBLE = 0.05
-"""Rise of the loss, in nats, which a head may cost, within two standard errors, to be removable."""
+"""A head is removable if the loss rises, with two standard errors, by less than this, in nats."""
 
 
 @dataclass(frozen=True)
 class AblationEffect:
-    """What the repeated half loses when one head is replaced by its mean.
+    """How the loss on the repeated half changes when one head is replaced by its mean.
 
     Attributes:
         layer: the head's layer.
-        head: its number there.
+        head: the head's number in that layer.
         rise: mean rise of the loss, in nats per token.
         stderr: its standard error, paired over sequences (NaN for one sequence).
-        loss: the loss before, in nats per token.
+        loss: the loss without ablation, in nats per token.
         removable: whether `rise + 2 stderr < negligible`; False where stderr is NaN.
     """
 
@@ -67,17 +67,17 @@ def mean_ablate(
 ) -> Iterator[None]:
     """Replace heads by their mean for the length of a `with` block.
 
-    Every head's mixed values z (before W_O) become their mean over all sequences and positions
-    of a reference batch, which one pass at the start of the block reads. The head then says the
-    same everywhere: its information is gone, its average contribution stays. All heads of the
-    list are replaced together. Leaving the block, by an exception too, removes exactly these hooks.
+    The mixed values z of each head (before W_O) become their mean over all sequences and positions
+    of a reference batch, computed in one pass at the start of the block. The head then writes the
+    same vector at every position: the mean stays, the information is gone. All heads of the list
+    are replaced together. Leaving the block, also by an exception, removes exactly these hooks.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        heads: the heads as (layer, head); with an empty list nothing changes.
+        heads: the heads as (layer, head); an empty list changes nothing.
         tokens: the reference batch; None for 16 sequences of random tokens repeated twice.
-        attention_mask: 0 at the reference's padding, which the mean leaves out; None for what
-            the tokenizer's PAD token tells, see `padding.real_positions`.
+        attention_mask: 0 at padding of the reference, which the mean skips; None to find padding by
+            the tokenizer's PAD token, see `padding.real_positions`.
         max_batch_bytes: bound on the estimated activations of one reference pass, in bytes.
 
     Raises:
@@ -97,7 +97,7 @@ def mean_ablate(
     if not by_layer:
         yield
         return
-    reference, real = _text(model, tokens, attention_mask, n_sequences=16)
+    reference, real = _tokens_and_real(model, tokens, attention_mask, n_sequences=16)
     means = _mean_z(model, tuple(by_layer), reference, real, max_batch_bytes)
     with _replaced(model, by_layer, means):
         yield
@@ -118,34 +118,35 @@ def ablation_effects(
 ) -> tuple[AblationEffect, ...]:
     """How much the loss on the repeated half rises when each head, alone, is mean-ablated.
 
-    `rise = mean over sequences of (loss without the head - loss with it)`, each the mean over
-    the tokens that induction can predict (`repeated_pairs`: in the second copy, from its second
-    token on). The reference of the ablation is the same sequences.
+    `rise = mean over sequences of (loss with the head ablated - loss without ablation)`. The loss
+    of a sequence is the mean over the tokens that induction can predict (`repeated_pairs`: the
+    second copy without its first token). The same sequences are the reference of the ablation.
 
     Args:
         model: a HookedTransformer or TransformerBridge; left as it was.
         heads: the heads as (layer, head).
         tokens: sequences in which pairs of tokens recur; None for random tokens repeated twice.
-        attention_mask: 0 at their padding, which counts nowhere; see `mean_ablate`.
-        n_sequences: how many to draw.
+        attention_mask: 0 at padding of `tokens`, which is ignored; None as in `mean_ablate`.
+        n_sequences: number of sequences to draw.
         repeat_length: tokens in the block, at least 3; None for the longest that fits, at most 50.
         generator: the source of randomness; None for a new one with seed 0.
-        negligible: a rise clearly below this many nats makes a head removable.
+        negligible: a head is removable if `rise + 2 stderr` is below this many nats.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
-        bos: token in front: a token, None, or "auto" for what the tokenizer asks for.
+        bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
 
     Returns:
-        One effect per head, in the order of `heads`. Cost: one pass each, and two more.
+        One effect per head, in the order of `heads`. Cost: one pass per head and two more.
 
     Raises:
         ValueError: `n_sequences` or `repeat_length` is too small.
-        ProbeError: a head does not exist, a context too short for two repeats, tokens that do
-            not fit or do not recur, or a model that does not predict the tokens it reads.
+        ProbeError: a head does not exist, the context is too short for two repeats, the tokens do
+            not fit the model, no pair of tokens recurs, or the model predicts another vocabulary
+            than it reads, or attends to later tokens.
     """
     by_layer = _by_layer(model, heads)
     if not by_layer:
         return ()
-    tokens, real = _text(
+    tokens, real = _tokens_and_real(
         model,
         tokens,
         attention_mask,
@@ -157,10 +158,12 @@ def ablation_effects(
     pairs = repeated_pairs(tokens, real)
     used = pairs.any(1)
     if not used.any():
-        raise ProbeError("no pair of tokens recurs in the sequences given: there is no loss to ask")
+        raise ProbeError(
+            "no pair of tokens recurs in the sequences given: there is no loss to compare"
+        )
     pairs = pairs[used]
     means = _mean_z(model, tuple(by_layer), tokens, real, max_batch_bytes)
-    # Random tokens have no padding, whatever the tokenizer would take for it.
+    # Random tokens hold no padding, even where one equals the tokenizer's PAD token.
     mask = torch.ones_like(tokens[used]) if real is None else real[used]
 
     def loss() -> Float[Tensor, "batch"]:
@@ -170,21 +173,22 @@ def ablation_effects(
         weights = (pairs / pairs.sum(1, keepdim=True)).to(losses)
         return (losses.double().where(pairs.to(losses.device), 0.0) * weights).sum(1)
 
-    whole = loss()
+    loss_before = loss()
     effects = []
     for layer, head in heads:
         with _replaced(model, {layer: (head,)}, means):
-            rises = loss() - whole
+            rises = loss() - loss_before
         rise, stderr = rises.mean().item(), standard_error(rises).item()
         removable = rise + 2 * stderr < negligible
-        effects.append(AblationEffect(layer, head, rise, stderr, whole.mean().item(), removable))
+        before = loss_before.mean().item()
+        effects.append(AblationEffect(layer, head, rise, stderr, before, removable))
     return tuple(effects)
 
 
-def _text(
+def _tokens_and_real(
     model: nn.Module, tokens: Tensor | None, attention_mask: Tensor | None, **drawing: Any
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
-    """The tokens given, or random ones, and where they are no padding (None: everywhere)."""
+    """The given or random tokens, and where they are not padding (None: everywhere)."""
     if tokens is None:
         return longest_stimulus(model, **drawing)[0].tokens, None
     tokens = checked_tokens(model, tokens)
@@ -195,7 +199,7 @@ class _MeanZ(LayerProbe[Sum]):
     """Mean over sequences and positions of every head's mixed values.
 
     Attributes:
-        real: False at positions of the next pass that are left out; None for none.
+        real: False at positions of the next pass to skip; None to skip none.
     """
 
     def __init__(self, layers: tuple[int, ...]) -> None:
@@ -211,9 +215,6 @@ class _MeanZ(LayerProbe[Sum]):
             positions = positions[self.real.flatten().to(z.device)]
         self._records[layer].add(positions)
 
-    def _seen(self) -> str:
-        return "forward pass"
-
     def reading(self) -> LabelledTensor:
         records = self._complete_records()
         values = self._stack({layer: record.mean() for layer, record in records.items()})
@@ -222,7 +223,11 @@ class _MeanZ(LayerProbe[Sum]):
 
 
 def _by_layer(model: nn.Module, heads: Sequence[Head]) -> dict[int, tuple[int, ...]]:
-    """The heads of each layer, checked to exist."""
+    """The heads of each layer.
+
+    Raises:
+        ProbeError: a head does not exist.
+    """
     config = config_of(model)
     by_layer: dict[int, tuple[int, ...]] = {}
     for layer, head in heads:
@@ -245,9 +250,9 @@ def _mean_z(
 ) -> LabelledTensor:
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes)
     with undisturbed(model), attach(model, _MeanZ(layers)) as (mean,):
-        for batch, there in split(rows, tokens, real):
-            mean.real = there
-            run(model, batch, there)
+        for batch, batch_real in split(rows, tokens, real):
+            mean.real = batch_real
+            run(model, batch, batch_real)
     return mean.reading()
 
 
@@ -258,21 +263,17 @@ def _replaced(
     points = hook_points(model)
     with Hooks() as hooks:
         for layer, heads in by_layer.items():
-            hook = _replaces(heads, means.sel(layer=layer).values[list(heads)])
+            hook = _replacing_hook(heads, means.sel(layer=layer).values[list(heads)])
             hooks.add(points[hook_names.z(layer)], hook)
         yield
 
 
-def _replaces(
+def _replacing_hook(
     heads: tuple[int, ...], values: Float[Tensor, "head d_head"]
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def replace(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor:
-        # Bridges keep z as [batch, pos, head · d_head].
-        conversion: Any = getattr(point, "hook_conversion", None)
-        z = activation if conversion is None else conversion.convert(activation)
-        z = z.clone()
+        z = converted(point, activation).clone()
         z[:, :, list(heads)] = values.to(z)
-        replaced: Tensor = z if conversion is None else conversion.revert(z)
-        return replaced
+        return reverted(point, z)
 
     return replace

@@ -1,10 +1,10 @@
-"""Change what heads attend to and see what the model makes of it: whether attention is used.
+"""Change what heads attend to and measure the effect: whether the model uses that attention.
 
     with edit_attention(model, {0: knock_out([(5, 3)]), 1: redirect([(7, 2, 4)])}):
         model(tokens)
 
 An edit is a function from attention patterns to attention patterns: rows stay distributions and
-gradients flow through it. The edits made here speak of causal attention (key <= query).
+gradients flow through it. The edits in this module are for causal attention (key <= query).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,21 +20,21 @@ from probes.heads.in_context import standard_error
 from probes.reading import hook_names
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import attention_layers, hook_points
-from probes.reading.hooking import Hooks
+from probes.reading.hooking import Hooks, converted, reverted
 from probes.reading.passes import undisturbed
 
 Edit: TypeAlias = Callable[
     [Float[Tensor, "batch head query key"]], Float[Tensor, "batch head query key"]
 ]
-"""What to put in place of a layer's attention pattern; must not write into what it is given."""
+"""Returns the new attention pattern of a layer; must not change its argument in place."""
 
 
 @dataclass(frozen=True)
 class AttentionEffect:
-    """What a loss does when a layer attends otherwise.
+    """How a loss changes under one edit of a layer's attention.
 
     Attributes:
-        label: names the edit.
+        label: name of the edit.
         rise: mean rise of the loss, in units of the loss.
         stderr: its standard error, paired over sequences (NaN for one sequence).
         loss: mean loss without the edit.
@@ -50,18 +50,19 @@ class AttentionEffect:
 def edit_attention(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Replace attention patterns, after the softmax, for the length of a `with` block.
 
-    Blocks nest: the inner edit gets the outer one's pattern, and a probe attached inside the block
-    reads what the edit made. Leaving the block, by an exception too, removes exactly these hooks.
+    Blocks nest: the inner edit receives the pattern from the outer edit, and a probe attached
+    inside the block reads the edited pattern. Leaving the block, also by an exception, removes
+    exactly these hooks.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        edits: for each layer, what to make of its pattern `[batch head query key]`; rows must
-            stay distributions, which is not checked here.
+        edits: the edit of each layer, from pattern to pattern `[batch head query key]`; its rows
+            must stay distributions, which is not checked.
 
     Raises:
         ProbeError: a layer does not exist. In a pass inside the block: an edit does not fit the
-            pattern or changes its shape, or the model does not compute with the pattern it shows
-            (a bridge that lets the original model attend), so that no edit could matter.
+            pattern or changes its shape, or the model computes z before it runs the pattern hook
+            (as a bridge does where the original model computes attention): no edit has an effect.
 
     >>> from transformer_lens import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
@@ -79,12 +80,10 @@ def edit_attention(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None
     with Hooks() as hooks:
         for layer, edit in edits.items():
             attention_layers(model, layer)
-            use = _Use(layer)
-            name = hook_names.pattern(layer)
-            hook = _edits(layer, edit, use)
-            hooks.add(points[name], hook)
-            if (mixed := points.get(hook_names.z(layer))) is not None:
-                hooks.add(mixed, use.check)
+            order = _HookOrder(layer)
+            hooks.add(points[hook_names.pattern(layer)], _editing_hook(layer, edit, order))
+            if (z_point := points.get(hook_names.z(layer))) is not None:
+                hooks.add(z_point, order.check)
         yield
 
 
@@ -94,26 +93,27 @@ def attention_effects(
     edits: Sequence[tuple[str, Edit]],
     loss: Callable[[], Float[Tensor, "batch"]],
 ) -> tuple[AttentionEffect, ...]:
-    """How much a loss rises under each edit of one layer's attention, alone.
+    """How much a loss rises under each single edit of one layer's attention.
 
     `rise = mean over sequences of (loss with the edit - loss without it)`.
 
     Args:
         model: a HookedTransformer or TransformerBridge; left as it was.
-        layer: the layer edited.
-        edits: each with a label.
+        layer: the layer to edit.
+        edits: the edits, each as (label, edit).
         loss: runs the model and returns one loss for each sequence, the same sequences every
             time. Called without gradients, in evaluation mode.
 
     Returns:
-        One effect per edit, in their order. Cost: one call of `loss` each, and one more.
+        One effect per edit, in the order of `edits`. Cost: one call of `loss` per edit, and one.
 
     Raises:
-        ProbeError: see `edit_attention`.
+        ProbeError: as `edit_attention`.
     """
-    whole, rises = loss_rises(model, layer, [edit for _, edit in edits], loss)
+    losses, rises = loss_rises(model, layer, [edit for _, edit in edits], loss)
+    before = losses.mean().item()
     return tuple(
-        AttentionEffect(label, rise.mean().item(), standard_error(rise).item(), whole.mean().item())
+        AttentionEffect(label, rise.mean().item(), standard_error(rise).item(), before)
         for (label, _), rise in zip(edits, rises, strict=True)
     )
 
@@ -124,25 +124,25 @@ def loss_rises(
     edits: Sequence[Edit],
     loss: Callable[[], Float[Tensor, "batch"]],
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "edit batch"]]:
-    """The loss of every sequence without edits, and its rise under each edit alone, in float64.
+    """The loss of every sequence without edits, and its rise under each single edit, in float64.
 
     Arguments and errors are those of `attention_effects`.
     """
     with undisturbed(model):
-        whole = loss().double()
-        rises = whole.new_empty(len(edits), len(whole))
+        losses = loss().double()
+        rises = losses.new_empty(len(edits), len(losses))
         for number, edit in enumerate(edits):
             with edit_attention(model, {layer: edit}):
-                rises[number] = loss().double() - whole
-    return whole, rises
+                rises[number] = loss().double() - losses
+    return losses, rises
 
 
 def knock_out(pairs: Sequence[tuple[int, int]], head: int | None = None) -> Edit:
-    """Take attention away from (query, key) pairs and scale up what the row's other keys have.
+    """Set the attention of (query, key) pairs to 0 and rescale the other keys of the row.
 
-    `pattern[q, j] / sum of pattern[q, j'] over keys j' kept`: what the softmax gives with those
-    scores masked. A row that had everything on its pairs becomes uniform over its other keys
-    j <= q. A row without another key stays as it is: it has nowhere else to look.
+    `pattern[q, j] / sum of pattern[q, j'] over kept keys j'`: the softmax with the pairs' scores
+    masked. A row with all its attention on the pairs becomes uniform over its other keys j <= q. A
+    row without another key stays unchanged.
 
     Args:
         pairs: (query, key), key <= query.
@@ -160,17 +160,16 @@ def knock_out(pairs: Sequence[tuple[int, int]], head: int | None = None) -> Edit
     for query, key in pairs:
         _check_order(query, key)
     rows = sorted({query for query, _ in pairs})
-    places = [(rows.index(query), key) for query, key in pairs]
+    entries = [(rows.index(query), key) for query, key in pairs]
 
     def change(part: Tensor) -> Tensor:
-        visible = _visible(rows, part)
-        lost = _mask(places, part)
-        kept = part.masked_fill(lost, 0.0)
+        removed = _mask(entries, part)
+        kept = part.masked_fill(removed, 0.0)
         total = kept.sum(-1, keepdim=True)
         # A divisor below the smallest normal number would make gradients infinite.
         empty = total <= torch.finfo(part.dtype).tiny
         scaled = kept / torch.where(empty, 1.0, total)
-        others = visible & ~lost
+        others = _visible(rows, part) & ~removed
         replaced = torch.where(empty, _uniform(others, part), scaled)
         return torch.where(others.any(-1, keepdim=True), replaced, part)
 
@@ -178,9 +177,9 @@ def knock_out(pairs: Sequence[tuple[int, int]], head: int | None = None) -> Edit
 
 
 def redirect(pairs: Sequence[tuple[int, int, int]], head: int | None = None) -> Edit:
-    """Move attention from an old key to a new one: in the query's row the two weights swap.
+    """Swap the attention weights of an old and a new key in the query's row.
 
-    Several swaps in one row follow one another in the order given.
+    Several swaps in one row are applied in the given order.
 
     Args:
         pairs: (query, old key, new key), keys <= query.
@@ -208,7 +207,7 @@ def redirect(pairs: Sequence[tuple[int, int, int]], head: int | None = None) -> 
 
 
 def make_uniform(queries: Sequence[int], head: int | None = None) -> Edit:
-    """Let queries attend to all keys j <= q alike: the rows say nothing any more.
+    """Make the rows of queries uniform over all keys j <= q.
 
     Args:
         queries: the rows to change.
@@ -227,28 +226,28 @@ def make_uniform(queries: Sequence[int], head: int | None = None) -> Edit:
 
 
 def replace_pattern(pattern: Float[Tensor, "*batch_head query key"]) -> Edit:
-    """Let a layer attend as given, whatever it would have done.
+    """Replace the pattern of a layer by a given one.
 
     Args:
-        pattern: `[query key]`, `[head query key]` or `[batch head query key]`; sizes of 1 in
-            front are repeated. Gradients flow to it, none to what it replaces.
+        pattern: `[query key]`, `[head query key]` or `[batch head query key]`; missing axes and
+            axes of size 1 are expanded. Gradients flow to it and not to the replaced pattern.
 
     Raises:
-        ValueError: more axes, a weight below zero by more than rounding (the number of keys times
-            the type's epsilon, at most 1e-3), or a row that does not sum to 1 (within 1e-3).
+        ValueError: there are more axes, a weight is below 0 by more than rounding (the number of
+            keys times the type's epsilon, at most 1e-3), or a row sum differs from 1 by over 1e-3.
     """
     if pattern.ndim > 4:
         raise ValueError(f"the pattern has {pattern.ndim} axes; at most 4: batch, head, query, key")
     with torch.no_grad():
-        off = (pattern.sum(-1) - 1).abs().max().item() if pattern.numel() else 0.0
+        sum_error = (pattern.sum(-1) - 1).abs().max().item() if pattern.numel() else 0.0
         lowest = pattern.min().item() if pattern.numel() else 0.0
     epsilon = torch.finfo(pattern.dtype).eps if pattern.is_floating_point() else 0.0
     rounding = min(pattern.shape[-1] * epsilon, 1e-3)
-    # Written so that NaN is refused too.
-    if not (lowest >= -rounding and off <= 1e-3):
+    # `not (... and ...)` also rejects NaN.
+    if not (lowest >= -rounding and sum_error <= 1e-3):
         raise ValueError(
-            f"the pattern has a lowest weight of {lowest:g} and rows up to {off:g} away from a sum "
-            "of 1; weights must be >= 0 and rows sum to 1 within 0.001"
+            f"the pattern has a lowest weight of {lowest:g} and row sums that differ from 1 by up "
+            f"to {sum_error:g}; weights must be >= 0 and rows sum to 1 within 0.001"
         )
 
     def edit(
@@ -265,8 +264,8 @@ def replace_pattern(pattern: Float[Tensor, "*batch_head query key"]) -> Edit:
     return edit
 
 
-class _Use:
-    """Whether the layer computes with the pattern it shows: values are mixed after it."""
+class _HookOrder:
+    """Checks in every pass that the layer runs its pattern hook before it computes z."""
 
     def __init__(self, layer: int) -> None:
         self._layer = layer
@@ -275,34 +274,31 @@ class _Use:
     def check(self, point: nn.Module, inputs: tuple[Any, ...], z: Tensor) -> None:
         if not self.edited:
             raise ProbeError(
-                f"layer {self._layer} mixes values before it shows its attention pattern, or shows "
-                "none: an edit would change nothing"
+                f"layer {self._layer} computes z before it runs its hook_pattern, or never runs "
+                "it: an edit would change nothing"
             )
         self.edited = False
 
 
-def _edits(
-    layer: int, edit: Edit, use: _Use
+def _editing_hook(
+    layer: int, edit: Edit, order: _HookOrder
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def replace(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor:
-        conversion: Any = getattr(point, "hook_conversion", None)
-        before = activation if conversion is None else conversion.convert(activation)
+        before = converted(point, activation)
         after = edit(before)
         if after.shape != before.shape:
             raise ProbeError(
-                f"the edit of layer {layer} makes shape {tuple(after.shape)} of a pattern of shape "
-                f"{tuple(before.shape)}"
+                f"the edit of layer {layer} changes the pattern's shape from {tuple(before.shape)} "
+                f"to {tuple(after.shape)}"
             )
-        use.edited = True
-        after = after.to(before)
-        edited: Tensor = after if conversion is None else conversion.revert(after)
-        return edited
+        order.edited = True
+        return reverted(point, after.to(before))
 
     return replace
 
 
 def _on_rows(rows: Sequence[int], head: int | None, change: Callable[[Tensor], Tensor]) -> Edit:
-    """An edit that hands the named rows, `[batch head row key]`, to `change`."""
+    """An edit that applies `change` to the rows, `[batch head row key]`, of one head or all."""
 
     def edit(
         pattern: Float[Tensor, "batch head query key"],
@@ -316,7 +312,7 @@ def _on_rows(rows: Sequence[int], head: int | None, change: Callable[[Tensor], T
             return pattern
         part = pattern if head is None else pattern[:, head : head + 1]
         index = torch.tensor(rows, device=pattern.device)
-        # Half precision would lose the small weights that scaling up makes large.
+        # Rescaling enlarges small weights, which half precision would have rounded too far.
         wide = part.index_select(2, index).to(torch.promote_types(part.dtype, torch.float32))
         changed = part.index_copy(2, index, change(wide).to(part.dtype))
         if head is None:
@@ -327,22 +323,22 @@ def _on_rows(rows: Sequence[int], head: int | None, change: Callable[[Tensor], T
 
 
 def _visible(rows: Sequence[int], part: Tensor) -> Tensor:
-    """`[row key]`: the keys that causal attention lets each row see."""
+    """The keys that each row may attend to under causal attention, `[row key]`."""
     queries = torch.tensor(rows, device=part.device)
     return torch.arange(part.shape[-1], device=part.device) <= queries.unsqueeze(1)
 
 
-def _mask(places: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
+def _mask(entries: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
     mask = torch.zeros(part.shape[-2:], dtype=torch.bool, device=part.device)
-    index = torch.tensor(places, device=part.device)
+    index = torch.tensor(entries, device=part.device)
     mask[index[:, 0], index[:, 1]] = True
     return mask
 
 
-def _uniform(where: Tensor, part: Tensor) -> Tensor:
-    return where.to(part.dtype) / where.sum(-1, keepdim=True).clamp(min=1)
+def _uniform(keys: Tensor, part: Tensor) -> Tensor:
+    return keys.to(part.dtype) / keys.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _check_order(query: int, key: int) -> None:
     if not 0 <= key <= query:
-        raise ValueError(f"(query {query}, key {key}) is no pair: it needs 0 <= key <= query")
+        raise ValueError(f"(query {query}, key {key}) is not allowed: it needs 0 <= key <= query")

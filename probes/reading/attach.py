@@ -1,10 +1,9 @@
 """Attach probes to a model for the length of a `with` block.
 
-Hooks are registered with torch itself on the model's hook points, not through
-`HookPoint.add_hook`: `model.reset_hooks()` and `model.hooks()` inside the block then cannot
-remove ours, and leaving the block removes ours alone. The backward side is a hook on the
-activation's own gradient rather than a module backward hook, which would make every activation
-a view that other people's hooks may no longer change in place.
+Probes register torch hooks on the model's hook points instead of calling `HookPoint.add_hook`:
+`model.reset_hooks()` and `model.hooks()` inside the block then do not remove them, and leaving the
+block removes no others. Gradients are read with `Tensor.register_hook`: a module backward hook
+would turn every activation into a view, which other hooks could no longer change in place.
 """
 
 from abc import ABC, abstractmethod
@@ -19,40 +18,40 @@ from torch import Tensor, nn
 from probes.reading.attention_check import FirstPassCheck
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import ATTENTION_MASK, TOKENS, hook_points, split_incoming
-from probes.reading.hooking import Hooks
+from probes.reading.hooking import Hooks, converted
 from probes.reading.labelled import LabelledTensor
 
 BackwardHook: TypeAlias = Callable[[Tensor], None]
-"""Receives the detached gradient of the loss with respect to one activation; must not change it."""
+"""Receives the detached gradient of the loss with respect to one activation; only reads it."""
 
 ForwardHook: TypeAlias = Callable[[Tensor], BackwardHook | None]
-"""Receives a detached activation; may return what to call with that same activation's gradient."""
+"""Receives a detached activation; may return the hook for the gradient of that activation."""
 
 
 class Probe(ABC):
-    """An instrument: hooks that read, and a reading of what they saw.
+    """An instrument: its hooks read activations, and `reading()` returns the result.
 
     A probe accumulates over every pass made while it is attached, in one `with` block or in
-    several, until `reset()`. Hooks get detached tensors which share memory with the model:
-    they read them and never write.
+    several, until `reset()`. Hooks receive detached tensors that share memory with the model:
+    they must not write to them.
     """
 
     _session: "_Session | None" = None
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """What to call at which hook point of `model`.
+        """The forward hooks by name of the hook point in `model`.
 
-        `hook_names.TOKENS` is called with the tokens, `hook_names.incoming(name)` with what
-        arrives at a hook point, before any hook there can change it, and `ATTENTION_MASK` with the
-        mask that came with the tokens, before any attention.
+        Besides hook points, three names are allowed: under `hook_names.TOKENS` the hook receives
+        the tokens, under `ATTENTION_MASK` the attention mask, before any attention is computed, and
+        under `hook_names.incoming(name)` the activation before other hooks at `name` change it.
 
         Raises:
             ProbeError: the model lacks what this probe reads.
         """
 
     def begin_pass(self) -> None:  # noqa: B027
-        """Called when the model is called, before anything else of that pass."""
+        """Called at the start of every pass through `model(...)`, before any hook of that pass."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -60,10 +59,10 @@ class Probe(ABC):
 
     @abstractmethod
     def reading(self) -> LabelledTensor:
-        """What was seen since the last reset.
+        """The result over all passes since the last reset.
 
         Raises:
-            ProbeError: nothing was seen yet.
+            ProbeError: there was no pass yet.
         """
 
 
@@ -73,20 +72,20 @@ Probes = TypeVarTuple("Probes")
 def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*Probes]]:
     """Let probes read every forward and backward pass made inside the block.
 
-    All of them share the passes that the caller makes. On leaving the block, by whatever
-    exception too, exactly the hooks added here are gone; hooks of others are not touched, and
-    blocks may be nested. A gradient probe also works on a model whose parameters are frozen.
+    All probes share the passes that the caller makes. Leaving the block, also by an exception,
+    removes exactly the hooks added here, and blocks may be nested. A gradient probe also works on a
+    model whose parameters are frozen.
 
-    The first pass of every model is checked: where attention rows do not sum to 1, patterns are
-    hidden, or are shown after use, a `ProbeWarning` at the end of the block says so in one line
-    (`check_attention` tries a model out).
+    `attach` checks the first pass of every model. If attention rows do not sum to 1, or a layer
+    runs no pattern hook, or runs it after using the pattern, a one-line `ProbeWarning` at the end
+    of the block says so (`check_attention` runs a fuller check).
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        *probes: the probes to attach; they keep what they saw after the block.
+        *probes: the probes to attach; they keep their readings after the block.
 
     Returns:
-        A context manager that gives the probes.
+        A context manager that returns the probes on entering.
 
     Raises:
         ProbeError: on entering: the model lacks what a probe reads, or a probe is already attached.
@@ -109,7 +108,7 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
 
 
 class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
-    """The block: a class, since a generator could be interrupted outside of its own code."""
+    """The block. A class, because Ctrl-C may hit a generator-based block outside its `finally`."""
 
     def __init__(self, model: nn.Module, probes: tuple[Probe, ...]) -> None:
         self._model = model
@@ -127,7 +126,7 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(None, None, None)
-        # A warning that is an error must break neither a pass nor hide the block's own error.
+        # A user may turn warnings into errors: warn after the passes, and never replace an error.
         if self._check is not None and error[0] is None:
             self._check.conclude(stacklevel=2)
 
@@ -143,7 +142,7 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
                 )
             self._hooks.finally_call(partial(_release, probe, session))
             probe._session = session
-            self._hooks.add_before(self._model, _begins(probe))
+            self._hooks.add_before(self._model, _pass_start_hook(probe))
             for name, hook in probe.hooks(self._model).items():
                 self._add(points, name, hook, session)
 
@@ -155,22 +154,22 @@ class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
             embed = getattr(self._model, TOKENS, None)
             if not isinstance(embed, nn.Module):
                 raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
-            self._hooks.add_before(embed, _reads_tokens(hook))
+            self._hooks.add_before(embed, _tokens_hook(hook))
             return
         if name == ATTENTION_MASK:
-            self._hooks.add_before(_takes_mask(self._model), _reads_mask(hook))
+            self._hooks.add_before(_module_with_mask(self._model), _mask_hook(hook))
             return
         point, before_hooks = split_incoming(name)
         if point not in points:
             raise ProbeError(f"{kind} has no hook point {point!r}")
         if before_hooks:
-            self._hooks.add_before(points[point], _reads_incoming(hook, session))
+            self._hooks.add_before(points[point], _incoming_hook(hook, session))
         else:
-            self._hooks.add(points[point], _reads_activation(hook, session))
+            self._hooks.add(points[point], _activation_hook(hook, session))
 
 
 class _Session:
-    """Whether the block is still open: a graph made inside it may be used after it."""
+    """Whether the block is still open: a backward pass may run after it and must not be read."""
 
     def __init__(self) -> None:
         self.open = True
@@ -184,7 +183,7 @@ def _release(probe: Probe, session: _Session) -> None:
         probe._session = None
 
 
-def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:
+def _tokens_hook(hook: ForwardHook) -> Callable[..., None]:
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         hook(tokens.detach())
@@ -192,15 +191,15 @@ def _reads_tokens(hook: ForwardHook) -> Callable[..., None]:
     return read
 
 
-def _begins(probe: Probe) -> Callable[..., None]:
+def _pass_start_hook(probe: Probe) -> Callable[..., None]:
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         probe.begin_pass()
 
     return begin
 
 
-def _takes_mask(model: nn.Module) -> nn.Module:
-    """What gets the attention mask in every pass: a bridge's wrapped model, or the first block."""
+def _module_with_mask(model: nn.Module) -> nn.Module:
+    """The module that receives the attention mask: a bridge's wrapped model, or the first block."""
     original: Any = getattr(model, "original_model", None)
     if isinstance(original, nn.Module):
         return original
@@ -211,63 +210,58 @@ def _takes_mask(model: nn.Module) -> nn.Module:
     return first
 
 
-def _reads_mask(hook: ForwardHook) -> Callable[..., None]:
+def _mask_hook(hook: ForwardHook) -> Callable[..., None]:
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if given is None or given.ndim < 2:
+            inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if inputs is None or inputs.ndim < 2:
                 return
-            mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+            mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         hook(mask.detach())
 
     return read
 
 
-def _reads_activation(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
+def _activation_hook(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
     def read(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor | None:
-        return _observed(point, activation, hook, session)
+        return _call_hook(point, activation, hook, session)
 
     return read
 
 
-def _reads_incoming(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
+def _incoming_hook(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
     def read(point: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (activation,) = args  # a hook point takes one tensor
-        leaf = _observed(point, activation, hook, session)
-        return None if leaf is None else ((leaf,), kwargs)
+        replacement = _call_hook(point, activation, hook, session)
+        return None if replacement is None else ((replacement,), kwargs)
 
     return read
 
 
-def _observed(
+def _call_hook(
     point: nn.Module, activation: Tensor, hook: ForwardHook, session: _Session
 ) -> Tensor | None:
-    """Have the hook called, now and with the gradient; what takes the activation's place."""
+    """Call the hook, and its backward hook once the gradient arrives.
+
+    Returns:
+        The tensor that replaces the activation in the pass; None to keep the activation.
+    """
     with torch.no_grad():
-        backward = hook(_converted(point, activation.detach()))
+        backward = hook(converted(point, activation.detach()))
     if backward is None or not torch.is_grad_enabled():
         return None
 
     def on_gradient(gradient: Tensor | None) -> None:
-        # None: compiled code computes with another copy of this activation.
+        # The gradient is None where compiled code computes with another copy of the activation.
         if session.open and gradient is not None:
             with torch.no_grad():
-                backward(_converted(point, gradient.detach()))
+                backward(converted(point, gradient.detach()))
 
     if activation.requires_grad:
         activation.register_hook(on_gradient)
         return None
-    # Nothing before this point is trainable: the same numbers as a new leaf of the graph.
+    # No earlier parameter is trainable, so no gradient would come: start the graph here.
     leaf = activation.detach().requires_grad_()
     leaf.register_hook(on_gradient)
-    return leaf.clone()  # a leaf itself may not be changed in place
-
-
-def _converted(point: nn.Module, values: Tensor) -> Tensor:
-    """Bridges may keep an activation in another layout than the one TransformerLens names."""
-    conversion: Any = getattr(point, "hook_conversion", None)
-    if conversion is None:
-        return values
-    converted: Tensor = conversion.convert(values)
-    return converted
+    return leaf.clone()  # torch forbids in-place changes of a leaf, and other hooks may make some

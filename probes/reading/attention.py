@@ -21,9 +21,9 @@ from probes.reading.records import Concatenated, LayerProbe, Moments, Sum
 class AttentionPattern(LayerProbe[Concatenated | Sum]):
     """The attention pattern `softmax(scores)` of every head.
 
-    The reading has axes `("layer", "batch", "head", "query", "key")`; several batches follow
-    one another along `batch`. With `reduce="mean"` it is the mean over all sequences seen and
-    has no `batch` axis: a running sum, so memory does not grow.
+    The reading has axes `("layer", "batch", "head", "query", "key")`; several batches are
+    concatenated along `batch`. With `reduce="mean"` it is the mean over all sequences, without a
+    `batch` axis; only a running sum is kept, so memory does not grow.
 
     Args:
         layers: one layer, several, or None for every layer that has attention.
@@ -39,7 +39,7 @@ class AttentionPattern(LayerProbe[Concatenated | Sum]):
         super().__init__(layers, Concatenated if reduce is None else Sum)
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """Read the pattern of every chosen layer."""
+        """One hook on the pattern of every chosen layer."""
         return {
             hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
         }
@@ -47,14 +47,11 @@ class AttentionPattern(LayerProbe[Concatenated | Sum]):
     def _read(self, layer: int, pattern: Tensor) -> None:
         self._records[layer].add(pattern)
 
-    def _seen(self) -> str:
-        return "forward pass"
-
     def reading(self) -> LabelledTensor:
         """Attention from each query to each key; rows sum to 1.
 
         Raises:
-            ProbeError: no forward pass was seen.
+            ProbeError: there was no forward pass yet.
         """
         records = self._complete_records()
         values = self._stack(
@@ -70,10 +67,10 @@ class AttentionPattern(LayerProbe[Concatenated | Sum]):
 
 @runtime_checkable
 class LossScaler(Protocol):
-    """What multiplies a loss before the backward pass, such as `torch.amp.GradScaler`."""
+    """An object that multiplies a loss before the backward pass, such as `torch.amp.GradScaler`."""
 
     def get_scale(self) -> float:
-        """The factor that the next backward pass runs with."""
+        """The factor of the next backward pass."""
         ...
 
 
@@ -81,33 +78,34 @@ class AttentionGradient(LayerProbe[Moments]):
     """The gradient of the user's loss with respect to attention, summed over sequences.
 
     The reading is `Σ_b ∂L/∂scores[b, head, query, key]` (`wrt="scores"`: before the softmax) or
-    `Σ_b ∂L/∂pattern[b, head, query, key]` (`wrt="pattern"`: after it; does not shrink when the
-    softmax saturates), with axes `("layer", "head", "query", "key")`, in units of the loss.
-    `stderr()` is the standard error of that sum. Entries that the model masks are exact zeros.
+    `Σ_b ∂L/∂pattern[b, head, query, key]` (`wrt="pattern"`: after the softmax; does not shrink when
+    the softmax saturates), with axes `("layer", "head", "query", "key")`, in units of the loss.
+    `stderr()` is the standard error of that sum. Entries that the model masks are exactly 0.
 
-    The gradient on scores is computed from the pattern A, `dS = A ∘ (dA - Σ_key A·dA)`: some
-    bridges show their pattern where scores are to be read. Masked is what the scores say, where
-    they are shown before the pattern, and else every key with a weight of exactly 0.
+    The gradient on scores is computed from the pattern A, `dS = A ∘ (dA - Σ_key A·dA)`, because
+    some bridges run the scores hook with the pattern. An entry is masked if its score is the
+    lowest of its type; where no scores are read before the pattern, if its weight is exactly 0.
 
     The sum runs over every sequence of every backward pass since the last reset. With a loss
     that is a mean over its batch, divide by `batches` to get the gradient of the mean loss.
-    Only two float64 sums per layer are kept between passes.
+    The probe keeps only two float64 sums per layer between passes.
 
     Args:
         wrt: "scores" or "pattern".
         layers: one layer, several, or None for every layer that has attention.
-        centred: subtract from each row of each sequence its mean over the visible keys. A pattern's
-            rows sum to 1, so only differences within a row can be followed; under uniform
-            attention over i keys the gradient of the scores is this, divided by i.
-        loss_scale: what the loss was multiplied by before the backward pass: a number, or the
-            GradScaler that did it (asked in every backward pass: its factor changes). The reading
-            is divided by it. None: nothing; a pass under float16 autocast then gives a warning. A
-            pass that overflows leaves a reading without finite values: reset() after it, as the
-            scaler skips its step.
+        centred: subtract from each row of each sequence its mean over the visible keys. The rows
+            of a pattern sum to 1, so only differences within a row matter to training; under
+            uniform attention over i keys the centred gradient is i times that of the scores.
+        loss_scale: the factor by which the reading is divided, because the loss was multiplied by
+            it before the backward pass: a number, or the GradScaler, whose factor is read in every
+            backward pass. None divides by nothing and warns under float16 autocast. After a pass
+            that overflows the reading is not finite: call reset(), as the scaler skips its step.
 
     Raises:
         ValueError: `wrt` is neither "scores" nor "pattern", or a scale that is not above 0.
     """
+
+    _pass_kind = "backward pass"
 
     def __init__(
         self,
@@ -130,28 +128,29 @@ class AttentionGradient(LayerProbe[Moments]):
         self._forget()
 
     def _forget(self) -> None:
-        self._dropped: set[int] = set()
-        self._reached: set[int] = set()
+        self._unknown_dropout: set[int] = set()
+        self._z_has_gradient: set[int] = set()
         self._float16 = False
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """Read the gradient at every chosen layer, and which of its entries are masked."""
+        """Hooks that read the gradient at every chosen layer, and which entries are masked."""
         points = hook_names.hook_points(model)
         self._scores.clear()
         self._scores_come_late.clear()
         hooks: dict[str, ForwardHook] = {}
         if hasattr(model, "original_model") and hook_names.EMBEDDED in points:
-            # A bridge may show its pattern after use: a frozen one needs a graph from the start.
+            # A bridge may run the pattern hook after it uses the pattern: if its parameters are
+            # frozen, the graph must begin before.
             hooks[hook_names.EMBEDDED] = lambda _: _ignore
         for layer in self._layers(model):
             scores, pattern = hook_names.attn_scores(layer), hook_names.pattern(layer)
             if scores in points:
                 hooks[scores] = partial(self._at_scores, layer)
-            if self._wrt == "scores":  # scores lie before whatever an edit makes of the pattern
+            if self._wrt == "scores":  # the softmax's own output, before edits of the pattern
                 pattern = hook_names.incoming(pattern)
             hooks[pattern] = partial(self._at_pattern, layer)
             if hook_names.z(layer) in points:
-                hooks[hook_names.z(layer)] = partial(self._at_mixed, layer)
+                hooks[hook_names.z(layer)] = partial(self._at_z, layer)
         return hooks
 
     def _at_scores(self, layer: int, scores: Tensor) -> None:
@@ -160,7 +159,7 @@ class AttentionGradient(LayerProbe[Moments]):
 
     def _at_pattern(self, layer: int, pattern: Tensor) -> BackwardHook:
         scores = self._scores.pop(layer, None)
-        if scores is None:  # what comes later there is the pattern once more
+        if scores is None:  # a scores hook that runs after this one gets the pattern again
             self._scores_come_late.add(layer)
             masked = pattern == 0
         else:
@@ -171,25 +170,25 @@ class AttentionGradient(LayerProbe[Moments]):
             self._float16 |= torch.get_autocast_dtype(device) == torch.float16
         if self._wrt == "pattern":
             return partial(self._add, layer, masked)
-        pattern = pattern.clone()  # others may write into the model's
+        pattern = pattern.clone()  # later hooks may change the model's tensor in place
         softmax: Tensor | None = pattern
         if row_sums(pattern)[1].item() > 1 + row_sum_tolerance(pattern):
             softmax = None if scores is None else _before_dropout(pattern, scores)
         return partial(self._add_score_gradient, layer, masked, pattern, softmax)
 
-    def _at_mixed(self, layer: int, mixed: Tensor) -> BackwardHook:
-        return lambda _: self._reached.add(layer)
+    def _at_z(self, layer: int, z: Tensor) -> BackwardHook:
+        return lambda _: self._z_has_gradient.add(layer)
 
     def _add_score_gradient(
         self, layer: int, masked: Tensor, pattern: Tensor, softmax: Tensor | None, gradient: Tensor
     ) -> None:
         if softmax is None:
-            self._dropped.add(layer)
+            self._unknown_dropout.add(layer)
         else:
             self._add(layer, masked, _score_gradient(pattern, softmax, gradient))
 
     def _add(self, layer: int, masked: Tensor, gradient: Tensor) -> None:
-        # At masked entries a pattern's gradient is not zero.
+        # The gradient of a pattern is not 0 at masked entries.
         gradient = gradient.masked_fill(masked, 0.0)
         if self._centred:
             n_visible = (~masked).expand_as(gradient).sum(-1, keepdim=True)
@@ -206,16 +205,18 @@ class AttentionGradient(LayerProbe[Moments]):
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / factor
 
     def _complete_records(self) -> dict[int, Moments]:
-        if self._dropped:
+        if self._unknown_dropout:
             raise ProbeError(
-                f"attention dropout was on in layers {sorted(self._dropped)}, whose scores are not "
-                'shown: call model.eval() before the pass, or read wrt="pattern"; then reset()'
+                f"attention dropout was on in layers {sorted(self._unknown_dropout)}, which do not "
+                "expose their scores: call model.eval() before the pass, or read "
+                'wrt="pattern"; then reset()'
             )
-        unread = [layer for layer in sorted(self._reached) if not self._records[layer].batches]
+        with_gradient = sorted(self._z_has_gradient)
+        unread = [layer for layer in with_gradient if not self._records[layer].batches]
         if unread:
             raise ProbeError(
-                f"gradients reach the mixed values of layers {unread}, but not their attention "
-                "patterns: the model, or an edit, computes with other patterns than it shows"
+                f"gradients reach the mixed values of layers {unread}, but not the patterns at "
+                "their hook_pattern: the model, or an edit, computes with other patterns"
             )
         if self._float16 and self._loss_scale is None:
             warnings.warn(
@@ -226,9 +227,6 @@ class AttentionGradient(LayerProbe[Moments]):
             )
         return super()._complete_records()
 
-    def _seen(self) -> str:
-        return "backward pass"
-
     def reset(self) -> None:
         """Forget every pass seen so far."""
         super().reset()
@@ -238,7 +236,7 @@ class AttentionGradient(LayerProbe[Moments]):
         """The summed gradient `Σ_b ∂L/∂attention[b]`.
 
         Raises:
-            ProbeError: no backward pass was seen.
+            ProbeError: there was no backward pass yet.
         """
         sums = {layer: record.sum() for layer, record in self._complete_records().items()}
         return self._labelled(f"attention_gradient_{self._wrt}", sums)
@@ -250,11 +248,11 @@ class AttentionGradient(LayerProbe[Moments]):
         independent draws and the loss a sum (or mean) over them.
 
         Raises:
-            ProbeError: fewer than two sequences were seen.
+            ProbeError: there were fewer than two sequences.
         """
         records = self._complete_records()
         if any(record.sequences < 2 for record in records.values()):
-            raise ProbeError("a standard error needs at least two sequences, 1 was seen")
+            raise ProbeError("a standard error needs at least two sequences, found 1")
         errors = {layer: record.stderr() for layer, record in records.items()}
         return self._labelled(f"attention_gradient_{self._wrt}_stderr", errors)
 
@@ -264,17 +262,17 @@ class AttentionGradient(LayerProbe[Moments]):
 
 
 def _score_gradient(pattern: Tensor, softmax: Tensor, gradient: Tensor) -> Tensor:
-    """`P ∘ dP - A · Σ_key P·dP`: A is the softmax, P what is left of it after dropout (else A)."""
+    """`P ∘ dP - A · Σ_key P·dP`: A is the softmax, P the pattern after dropout (without: A)."""
     wide = torch.promote_types(pattern.dtype, torch.float32)
     weighted = pattern.to(wide) * gradient.to(wide)
     return weighted - softmax.to(wide) * weighted.sum(-1, keepdim=True)
 
 
 def _before_dropout(pattern: Tensor, scores: Tensor) -> Tensor | None:
-    """The softmax of these scores, if the pattern is what dropout left of it.
+    """The softmax of the scores, or None if dropout of it cannot give the pattern.
 
-    Dropout multiplies what it keeps by one factor; the largest weights tell, rounding does not
-    touch them.
+    Dropout multiplies every weight that it keeps by the same factor. The test uses only softmax
+    weights above 0.01, whose relative rounding error is small.
     """
     wide = torch.promote_types(pattern.dtype, torch.float32)
     softmax = scores.to(wide).softmax(-1).nan_to_num(0.0)
@@ -286,4 +284,4 @@ def _before_dropout(pattern: Tensor, scores: Tensor) -> Tensor | None:
 
 
 def _ignore(gradient: Tensor) -> None:
-    """Ask for a gradient without a use for it: the graph then begins here at the latest."""
+    """A backward hook that does nothing: its presence makes the graph begin at its activation."""

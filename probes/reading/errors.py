@@ -1,9 +1,9 @@
-"""What probes raise and warn with: a single line that says what is missing."""
+"""The error and the warning of probes; both messages are one line."""
 
 
 class ProbeError(RuntimeError):
-    """A probe cannot be attached to this model, or has nothing to report yet."""
+    """A probe cannot read this model or these tokens, or has no reading yet."""
 
 
 class ProbeWarning(UserWarning):
-    """Something that probes offer does not hold on this model or in this pass."""
+    """A reading may be wrong on this model or in this pass."""

@@ -1,4 +1,4 @@
-"""Names of the places in a TransformerLens model: the only module that spells them.
+"""Names of TransformerLens hook points, which no other module spells out.
 
 HookedTransformer and TransformerBridge share these names (a bridge by alias).
 """
@@ -11,13 +11,13 @@ from torch import nn
 from probes.reading.errors import ProbeError
 
 TOKENS = "embed"
-"""The embedding module; its input is the token batch, whatever the user passed to the model."""
+"""The embedding module. Its input is always the token batch, even if the user passed text."""
 
 EMBEDDED = "hook_embed"
-"""The token embeddings: where a forward pass begins."""
+"""Name of the token embeddings, the first hook point of a forward pass."""
 
 ATTENTION_MASK = "attention_mask"
-"""The attention mask `[batch pos]` of the pass, as it reaches the layers: 1 where none came."""
+"""Stands for the attention mask `[batch pos]` that the layers get; all 1 if they get none."""
 
 _INCOMING = ".incoming"
 
@@ -53,7 +53,7 @@ def z(layer: int) -> str:
 
 
 def incoming(name: str) -> str:
-    """Names what arrives at a hook point, before any hook there can change it.
+    """Name of the activation that enters a hook point, before hooks there can change it.
 
     >>> incoming(pattern(3))
     'blocks.3.attn.hook_pattern.incoming'
@@ -62,7 +62,7 @@ def incoming(name: str) -> str:
 
 
 def split_incoming(name: str) -> tuple[str, bool]:
-    """The hook point of a name, and whether the name is one of `incoming`.
+    """The hook point of a name, and whether `incoming` made the name.
 
     >>> split_incoming(incoming(pattern(3)))
     ('blocks.3.attn.hook_pattern', True)
@@ -71,7 +71,7 @@ def split_incoming(name: str) -> tuple[str, bool]:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Every module that runs; a bridge keeps the model it wraps outside its own tree."""
+    """Every module of a model, with those of the wrapped model that a bridge does not list."""
     original = getattr(model, "original_model", None)
     return [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
 
@@ -88,16 +88,16 @@ def hook_points(model: nn.Module) -> Mapping[str, nn.Module]:
         wrapped = getattr(model, "module", None)
         if isinstance(getattr(wrapped, "hook_dict", None), Mapping):
             raise ProbeError(
-                f"{kind} wraps a {type(wrapped).__name__}: attach to its .module; "
-                "passes through the wrapper are then seen, those of this process alone"
+                f"{kind} wraps a {type(wrapped).__name__}: attach to its .module, which reads "
+                "passes through the wrapper too, but only those of this process"
             )
         raise ProbeError(
             f"{kind} has no hook points: probes need a HookedTransformer or a TransformerBridge"
         )
     if any(_is_compiled(module) for module in modules_of(model)):
         raise ProbeError(
-            f"this {kind} was compiled with torch.compile, and compiled code may pass over hooks "
-            "that are added later: attach to the model as it was before, and run that"
+            f"this {kind} was compiled with torch.compile, and compiled code may skip hooks that "
+            "are added later: attach to the uncompiled model and run that"
         )
     return points
 
@@ -106,7 +106,7 @@ def config_of(model: nn.Module) -> Any:
     """A model's configuration.
 
     Raises:
-        ProbeError: it has none: the model is not a TransformerLens model, or is wrapped.
+        ProbeError: the model has none, as it is not a TransformerLens model, or is wrapped.
     """
     config = getattr(model, "cfg", None)
     if config is None:
@@ -116,7 +116,7 @@ def config_of(model: nn.Module) -> Any:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, which wraps it, or by `module.compile()`."""
+    """Whether `torch.compile(module)`, which wraps it, or `module.compile()` compiled a module."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
@@ -128,10 +128,10 @@ def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]
         layers: one layer, several, or None for every layer that has attention.
 
     Returns:
-        The layer numbers, in the order asked for, without repeats.
+        The layer numbers in the given order, without repeats.
 
     Raises:
-        ProbeError: a layer does not exist, has no attention, or no layer has.
+        ProbeError: a layer does not exist or has no attention, or no layer of the model has.
     """
     points = hook_points(model)
     config = config_of(model)
@@ -143,7 +143,7 @@ def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]
         return tuple(with_attention)
     wanted = tuple(dict.fromkeys([layers] if isinstance(layers, int) else layers))
     if not wanted:
-        raise ProbeError("no layer was asked for: pass layer numbers, or None for all")
+        raise ProbeError("layers is empty: pass layer numbers, or None for all")
     for layer in wanted:
         if not 0 <= layer < n_layers:
             raise ProbeError(

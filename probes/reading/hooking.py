@@ -1,15 +1,15 @@
-"""Hooks that are gone after a block, whatever happened in it and whenever it was interrupted.
+"""Forward hooks that a `with` block always removes, also when Ctrl-C interrupts it.
 
-Ctrl-C may come between any two steps, also between the making of a hook and the storing of its
-handle. So what is going to be hooked is written down first, and a hook is removed by looking for
-itself on the module: that it may not be there yet, or not any more, is no error.
+Ctrl-C may come at any point, also between registering a hook and storing its handle. `Hooks`
+therefore lists a hook before registering it, and removes it by searching the module for it: a hook
+that was not registered yet, or is already removed, is no error.
 """
 
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 Hook: TypeAlias = Callable[..., Any]
 
@@ -17,7 +17,8 @@ Hook: TypeAlias = Callable[..., Any]
 class Hooks:
     """Forward hooks for the length of a `with` block; several blocks may end in any order.
 
-    `add` and `finally_call` inside the block, or before it, decide what the end of it takes back.
+    The end of the block removes every hook added before or inside it and makes every call that was
+    passed to `finally_call`.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class Hooks:
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def finally_call(self, call: Callable[[], None]) -> None:
-        """Make a call at the end, which may be made twice."""
+        """Make a call at the end of the block; an interrupted end may make it twice."""
         self._calls.append(call)
 
     def remove(self) -> None:
-        """Take everything back; a second time does nothing."""
-        # An entry is forgotten only when it is done: an interrupted removal can be taken up again.
+        """Remove the hooks and make the final calls; a second time does nothing."""
+        # An entry leaves its list only once it is done, so an interrupted removal can be resumed.
         while self._hooked:
-            _take_off(*self._hooked[-1])
+            _remove_hook(*self._hooked[-1])
             self._hooked.pop()
         while self._calls:
             self._calls[-1]()
@@ -60,19 +61,19 @@ class Hooks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take everything back."""
+        """Remove the hooks and make the final calls."""
         try:
             self.remove()
-        finally:  # once more after Ctrl-C in the middle of it
+        finally:  # Ctrl-C may have interrupted the first call
             self.remove()
 
     def __del__(self) -> None:
-        # Ctrl-C on the very step that enters or leaves a block: Python then calls no __exit__.
+        # Python skips __exit__ if Ctrl-C comes just as a block is entered or left.
         self.remove()
 
 
 def _unique(hook: Hook) -> Hook:
-    """A new function, so that the same hook on the same module twice are two."""
+    """A new function that calls the hook: the same hook may then be added to a module twice."""
 
     def call(*arguments: Any) -> Any:
         return hook(*arguments)
@@ -80,11 +81,25 @@ def _unique(hook: Hook) -> Hook:
     return call
 
 
-def _take_off(module: nn.Module, hook: Hook) -> None:
-    for place, with_kwargs in (
+def _remove_hook(module: nn.Module, hook: Hook) -> None:
+    for registered, with_kwargs in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
-        for number in [number for number, found in place.items() if found is hook]:
+        for number in [number for number, other in registered.items() if other is hook]:
             with_kwargs.pop(number, None)
-            place.pop(number, None)
+            registered.pop(number, None)
+
+
+def converted(point: nn.Module, activation: Tensor) -> Tensor:
+    """The activation in TransformerLens's layout; some hook points of bridges use another one."""
+    conversion: Any = getattr(point, "hook_conversion", None)
+    values: Tensor = activation if conversion is None else conversion.convert(activation)
+    return values
+
+
+def reverted(point: nn.Module, values: Tensor) -> Tensor:
+    """The inverse of `converted`: values in the layout of the hook point itself."""
+    conversion: Any = getattr(point, "hook_conversion", None)
+    activation: Tensor = values if conversion is None else conversion.revert(values)
+    return activation

@@ -20,10 +20,10 @@ class LabelledTensor:
         name: the quantity, such as `attention_pattern`.
         values: the numbers.
         axes: one name per dimension of `values`.
-        coords: for some axes, the label of every index (layer numbers, score names).
+        coords: labels of every index on some axes (layer numbers, score names).
 
     Raises:
-        ValueError: names and labels do not fit the shape of the values.
+        ValueError: the names or labels do not fit the shape of the values.
 
     >>> axes = ("layer", "head", "query", "key")
     >>> pattern = LabelledTensor(
@@ -62,14 +62,14 @@ class LabelledTensor:
     def sel(self, **labels: Label) -> "LabelledTensor":
         """Pick one entry along each named axis; those axes disappear.
 
-        On an axis with coordinates the label is looked up there (layer numbers, score
-        names); on any other it is an index, negative from the end.
+        On an axis with coordinates, the label is one of them (a layer number, a score name); on
+        any other axis it is an index, which may be negative.
 
         Args:
             **labels: axis name = label.
 
         Returns:
-            The remaining axes (a view of the same numbers).
+            The remaining axes; the values are a view.
 
         Raises:
             ValueError: no such axis, or no such label on it.
@@ -83,13 +83,13 @@ class LabelledTensor:
         return self._keep(self.values[index], drop=tuple(picked))
 
     def mean(self, axis: str) -> "LabelledTensor":
-        """Mean along an axis, `Σ x / n`, over the entries that are not NaN."""
+        """Mean along an axis, `Σ x / n` over the entries that are not NaN."""
         return self._keep(self.values.nanmean(self._dim(axis)), drop=(axis,))
 
     def stderr(self, axis: str) -> "LabelledTensor":
-        """Standard error of that mean, `sqrt(Σ (x - mean)² / (n - 1) / n)`.
+        """Standard error of `mean(axis)`, `sqrt(Σ (x - mean)² / (n - 1) / n)`.
 
-        Entries that are NaN are left out; NaN where fewer than two remain.
+        The sum skips NaN; the result is NaN where fewer than two entries remain.
         """
         dim = self._dim(axis)
         n = self.values.isfinite().sum(dim).to(self.values.dtype)

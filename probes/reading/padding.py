@@ -1,4 +1,4 @@
-"""Which positions of a batch hold text, and which only fill it up to one length."""
+"""Which positions of a batch hold text, and which are padding."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ def real_positions(
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
 ) -> Bool[Tensor, "batch pos"] | None:
-    """True where a sequence holds text; None where nothing says that any position does not.
+    """True at text, False at padding; None if no position is padding.
 
-    With a mask, where it is not 0. Without one, everywhere but in the runs of the tokenizer's PAD
-    token at both ends of a sequence; where that is the BOS too, and the model is given one, the
-    last of a leading run is the BOS and stays.
+    With a mask, padding is where the mask is 0. Without one, it is the runs of the tokenizer's PAD
+    token at both ends of a sequence. If PAD is also the BOS, and the model expects a BOS, the last
+    token of a leading run is the BOS and counts as text.
 
     Raises:
-        ValueError: the mask has another shape than the tokens.
+        ValueError: the mask and the tokens differ in shape.
 
     >>> import torch
     >>> mask = torch.tensor([[0, 1, 1]])
@@ -41,18 +41,18 @@ def real_positions(
         has_bos = getattr(tokenizer, "bos_token_id", None) == pad and getattr(
             config, "default_prepend_bos", True
         )
-        real = _between_runs(tokens, pad, has_bos=has_bos)
+        real = _inside_padding(tokens, pad, has_bos=has_bos)
     return None if bool(real.all()) else real
 
 
-def _between_runs(tokens: Tensor, pad: int, *, has_bos: bool) -> Tensor:
+def _inside_padding(tokens: Tensor, pad: int, *, has_bos: bool) -> Tensor:
+    """True from the first to the last token that is not `pad`, with the BOS before the first."""
     is_text = tokens != pad
-    begun = is_text.cumsum(-1) > 0
+    after_start = is_text.cumsum(-1) > 0
     if has_bos:
-        # The position before the first token of text.
-        begun[:, :-1] |= begun[:, 1:]
-    not_over = is_text.flip(-1).cumsum(-1).flip(-1) > 0
-    return begun & not_over
+        after_start[:, :-1] |= after_start[:, 1:]
+    before_end = is_text.flip(-1).cumsum(-1).flip(-1) > 0
+    return after_start & before_end
 
 
 def pairs_of(real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:

@@ -1,4 +1,4 @@
-"""Run a model over many sequences in batches of bounded memory and leave it as it was."""
+"""Run a model over many sequences in batches of bounded memory, without changing the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import config_of, hook_points, modules_of, pattern
-from probes.reading.hooking import Hooks
+from probes.reading.hooking import Hooks, converted
 from probes.reading.padding import real_positions
 
 MAX_BATCH_BYTES = 64 * 2**20
-"""Default limit on the estimated activations of one batch."""
+"""Default limit on the estimated activations of one batch, in bytes."""
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode as before after it.
+    """Evaluation mode without gradients inside the block; then every module gets its mode back.
 
     >>> model = nn.Dropout()
     >>> with undisturbed(model):
@@ -37,7 +37,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         try:
             _set_modes(modules, modes)
-        finally:  # once more after Ctrl-C in the middle of it
+        finally:  # Ctrl-C may have interrupted the first call
             _set_modes(modules, modes)
 
 
@@ -47,15 +47,15 @@ def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its tokens: the device of its first parameter."""
+    """The device for the model's tokens: that of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]:
-    """The tokens on the model's device, if it can take them.
+    """The tokens on the model's device, checked against its vocabulary and context.
 
     Raises:
-        ValueError: not a non-empty integer tensor `[batch, pos]`.
+        ValueError: the tokens are not a non-empty integer tensor `[batch, pos]`.
         ProbeError: a token outside the vocabulary, or a sequence longer than the context.
     """
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or not tokens.numel():
@@ -80,9 +80,9 @@ def checked_tokens(model: nn.Module, tokens: Tensor) -> Int[Tensor, "batch pos"]
 def batch_rows(model: nn.Module, pos: int, max_bytes: int, *, logits: bool = False) -> int:
     """How many sequences of `pos` tokens one pass may take; at least 1.
 
-    The estimate of one sequence's peak: four score-sized tensors (scores, mask, pattern, copy),
-    four of the MLP's width, eight of the residual stream's, and three of the vocabulary's where
-    logits are made (a bridge always makes them).
+    The estimated peak of one sequence is four score-sized tensors (scores, mask, pattern, copy),
+    four of the MLP's width, eight of the residual stream's, and three of the vocabulary's if the
+    pass computes logits (a bridge always does).
 
     Raises:
         ValueError: the limit is not positive.
@@ -104,40 +104,38 @@ def run(
     tokens: Int[Tensor, "batch pos"],
     real: Bool[Tensor, "batch pos"] | None = None,
 ) -> None:
-    """One forward pass for its hooks' sake; a HookedTransformer then skips the unembedding.
+    """One forward pass only for its hooks; a HookedTransformer then skips the unembedding.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         tokens: its input.
-        real: False at padding, which the model is then told; None where there is none.
+        real: False at padding, passed on as attention mask; None if there is no padding.
     """
-    model(tokens, return_type=None, **_told(real))
+    model(tokens, return_type=None, **_mask_argument(real))
 
 
-def _told(real: Tensor | None) -> dict[str, Tensor]:
+def _mask_argument(real: Tensor | None) -> dict[str, Tensor]:
     return {} if real is None else {"attention_mask": real.long()}
 
 
 def attends_ahead(model: nn.Module) -> bool:
-    """Whether any head attends to later tokens, as in BERT: seen in a pass of three tokens.
+    """Whether any head attends to later tokens, as in BERT, in a pass over three tokens.
 
-    Such a model knows the next token when it is asked for it, so that a loss says nothing.
+    Such a model reads the next token before predicting it: its next-token loss has no meaning.
     """
     points = hook_points(model)
     config: Any = model.cfg
     ahead: list[bool] = []
 
-    def look(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
-        conversion: Any = getattr(point, "hook_conversion", None)
-        shown = activation if conversion is None else conversion.convert(activation)
-        ahead.append(bool(shown.triu(1).any()))
+    def check(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
+        ahead.append(bool(converted(point, activation).triu(1).any()))
 
     length = min(3, config.n_ctx)
     tokens = torch.arange(length, device=device_of(model)).unsqueeze(0) % config.d_vocab
     with undisturbed(model), Hooks() as hooks:
         for layer in range(config.n_layers):
             if pattern(layer) in points:
-                hooks.add(points[pattern(layer)], look)
+                hooks.add(points[pattern(layer)], check)
         run(model, tokens)
     return any(ahead)
 
@@ -149,12 +147,12 @@ def token_losses(
     attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
     max_batch_bytes: int = MAX_BATCH_BYTES,
 ) -> Float[Tensor, "batch pos-1"]:
-    """Loss of every token after the first, `-log p(t[i+1] | t[0..i])` at index i.
+    """Loss of every token after the first: `-log p(t[i+1] | t[0..i])` at index i.
 
     Args:
         model: a HookedTransformer or TransformerBridge; left as it was.
         tokens: sequences of at least two tokens.
-        attention_mask: 0 at padding; None for what the tokenizer's PAD token tells, see
+        attention_mask: 0 at padding; None to find padding by the tokenizer's PAD token, see
             `padding.real_positions`.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
 
@@ -162,9 +160,9 @@ def token_losses(
         Losses in nats, `[batch, pos - 1]`; NaN where this token or the next is padding.
 
     Raises:
-        ValueError: the tokens are no `[batch, pos]` with pos >= 2, or the mask has another shape.
-        ProbeError: tokens outside the vocabulary or context, or a model that does not predict
-            the tokens it reads, or that sees the tokens it predicts.
+        ValueError: the tokens are not `[batch, pos]` with pos >= 2, or the mask differs in shape.
+        ProbeError: tokens outside the vocabulary or context, or a model that predicts another
+            vocabulary, or that attends to later tokens.
     """
     tokens = checked_tokens(model, tokens)
     if tokens.shape[1] < 2:
@@ -178,8 +176,8 @@ def token_losses(
     config: Any = model.cfg
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
     with undisturbed(model):
-        for batch, there in split(rows, tokens, real):
-            logits: Tensor = model(batch, return_type="logits", **_told(there))
+        for batch, batch_real in split(rows, tokens, real):
+            logits: Tensor = model(batch, return_type="logits", **_mask_argument(batch_real))
             if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
                 raise ProbeError(
                     f"a loss needs logits for every token of the vocabulary, "
@@ -190,14 +188,15 @@ def token_losses(
             losses.append(
                 torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
             )
-    found = torch.cat(losses)
+    token_loss = torch.cat(losses)
     if real is None:
-        return found
-    return found.masked_fill(~(real[:, :-1] & real[:, 1:]).to(found.device), torch.nan)
+        return token_loss
+    both_real = (real[:, :-1] & real[:, 1:]).to(token_loss.device)
+    return token_loss.masked_fill(~both_real, torch.nan)
 
 
 def split(rows: int, tokens: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Batches of so many sequences, of tokens and what belongs to them (None stays None)."""
+    """Batches of `rows` sequences of the tokens and of each further tensor (None stays None)."""
     parts = [tokens.split(rows)]
     parts += [(None,) * len(parts[0]) if other is None else other.split(rows) for other in others]
     yield from zip(*parts, strict=True)

@@ -1,4 +1,4 @@
-"""What a probe has seen so far, layer by layer."""
+"""Records accumulate the values that a probe reads, one record per layer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Record(ABC):
     """Accumulates one layer's batches.
 
     Attributes:
-        batches: how many were taken in.
+        batches: how many batches were added.
     """
 
     def __init__(self) -> None:
@@ -24,18 +24,18 @@ class Record(ABC):
 
     @abstractmethod
     def add(self, values: Tensor) -> None:
-        """Take in one batch `[batch ...]`; its first dimension is the sequences."""
+        """Add one batch `[batch ...]`; its first dimension is the sequences."""
 
 
 class Concatenated(Record):
-    """Every batch, one after another along the first dimension."""
+    """Concatenates all batches along the first dimension."""
 
     def __init__(self) -> None:
         super().__init__()
         self._parts: list[Tensor] = []
 
     def add(self, values: Tensor) -> None:
-        """Take in one batch `[batch ...]` (kept as it is, not copied)."""
+        """Add one batch `[batch ...]`, without copying it."""
         if self._parts:
             _require_same_shape(self._parts[0].shape[1:], values.shape[1:])
         self._parts.append(values)
@@ -56,7 +56,7 @@ class Sum(Record):
         self._dtype = torch.float32
 
     def add(self, values: Tensor) -> None:
-        """Take in one batch `[batch ...]`."""
+        """Add one batch `[batch ...]`."""
         if self.batches:
             _require_same_shape(self._sum.shape, values.shape[1:])
         self._dtype = torch.promote_types(values.dtype, torch.float32)
@@ -65,7 +65,7 @@ class Sum(Record):
         self.batches += 1
 
     def sum(self) -> Tensor:
-        """`Σ_b x_b`, `[...]`, at least float32."""
+        """`Σ_b x_b`, `[...]`, in float32 or wider."""
         return self._sum.to(self._dtype)
 
     def mean(self) -> Tensor:
@@ -81,16 +81,16 @@ class Moments(Sum):
         self._squares = torch.zeros(())
 
     def add(self, values: Tensor) -> None:
-        """Take in one batch `[batch ...]`."""
-        slices = values.to(_wide(values), copy=True)
-        super().add(slices)
+        """Add one batch `[batch ...]`."""
+        wide = values.to(_wide(values), copy=True)
+        super().add(wide)
         self._dtype = torch.promote_types(values.dtype, torch.float32)
-        self._squares = self._squares + slices.square_().sum(0)
+        self._squares = self._squares + wide.square_().sum(0)
 
     def stderr(self) -> Tensor:
-        """`sqrt(B · s²)`, `s²` the sample variance over the B sequences; needs B >= 2."""
-        spread = self.sequences * self._squares - self._sum.square()
-        return (spread.clamp(min=0) / (self.sequences - 1)).sqrt().to(self._dtype)
+        """`sqrt(B · s²)` with `s²` the sample variance over the B sequences; needs B >= 2."""
+        scaled = self.sequences * self._squares - self._sum.square()  # B (B - 1) s²
+        return (scaled.clamp(min=0) / (self.sequences - 1)).sqrt().to(self._dtype)
 
 
 R = TypeVar("R", bound=Record)
@@ -99,18 +99,17 @@ R = TypeVar("R", bound=Record)
 class LayerProbe(Probe, Generic[R]):
     """A probe that keeps one record per layer."""
 
+    _pass_kind = "forward pass"
+    """The kind of pass that fills the records, for error messages."""
+
     def __init__(self, layers: Layers, record: Callable[[], R]) -> None:
-        self._wanted = layers
+        self._requested_layers = layers
         self._new_record = record
         self._records: dict[int, R] = {}
 
-    @abstractmethod
-    def _seen(self) -> str:
-        """What has to happen before there is a reading: 'forward pass', ..."""
-
     def _layers(self, model: nn.Module) -> tuple[int, ...]:
-        """The layers to hook, with a record for each."""
-        layers = attention_layers(model, self._wanted)
+        """The layers to hook; each gets a record."""
+        layers = attention_layers(model, self._requested_layers)
         if self._records and tuple(self._records) != layers:
             if any(record.batches for record in self._records.values()):
                 raise ProbeError(
@@ -123,17 +122,17 @@ class LayerProbe(Probe, Generic[R]):
         return layers
 
     def _complete_records(self) -> dict[int, R]:
-        """The records, if every layer saw the same passes."""
+        """The records, if every layer has as many batches as the others, and at least one."""
         counts = {layer: record.batches for layer, record in self._records.items()}
         if not any(counts.values()):
             raise ProbeError(
-                f"{type(self).__name__} has no reading: no {self._seen()} seen yet "
-                "(a compiled copy of the model hides its own)"
+                f"{type(self).__name__} has no reading: no {self._pass_kind} seen yet "
+                "(passes of a compiled copy of the model do not count)"
             )
         if len(set(counts.values())) > 1:
             raise ProbeError(
-                f"{type(self).__name__} has no reading: a {self._seen()} did not reach every layer "
-                f"(times each layer was reached: {counts}); call reset(), or choose layers="
+                f"{type(self).__name__} has no reading: a {self._pass_kind} did not reach every "
+                f"layer (passes by layer: {counts}); call reset(), or choose layers="
             )
         return self._records
 
@@ -141,13 +140,13 @@ class LayerProbe(Probe, Generic[R]):
         """One tensor `[layer ...]`, on the first layer's device."""
         shapes = {layer: tuple(value.shape) for layer, value in values.items()}
         if len(set(shapes.values())) > 1:
-            raise ProbeError(f"layers differ in shape, read them one by one: {shapes}")
+            raise ProbeError(f"layers differ in shape: choose one with layers=, found {shapes}")
         device = next(iter(values.values())).device
         return torch.stack([value.to(device) for value in values.values()])
 
     @property
     def batches(self) -> int:
-        """How many passes the reading covers (0 before the first)."""
+        """How many passes the reading covers; 0 before the first."""
         return min((record.batches for record in self._records.values()), default=0)
 
     def reset(self) -> None:
@@ -156,14 +155,14 @@ class LayerProbe(Probe, Generic[R]):
             self._records[layer] = self._new_record()
 
 
-def _require_same_shape(before: torch.Size, now: torch.Size) -> None:
-    if before != now:
+def _require_same_shape(earlier: torch.Size, current: torch.Size) -> None:
+    if earlier != current:
         raise ProbeError(
-            f"this batch has shape {tuple(now)} per sequence, earlier ones {tuple(before)}: "
+            f"this batch has shape {tuple(current)} per sequence, earlier ones {tuple(earlier)}: "
             "call reset() between lengths"
         )
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    """The type to sum in: float64, which MPS lacks."""
+    """The type of the sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if values.device.type == "mps" else torch.float64

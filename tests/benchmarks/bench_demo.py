@@ -133,7 +133,8 @@ def test_dirichlet_samplers() -> None:
 
     def of_numpy() -> np.ndarray:
         draws = numbers.standard_gamma(0.1, shape, dtype=np.float32)
-        return draws / draws.sum(-1, keepdims=True)  # 0/0 where all draws of a row underflow
+        rows: np.ndarray = draws / draws.sum(-1, keepdims=True)
+        return rows  # 0/0 where all draws of a row underflow
 
     with _one_thread():
         found = _least(

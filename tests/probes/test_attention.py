@@ -231,7 +231,7 @@ def test_gradients_that_do_not_arrive_are_named(model: HookedTransformer, tokens
     attention: Any = model.blocks[1].attn
     attention.hook_pattern = Detached(attention.hook_pattern)
     assert check_attention(model).problems() == (
-        "editing a pattern changes nothing in layers 1, which show it after use",
+        "editing a pattern changes nothing in layers 1, which run hook_pattern after use",
         "no gradient reaches the patterns of layers 1",
     )
     for wrt in ("scores", "pattern"):

@@ -282,7 +282,7 @@ def test_a_bridge_that_does_not_compute_with_its_pattern_is_refused(tmp_path: Pa
     tokens = torch.randint(VOCAB, (3, 8), generator=seeded())
     with (
         edit_attention(bridge, {0: make_uniform([2])}),
-        pytest.raises(ProbeError, match="layer 0 mixes values before it shows"),
+        pytest.raises(ProbeError, match="layer 0 computes z before it runs its hook_pattern"),
     ):
         bridge(tokens)
     bridge(tokens)
@@ -294,11 +294,11 @@ def test_a_bridge_that_does_not_compute_with_its_pattern_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: knock_out([(1, 2)]), r"\(query 1, key 2\) is no pair"),
-        (lambda: knock_out([(1, -1)]), r"\(query 1, key -1\) is no pair"),
-        (lambda: redirect([(2, 0, 3)]), r"\(query 2, key 3\) is no pair"),
+        (lambda: knock_out([(1, 2)]), r"\(query 1, key 2\) is not allowed"),
+        (lambda: knock_out([(1, -1)]), r"\(query 1, key -1\) is not allowed"),
+        (lambda: redirect([(2, 0, 3)]), r"\(query 2, key 3\) is not allowed"),
         (lambda: make_uniform([-1]), "query -1"),
-        (lambda: replace_pattern(torch.ones(2, 2)), "rows up to 1 away from a sum of 1"),
+        (lambda: replace_pattern(torch.ones(2, 2)), "row sums that differ from 1 by up to 1"),
         (lambda: replace_pattern(torch.tensor([[2.0, -1.0]])), "lowest weight of -1"),
         (lambda: replace_pattern(torch.full((2, 2), torch.nan)), "weights must be >= 0"),
         (lambda: replace_pattern(torch.ones(1, 1, 1, 1, 1)), "5 axes; at most 4"),
@@ -317,7 +317,7 @@ def test_an_impossible_edit_is_refused_at_once(make: Callable[[], Any], message:
         (0, make_uniform([3]), "query 3 does not exist: the pattern has 3"),
         (0, make_uniform([2], head=-1), "head -1 does not exist: the pattern has 1"),
         (0, replace_pattern(torch.eye(2)), r"\(2, 2\) cannot replace one of shape \(2, 1, 3, 3\)"),
-        (0, lambda pattern: pattern[:1], r"makes shape \(1, 1, 3, 3\)"),
+        (0, lambda pattern: pattern[:1], r"shape from \(2, 1, 3, 3\) to \(1, 1, 3, 3\)"),
     ],
 )
 def test_an_edit_that_does_not_fit_the_model_is_refused(

@@ -404,7 +404,7 @@ def test_under_selection_bias_no_order_is_taken_for_known() -> None:
         discover_attention(attention, n_eff=64, selection_bias=True, ordered=True)
 
 
-# --- The direct reading ---
+# --- Linear effects ---
 
 
 def test_direct_reading_gives_back_the_effects() -> None:

@@ -28,7 +28,7 @@ def test_the_formula_on_full_matrices(build: Any):
         later = model.blocks[layer].attn
         qk = later.W_Q[head] @ later.W_K[head].T
         for column, (before, writer) in enumerate(composition.earlier):
-            value = composition.scores[row, column]
+            value = composition.excess[row, column]
             if before >= layer:
                 assert value.isnan()
                 continue
@@ -47,10 +47,10 @@ def test_the_earlier_head_enters_the_key_side(model: HookedTransformer):
         second.W_K[:, 2:] = 0
         second.W_Q[:, :2] = 0
     reads = k_composition(model, [(1, 0)])
-    assert (reads.scores > 0.1).all()
+    assert (reads.excess > 0.1).all()
     with torch.no_grad():
         second.W_K[0], second.W_Q[0] = second.W_Q[0].clone(), second.W_K[0].clone()
-    close(k_composition(model, [(1, 0)]).scores, torch.full((1, 2), -(8**-0.5)))
+    close(k_composition(model, [(1, 0)]).excess, torch.full((1, 2), -(8**-0.5)))
 
 
 def test_random_matrices_score_zero(build: Any):
@@ -58,12 +58,12 @@ def test_random_matrices_score_zero(build: Any):
     composition = k_composition(model, [(1, head) for head in range(12)])
     assert composition.random == 1 / 8
     # 144 nearly independent values of spread about 0.01.
-    assert abs(composition.scores.mean()) < 0.01
+    assert abs(composition.excess.mean()) < 0.01
 
 
 def test_chosen_earlier_heads_and_bad_ones(model: HookedTransformer):
     composition = k_composition(model, [(1, 0)], [(0, 1)])
-    assert composition.partners((1, 0), 5) == [((0, 1), composition.scores.item())]
+    assert composition.partners((1, 0), 5) == [((0, 1), composition.excess.item())]
     assert k_composition(model, [(0, 0)]).partners((0, 0)) == []
     with pytest.raises(ValueError, match="no scores for head"):
         composition.partners((1, 1))

@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from probes import ProbeError, explain
-from probes.causal_discovery.explain import METHODS
+from probes.causal_discovery.explanation import METHODS
 from probes.causal_discovery.explanation_search import by_size, outwards, shuffled
 from tests.hugging_face import VOCAB, save_gpt2
 
@@ -297,7 +297,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tokens": torch.ones(10, dtype=torch.int64)}, ProbeError, "context of 10"),
     ({"logits": lambda t: torch.zeros(len(t), 1)}, ProbeError, "at least two classes"),
     ({"logits": lambda t: torch.full((len(t), 2), torch.nan)}, ProbeError, "NaN"),
-    ({"replacement": lambda t, m: t[:, 1:]}, ProbeError, "replacement makes shape"),
+    ({"replacement": lambda t, m: t[:, 1:]}, ProbeError, "replacement returns shape"),
     ({"attention": lambda t: torch.eye(3)[None]}, ProbeError, "attention has shape"),
     ({"attention": lambda t: torch.zeros(1, 8, 8)}, ValueError, "sums to 0"),
 ]

@@ -14,15 +14,15 @@ from probes import (
     ProbeError,
     ProbeWarning,
     attach,
-    attention_check,
     check_attention,
     edit_attention,
     make_uniform,
 )
+from probes.reading import attention_check
+from tests.docs.test_pages_of_docs import blocks
 from tests.left_as_found import left_as_found
 from tests.probes import families
 from tests.probes.families import FAMILIES, examined, random_loss, some_tokens, tiny
-from tests.test_readme import blocks
 
 close = torch.testing.assert_close
 SHOWN_AFTER_USE = ("native bridge", "GPT-Neo", "GPT-J", "OPT", "BERT")

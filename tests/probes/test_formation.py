@@ -122,7 +122,7 @@ def test_bad_input_is_one_line(along, build):
     checkpoints = along([0, 1], torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="no checkpoints"):
         track_formation([])
-    with pytest.raises(ValueError, match="step 0 is there twice"):
+    with pytest.raises(ValueError, match="step 0 is given twice"):
         track_formation([*checkpoints, checkpoints[0]])
     with pytest.raises(ValueError, match="no score 'fame'"):
         track_formation(checkpoints, score="fame")

@@ -20,21 +20,18 @@ from probes import (
     ablation_effects,
     attach,
     attention_effects,
-    composition,
     copying_score,
     edit_attention,
-    head_scores,
-    hooking,
     k_composition,
     knock_out,
     loss_by_position,
     make_uniform,
     mean_ablate,
-    passes,
-    records,
     score_heads,
     track_formation,
 )
+from probes.heads import composition, head_scores
+from probes.reading import hooking, passes, records
 from probes.reading.attach import Probe
 from probes.reading.hook_names import pattern, z
 from tests.left_as_found import fingerprint, interrupted, left_as_found
@@ -164,8 +161,8 @@ def test_nothing_is_left_after_a_fault_in_the_model(
         (records.Sum, "add"),
         (records.Concatenated, "values"),
         (InductionScores, "reading"),
-        (hooking, "_take_off"),
-        (sys.modules["probes.reading.attach"], "_reads_activation"),
+        (hooking, "_remove_hook"),
+        (sys.modules["probes.reading.attach"], "_activation_hook"),
         (head_scores, "run"),
         (passes, "checked_tokens"),
         (torch.nn.functional, "cross_entropy"),

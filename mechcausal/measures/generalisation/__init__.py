@@ -1,7 +1,7 @@
-"""How a model trained on one prior does on transition matrices outside of it.
+"""How a model trained on one prior performs on transition matrices outside of this prior.
 
 `evaluate_ood` compares a model with Bayes and with an oracle on families of matrices;
-`generalisation_table` measures the paper's generalisation theorem as sequences grow.
+`generalisation_table` tests the paper's generalisation theorem as sequences grow.
 """
 
 from mechcausal.measures.generalisation.evaluation import (

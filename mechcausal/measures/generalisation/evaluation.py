@@ -1,8 +1,8 @@
-"""A model on families of transition matrices, against Bayes and against an oracle.
+"""Compare a model with Bayes and with an oracle on families of transition matrices.
 
-Three predictors bound the model. The posterior under the TRAINING prior is what a model trained to
-perfection gives; outside of that prior it is no longer the best, and can be beaten. The posterior
-under the family itself is the best for who knows the family. The oracle knows the matrix.
+There are three reference predictors. The posterior mean under the TRAINING prior is what a
+perfectly trained model predicts; on other matrices it is not optimal, so a model can beat it. The
+posterior mean under the family is optimal if the family is known. The oracle knows the matrix.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,21 @@ class OODRow:
     """A model on one family of transition matrices; losses and gaps are means in nats.
 
     Attributes:
-        family: its name.
-        description: in one line.
+        family: the family's name.
+        description: one line.
         n_sequences: sequences, each with its own matrix.
         loss: the model's cross entropy against the true row, smoothed by epsilon.
-        bayes_loss: of the posterior under the TRAINING prior.
-        own_bayes_loss: of the posterior under the family, where it is a Dirichlet prior.
-        oracle_loss: of who knows pi: the entropy of the row.
-        gap_to_bayes: loss - bayes_loss; below 0 where the model beats a prior that does not hold.
-        gap_to_bayes_stderr: over sequences, paired.
+        bayes_loss: loss of the posterior mean under the TRAINING prior.
+        own_bayes_loss: loss of the posterior mean under the family; None unless it is a Dirichlet
+            prior.
+        oracle_loss: loss if pi is known, the entropy of the row.
+        gap_to_bayes: loss - bayes_loss; negative if the model beats the wrong prior.
+        gap_to_bayes_stderr: standard error, paired over sequences.
         gap_to_oracle: loss - oracle_loss.
-        gap_to_oracle_stderr: over sequences, paired.
-        total_variation: mean of half the sum over s' of |f_s' - pi(s' | query)|.
-        sup_error_mean: mean of the largest |f_s' - pi(s' | query)|.
-        sup_error_median: its median.
+        gap_to_oracle_stderr: standard error, paired over sequences.
+        total_variation: mean of half the sum over s' of `abs(f_s' - pi(s' | query))`.
+        sup_error_mean: mean of the largest `abs(f_s' - pi(s' | query))`.
+        sup_error_median: median of the same.
     """
 
     family: str
@@ -71,24 +72,23 @@ def evaluate_ood(
 
     Args:
         model: trained on the task.
-        task: its graph and its TRAINING prior.
-        families: where the matrices come from.
+        task: the graph and the TRAINING prior.
+        families: families of transition matrices.
         n_sequences: for each family, at least 2.
         generator: source of randomness, on the model's device.
-        epsilon: smoothing of the model's predictions in the loss, as in training; errors are those
-            of the predictions as they are.
-        bayes_draws: see `predictors.bayes_prediction`, which takes nearly all of the time. With
-            ten roots, far outside of the prior, 128 draws are within 0.01 nats of 512.
+        epsilon: smoothing of the model's predictions in the loss, as in training; the errors use
+            the predictions without smoothing.
+        bayes_draws: `n_draws` of `predictors.bayes_prediction`, which takes most of the time.
 
     Raises:
-        ValueError: fewer than 2 sequences, or a model of another size than the task.
-        PriorError: a fixed matrix of another size.
+        ValueError: fewer than 2 sequences, or the sizes of model and task differ.
+        PriorError: the size of a fixed matrix differs.
     """
     check_n_sequences(n_sequences)
-    found = (model.vocab_size, model.sequence_length)
+    sizes = (model.vocab_size, model.sequence_length)
     needed = (task.vocab_size, task.sequence_length)
-    if found != needed:
-        raise ValueError(f"the model has (S, T) = {found}, the task {needed}: they must be equal")
+    if sizes != needed:
+        raise ValueError(f"the model has (S, T) = {sizes}, the task {needed}: they must be equal")
     rows = []
     for family in families:
         transition = family.sample(n_sequences, task.vocab_size, generator)
@@ -134,7 +134,7 @@ def sup_errors(
 
 
 def check_n_sequences(n_sequences: int) -> None:
-    """Raise ValueError where there are too few for a standard error."""
+    """Raise ValueError for too few sequences for a standard error."""
     if n_sequences < 2:
         raise ValueError(f"n_sequences is {n_sequences}: a standard error needs at least 2")
 

@@ -1,8 +1,8 @@
-"""Families of transition matrices away from the prior that a model was trained on.
+"""Families of transition matrices that differ from a model's training prior.
 
-Every family is a plain function `(n, vocab_size, generator) -> [n, vocab, vocab]`, drawing on the
-generator's device; `MatrixFamily` gives it a name and a line of description. A model that learnt
-the algorithm, and not the prior, reads all of them off the context.
+Every family is a plain function `(n, vocab_size, generator) -> [n, vocab, vocab]` that draws on the
+generator's device; `MatrixFamily` adds a name and a description. A model that learned the algorithm
+instead of the prior infers all of these matrices from the context.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,7 @@ def permutation_matrices(
 ) -> Float[Tensor, "n vocab vocab"]:
     """`(1 - noise) P + noise/S`, P a uniformly random permutation matrix.
 
-    `mu` is uniform. Without noise P may fall into cycles that never meet, and `mu` would not be
-    unique; every entry is therefore at least noise/S.
+    `mu` is uniform. Without noise, P may have several cycles, so that `mu` is not unique.
 
     Raises:
         PriorError: the noise is not in (0, 1], or fewer than two tokens.
@@ -64,7 +63,7 @@ def near_deterministic_matrices(
 ) -> Float[Tensor, "n vocab vocab"]:
     """Every row has 1 - delta on one random state and delta/(S - 1) on each of the others.
 
-    Several rows may share a favourite, so that `mu` is far from uniform.
+    Several rows may favour the same state, so `mu` is far from uniform.
 
     Raises:
         PriorError: delta is not in (0, 1], or fewer than two tokens.
@@ -84,11 +83,11 @@ def two_block_matrices(
     crossing: float = 0.02,
     alpha: float = 0.1,
 ) -> Float[Tensor, "n vocab vocab"]:
-    """Two random halves of the states; every state leaves its own half with probability `crossing`.
+    """Two random halves of the states; each step changes the half with probability `crossing`.
 
-    Within a half rows are Dirichlet(alpha), across they are uniform. The halves are a two-state
-    chain of their own, hence `1 - 2 crossing` is an eigenvalue: a sequence of T tokens sees only
-    one half when T is far below 1/crossing, and the query is often in the other.
+    Rows are Dirichlet(alpha) within a half and uniform across. The halves form a two-state chain
+    with eigenvalue `1 - 2 crossing`: a chain of far fewer than 1/crossing tokens usually stays in
+    one half, and the query is often in the other.
 
     Raises:
         PriorError: the crossing probability is not in (0, 1], or fewer than two tokens.
@@ -106,7 +105,7 @@ def two_block_matrices(
 def lazy_matrices(
     n: int, vocab_size: int, generator: torch.Generator, *, delta: float = 0.1, alpha: float = 0.1
 ) -> Float[Tensor, "n vocab vocab"]:
-    """`(1 - delta) I + delta D`, the rows of D Dirichlet(alpha): few tokens differ from the last.
+    """`(1 - delta) I + delta D`, with the rows of D Dirichlet(alpha): tokens usually repeat.
 
     Every eigenvalue has a real part of at least 1 - 2 delta.
 
@@ -121,7 +120,7 @@ def lazy_matrices(
 def uniform_matrices(
     n: int, vocab_size: int, generator: torch.Generator
 ) -> Float[Tensor, "n vocab vocab"]:
-    """Every entry is 1/S: tokens are independent and there is nothing to learn."""
+    """Every entry is 1/S: tokens are independent and uniform."""
     return torch.full((n, vocab_size, vocab_size), 1 / vocab_size, device=generator.device)
 
 
@@ -131,7 +130,7 @@ def fixed_matrices(
     """The same matrix n times.
 
     Raises:
-        PriorError: the matrix is for another number of tokens.
+        PriorError: the matrix has a different number of tokens.
     """
     if transition.vocab_size != vocab_size:
         raise PriorError(
@@ -149,15 +148,15 @@ def bounded_matrices(
     base: Base = "dirichlet",
     alpha: float = 0.1,
 ) -> Float[Tensor, "n vocab vocab"]:
-    """`(1 - gamma) B + gamma/S`: every entry is at least gamma/S, as the theorem asks.
+    """`(1 - gamma) B + gamma/S`: every entry is at least gamma/S, as the theorem requires.
 
     Args:
         n: number of matrices.
         vocab_size: S.
         generator: source of randomness.
         gamma: share of the uniform distribution in every row.
-        base: B is a random permutation matrix, or has Dirichlet(alpha) rows.
-        alpha: for Dirichlet rows.
+        base: whether B is a random permutation matrix or has Dirichlet(alpha) rows.
+        alpha: concentration of Dirichlet rows.
 
     Raises:
         PriorError: gamma is not in (0, 1], or fewer than two tokens.
@@ -181,7 +180,7 @@ class MatrixFamily:
         name: short, for tables and figures.
         description: one line.
         sample: `(n, vocab_size, generator) -> [n, vocab, vocab]`.
-        alpha: the concentration where the family is a symmetric Dirichlet prior, else None.
+        alpha: the concentration of a symmetric Dirichlet prior; None for other families.
     """
 
     name: str
@@ -191,14 +190,14 @@ class MatrixFamily:
 
 
 def dirichlet_family(alpha: float) -> MatrixFamily:
-    """Rows Dirichlet(alpha): its own Bayes predictor is known."""
+    """Rows are Dirichlet(alpha); the Bayes predictor of the family is known."""
     description = f"rows Dirichlet({alpha:g})"
     sampler = partial(dirichlet_matrices, alpha=alpha)
     return MatrixFamily(f"dirichlet_{alpha:g}", description, sampler, alpha)
 
 
 def bounded_family(gamma: float, *, base: Base = "dirichlet") -> MatrixFamily:
-    """Entries of at least gamma/S."""
+    """Every entry is at least gamma/S."""
     description = f"{1 - gamma:g} {base} + {gamma:g} uniform: entries at least {gamma:g}/S"
     sampler = partial(bounded_matrices, gamma=gamma, base=base)
     return MatrixFamily(f"bounded_{gamma:g}", description, sampler)
@@ -207,7 +206,7 @@ def bounded_family(gamma: float, *, base: Base = "dirichlet") -> MatrixFamily:
 def fixed_family(
     name: str, matrix: Float[Tensor, "vocab vocab"] | Sequence[Sequence[float]]
 ) -> MatrixFamily:
-    """One matrix, named by the user.
+    """A single matrix with a given name.
 
     Raises:
         PriorError: not a transition matrix.
@@ -232,7 +231,7 @@ STANDARD_FAMILIES = (
     MatrixFamily("lazy", "0.9 identity + 0.1 Dirichlet(0.1)", lazy_matrices),
     MatrixFamily("uniform_rows", "every entry 1/S: nothing to learn", uniform_matrices),
 )
-"""What a model trained on one prior is tried on."""
+"""The default families of `evaluate_ood`."""
 
 
 def _shuffled_states(n: int, vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -1,20 +1,15 @@
-"""The paper's generalisation theorem, as a table of errors against the length of sequences.
+"""The paper's generalisation theorem: errors against the length of sequences.
 
-A model trained by Algorithm 1 predicts, for EVERY transition matrix with entries of at least
-gamma/S, inside the prior or not,
+For EVERY transition matrix with entries of at least gamma/S, a model trained by Algorithm 1 has
 
     sup_s' |f(s)_s' - pi(s' | query)|  of order  log T / T^(c gamma)
 
 with high probability. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735).
 
-An error that vanishes needs an A2 = beta I that grows with T. A beta that stays weighs a match
-e^beta times as much as anything else, whatever T is, and the error stops falling at the bias of
-the `counting_limit`. The other end is beta to infinity: no bias, but all of the noise of the
-empirical frequencies. Measured with the model of the markov_chain recipe (S = 10, Dirichlet base,
-2,000 sequences a cell, T = 20 ... 320): the ideal model's median error falls like T^-0.53 to
-T^-0.55; that of the trained model bends towards its bias, with fitted powers of -0.27 at
-gamma = 0.1, -0.36 at 0.3 and -0.49 at 0.6 (give or take 0.03). At T = 20 the trained model is the
-better one; at T = 320 and gamma = 0.1 the ideal one is, with 0.09 against 0.16.
+The error vanishes only if beta in A2 = beta I grows with T. With a fixed beta, a match has e^beta
+times the weight of other keys at every T, and the error stops falling at the bias of the
+`counting_limit`. For beta to infinity there is no bias, but the full noise of the empirical
+frequencies.
 """
 
 import math
@@ -45,32 +40,28 @@ GraphOfLength = Callable[[int], CausalGraph]
 def transplant(
     model: SimplifiedTransformer, graph_of_length: GraphOfLength, length: int
 ) -> SimplifiedTransformer:
-    """The trained model carried over to sequences of another length, of the same kind of graph.
+    """Transfer a trained model to sequences of another length, with the same kind of graph.
 
-    A2 is copied. Of A1 three numbers are kept, each an average over the trained rows: the log-odds
-    of the attention on the parent, which training makes nearly equal in all rows and at all
-    lengths (6.4 to 6.9 in chains of T = 20 and T = 80, but for the first row); and how much more a
-    root, and the query, attend to themselves than to one other key (in logits,
-    `log-odds + log(number of other keys)`). All other keys share evenly; what the trained rows
-    preferred among them is averaged away. Carried over to its own length, the model of a chain
-    changes its predictions by 0.001 (sup, mean over sequences), that of pairs, where every other
-    position is a root, by 0.02.
+    A2 is copied. A1 is rebuilt from three averages over the trained rows: the log-odds of the
+    attention on the parent, which are nearly equal in all rows and at all lengths, and the margins
+    by which roots and the query attend to themselves more than to one other key (in logits,
+    `log-odds + log(number of other keys)`). All other keys of a row get equal attention.
 
     Args:
-        model: trained; left as it is.
-        graph_of_length: the graph for a number of positions, as the presets take it (the query is
-            not counted); for T - 1 positions the graph that the model was trained on.
-        length: T of the new model, the query included.
+        model: trained; not changed.
+        graph_of_length: maps a number of positions (without the query) to a graph, like the
+            presets; for T - 1 positions it returns the training graph.
+        length: T of the new model, including the query.
 
     Raises:
-        ValueError: a graph of another length than asked for, or a training graph without edges.
+        ValueError: a graph has the wrong length, or the training graph has no edges.
     """
     trained_on = _graph(graph_of_length, model.sequence_length)
     graph = _graph(graph_of_length, length)
     logits = model.A1.double()
     query = model.sequence_length - 1
-    alone = _log_odds(logits, [(i, i) for i in trained_on.roots if i > 0])
-    root_margin = sum(odds + math.log(i) for i, odds in alone) / max(1, len(alone))
+    root_odds = _log_odds(logits, [(i, i) for i in trained_on.roots if i > 0])
+    root_margin = sum(odds + math.log(i) for i, odds in root_odds) / max(1, len(root_odds))
     query_margin = _log_odds(logits, [(query, query)])[0][1] + math.log(query)
     parent_odds = parent_log_odds(model, trained_on)
     carried = SimplifiedTransformer(model.vocab_size, length, device=model.A1.device)
@@ -84,17 +75,17 @@ def transplant(
 
 
 def parent_log_odds(model: SimplifiedTransformer, graph: CausalGraph) -> float:
-    """Mean over edges of `log(a / (1 - a))`, a layer 1's attention on the parent.
+    """Mean over edges of `log(a / (1 - a))`, where a is layer 1's attention on the parent.
 
-    From the logits, so that it stays finite where a rounds to 1.
+    Computed from the logits, so it is finite even if a rounds to 1.
 
     Raises:
-        ValueError: the graph has no edges, or another length than the model.
+        ValueError: the graph has no edges, or its length differs from the model's.
     """
     if graph.sequence_length != model.sequence_length or not graph.edges:
         raise ValueError(
-            f"needed is a graph with edges and sequences of {model.sequence_length} tokens: found "
-            f"{len(graph.edges)} edges and sequences of {graph.sequence_length}"
+            f"the graph has {len(graph.edges)} edges and sequences of {graph.sequence_length} "
+            f"tokens: needed are edges and sequences of {model.sequence_length}"
         )
     pairs = [(child, parent) for parent, child in graph.edges]
     odds = [value for _, value in _log_odds(model.A1.detach().double(), pairs)]
@@ -109,15 +100,15 @@ def counting_limit(
     parent_attention: float,
     root_share: float,
 ) -> Float[Tensor, "batch vocab"]:
-    """What a transplanted model predicts as T grows without end: counts become expectations.
+    """The prediction of a transplanted model for T to infinity: counts become expectations.
 
     With a the attention on the parent, rho the share of roots and `m = sum_s mu(s) A2[s, query]`,
 
         f_s'  ~  (1 - rho) sum_s mu(s) e^(a A2[s, query] + (1 - a) m) pi(s' | s) + rho e^m mu(s'),
 
-    which is pi(s' | query) only for an infinite A2[query, query]: the rest of its distance from
-    the row is a bias that no length removes. Holds where the tokens of the parents mix (chains,
-    pairs, growing trees), not for a star.
+    which equals pi(s' | query) only for infinite A2[query, query]; otherwise the distance is a bias
+    that remains at every length. Valid if the tokens of the parents mix (chains, pairs, growing
+    trees), not for a star.
 
     Args:
         A2: layer 2's block, [copied token, query token].
@@ -130,7 +121,7 @@ def counting_limit(
     scores = A2.double().T[query]
     mean = (mu * scores).sum(1, keepdim=True)
     copied = parent_attention * scores + (1 - parent_attention) * mean
-    # Roots come last, as one more "copied token" whose successors are mu.
+    # Append the roots as one more "copied token" with the successor distribution mu.
     logits = torch.cat([copied, mean], 1)
     share = torch.cat([(1 - root_share) * mu, torch.full_like(mean, root_share)], 1)
     weight = share * (logits - logits.amax(1, keepdim=True)).exp()
@@ -146,17 +137,17 @@ class GeneralisationRow:
         length: T.
         gamma: every entry of the matrices is at least gamma/S.
         n_sequences: sequences, each with its own matrix.
-        error_median: of the transplanted model.
+        error_median: median error of the transplanted model.
         error_q90: its 90 % quantile.
         excess_loss: loss minus the oracle's, mean in nats.
-        excess_loss_stderr: over sequences, paired.
-        floor_median: median error of the `counting_limit`, the bias that stays for T to infinity.
-        ideal_median: of the hand-built model with A2 = 50 I. It returns the empirical frequencies
-            of what followed the query's token, with one count more where position 0, which has
-            only itself to attend to, holds that token.
+        excess_loss_stderr: standard error, paired over sequences.
+        floor_median: median error of the `counting_limit`, the bias for T to infinity.
+        ideal_median: median error of the hand-built model with A2 = 50 I. It predicts the empirical
+            frequencies of the tokens that follow the query's token. Position 0, which attends to
+            itself, adds one count if it holds the query's token.
         ideal_q90: its 90 % quantile.
         ideal_excess_loss: its loss minus the oracle's.
-        ideal_excess_loss_stderr: over sequences, paired.
+        ideal_excess_loss_stderr: standard error, paired over sequences.
     """
 
     length: int
@@ -175,11 +166,12 @@ class GeneralisationRow:
 
 @dataclass(frozen=True)
 class PowerFit:
-    """`error = constant T^slope`, by least squares of logarithms.
+    """`error = constant T^slope`, fitted by least squares of the logarithms.
 
     Attributes:
-        slope: the power of T; stderr: its standard error, from the scatter around the line alone
-            (a curve that bends has a large one, too).
+        slope: the power of T.
+        stderr: standard error of the slope, from the scatter around the line (curvature
+            increases it, too).
         constant: error at T = 1 on the fitted line.
     """
 
@@ -193,9 +185,9 @@ class GeneralisationTable:
     """Rows by gamma and length, and the fitted powers of T of the median errors.
 
     Attributes:
-        rows: in the order of gammas, then lengths.
-        fits: of the transplanted model, by gamma.
-        ideal_fits: of the ideal model, by gamma.
+        rows: ordered by gamma, then length.
+        fits: fits for the transplanted model, by gamma.
+        ideal_fits: fits for the ideal model, by gamma.
     """
 
     rows: tuple[GeneralisationRow, ...]
@@ -217,15 +209,15 @@ def generalisation_table(
 ) -> GeneralisationTable:
     """Errors of the transplanted and of the ideal model as sequences grow, and their powers of T.
 
-    At each length and gamma both models see the same sequences, of matrices
-    `(1 - gamma) base + gamma/S`. Cost: `n_sequences T^2` multiplications for each model and cell.
+    At each length and gamma, both models get the same sequences, drawn from matrices
+    `(1 - gamma) base + gamma/S`. Cost: `n_sequences T^2` multiplications per model and cell.
 
     Args:
         model: trained by Algorithm 1.
-        preset_builder: see `transplant`.
-        lengths: T, at least three different ones.
+        preset_builder: `graph_of_length` of `transplant`.
+        lengths: values of T, at least three.
         gammas: each in (0, 1].
-        n_sequences: for each cell, at least 2.
+        n_sequences: per cell, at least 2.
         generator: source of randomness, on the model's device.
         base: see `bounded_matrices`.
         epsilon: smoothing of predictions in the losses.
@@ -246,7 +238,7 @@ def generalisation_table(
         carried = transplant(model, preset_builder, length)
         ideal = SimplifiedTransformer(vocab, length, device=model.A1.device)
         ideal.set_ideal(graph)
-        # Matrices come from elsewhere: of the task only the graph is used.
+        # The prior is not used: `sample_given` gets the matrices below.
         task = SingleParentTask(graph, DirichletPrior.symmetric(1.0, vocab))
         for gamma in gammas:
             transition = bounded_matrices(n_sequences, vocab, generator, gamma=gamma, base=base)
@@ -259,10 +251,10 @@ def generalisation_table(
                 root_share=len(graph.roots) / graph.n_positions,
             )
             floor = sup_errors(limit, batch.target.double()).quantile(0.5).item()
-            of_carried = _figures(carried(batch.tokens), batch.target, epsilon)
-            of_ideal = _figures(ideal(batch.tokens), batch.target, epsilon)
+            carried_figures = _figures(carried(batch.tokens), batch.target, epsilon)
+            ideal_figures = _figures(ideal(batch.tokens), batch.target, epsilon)
             cells[gamma, length] = GeneralisationRow(
-                length, gamma, n_sequences, *of_carried, floor, *of_ideal
+                length, gamma, n_sequences, *carried_figures, floor, *ideal_figures
             )
 
     def fits(kind: str) -> dict[float, PowerFit]:
@@ -276,9 +268,9 @@ def generalisation_table(
 
 
 def fit_power(lengths: Sequence[int], errors: Sequence[float]) -> PowerFit:
-    """The power of T that errors follow, by a straight line through their logarithms.
+    """Fit a power of T to errors, as a straight line through their logarithms.
 
-    NaN where an error is 0, which no power of T reaches.
+    All fields are NaN if an error is 0.
 
     Example:
         >>> fit = fit_power([10, 100, 1000], [0.5, 0.05, 0.005])

@@ -1,7 +1,7 @@
-"""Interactive pictures of a run, as Plotly figures: in a notebook, on a page, in W&B.
+"""Interactive pictures of a run, as Plotly figures for notebooks, pages and W&B.
 
-Each takes a `RunData`; those that show matrices take one of the steps whose matrices were kept,
-the last one when absent. `film` turns such a picture into one with a slider over the steps.
+Each function takes a `RunData`. Pictures of matrices also take one of `run.steps` (default: the
+last). `film` turns such a picture into one with a slider over the steps.
 
     >>> from mechcausal import plot
     >>> from mechcausal.records.run_data import RunData

@@ -1,4 +1,4 @@
-"""Curves of several runs: those that differ by their seed alone as a mean with a band."""
+"""Curves of several runs; runs that differ only in their seed become a mean with a band."""
 
 import json
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from mechcausal.records.run_data import RunData
 
 _COLOURS = ("#0f7ac6", "#d55e00", "#009e73", "#c0629b", "#a07c00", "#7a6fd0")
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_MOST_LINES = 12  # single runs of a group that are drawn beside their mean
+_MOST_LINES = 12  # maximum number of single runs drawn per group
 
 
 def groups(runs: Sequence[RunData]) -> list[list[RunData]]:
-    """The runs whose recipes are equal but for the seed, in the order in which they come."""
-    found: dict[str, list[RunData]] = {}
+    """Group runs whose recipes differ only in the seed, in the order of the runs."""
+    by_recipe: dict[str, list[RunData]] = {}
     for run in runs:
         values = run.comparable()
         values.pop("seed", None)
         values.pop("device", None)
-        found.setdefault(json.dumps(values, sort_keys=True), []).append(run)
-    return list(found.values())
+        by_recipe.setdefault(json.dumps(values, sort_keys=True), []).append(run)
+    return list(by_recipe.values())
 
 
 def overlay(
@@ -34,17 +34,17 @@ def overlay(
     reference: str | Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> go.Figure:
-    """A figure of several runs over training steps.
+    """One figure of several runs over training steps.
 
-    Runs of one recipe and several seeds are drawn thin, their mean thick, with a band of one
-    standard deviation over runs to each side, at the steps that all of them have.
+    Runs of one recipe with different seeds are thin lines. Their mean is a thick line with a band
+    of one standard deviation to each side, at the steps that all of these runs have.
 
     Args:
         runs: in any order.
-        key: name of the figure, as in metrics.jsonl.
-        title: of the picture; the key when absent.
-        reference: keys of figures that are drawn in grey, as the Bayes loss is; or one key.
-        labels: name of every group of runs, in the order of `groups`.
+        key: name of the figure in metrics.jsonl.
+        title: title of the picture; the key when absent.
+        reference: one or more keys of figures to draw in grey, such as the Bayes loss.
+        labels: one name per group of runs, in the order of `groups`.
     """
     figure, grouped = new_figure(title or key), groups(runs)
     references = [reference] if isinstance(reference, str) else reference
@@ -104,7 +104,7 @@ def overlay(
 
 
 def escaped(text: str) -> str:
-    """Text as Plotly shows it: its own markup taken for text."""
+    """Escape text so that Plotly does not interpret it as markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run over its training steps, with the stage change and the formation step marked."""
+"""Curves of a run over training steps; stage starts and the formation step are marked."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -6,19 +6,19 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from mechcausal.measures.figures import STEP
 from mechcausal.pictures.interactive.style import REFERENCE_GREY, new_figure
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import STEP
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 REFERENCES = {"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"}
-"""Figures that are drawn in grey, each with its dashes: what a loss is compared with."""
+"""Reference losses, drawn in grey, with their line styles."""
 _MOST_NAMES = 12
 SHARE = {"range": [-0.03, 1.05]}
 
 
 def loss(run: RunData) -> go.Figure:
-    """The loss in nats beside the best possible one, and that of the hand-built model."""
+    """The loss in nats, with those of Bayes and of the hand-built model."""
     labels = {
         "loss/eval": "evaluation",
         "loss/train": "training",
@@ -32,18 +32,18 @@ def loss(run: RunData) -> go.Figure:
 
 
 def gap(run: RunData) -> go.Figure:
-    """How far the loss is above what it is compared with, or what the context gains, in nats."""
+    """Loss minus its references, or the gain from the context on repeated tokens, in nats."""
     labels = {
         "loss/gap": "evaluation − Bayes",
         "loss/construction_gap": "evaluation − hand-built",
         "loss/in_context_gain": "first − second copy",
     }
-    title = "loss above what is possible" if run.kind == "causal_graph" else "gain from the context"
+    title = "loss above its references" if run.kind == "causal_graph" else "gain from the context"
     return curves(run, labels, title, "nats", rangemode="tozero")
 
 
 def recovery(run: RunData) -> go.Figure:
-    """How much of the graph layer 1 shows, and the gradient names."""
+    """How much of the graph layer 1's attention and the gradient recover."""
     labels = {
         "graph/recovered": "edges recovered",
         "graph/parent_attention": "attention on the parent",
@@ -51,13 +51,13 @@ def recovery(run: RunData) -> go.Figure:
         "graph/rows_matched": "rows with all parents",
         "graph/query_attention": "query's attention on its parents",
     }
-    if not run.column("graph/query_attention")[0]:  # one parent a row: the same as the edges
+    if not run.column("graph/query_attention")[0]:  # single parents: equals `graph/recovered`
         labels.pop("graph/rows_matched")
     return curves(run, labels, "graph recovery", "share", **SHARE)
 
 
 def correlations(run: RunData) -> go.Figure:
-    """Correlation of the gradient with theory, and the rows whose parent it names."""
+    """Correlation of the gradient with theory, and the share of rows whose parent it names."""
     labels = {
         "gradient/pattern_theory_correlation": "∂L/∂pattern with prediction",
         "gradient/theory_correlation": "∂L/∂scores with prediction",
@@ -69,7 +69,7 @@ def correlations(run: RunData) -> go.Figure:
 
 
 def formation(run: RunData) -> go.Figure:
-    """The induction head: its attention, and the usual scores."""
+    """Attention and scores of the induction head."""
     labels = {
         "induction/score": "induction score",
         "induction/attention": "attention, with chance",
@@ -81,7 +81,7 @@ def formation(run: RunData) -> go.Figure:
 
 
 def strategies(run: RunData) -> go.Figure:
-    """KL of the model's predictions to each strategy, in nats."""
+    """KL divergence of the model's predictions from each strategy, in nats."""
     keys = _keys(run, "strategy/kl_")
     labels = {key: key.removeprefix("strategy/kl_") for key in keys}
     return curves(run, labels, "KL to a strategy", "nats", rangemode="tozero")
@@ -99,7 +99,7 @@ def head_scores(run: RunData, kind: str = "induction") -> go.Figure:
 
     Args:
         run: a run on repeated tokens.
-        kind: induction, previous_token or duplicate_token.
+        kind: one of `HEAD_SCORES`.
     """
     keys = [key for key in _keys(run, "heads/") if key.endswith(f"/{kind}")]
     labels = {key: key.split("/")[1] for key in keys}
@@ -109,14 +109,14 @@ def head_scores(run: RunData, kind: str = "induction") -> go.Figure:
 def curves(
     run: RunData, labels: Mapping[str, str], title: str, unit: str, **axis: Any
 ) -> go.Figure:
-    """Figures over training steps; those that the run does not have are left out.
+    """Figures over training steps; figures that the run lacks are skipped.
 
     Args:
-        run: its history is drawn.
-        labels: what each figure is called.
-        title: of the picture.
-        unit: of the vertical axis.
-        **axis: further settings of the vertical axis.
+        run: the run whose history is drawn.
+        labels: label of each figure, by key.
+        title: title of the picture.
+        unit: unit of the vertical axis.
+        **axis: further Plotly settings of the vertical axis.
     """
     figure = new_figure(title)
     dashes = cycle(_DASHES)
@@ -146,16 +146,16 @@ def curves(
 
 
 def lay_out(figure: go.Figure, last: int, n_names: int) -> None:
-    """Axes of curves up to the last step, with a legend of so many names below."""
+    """Set the axes of curves up to step `last`; show a legend unless it has too many names."""
     figure.update_xaxes(title="training step", range=[0, max(last, 1)], nticks=6)
     figure.update_yaxes(nticks=6)
     figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
-    # A longer legend would leave no room for the curves; hovering names them too.
+    # A longer legend leaves no room for the curves; hovering shows the names, too.
     figure.update_layout(showlegend=n_names <= _MOST_NAMES)
 
 
 def _signed(run: RunData, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of an axis up to 1 that goes below 0 as far as the values do."""
+    """Settings of an axis from the smallest value (at most 0) to 1."""
     lows = [value for key in labels for value in run.column(key)[1] if value is not None]
     return {"range": [min(-0.03, min(lows, default=0.0) - 0.05), 1.05]}
 
@@ -165,7 +165,7 @@ def _mark_events(figure: go.Figure, run: RunData, last: int) -> None:
     if run.formation_step is not None:
         events.append((run.formation_step, "formed", "dash"))
     for number, (step, label, dash) in enumerate(sorted(events)):
-        # Two events may lie close together: the first one's name goes to the left of its line.
+        # Two events may be close: the first one's label goes to the left of its line.
         left = (number == 0 and len(events) > 1 and step > 0.2 * last) or step > 0.85 * last
         figure.add_vline(
             x=step,

@@ -1,4 +1,4 @@
-"""A picture of one step made into a film: Plotly's frames, slider and play button."""
+"""Animate a picture over the recorded steps, with a slider and a play button."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ from mechcausal.records.run_data import RunData, RunDataError
 def film(
     run: RunData, draw: Callable[[RunData, int], go.Figure], *, most_frames: int = 40
 ) -> go.Figure:
-    """The picture at every step kept, behind a slider.
+    """A picture at every recorded step, with a slider.
 
     Args:
-        run: a run.
-        draw: what is drawn: `attention`, `gradient`, `gradient_scatter`, `examples`,
+        run: the run to draw.
+        draw: draws one step: `attention`, `gradient`, `gradient_scatter`, `examples`,
             `causal_graph`, `heads`.
-        most_frames: of more steps as many are taken, spread evenly; the first and last are kept.
+        most_frames: maximum number of frames, spread evenly over the steps.
 
     Raises:
-        RunDataError: no matrices were kept.
+        RunDataError: the run has no matrices.
     """
     steps = thinned(run.steps, most_frames)
     if not steps:
@@ -28,7 +28,9 @@ def film(
     figure = draw(run, steps[0])
     figure.frames = [go.Frame(data=draw(run, step).data, name=str(step)) for step in steps]
     _hold_axes(figure)
-    cut = {"transition": {"duration": 0}}  # markers that change their shape cannot be blended
+    cut = {
+        "transition": {"duration": 0}
+    }  # Plotly cannot interpolate markers that change their symbol
     at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, **cut}
     moves = [
         {"method": "animate", "args": [[str(step)], at_once], "label": f"{step:,}"}
@@ -57,7 +59,7 @@ def film(
 
 
 def _hold_axes(figure: go.Figure) -> None:
-    """Vertical axes that hold every frame's points: Plotly would keep those of the first one."""
+    """Set the y-ranges to include every frame: Plotly keeps those of the first frame."""
     for axis in figure.select_yaxes():
         name = axis.plotly_name.replace("axis", "")
         drawn = [
@@ -69,12 +71,12 @@ def _hold_axes(figure: go.Figure) -> None:
         values = np.concatenate([*drawn, []])
         values = values[np.isfinite(values)]
         if axis.range is None and values.size:
-            room = 0.06 * (np.ptp(values) or 1.0)
-            axis.range = (values.min() - room, values.max() + room)
+            margin = 0.06 * (np.ptp(values) or 1.0)
+            axis.range = (values.min() - margin, values.max() + margin)
 
 
 def thinned(steps: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """At most so many of the steps, spread evenly; the first and the last are among them.
+    """At most `most` of the steps, spread evenly, always with the first and the last.
 
     Example:
         >>> thinned((0, 1, 2, 3, 10), 3)

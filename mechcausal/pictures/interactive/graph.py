@@ -1,4 +1,4 @@
-"""The causal graph as the model sees it: edges as wide as its attention, wrong ones marked."""
+"""The causal graph, with edges as wide as the model's attention; wrong edges are marked."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,10 +12,10 @@ from mechcausal.pictures.static.style import EDGE_COLOUR
 from mechcausal.records.run_data import RunData, RunDataError
 
 WIDTHS = (0.6, 1.5, 2.6, 3.8, 5.2, 7.0)
-"""Line widths, in pixels, of attention from 0 to 1 in equal parts (Plotly: one a trace)."""
+"""Line widths in pixels, for equal intervals of attention; Plotly allows one width per trace."""
 WRONG = 0.1
-"""Attention to a position that is no parent is drawn from here on."""
-_BEND = 0.14  # of an edge's length; without it edges along a column would cover each other
+"""Minimum attention at which a non-edge is drawn."""
+_BEND = 0.14  # relative to an edge's length; straight edges along a column would overlap
 _NAMES = {"edge": "true edge", "wrong": f"attention elsewhere, from {WRONG:g}"}
 _COLOURS = {"edge": EDGE_COLOUR, "wrong": WRONG_COLOUR}
 _DASHES = {"edge": "solid", "wrong": "dot"}
@@ -24,33 +24,32 @@ Pair = tuple[int, int, int]
 
 
 def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
-    """The true edges, as wide as layer-1 attention on them, and attention that went elsewhere.
+    """True edges as wide as layer-1 attention on them, and attention on other positions.
 
-    Of several heads the largest attention counts. Rows without parents are left out: there is
-    nothing for them to find. A round node attends most to a parent of its own, a diamond to another
-    position; a square has nothing to find.
+    Attention is the maximum over heads. Rows without parents are skipped. A circle attends most to
+    one of its parents, a diamond to another position; a square has no parents.
 
     Args:
         run: a run on a causal graph.
         step: one of `run.steps`; the last when absent.
 
     Raises:
-        RunDataError: no matrices were kept, or none at that step.
+        RunDataError: the run has no matrices, or none at this step.
     """
-    found, matrices = run.frame(step)
+    found_step, matrices = run.frame(step)
     if "attention/layer0" not in matrices:
-        raise RunDataError(f"{run.folder or run.name}: step {found} has no attention")
+        raise RunDataError(f"{run.folder or run.name}: step {found_step} has no attention")
     attention = by_head(matrices, "attention/layer0").max(0)
     true, wrong = _pairs(run)
-    seen = [(row, key, node) for row, key, node in wrong if attention[row, key] >= WRONG]
-    places, bend = _layout(run)
-    kinds = ((true, "edge", bend), (seen, "wrong", -bend))
+    visible = [(row, key, node) for row, key, node in wrong if attention[row, key] >= WRONG]
+    positions, bend = _layout(run)
+    kinds = ((true, "edge", bend), (visible, "wrong", -bend))
     figure = new_figure("attention on the causal graph")
     for pairs, mark, side in kinds:
         levels = [level_of(float(attention[row, key])) for row, key, _ in pairs]
         for level, width in enumerate(WIDTHS):
-            chosen = [p for p, found in zip(pairs, levels, strict=True) if found == level]
-            xs, ys = _lines(chosen, places, side)
+            chosen = [p for p, of_pair in zip(pairs, levels, strict=True) if of_pair == level]
+            xs, ys = _lines(chosen, positions, side)
             figure.add_scatter(
                 x=xs,
                 y=ys,
@@ -67,9 +66,9 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
                 meta={"as": "lines", "kind": mark, "level": level},
             )
     for pairs, mark, side in kinds:
-        figure.add_trace(_midpoints(pairs, places, attention, mark, side))
+        figure.add_trace(_midpoints(pairs, positions, attention, mark, side))
         figure.add_trace(_legend(mark))
-    figure.add_trace(_nodes(run, places, attention))
+    figure.add_trace(_nodes(run, positions, attention))
     figure.update_xaxes(visible=False, range=[-1.15, 1.15])
     figure.update_yaxes(visible=False, range=[-1.2, 1.15], scaleanchor="x")
     figure.update_layout(
@@ -79,7 +78,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
             "from": "attention/layer0",
             "edges": [list(pair) for pair in true],
             "rows": rows_of(run),
-            "places": places.tolist(),
+            "places": positions.tolist(),
             "wrong": WRONG,
             "bend": bend,
             "levels": len(WIDTHS),
@@ -89,15 +88,14 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
 
 
 def level_of(share: float) -> int:
-    """Which of the widths an attention gets."""
+    """Index in `WIDTHS` of an attention."""
     return max(0, min(len(WIDTHS) - 1, int(share * len(WIDTHS))))
 
 
 def _pairs(run: RunData) -> tuple[list[Pair], list[Pair]]:
-    """Row and key of attention, with the node it is drawn at: true edges, and all others.
+    """(row, key, node) of all true edges, and of all other pairs.
 
-    The last row of a graph that names the query's parents is drawn at a node of its own, after the
-    positions.
+    If the graph has query parents, the last row gets a separate node after the positions.
     """
     true: list[Pair] = []
     wrong: list[Pair] = []
@@ -108,9 +106,9 @@ def _pairs(run: RunData) -> tuple[list[Pair], list[Pair]]:
 
 
 def rows_of(run: RunData) -> list[Pair]:
-    """Rows of attention that look for parents, the node each is drawn at, and how many keys.
+    """Rows of attention with parents, each with its node and its number of keys.
 
-    A position's attention to itself would be a loop, which has no line.
+    A position's attention to itself is excluded, because it cannot be drawn as a line.
     """
     graph = run.graph
     rows = [(child, child, child) for child in range(run.n_graph_rows) if graph.parents[child]]
@@ -121,15 +119,15 @@ def rows_of(run: RunData) -> list[Pair]:
 
 
 def _layout(run: RunData) -> tuple[Float[np.ndarray, "node xy"], float]:
-    """Where the nodes lie, and how far edges bend.
+    """Coordinates of the nodes, and the bend of edges.
 
-    In columns by depth, or, where these would be too thin, on a circle.
+    Nodes are in columns by depth, or on a circle if the columns would be too short.
     """
     graph = run.graph
     digraph = graph.to_networkx()
     if graph.n_positions < 2 * len(graph.levels):
         start = nx.circular_layout(list(digraph))
-        # Clockwise from the top.
+        # Clockwise, starting at the top.
         layout = {node: np.array([y, x]) for node, (x, y) in start.items()}
         bend = 0.0
     else:
@@ -138,22 +136,22 @@ def _layout(run: RunData) -> tuple[Float[np.ndarray, "node xy"], float]:
         last = max((depths[parent] for parent in graph.query_parents or ()), default=0) + 1
         nx.set_node_attributes(digraph, {n: depths.get(n, last) for n in digraph}, "depth")
         layout = nx.multipartite_layout(digraph, subset_key="depth", scale=1.0)
-        found = np.array(list(layout.values()))
-        spread = np.maximum(np.abs(found).max(0), 1e-9)
-        # Each column from top to bottom, over the whole width and height.
-        layout = {node: place / spread * [1, -1] for node, place in layout.items()}
-    # Rounded, so that a page that redraws the edges puts them exactly where these are.
+        coordinates = np.array(list(layout.values()))
+        extent = np.maximum(np.abs(coordinates).max(0), 1e-9)
+        # Each column runs from top to bottom; the layout fills [-1, 1] in both directions.
+        layout = {node: xy / extent * [1, -1] for node, xy in layout.items()}
+    # Rounded so that the page's script, which redraws the edges, uses the same coordinates.
     return np.array([layout[node] for node in digraph]).round(4), bend
 
 
 def _lines(
-    pairs: Iterable[Pair], places: Float[np.ndarray, "node xy"], bend: float
+    pairs: Iterable[Pair], positions: Float[np.ndarray, "node xy"], bend: float
 ) -> tuple[list[float | None], list[float | None]]:
-    """Bent lines from key to node, with a gap after each."""
+    """Bent lines from key to node, separated by None."""
     xs: list[float | None] = []
     ys: list[float | None] = []
     for _, key, node in pairs:
-        (x0, y0), (x1, y1) = start, end = places[key].tolist(), places[node].tolist()
+        (x0, y0), (x1, y1) = start, end = positions[key].tolist(), positions[node].tolist()
         x, y = _middle(start, end, bend)
         xs += [x0, x, x1, None]
         ys += [y0, y, y1, None]
@@ -167,13 +165,15 @@ def _middle(start: Sequence[float], end: Sequence[float], bend: float) -> tuple[
 
 def _midpoints(
     pairs: Sequence[Pair],
-    places: Float[np.ndarray, "node xy"],
+    positions: Float[np.ndarray, "node xy"],
     attention: Float[np.ndarray, "query key"],
     mark: str,
     bend: float,
 ) -> go.Scatter:
-    """What hovering over an edge tells; crosses on wrong ones."""
-    middles = [_middle(places[key].tolist(), places[node].tolist(), bend) for _, key, node in pairs]
+    """Markers at the middle of edges that carry the hover text; crosses on wrong edges."""
+    middles = [
+        _middle(positions[key].tolist(), positions[node].tolist(), bend) for _, key, node in pairs
+    ]
     return go.Scatter(
         x=[x for x, _ in middles],
         y=[y for _, y in middles],
@@ -194,7 +194,7 @@ def _midpoints(
 
 
 def _legend(mark: str) -> go.Scatter:
-    """What a kind of edge is called, whether or not there is one at this step."""
+    """Legend entry of a kind of edge, independent of the edges at this step."""
     colour = _COLOURS[mark]
     return go.Scatter(
         x=[None],
@@ -208,7 +208,7 @@ def _legend(mark: str) -> go.Scatter:
 
 
 def _nodes(
-    run: RunData, places: Float[np.ndarray, "node xy"], attention: Float[np.ndarray, "query key"]
+    run: RunData, positions: Float[np.ndarray, "node xy"], attention: Float[np.ndarray, "query key"]
 ) -> go.Scatter:
     graph = run.graph
     names = [str(position) for position in range(graph.n_positions)]
@@ -216,8 +216,8 @@ def _nodes(
         names.append("?")
     crowded, many = len(names) > 40, len(names) > 20
     return go.Scatter(
-        x=places[:, 0].tolist(),
-        y=places[:, 1].tolist(),
+        x=positions[:, 0].tolist(),
+        y=positions[:, 1].tolist(),
         mode="markers" if crowded else "markers+text",
         text=names,
         textposition="middle center",
@@ -235,7 +235,7 @@ def _nodes(
 
 
 def _symbol(run: RunData, node: int, attention: Float[np.ndarray, "query key"]) -> str:
-    """Square: nothing to find. Circle: attends most to a parent. Diamond: to another position."""
+    """Square: no parents. Circle: attends most to a parent. Diamond: to another position."""
     n, row = run.graph.n_positions, node
     if node == n:
         row = n - 1

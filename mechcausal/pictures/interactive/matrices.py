@@ -1,4 +1,4 @@
-"""Matrices of one probe step, each beside what it should look like."""
+"""Matrices of one probe step, each beside its reference."""
 
 from typing import Any
 
@@ -29,30 +29,30 @@ from mechcausal.records.run_data import Matrices, RunData, RunDataError
 
 
 def attention(run: RunData, step: int | None = None) -> go.Figure:
-    """Layer-1 attention, one picture a head, beside the true graph.
+    """Layer-1 attention, one picture per head, beside the true graph.
 
     Args:
         run: a run on a causal graph.
         step: one of `run.steps`; the last when absent.
 
     Raises:
-        RunDataError: no matrices were kept, or none at that step.
+        RunDataError: the run has no matrices, or none at this step.
     """
     return side_by_side([*attention_of_heads(run, step), true_graph(run)])
 
 
 def attention_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """Layer-1 attention, a figure for each head; parents are marked with squares."""
-    found = _of_heads(
+    """Layer-1 attention, one figure per head; squares mark parents."""
+    figures = _of_heads(
         run, step, "attention/layer0", "layer-1 attention", high=1.0, unit="attention"
     )
-    for figure in found:
+    for figure in figures:
         mark_parents(figure, run)
-    return found
+    return figures
 
 
 def true_graph(run: RunData) -> go.Figure:
-    """The graph as attention would show it: each position's parents share its row."""
+    """The graph as ideal attention: each row is uniform over the position's parents."""
     truth = run.truth
     several = run.graph.query_parents is not None
     title = "true graph (last row: query)" if several else "true graph"
@@ -63,28 +63,28 @@ def true_graph(run: RunData) -> go.Figure:
 
 
 def gradient(run: RunData, step: int | None = None) -> go.Figure:
-    """The gradient of the layer-1 pattern beside the paper's g and the chi-squared information.
+    """The gradient on the layer-1 pattern beside the paper's g and the chi-squared information.
 
-    All rows are centred, as the softmax sees them: the gradient `-dL/dpattern` and g over keys up
-    to the query; information over the keys before it, as it stands.
+    The gradient `-dL/dpattern` and g are centred by row over the keys up to the query, as in the
+    softmax. Information is shown over the keys before the query and is not centred.
 
     Raises:
-        RunDataError: no matrices were kept, or none at that step.
+        RunDataError: the run has no matrices, or none at this step.
     """
     return side_by_side([*gradient_of_heads(run, step), *theory_matrices(run)])
 
 
 def gradient_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """`-dL/dpattern` of layer 1, centred by row, a figure for each head."""
+    """`-dL/dpattern` of layer 1, centred by row, one figure per head."""
     title = "−∂L/∂pattern"
-    found = _of_heads(run, step, "gradient/pattern", title, signed=True, unit=title)
-    for figure in found:
+    figures = _of_heads(run, step, "gradient/pattern", title, signed=True, unit=title)
+    for figure in figures:
         mark_parents(figure, run, MARK_COLOUR)
-    return found
+    return figures
 
 
 def theory_matrices(run: RunData) -> list[go.Figure]:
-    """The paper's g, centred by row, where there is one, and chi-squared information."""
+    """The paper's g, centred by row, and chi-squared information, as far as the run has them."""
     figures = []
     if "theory/g" in run.references:
         g = np.tril(run.references["theory/g"])
@@ -105,19 +105,18 @@ def theory_matrices(run: RunData) -> list[go.Figure]:
 
 
 def examples(run: RunData, step: int | None = None) -> go.Figure:
-    """The last layer's attention from the last position of example sequences, tokens shown.
+    """The last layer's attention from the last position of example sequences, with their tokens.
 
-    Squares mark where an induction head should look: positions whose parents hold the query's
-    token.
+    Squares mark the targets of an induction head: positions whose parents hold the query's token.
 
     Raises:
-        RunDataError: no such matrices were kept.
+        RunDataError: the run has no such matrices.
     """
     return side_by_side(examples_of_heads(run, step), width=760)
 
 
 def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """The last layer's attention in example sequences, a figure for each head."""
+    """The last layer's attention in example sequences, one figure per head."""
     _, matrices = _frame(run, step, "attention/examples")
     values, tokens = matrices["attention/examples"], run.examples
     if tokens is None:
@@ -136,16 +135,16 @@ def _example_figure(
     n_examples, length = values.shape
     layer = _last_layer(run)
     figure = new_figure(f"layer-{layer} attention of the query{head_label(head, n_heads)}")
-    shown = length <= LARGE
+    has_text = length <= LARGE
     figure.add_heatmap(
         z=values.astype(np.float32),
         zmin=0.0,
         zmax=1.0,
         colorscale=ATTENTION_SCALE,
         text=[[str(token) for token in row] for row in tokens.tolist()],
-        texttemplate="%{text}" if shown else None,
+        texttemplate="%{text}" if has_text else None,
         textfont={"size": float(np.clip(320 / length, 8, 14))},
-        xgap=1 if shown else 0,
+        xgap=1 if has_text else 0,
         ygap=3,
         hovertemplate="sequence %{y}, position %{x}<br>token %{text}"
         "<br>attention %{z:.4g}<extra></extra>",
@@ -153,12 +152,12 @@ def _example_figure(
         meta={"from": "attention/examples", "head": head, "as": "rows"},
     )
     targets = run.example_targets
-    if targets is not None and shown and bool(targets.any()):
+    if targets is not None and has_text and bool(targets.any()):
         rows, columns = np.nonzero(targets)
         size = float(np.clip(460 / length, 8, 24))
         add_squares(figure, rows, columns, "parent holds the query's token", size=size)
     figure.update_xaxes(
-        title="position (the last one asks)", showgrid=False, zeroline=False, nticks=12
+        title="position (the last one is the query)", showgrid=False, zeroline=False, nticks=12
     )
     figure.update_yaxes(
         title="example",
@@ -178,16 +177,16 @@ def _last_layer(run: RunData) -> int:
 
 
 def heads(run: RunData, step: int | None = None) -> go.Figure:
-    """Scores of every head of a run on repeated tokens, layers downwards, heads to the right.
+    """Scores of every head of a run on repeated tokens, by layer (rows) and head (columns).
 
     Raises:
-        RunDataError: no matrices were kept, or none at that step.
+        RunDataError: the run has no matrices, or none at this step.
     """
     return side_by_side(scores_of_heads(run, step))
 
 
 def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """A figure for each score of heads."""
+    """One figure per score of `HEAD_SCORES`."""
     _, matrices = _frame(run, step, "heads/induction")
     figures = []
     for kind in HEAD_SCORES:
@@ -218,7 +217,7 @@ def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
 def _of_heads(
     run: RunData, step: int | None, name: str, title: str, *, signed: bool = False, **settings: Any
 ) -> list[go.Figure]:
-    """A matrix of layer 1, a figure for each head."""
+    """A matrix of layer 1, one figure per head."""
     values = by_head(_frame(run, step, name)[1], name)
     choices = head_choices(len(values), name)
     return [
@@ -234,10 +233,10 @@ def _of_heads(
 
 
 def _frame(run: RunData, step: int | None, name: str) -> tuple[int, Matrices]:
-    found, matrices = run.frame(step)
+    found_step, matrices = run.frame(step)
     if name not in matrices:
         raise RunDataError(
-            f"{run.folder or run.name}: step {found} has no matrix {name}; "
+            f"{run.folder or run.name}: step {found_step} has no matrix {name}; "
             f"there are {', '.join(sorted(matrices))}"
         )
-    return found, matrices
+    return found_step, matrices

@@ -8,26 +8,26 @@ from mechcausal.pictures.interactive.style import by_head, new_figure, side_by_s
 from mechcausal.pictures.static.style import EDGE_COLOUR, OTHER_COLOUR
 from mechcausal.records.run_data import RunData, RunDataError
 
-_MOST_POINTS = 1500  # browsers draw more of them too slowly to be watched
+_MOST_POINTS = 1500  # browsers animate more points too slowly
 
 
 def gradient_scatter(run: RunData, step: int | None = None) -> go.Figure:
-    """The gradient against what theory predicts, and against chi-squared information.
+    """The gradient against the predicted gradient, and against chi-squared information.
 
-    Vertically `-dL/dpattern`, summed over heads; against the predicted gradient, over keys up to
-    the query, it is divided by the number of keys, as a uniform softmax would.
+    The y-axis is `-dL/dpattern`, summed over heads. Against the predicted gradient it is divided by
+    the number of keys, like a gradient on the scores of uniform attention.
 
     Raises:
-        RunDataError: no matrices were kept, or none at that step.
+        RunDataError: the run has no matrices, or none at this step.
     """
     return side_by_side(scatters(run, step))
 
 
 def scatters(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """A figure for each of the two; only the second where nothing is predicted."""
-    found, matrices = run.frame(step)
+    """One figure per reference; only chi-squared information if there is no prediction."""
+    found_step, matrices = run.frame(step)
     if "gradient/pattern" not in matrices:
-        raise RunDataError(f"{run.folder or run.name}: step {found} has no gradient")
+        raise RunDataError(f"{run.folder or run.name}: step {found_step} has no gradient")
     n = run.n_graph_rows
     measured = by_head(matrices, "gradient/pattern").sum(0)
     visible = np.tril(np.ones((n, n), dtype=bool))
@@ -57,16 +57,16 @@ def _scatter(
     run: RunData,
     measured: Float[np.ndarray, "query key"],
     expected: Float[np.ndarray, "pos pos"],
-    where: Bool[np.ndarray, "pos pos"],
+    mask: Bool[np.ndarray, "pos pos"],
     *,
     per_key: bool,
 ) -> go.Figure:
-    n, length = len(where), len(measured)
+    n, length = len(mask), len(measured)
     is_edge = run.truth[:n, :n].astype(bool)
     figure = new_figure("")
     for chosen, name, marker in (
-        (where & ~is_edge, "other pairs", {"color": OTHER_COLOUR, "size": 6, "symbol": "circle"}),
-        (where & is_edge, "edges", {"color": EDGE_COLOUR, "size": 9, "symbol": "diamond"}),
+        (mask & ~is_edge, "other pairs", {"color": OTHER_COLOUR, "size": 6, "symbol": "circle"}),
+        (mask & is_edge, "edges", {"color": EDGE_COLOUR, "size": 9, "symbol": "diamond"}),
     ):
         queries, keys = np.nonzero(chosen)
         if name == "other pairs" and len(queries) > _MOST_POINTS:

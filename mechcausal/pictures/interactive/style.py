@@ -1,7 +1,7 @@
-"""What all interactive pictures share: templates for light and dark, colours, matrices, rows.
+"""Helpers of all interactive pictures: templates, colours, drawing matrices, joining figures.
 
-Colours are safe for colour-blind readers, and none is the only sign of anything. Traces drawn from
-a run's matrices say in their `meta` how, so that a page can redraw them at another step.
+Colours are safe for colour-blind readers, and no information is in colour only. The `meta` of a
+trace says which matrix of the run it shows, so that a page's script can redraw it at another step.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from mechcausal.records.run_data import Matrices, RunData
 WRONG_COLOUR = "#8f6fd6"
 REFERENCE_GREY = "#8a94a0"
 ATTENTION_SCALE = "Viridis"
-_NEAR_ZERO = "rgba(140,146,156,0.13)"  # on a light page as on a dark one
+_NEAR_ZERO = "rgba(140,146,156,0.13)"  # visible on light and dark pages
 SIGNED_SCALE = (
     (0.0, "rgba(94,60,153,1)"),
     (0.3, "rgba(148,128,196,0.75)"),
@@ -32,8 +32,8 @@ INFORMATION_SCALE = (
     (1.0, "rgba(202,92,10,1)"),
 )
 MARK_COLOUR = "#00a08a"
-MOST_HEADS = 8  # with more only their largest attention, or the sum of their gradients, is drawn
-LARGE = 60  # positions from which on marks would hide what they mark
+MOST_HEADS = 8  # for more heads, draw only their maximum attention or the sum of their gradients
+LARGE = 60  # for more positions, marks would hide the cells
 COLORBAR = {
     "orientation": "h",
     "thickness": 8,
@@ -48,7 +48,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-ser
 
 
 def template(*, dark: bool = False) -> go.layout.Template:
-    """Fonts, grids and line colours on a light or dark page; backgrounds are the page's own."""
+    """Fonts, grids and line colours for a light or dark page, with transparent backgrounds."""
     ink, grid = ("#d7dce2", "#343b45") if dark else ("#2b3138", "#e3e7ec")
     lines = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#4aa3df")
     on_dark = ("#5ab4f0", "#ff9345", "#2fd0a5", "#e9a3c9", "#e6c84a", "#a9c7ff")
@@ -77,20 +77,20 @@ def template(*, dark: bool = False) -> go.layout.Template:
 
 
 def new_figure(title: str, **layout: Any) -> go.Figure:
-    """An empty figure in the house style."""
+    """An empty figure with the common template."""
     figure = go.Figure()
     figure.update_layout(template=template(), title_text=title, **layout)
     return figure
 
 
 def by_head(matrices: Matrices, name: str) -> Float[np.ndarray, "head query key"]:
-    """A matrix of layer 1 with its axis of heads, which one head leaves out."""
+    """A matrix of layer 1 with a head axis, which is added if it is missing."""
     matrix = matrices[name]
     return matrix[None] if matrix.ndim == 2 else matrix
 
 
 def head_choices(n_heads: int, name: str) -> list[int | str]:
-    """Heads to draw one by one; of more than `MOST_HEADS` their maximum, or a gradient's sum."""
+    """The heads to draw; for more than `MOST_HEADS`, "max" for attention or "sum" for gradients."""
     if n_heads > MOST_HEADS:
         return ["max" if name.startswith("attention") else "sum"]
     return list(range(n_heads))
@@ -99,14 +99,14 @@ def head_choices(n_heads: int, name: str) -> list[int | str]:
 def reduced(
     values: Float[np.ndarray, "head query key"], head: int | str
 ) -> Float[np.ndarray, "query key"]:
-    """One head, or the largest or the sum over heads."""
+    """One head, or the maximum or sum over heads."""
     if head == "max":
         return np.asarray(values.max(0))
     return np.asarray(values.sum(0) if head == "sum" else values[int(head)])
 
 
 def head_label(head: int | str, n_choices: int) -> str:
-    """Which head a picture shows: nothing where there is only one."""
+    """Suffix of a title that names the head; empty for a single head."""
     names = {"max": ", largest over heads", "sum": ", sum over heads"}
     if isinstance(head, str):
         return names[head]
@@ -116,13 +116,13 @@ def head_label(head: int | str, n_choices: int) -> str:
 def causal(
     matrix: Float[np.ndarray, "query key"], diagonal: int = 0
 ) -> Float[np.ndarray, "query key"]:
-    """The matrix with NaN, which is not drawn, for keys after the query."""
+    """The matrix with NaN (not drawn) for keys after the query."""
     visible = np.tril(np.ones(matrix.shape, dtype=bool), diagonal)
     return np.where(visible, matrix, np.nan).astype(np.float32)
 
 
 def limit_of(matrix: Shaped[np.ndarray, "..."]) -> float:
-    """The largest finite absolute value; 1 where everything is 0."""
+    """The largest finite absolute value; 1 if all values are 0."""
     finite = np.abs(matrix[np.isfinite(matrix)])
     return float(finite.max(initial=0.0)) or 1.0
 
@@ -137,16 +137,16 @@ def draw_matrix(
     scale: Any = None,
     meta: dict[str, Any] | None = None,
 ) -> go.Figure:
-    """A matrix over positions, query downwards, key to the right, NaN left out.
+    """Draw a matrix over positions, with queries as rows and keys as columns; NaN is blank.
 
     Args:
-        matrix: what is drawn.
-        title: of the picture.
-        signed: colours are symmetric about 0.
+        matrix: values to draw.
+        title: title of the picture.
+        signed: make colours symmetric about 0.
         high: value of the last colour; the largest entry when absent.
-        unit: named on hover.
-        scale: colours; attention's when absent.
-        meta: how the matrix comes out of a run's matrices.
+        unit: unit shown on hover.
+        scale: colour scale; that of attention when absent.
+        meta: which matrix of the run this is, for the page's script.
     """
     limit = limit_of(matrix) if high is None else high
     length = len(matrix)
@@ -169,7 +169,7 @@ def draw_matrix(
 
 
 def square_axes(figure: go.Figure, length: int) -> None:
-    """Axes over key and query positions, equally long, the first query on top."""
+    """Set square axes of key and query positions, with the first query on top."""
     figure.update_xaxes(
         title="key position",
         range=[-0.5, length - 0.5],
@@ -194,7 +194,7 @@ def square_axes(figure: go.Figure, length: int) -> None:
 def mark_parents(
     figure: go.Figure, run: RunData, colour: str = EDGE_COLOUR, n_rows: int | None = None
 ) -> None:
-    """Put an open square on each true edge, where there is room for it."""
+    """Put an open square on each true edge, unless the matrix is too large."""
     children, parents = np.nonzero(run.truth[:n_rows])
     length = run.graph.sequence_length
     if length > LARGE or not len(children):
@@ -213,7 +213,7 @@ def add_squares(
     colour: str = EDGE_COLOUR,
     line: int = 2,
 ) -> None:
-    """Put open squares on entries of a matrix; sizes are in pixels."""
+    """Put open squares on entries of a matrix; `size` and `line` are in pixels."""
     figure.add_scatter(
         x=columns.tolist(),
         y=rows.tolist(),
@@ -231,7 +231,7 @@ def add_squares(
 
 
 def side_by_side(figures: Sequence[go.Figure], width: int = 380) -> go.Figure:
-    """Pictures with one pair of axes each, in a row, so many pixels wide; a name is given once."""
+    """Join single-axes figures in a row, each `width` pixels wide, with one legend."""
     row = make_subplots(1, len(figures), subplot_titles=[f.layout.title.text for f in figures])
     row.update_layout(template=template(), height=420, width=max(460, width * len(figures)))
     named: set[str] = set()

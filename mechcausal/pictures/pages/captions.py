@@ -1,33 +1,33 @@
-"""What each picture shows, in words and numbers: for who cannot see it, and for who can."""
+"""Captions that describe each picture in words and numbers, also for screen readers."""
 
 from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
 
+from mechcausal.measures.figures import Value
 from mechcausal.pictures.interactive.graph import WRONG, rows_of
 from mechcausal.pictures.interactive.style import by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.records.run_data import Matrices, RunData
-from mechcausal.records.run_folder import Value
 
 
 def frame_captions(run: RunData, step: int) -> dict[str, str]:
-    """A sentence or two on every picture of a step, by the picture's name."""
+    """One or two sentences about every picture of a step, by the picture's name."""
     matrices = run.frames[step]
     row = run.row(step)
-    found = {}
+    captions = {}
     if "attention/layer0" in matrices:
-        found["attention"] = _attention(run, matrices)
-        found["graph"] = _graph(run, matrices)
+        captions["attention"] = _attention(run, matrices)
+        captions["graph"] = _graph(run, matrices)
     if "gradient/pattern" in matrices:
-        found["gradient"] = _gradient(run, matrices)
-        found["scatter"] = _scatter(row)
+        captions["gradient"] = _gradient(run, matrices)
+        captions["scatter"] = _scatter(row)
     if "attention/examples" in matrices and run.examples is not None:
-        found["examples"] = _examples(run, matrices)
+        captions["examples"] = _examples(run, matrices)
     if "heads/induction" in matrices:
-        found["heads"] = _heads(matrices)
-    return found
+        captions["heads"] = _heads(matrices)
+    return captions
 
 
 def curve_caption(run: RunData, labels: dict[str, str], step: int) -> str:
@@ -38,7 +38,7 @@ def curve_caption(run: RunData, labels: dict[str, str], step: int) -> str:
 
 
 def number(value: Value) -> str:
-    """A number for a sentence.
+    """Format a number for a caption.
 
     Example:
         >>> number(0.123456), number(None), number(1.5e-7), number(1), number(0.0)
@@ -54,7 +54,7 @@ def number(value: Value) -> str:
 def _hits(
     run: RunData, matrix: Float[np.ndarray, "query key"], n_rows: int | None = None
 ) -> tuple[int, int]:
-    """Rows whose largest entry is a parent, of those with parents among the first so many."""
+    """Among the first `n_rows` rows: those whose largest entry is a parent, those with parents."""
     rows = np.flatnonzero(run.truth[:n_rows].any(1)).tolist()
     hits = sum(bool(run.truth[i, int(np.argmax(matrix[i, : i + 1]))]) for i in rows)
     return hits, len(rows)

@@ -1,4 +1,4 @@
-"""Several runs on one page: curves with a band over seeds, summaries, and how recipes differ."""
+"""A page that compares runs: curves with a band over seeds, summaries, recipe differences."""
 
 import base64
 import os
@@ -10,14 +10,14 @@ from urllib.parse import quote
 
 import plotly.graph_objects as go
 
-from mechcausal import plot
+from mechcausal.measures.figures import Value
+from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.comparison import escaped, groups
 from mechcausal.pictures.pages.captions import number
 from mechcausal.pictures.pages.packing import pack_history
 from mechcausal.pictures.pages.run_page import REPORT_FILE
 from mechcausal.pictures.pages.shell import figure_json, page, panel, text, top, write
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import Value
 
 _CURVES = (
     ("loss/eval", "Evaluation loss, nats", ("loss/bayes", "loss/construction")),
@@ -51,13 +51,13 @@ def write_comparison(
     notes: Sequence[str] = (),
     pictures: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Draw the page of several runs.
+    """Write the page that compares several runs.
 
     Args:
         runs: at least one.
-        out: the file.
-        notes: what the reader should know, as plain text.
-        pictures: PNG files to begin with, by what they show.
+        out: the HTML file.
+        notes: remarks for the footer, as plain text.
+        pictures: contents of PNG files to show first, by caption.
 
     Raises:
         OSError: the page cannot be written.
@@ -73,7 +73,7 @@ def render(
     notes: Sequence[str] = (),
     pictures: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
-    """The page as HTML; links to the runs' own pages are relative to the folder `beside`."""
+    """The page as HTML; links to the runs' pages are relative to the folder `beside`."""
     grouped = groups(runs)
     differences = differing_keys(grouped)
     labels = group_labels(grouped, differences)
@@ -81,7 +81,9 @@ def render(
     html: list[str] = []
     for key, title, reference in _CURVES:
         escaped_labels = [escaped(label) for label in labels]
-        figure = plot.overlay(runs, key, title=title, reference=reference, labels=escaped_labels)
+        figure = interactive.overlay(
+            runs, key, title=title, reference=reference, labels=escaped_labels
+        )
         if not figure.data:
             continue
         figure.update_layout(title=None, margin={"t": 16})
@@ -97,7 +99,7 @@ def render(
     title = f"{len(runs)} runs compared"
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
     body = [
-        top(title, f"{seeds}; runs that differ by their seed alone are one curve with a band"),
+        top(title, f"{seeds}; runs that differ only in their seed are one curve with a band"),
         _pictures(pictures),
         f'<section class="panels" aria-label="Curves">{"".join(html)}</section>',
         '<h2 class="part">Summaries</h2>',
@@ -105,8 +107,8 @@ def render(
         '<h2 class="part">What differs between the recipes</h2>',
         _differences(grouped, labels, differences),
         "<footer><p>Bands are one standard deviation over runs to each side of their mean, at the "
-        "steps that all of them have; single runs are thin. Grey dashes are the best possible, "
-        "grey dashes with dots the hand-built model of the same kind."
+        "steps that all of them have; single runs are thin. Grey dashed lines are the Bayes loss, "
+        "grey dash-dotted lines the hand-built model of the same kind."
         f"</p>{f'<ul>{listed}</ul>' if notes else ''}</footer>",
     ]
     return page(f"{title}: mechcausal", "\n".join(body), data, scripts=("table.js",))
@@ -123,25 +125,25 @@ def _pictures(pictures: Mapping[str, bytes]) -> str:
 
 
 def differing_keys(grouped: Sequence[Sequence[RunData]]) -> dict[str, list[Any]]:
-    """Keys in which the recipes of the groups differ, with each group's value; None: not given."""
+    """Keys in which the groups' recipes differ, with each group's value (None if absent)."""
     recipes = [members[0].comparable() for members in grouped]
     for values in recipes:
         values.pop("seed", None)
     keys = sorted({key for values in recipes for key in values})
-    found = {key: [values.get(key) for values in recipes] for key in keys}
-    return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
+    by_key = {key: [values.get(key) for values in recipes] for key in keys}
+    return {key: values for key, values in by_key.items() if any(v != values[0] for v in values)}
 
 
 def group_labels(
     grouped: Sequence[Sequence[RunData]], differences: dict[str, list[Any]]
 ) -> list[str]:
-    """A name for each group: its recipe's, and where that is not enough what it differs in."""
+    """A name for each group: the recipe's, plus the keys that differ if names are equal."""
     names = [members[0].recipe.name for members in grouped]
     labels = []
     for i, name in enumerate(names):
         twins = [j for j, other in enumerate(names) if other == name]
         parts = [
-            f"{key.rpartition('.')[2]} {_shown(values[i])}"
+            f"{key.rpartition('.')[2]} {_value_text(values[i])}"
             for key, values in differences.items()
             if any(values[j] != values[i] for j in twins)
         ]
@@ -162,8 +164,8 @@ def _caption(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], key: s
             mean = sum(known) / len(known)
             spread = f" ({number(min(known))} to {number(max(known))})" if len(known) > 1 else ""
             parts.append(f"{label} {number(mean)}{spread}")
-    shown = parts[:8] + ([f"and {len(parts) - 8} more"] if len(parts) > 8 else [])
-    return f"At the end: {'; '.join(shown)}."
+    listed = parts[:8] + ([f"and {len(parts) - 8} more"] if len(parts) > 8 else [])
+    return f"At the end: {'; '.join(listed)}."
 
 
 def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], beside: Path) -> str:
@@ -211,10 +213,10 @@ def _link(run: RunData, beside: Path) -> str:
     if run.folder is None or not (run.folder / REPORT_FILE).is_file():
         return text(run.name)
     try:
-        place = os.path.relpath(run.folder / REPORT_FILE, beside)
+        target = os.path.relpath(run.folder / REPORT_FILE, beside)
     except ValueError:  # on another drive
         return text(run.name)
-    return f'<a href="{text(quote(Path(place).as_posix()))}">{text(run.name)}</a>'
+    return f'<a href="{text(quote(Path(target).as_posix()))}">{text(run.name)}</a>'
 
 
 def _differences(
@@ -225,12 +227,12 @@ def _differences(
     head = "".join(f'<th scope="col">{text(label)}</th>' for label in labels)
     rows = []
     for key, values in differences.items():
-        shown = [_shown(value) for value in values]
-        commonest = max(shown, key=shown.count)
-        usual = commonest if shown.count(commonest) > 1 else None
+        texts = [_value_text(value) for value in values]
+        commonest = max(texts, key=texts.count)
+        usual = commonest if texts.count(commonest) > 1 else None
         cells = "".join(
             f"<td>{text(value)}</td>" if value == usual else f"<td><mark>{text(value)}</mark></td>"
-            for value in shown
+            for value in texts
         )
         rows.append(f'<tr><th scope="row">{text(key)}</th>{cells}</tr>')
     seeds = "".join(
@@ -244,8 +246,8 @@ def _differences(
     )
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
         return "not given"
-    found = str(value)
-    return found if len(found) <= 120 else found[:117] + "..."
+    shortened = str(value)
+    return shortened if len(shortened) <= 120 else shortened[:117] + "..."

@@ -1,7 +1,7 @@
-"""A run's numbers as a page carries them: small, and close enough to be read off a picture.
+"""Pack a run's numbers compactly into a page.
 
-Each matrix is stored as 16-bit shares of its own range; those that are zero after the diagonal
-without that part.
+Each matrix is quantised to 16 bits over its own range; causal matrices store only the lower
+triangle.
 """
 
 import base64
@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from mechcausal.measures.figures import STEP, Value
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.style import head_choices, reduced
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import STEP, Value
 
 LEVELS = 65_534
-"""A number is one of this many equal steps from its matrix's smallest to its largest entry."""
+"""Number of quantisation steps between a matrix's smallest and largest entry."""
 DIGITS = 6
 """Significant digits of figures."""
 MOST_BYTES = 12_000_000
-"""Of the matrices of all steps together, as text."""
-_MISSING = 65_535
+"""Limit on the base64 text of all matrices at all steps."""
+_MISSING = 65_535  # code of NaN
 
 PAGE_MATRICES = (
     "attention/layer0",
@@ -36,26 +36,26 @@ PAGE_MATRICES = (
 
 
 def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The matrices that the page shows, at as many steps as fit.
+    """Pack the matrices that the page shows, at as many steps as fit.
 
     Returns:
-        `steps`, `kept` (how many steps the run has), and `matrices`: by name their `shape`,
-        whether they are a `triangle`, `low` and `high` of every step, and `data`: base64 of
-        little-endian 16-bit numbers, step after step.
+        `steps`, `kept` (the number of steps of the run) and `matrices`, by name: `shape`,
+        `triangle` (whether only the lower triangle is stored), `low` and `high` of every step, and
+        `data`, the base64 of little-endian 16-bit codes of all steps.
     """
     if not run.steps:
         return {"steps": [], "kept": 0, "matrices": {}}
-    first = _shown(run.frame()[1])
+    first = _page_matrices(run.frame()[1])
     per_step = sum(_text_bytes(values) for values in first.values())
     steps = thinned(run.steps, max(2, most_bytes // max(per_step, 1)))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in first}
     ranges: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
     for step in steps:
-        matrices = _shown(run.frames[step])
+        matrices = _page_matrices(run.frames[step])
         for name, values in first.items():
-            # A run that was resumed by another version may lack one: it is shown as missing.
-            found = matrices.get(name, np.full_like(values, np.nan))
-            codes, low, high = quantise(_flat(found, _is_causal(name)))
+            # A run resumed by another version may lack a matrix at some steps.
+            matrix = matrices.get(name, np.full_like(values, np.nan))
+            codes, low, high = quantise(_flat(matrix, _is_causal(name)))
             parts[name].append(codes)
             ranges[name].append((low, high))
     return {
@@ -75,7 +75,7 @@ def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]
 
 
 def unpack(packed: Mapping[str, Any], frame: int) -> Float[np.ndarray, "..."]:
-    """One matrix of one step, read back from what `pack_frames` gives for its name."""
+    """Restore one matrix of one step from its entry in `pack_frames(...)["matrices"]`."""
     shape = tuple(packed["shape"])
     codes = np.frombuffer(base64.b64decode(packed["data"]), dtype="<u2")
     codes = codes.reshape(len(packed["low"]), -1)[frame]
@@ -90,7 +90,7 @@ def unpack(packed: Mapping[str, Any], frame: int) -> Float[np.ndarray, "..."]:
 
 
 def quantise(values: Shaped[np.ndarray, "n"]) -> tuple[np.ndarray, float, float]:
-    """16-bit codes of the values, with the smallest and the largest of them."""
+    """16-bit codes of the values, and the smallest and largest value."""
     finite = np.isfinite(values)
     low = float(values[finite].min(initial=np.inf)) if finite.any() else 0.0
     high = float(values[finite].max(initial=-np.inf)) if finite.any() else 0.0
@@ -101,7 +101,7 @@ def quantise(values: Shaped[np.ndarray, "n"]) -> tuple[np.ndarray, float, float]
 
 
 def pack_history(history: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
-    """Figures by column, to six significant digits; `null` where a row lacks one."""
+    """Figures by column with six significant digits; None where a row lacks a figure."""
     keys = sorted({key for row in history for key in row if key != STEP})
     return {
         "steps": [row[STEP] for row in history],
@@ -110,14 +110,14 @@ def pack_history(history: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
 
 
 def rounded(value: Value) -> Value:
-    """A number to six significant digits; None for one that is not finite."""
+    """Round to six significant digits; None if the value is not finite."""
     if value is None or isinstance(value, int):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _shown(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    found = {}
+def _page_matrices(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    selected = {}
     for name in PAGE_MATRICES:
         if name in matrices:
             values = matrices[name].astype(np.float64)
@@ -125,8 +125,8 @@ def _shown(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 values = values[None] if values.ndim == 2 else values
                 heads = head_choices(len(values), name)
                 values = np.stack([reduced(values, head) for head in heads])
-            found[name] = values
-    return found
+            selected[name] = values
+    return selected
 
 
 def _is_causal(name: str) -> bool:

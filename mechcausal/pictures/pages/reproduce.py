@@ -1,4 +1,4 @@
-"""How a run is made again: by one command, or from its recipe."""
+"""The command that reproduces a run."""
 
 import shlex
 
@@ -7,9 +7,9 @@ from mechcausal.support.nested import flat
 
 
 def reproduce_command(recipe: Recipe) -> str:
-    """The command that trains the recipe again; of its own file where options cannot say it.
+    """The command that trains a recipe: a bundled recipe with options, or the file recipe.toml.
 
-    W&B's settings are left out: they change nothing about the run.
+    W&B settings are omitted because they do not affect training.
 
     Example:
         >>> from mechcausal.recipes import load_recipe

@@ -1,4 +1,4 @@
-"""report.html: one run as a film."""
+"""report.html: the page of one run, with a slider over its steps."""
 
 import platform
 import re
@@ -10,7 +10,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mechcausal import __version__, plot
+from mechcausal import __version__
+from mechcausal.measures.figures import STEP
+from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.matrices import (
     attention_of_heads,
@@ -37,30 +39,29 @@ from mechcausal.pictures.pages.shell import (
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import recipe_to_toml
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import STEP
 from mechcausal.support.nested import flat
 
 REPORT_FILE = "report.html"
-_MOST_STEPS = 200  # of a slider that has no matrices to show
-# Facts that the page shows under a name of its own, or that concern no one else.
-_LEFT_OUT = ("recipe", "wandb_id", "pid", "host")
+_MOST_STEPS = 200  # slider steps of a run without matrices
+# Facts that the page shows elsewhere or that only concern the machine.
+_HIDDEN_FACTS = ("recipe", "wandb_id", "pid", "host")
 _SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
 
 Draw = Callable[[RunData], list[go.Figure]]
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draw a run's page.
+    """Write the page of a run folder.
 
     Args:
-        folder: of the run, finished or not.
-        out: the file; report.html in the run's folder when absent.
+        folder: folder of a run, finished or not.
+        out: the HTML file; report.html in the run's folder when absent.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        RunDataError: no run, or one that cannot be read.
+        RunDataError: the folder is not a readable run.
         OSError: the page cannot be written.
     """
     path = Path(folder) / REPORT_FILE if out is None else Path(out)
@@ -69,7 +70,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def write_page(run: RunData, path: Path) -> None:
-    """Draw the page of a run that was read already.
+    """Write the page of a loaded run.
 
     Raises:
         RunDataError: the run's graph or matrices cannot be read.
@@ -124,8 +125,8 @@ def _film_panels(
     figures: list[go.Figure],
     captions: dict[str, list[str]],
 ) -> str:
-    """The panels that follow the step; those whose matrices the run lacks are left out."""
-    there = set(run.frame(frames["steps"][-1])[1]) if frames["steps"] else set()
+    """The panels that follow the slider; panels whose matrices the run lacks are skipped."""
+    available = set(run.frame(frames["steps"][-1])[1]) if frames["steps"] else set()
     wanted: list[tuple[str, str, str, Draw, str]] = [
         (
             "attention",
@@ -138,7 +139,7 @@ def _film_panels(
             "graph",
             "Attention on the causal graph",
             "attention/layer0",
-            lambda r: [plot.causal_graph(r)],
+            lambda r: [interactive.causal_graph(r)],
             "graph",
         ),
         (
@@ -157,7 +158,7 @@ def _film_panels(
         ),
         (
             "examples",
-            "Where the query looks in example sequences",
+            "Attention of the query in example sequences",
             "attention/examples",
             lambda r: examples_of_heads(r) if r.examples is not None else [],
             "wide",
@@ -167,13 +168,13 @@ def _film_panels(
     per_step = [frame_captions(run, step) for step in frames["steps"]]
     html = []
     for name, title, needs, draw, shape in wanted:
-        drawn = draw(run) if needs in there else []
+        drawn = draw(run) if needs in available else []
         if not drawn:
             continue
-        captions[name] = [found.get(name, "") for found in per_step]
+        captions[name] = [step_captions.get(name, "") for step_captions in per_step]
         numbers = range(len(figures), len(figures) + len(drawn))
         for figure in drawn:
-            if len(drawn) == 1:  # the card's heading says it
+            if len(drawn) == 1:  # the card's heading is the title
                 figure.update_layout(title=None, margin={"t": 10})
         figures += drawn
         cells = {"wide": 2.0, "graph": 1.1}.get(shape, float(len(drawn)))
@@ -185,16 +186,16 @@ def _curve_panels(
     run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
 ) -> str:
     drawings: dict[str, Callable[[RunData], go.Figure]] = {
-        "loss": plot.loss,
-        "gap": plot.gap,
-        "recovery": plot.recovery,
-        "correlations": plot.correlations,
-        "formation": plot.formation,
-        "strategies": plot.strategies,
-        "composition": plot.composition,
+        "loss": interactive.loss,
+        "gap": interactive.gap,
+        "recovery": interactive.recovery,
+        "correlations": interactive.correlations,
+        "formation": interactive.formation,
+        "strategies": interactive.strategies,
+        "composition": interactive.composition,
     }
     if run.kind == "repeated_tokens":
-        drawings |= {kind: partial(plot.head_scores, kind=kind) for kind in HEAD_SCORES}
+        drawings |= {kind: partial(interactive.head_scores, kind=kind) for kind in HEAD_SCORES}
     html = []
     for name, draw in drawings.items():
         figure = draw(run)
@@ -254,7 +255,7 @@ def _lead(run: RunData) -> str:
 def _tiles(run: RunData) -> dict[str, str]:
     first = run.history[0] if run.history else {}
     last = run.history[-1] if run.history else {}
-    found = {}
+    values_by_label = {}
     for label, row, key in (
         ("loss, nats", last, "loss/eval"),
         ("above Bayes, nats", last, "loss/gap"),
@@ -268,8 +269,8 @@ def _tiles(run: RunData) -> dict[str, str]:
     ):
         value = row.get(key)
         if value is not None:
-            found[label] = f"{value:.1%}" if key in _SHARES else number(value)
-    return found
+            values_by_label[label] = f"{value:.1%}" if key in _SHARES else number(value)
+    return values_by_label
 
 
 def _player(n_steps: int) -> str:
@@ -294,15 +295,17 @@ def _details(run: RunData) -> str:
     ids = _wandb_ids(run.folder)
     if ids:
         about["W&B run"] = ", ".join(ids)
-    about |= _facts({key: value for key, value in run.facts.items() if key not in _LEFT_OUT})
-    drawn = {name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")}
-    drawn = {"Python": platform.python_version()} | drawn
+    about |= _facts({key: value for key, value in run.facts.items() if key not in _HIDDEN_FACTS})
+    versions = {"Python": platform.python_version()}
+    versions |= {
+        name: _version(name) for name in ("mechcausal", "torch", "transformer-lens", "plotly")
+    }
     command = reproduce_command(recipe)
     note = "" if "recipe.toml" not in command else " (the recipe below, saved under that name)"
     return (
         '<section class="details" aria-label="The run">'
         f'<div class="card"><h2>About</h2>{pairs_table(about)}</div>'
-        f'<div class="card"><h2>Drawn with</h2>{pairs_table(drawn)}</div>'
+        f'<div class="card"><h2>Drawn with</h2>{pairs_table(versions)}</div>'
         f'<div class="card full"><h2>Run it again{text(note)}</h2><pre><code>{text(command)}'
         "</code></pre></div>"
         '<div class="card full"><h2>Recipe</h2><pre tabindex="0"><code>'
@@ -311,10 +314,10 @@ def _details(run: RunData) -> str:
 
 
 def _wandb_ids(folder: Path | None) -> list[str]:
-    """The ids of the W&B runs that lie in the run's folder."""
-    places = [] if folder is None else sorted((folder / "wandb").glob("*run-*-*"))
-    found = [re.fullmatch(r"(?:offline-)?run-\d{8}_\d{6}-(.+)", place.name) for place in places]
-    return list(dict.fromkeys(match[1] for match in found if match))
+    """The ids of the W&B runs in the run's folder."""
+    paths = [] if folder is None else sorted((folder / "wandb").glob("*run-*-*"))
+    matches = [re.fullmatch(r"(?:offline-)?run-\d{8}_\d{6}-(.+)", path.name) for path in paths]
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, object]:
@@ -337,11 +340,11 @@ def _footer(run: RunData, frames: Mapping[str, Any]) -> str:
     if frames["kept"] > len(frames["steps"]):
         notes.insert(
             0,
-            f"matrices of {frames['kept']} steps were kept; {len(frames['steps'])} of them, "
-            "spread evenly, are on this page, to keep it small",
+            f"the run has matrices of {frames['kept']} steps; to stay small, this page shows "
+            f"{len(frames['steps'])} of them, spread evenly",
         )
     elif run.kind == "causal_graph" and not frames["steps"]:
-        notes.insert(0, "no matrices were kept, so that only curves are shown")
+        notes.insert(0, "the run has no matrices, so only curves are shown")
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
     return (
         f"<footer><p>Matrices are rounded to 1/{LEVELS:,} of each one's range, figures to "

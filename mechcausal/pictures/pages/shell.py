@@ -1,6 +1,6 @@
-"""The page around the pictures: one HTML file that fetches nothing.
+"""Build the HTML of a page: one file without network requests.
 
-Whatever comes from a recipe, a folder's name or a token passes through `text` or `script_json`.
+Every string from a recipe, a folder name or a token must pass through `text` or `script_json`.
 """
 
 import json
@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from mechcausal.pictures.interactive.style import template
 from mechcausal.support.files import write_atomically
 
-# What a page may do: run and style itself. No request, whatever a string in it might ask for.
+# Allow only inline scripts and styles: no string in the page can cause a request.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -23,12 +23,12 @@ _POLICY = (
 
 
 def text(value: object) -> str:
-    """A value as HTML text or attribute."""
+    """Escape a value for HTML text or attributes."""
     return escape(str(value), quote=True)
 
 
 def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot close the script element around it."""
     content = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         content = content.replace(character, f"\\u{ord(character):04x}")
@@ -36,26 +36,26 @@ def script_json(value: Any) -> str:
 
 
 def figure_json(figure: go.Figure) -> dict[str, Any]:
-    """A figure's data and layout without its template, which the page gives it."""
+    """A figure's data and layout, without the template, which the page adds."""
     content: dict[str, Any] = json.loads(figure.to_json())
     content["layout"].pop("template", None)
     return {"data": content["data"], "layout": content["layout"]}
 
 
 def page(title: str, body: str, data: Mapping[str, Any], *, scripts: Sequence[str] = ()) -> str:
-    """The whole file.
+    """The complete HTML file.
 
     Args:
         title: plain text.
-        body: HTML, its strings escaped.
-        data: what the page's script draws; `templates` are added.
-        scripts: names of further scripts of ours.
+        body: HTML with escaped strings.
+        data: data for the page's script; `templates` are added.
+        scripts: names of further asset scripts.
     """
     from plotly.offline import get_plotlyjs
 
     templates = {name: template(dark=name == "dark") for name in ("light", "dark")}
     content = dict(data) | {
-        "templates": {name: found.to_plotly_json() for name, found in templates.items()}
+        "templates": {name: layout.to_plotly_json() for name, layout in templates.items()}
     }
     own = "\n".join(f"<script>{asset(name)}</script>" for name in ("page.js", *scripts))
     return f"""<!DOCTYPE html>
@@ -71,7 +71,7 @@ def page(title: str, body: str, data: Mapping[str, Any], *, scripts: Sequence[st
 </head>
 <body>
 <div class="wrap">
-<noscript><p class="card">The pictures are drawn with JavaScript, which is off.</p></noscript>
+<noscript><p class="card">The pictures need JavaScript, which is off.</p></noscript>
 {body}
 </div>
 <script type="application/json" id="data">{script_json(content)}</script>
@@ -83,17 +83,17 @@ def page(title: str, body: str, data: Mapping[str, Any], *, scripts: Sequence[st
 
 
 def write(path: Path, content: str) -> None:
-    """Write a page, which appears whole or not at all, and the folder that it lies in.
+    """Write a page atomically, and create its folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 def asset(name: str) -> str:
-    """A file that comes with the pages."""
+    """The text of a file in the assets folder."""
     return (files("mechcausal.pictures.pages") / "assets" / name).read_text(encoding="utf-8")
 
 
@@ -107,16 +107,16 @@ def panel(
     cells: float,
     step: int | None = None,
 ) -> str:
-    """A card with a heading, its pictures and what they show.
+    """A card with a heading, pictures and a caption.
 
     Args:
-        name: of the panel.
+        name: name of the panel.
         title: plain text.
-        figures: numbers of the page's figures.
-        caption: plain text; also what a screen reader says of the pictures.
+        figures: indices into the page's figures.
+        caption: plain text; also the label for screen readers.
         shape: square, graph, wide or curve.
-        cells: how wide the card is beside others.
-        step: whose pictures they are, where there are several.
+        cells: relative width of the card.
+        step: step of the pictures, named in the label; None to omit it.
     """
     when = "" if step is None else f" at step {step:,}"
     plots = "".join(
@@ -132,7 +132,7 @@ def panel(
 
 
 def tiles(items: Mapping[str, str]) -> str:
-    """A row of numbers with what they mean."""
+    """A row of labelled numbers."""
     content = "".join(
         f'<div class="tile"><dt>{text(label)}</dt><dd>{text(value)}</dd></div>'
         for label, value in items.items()
@@ -141,7 +141,7 @@ def tiles(items: Mapping[str, str]) -> str:
 
 
 def pairs_table(rows: Mapping[str, object]) -> str:
-    """Two columns: what, and its value."""
+    """A table of keys and values."""
     content = "".join(
         f'<tr><th scope="row">{text(key)}</th><td>{text(value)}</td></tr>'
         for key, value in rows.items()
@@ -150,7 +150,7 @@ def pairs_table(rows: Mapping[str, object]) -> str:
 
 
 def top(title: str, lead: str) -> str:
-    """The page's heading and the switch between light and dark."""
+    """The page's header, with the button that switches between light and dark."""
     return (
         f'<header class="top"><div><h1>{text(title)}</h1><p class="lead">{text(lead)}</p></div>'
         '<div><button id="theme" type="button" aria-label="Switch between light and dark">Dark'

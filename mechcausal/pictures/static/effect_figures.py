@@ -1,4 +1,4 @@
-"""What each edge is worth: rises of the loss by intervention."""
+"""Figures of edge interventions: rises of the loss."""
 
 from typing import TYPE_CHECKING
 
@@ -18,21 +18,21 @@ _KINDS: tuple[tuple[Kind, str, str], ...] = (
 
 
 def draw_edge_effects(effects: EdgeEffects, title: str) -> "Figure":
-    """Rise of the loss in nats by the row changed, with standard errors, and the means.
+    """Rise of the loss in nats by changed row, with standard errors, and the means per kind.
 
     Args:
-        effects: of `interventions.edge_effects`.
-        title: above the figure.
+        effects: result of `interventions.edge_effects`.
+        title: title of the figure.
     """
     figure, (by_row, means) = new_figure(1, 2)
     for number, (kind, label, colour) in enumerate(_KINDS):
-        found = effects.of(kind)
-        if not found:
+        interventions = effects.of(kind)
+        if not interventions:
             continue
-        rows = np.array([effect.child for effect in found], dtype=float)
-        rises = [effect.rise for effect in found]
-        errors = [effect.stderr for effect in found]
-        offset = (number - 1) * 0.2  # so that bars of one row stand beside each other
+        rows = np.array([effect.child for effect in interventions], dtype=float)
+        rises = [effect.rise for effect in interventions]
+        errors = [effect.stderr for effect in interventions]
+        offset = (number - 1) * 0.2  # separates the kinds within a row
         by_row.errorbar(
             rows + offset, rises, errors, fmt="o", ms=4, lw=1, color=colour, label=label
         )
@@ -40,7 +40,7 @@ def draw_edge_effects(effects: EdgeEffects, title: str) -> "Figure":
         means.bar(number, mean, yerr=stderr, color=colour, width=0.6)
     by_row.axhline(0, color="black", lw=0.6)
     by_row.set(xlabel="row of layer 1 changed", ylabel="rise of the loss (nats)", title="by row")
-    if effects.means:  # a graph without edges has nothing to name
+    if effects.means:  # a graph without edges has no labels
         by_row.legend(frameon=False, fontsize=8)
     by_row.grid(alpha=0.25)
     means.set_xticks(range(len(_KINDS)), [label.replace(" ", "\n", 1) for _, label, _ in _KINDS])

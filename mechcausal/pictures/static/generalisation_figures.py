@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mechcausal.measures.generalisation import GeneralisationRow, GeneralisationTable, OODRow
+from mechcausal.measures.generalisation import GeneralisationTable, OODRow
 from mechcausal.pictures.static.style import (
     CYCLE,
     EDGE_COLOUR,
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def draw_ood(rows: Sequence[OODRow]) -> "Figure":
-    """Bars of the loss above Bayes (left) and above the oracle (right), a family in each line.
+    """Bars of the loss above Bayes (left) and above the oracle (right), one family per line.
 
-    Error bars are one standard error of the paired difference. The right panel marks where Bayes
-    under the training prior stands, and Bayes under the family itself where there is one.
+    Error bars are one standard error of the paired difference. The right panel marks the Bayes
+    predictors under the training prior and, for Dirichlet families, under the family.
     """
     figure, axes = new_figure(1, 2)
-    # One line of text for each family, and room for the names on the left.
+    # The height fits one line per family, the left margin the names.
     figure.set_size_inches(10.5, 1.8 + 0.32 * len(rows))
     height = figure.get_size_inches()[1]
     figure.subplots_adjust(left=0.17, wspace=0.06, bottom=0.95 / height, top=1 - 0.75 / height)
     lines = np.arange(len(rows))[::-1]
     gaps = (
         (axes[0], "gap_to_bayes", REFERENCE_COLOUR, "loss above Bayes under the training prior"),
-        (axes[1], "gap_to_oracle", OTHER_COLOUR, "loss above the oracle, who knows the matrix"),
+        (axes[1], "gap_to_oracle", OTHER_COLOUR, "loss above the oracle, which knows the matrix"),
     )
     for axis, kind, colour, title in gaps:
         values = [getattr(row, kind) for row in rows]
@@ -64,13 +64,14 @@ def draw_ood(rows: Sequence[OODRow]) -> "Figure":
 def draw_generalisation(table: GeneralisationTable) -> "Figure":
     """Sup error against T on logarithmic axes: median (left) and 90 % quantile (right).
 
-    A colour for each gamma: solid the trained model carried over to T, dashed the ideal model, and
-    dotted in the left panel the bias that the trained A2 keeps at any T.
+    One colour per gamma. Solid: the trained model transplanted to T. Dashed: the ideal model.
+    Dotted (left panel): the bias of the trained A2 for T to infinity.
     """
     from matplotlib import colormaps
 
     gammas = sorted({row.gamma for row in table.rows})
     many = colormaps["viridis"](np.linspace(0, 0.95, len(gammas)))
+    colours = dict(zip(gammas, CYCLE if len(gammas) <= len(CYCLE) else many, strict=False))
     figure, axes = new_figure(1, 2)
     figure.set_size_inches(10.5, 5.2)
     figure.subplots_adjust(bottom=0.26, top=0.87, wspace=0.18)
@@ -81,9 +82,10 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
         (axes[1], {"error_q90": "o-", "ideal_q90": "s--"}, "90 % quantile"),
     )
     for axis, curves, title in panels:
-        for number, gamma in enumerate(gammas):
-            colour = CYCLE[number] if len(gammas) <= len(CYCLE) else many[number]
-            rows = sorted((row for row in table.rows if row.gamma == gamma), key=_length)
+        for gamma, colour in colours.items():
+            rows = sorted(
+                (row for row in table.rows if row.gamma == gamma), key=lambda row: row.length
+            )
             lengths = [row.length for row in rows]
             for kind, style in curves.items():
                 values = [getattr(row, kind) for row in rows]
@@ -91,11 +93,10 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
         axis.set(xscale="log", yscale="log", title=title)
         axis.set_xlabel("sequence length T")
         _label_ticks(axis, sorted({row.length for row in table.rows}))
-        axis.set_ylim(*limits)  # after the ticks, which would widen them
+        axis.set_ylim(*limits)  # after the ticks, because setting ticks widens the limits
         axis.grid(alpha=0.25, which="both")
     axes[0].set_ylabel("sup error of the predicted row")
-    for number, gamma in enumerate(gammas):
-        colour = CYCLE[number] if len(gammas) <= len(CYCLE) else many[number]
+    for gamma, colour in colours.items():
         trained, ideal = table.fits[gamma].slope, table.ideal_fits[gamma].slope
         label = f"γ = {gamma:g}: $T^{{{trained:.2f}}}$, ideal $T^{{{ideal:.2f}}}$"
         axes[0].plot([], [], color=colour, label=label)
@@ -111,7 +112,7 @@ _ERRORS = ("error_median", "error_q90", "floor_median", "ideal_median", "ideal_q
 
 
 def _legend_below(figure: "Figure", axis: "Axes", *, n_columns: int) -> None:
-    """At the foot of the figure, centred under the panel, where it hides no data."""
+    """Put a legend below the panel, where it hides no data."""
     centre = axis.get_position().x0 + axis.get_position().width / 2
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
@@ -123,10 +124,6 @@ def _legend_below(figure: "Figure", axis: "Axes", *, n_columns: int) -> None:
         loc="lower center",
         bbox_to_anchor=(centre, 0.005),
     )
-
-
-def _length(row: GeneralisationRow) -> int:
-    return row.length
 
 
 def _label_ticks(axis: "Axes", lengths: Sequence[int]) -> None:

@@ -1,7 +1,6 @@
-"""The paper's own figures, drawn from our models: blocks, heads, loss curves, many graphs.
+"""The paper's figures, drawn for our models: blocks, heads, loss curves, many graphs.
 
-Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), figures 2, 5 to 7 and 9. Drawing is
-done as in `mechcausal.pictures.static.run_figures`: matplotlib alone, no display, colours for colour-blind readers.
+Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), figures 2, 5 to 7 and 9.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.measures.blocks import solution_blocks
+from mechcausal.measures.figures import History
 from mechcausal.measures.matching import match_heads
 from mechcausal.measures.plateaus import Plateau, curve
 from mechcausal.models.disentangled import DisentangledTransformer
@@ -27,33 +27,32 @@ from mechcausal.pictures.static.style import (
     label_positions,
     new_figure,
 )
-from mechcausal.records.run_folder import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PERCENTILES = (15.0, 100.0)
-"""Limits of the colours of a block heatmap, in its matrix: those of the paper's code."""
-# In inches: gaps between blocks, room for labels, sides of A1 and of later matrices, height of W.
+"""Percentiles of a matrix that limit the colours of its heatmap, as in the paper's code."""
+# In inches: gaps between blocks, width of labels, sides of A1 and of later matrices, height of W.
 _STREAM_GAP, _GROUP_GAP, _LABELS = 0.04, 0.14, 0.75
 _FIRST_SIDE, _SIDE, _READOUT_HEIGHT = 3.8, 6.4, 1.1
-_OUTPUT = "output"  # the rows of W, transposed
+_OUTPUT = "output"  # row label of the transposed W
 
 Streams = Mapping[str, slice]
 
 
 @dataclass(frozen=True)
 class GraphDistribution:
-    """What the paper reports over its random forests (figure 9): attention on parents.
+    """Attention on parents over the paper's random forests (figure 9).
 
     Attributes:
-        mean: over graphs, of a graph's mean attention.
-        sd: over graphs.
-        lowest: graph.
-        highest: graph.
+        mean: mean over graphs of a graph's mean attention.
+        sd: standard deviation over graphs.
+        lowest: smallest mean attention of a graph.
+        highest: largest mean attention of a graph.
         n_above_half: edges with attention above 0.5.
-        n_edges: edges of all graphs.
+        n_edges: number of edges of all graphs.
     """
 
     mean: float = 0.8366
@@ -65,19 +64,18 @@ class GraphDistribution:
 
 
 PAPER = GraphDistribution()
-"""The paper's figure 9."""
+"""The values of the paper's figure 9."""
 
 
 def draw_blocks(model: DisentangledTransformer, graph: CausalGraph | None = None) -> "Figure":
-    """The paper's block heatmaps: A of every head, rows the queries, and W transposed.
+    """The paper's block heatmaps: A of every head, with queries as rows, and W transposed.
 
-    Blocks are separated by gaps and named by their streams: what a token or position came as, or
-    what a head copied of it. A matrix's colours run from its 15th percentile to its largest entry
-    (`PERCENTILES`, the paper's choice), as every title says. Where the graph is given, the blocks
-    of the paper's solution are framed.
+    Gaps separate the blocks, which are labelled with their streams. A matrix's colours range from
+    its 15th percentile to its largest entry (`PERCENTILES`). If a graph is given, the blocks of the
+    paper's solution are framed.
 
     Raises:
-        ValueError: a graph, and a model of another number of layers than two.
+        ValueError: a graph is given, but the model does not have two layers.
     """
     framed = () if graph is None else solution_blocks(model, graph)
     names = [f"A{layer + 1}.{h}" for layer, n in enumerate(model.heads) for h in range(n)]
@@ -85,7 +83,7 @@ def draw_blocks(model: DisentangledTransformer, graph: CausalGraph | None = None
     width = sum(sides) + _LABELS * len(sides) + 0.2
     height = 0.4 + _LABELS + max(sides) + _LABELS + _READOUT_HEIGHT + 0.2
     figure, (unused,) = new_figure(1, 1)
-    unused.remove()  # blocks are placed by the inch
+    unused.remove()  # `_draw_matrix` adds its own axes
     figure.set_size_inches(width, height)
     left, top = _LABELS, height - 0.4 - _LABELS
     for name, side in zip(names, sides, strict=True):
@@ -105,15 +103,14 @@ def draw_blocks(model: DisentangledTransformer, graph: CausalGraph | None = None
 def draw_heads(
     attention: Float[Tensor, "head query key"], graph: CausalGraph, title: str
 ) -> "Figure":
-    """Layer-1 attention by position, one panel a head, beside the true graph.
+    """Layer-1 attention, one panel per head, beside the true graph.
 
-    A parent is circled in the panel of the head that `match_heads` gives it, in that head's
-    colour, which the true graph repeats; a parent without a head is grey there. Attention is drawn
-    in grey, on which all colours show. The last row, which serves the query where the graph names
-    its parents, is framed.
+    Circles mark the parents that `match_heads` assigns to a head, in this head's colour. The true
+    graph has the same colours, and grey for parents without a head. If the graph has query parents,
+    the last row is framed, because it serves the query.
 
     Raises:
-        ValueError: the patterns are not of the graph's sequence length.
+        ValueError: the patterns do not have the graph's sequence length.
     """
     from matplotlib.colors import to_rgb
 
@@ -122,7 +119,7 @@ def draw_heads(
     parents = dict(enumerate(graph.parents))
     if matching.query is not None:
         rows[last], parents[last] = matching.query, graph.query_parents or ()
-    served = [
+    assigned = [
         (parent, child, head)
         for child, heads in rows.items()
         for parent, head in zip(parents[child], heads, strict=True)
@@ -131,15 +128,15 @@ def draw_heads(
     figure, axes = new_figure(1, len(attention) + 1)
     for head, (axis, pattern) in enumerate(zip(axes, attention, strict=False)):
         axis.imshow(_numbers(pattern), cmap="Greys", vmin=0, vmax=1)
-        cells = [(parent, child) for parent, child, by in served if by == head]
+        cells = [(parent, child) for parent, child, by in assigned if by == head]
         _circle(axis, cells, graph.sequence_length, colours[head])
         name = f"head {head}" if len(attention) > 1 else "attention"
         axis.set_title(f"{name}: {len(cells)} parents circled", color=colours[head])
     truth = np.ones((last + 1, last + 1, 3))
-    for parent, child, by in served:
+    for parent, child, by in assigned:
         truth[child, parent] = to_rgb(OTHER_COLOUR if by is None else colours[by])
     axes[-1].imshow(truth)
-    axes[-1].set_title("true graph, by the head that serves")
+    axes[-1].set_title("true graph, coloured by matched head")
     for axis in axes:
         label_positions(axis)
         if graph.query_parents is not None:
@@ -155,13 +152,13 @@ def draw_loss(
     *,
     loss: str = "loss/eval",
 ) -> "Figure":
-    """Loss over training steps, one line a seed or graph, against the losses of strategies.
+    """Loss over training steps, one line per seed or graph, with the losses of strategies.
 
     Args:
         histories: rows with `train/step` and the loss, by label.
         levels: losses in nats by name ("Bayes", strategies), drawn as horizontal lines.
-        plateaus: shaded, under the names of their strategies.
-        loss: the loss drawn.
+        plateaus: drawn shaded, labelled with their strategies.
+        loss: key of the loss.
     """
     figure, (axis,) = new_figure(1, 1)
     width, height = 8.4, 4.8
@@ -170,8 +167,8 @@ def draw_loss(
     for plateau in plateaus:
         start, stop = 1 + plateau.start, 1 + plateau.stop
         axis.axvspan(start, stop, color=OTHER_COLOUR, alpha=0.18, lw=0)
-        where, name = (float(np.sqrt(start * stop)), 0.99), plateau.strategy or ""
-        axis.annotate(name, where, xycoords=("data", "axes fraction"), ha="center", va="top")
+        xy, name = (float(np.sqrt(start * stop)), 0.99), plateau.strategy or ""
+        axis.annotate(name, xy, xycoords=("data", "axes fraction"), ha="center", va="top")
     for (label, history), colour in zip(histories.items(), _colours(len(histories)), strict=True):
         steps, losses = curve(history, loss)
         axis.plot(1 + steps, losses, color=colour, lw=1.5, label=label)
@@ -195,8 +192,8 @@ def draw_graph_distribution(
 
     Args:
         per_graph: each graph's mean attention on parents; NaN where a graph has no edges.
-        per_edge: attention on the parent, of the edges of all graphs.
-        paper: what the paper reports.
+        per_edge: attention on the parent, for the edges of all graphs.
+        paper: the paper's values.
     """
     figure, (graphs, edges) = new_figure(1, 2)
     values = np.sort(per_graph[np.isfinite(per_graph)])
@@ -211,8 +208,8 @@ def draw_graph_distribution(
     if len(values) > 1:
         ours = f"ours: {values.mean():.3f} ± {values.std(ddof=1):.3f}"
         graphs.axhline(values.mean(), color=REFERENCE_COLOUR, lw=1, ls="--")
-    place = np.arange(1, len(values) + 1)
-    graphs.plot(place, values, "o", ms=5, color=REFERENCE_COLOUR, label=ours)
+    ranks = np.arange(1, len(values) + 1)
+    graphs.plot(ranks, values, "o", ms=5, color=REFERENCE_COLOUR, label=ours)
     graphs.set(
         xlabel="graph, by attention",
         ylabel="mean attention on parents",
@@ -241,25 +238,25 @@ def _draw_matrix(
     name: str,
     framed: Sequence[str],
 ) -> None:
-    """Every block of a matrix in its own axes, in a box of inches: left, top, width, height."""
+    """Draw each block of a matrix in its own axes; box is (left, top, width, height) in inches."""
     left, top, width, height = box
     page = figure.get_size_inches()
     low, high = np.percentile(values, PERCENTILES)
-    look = {"cmap": ATTENTION_COLOURS, "vmin": low, "vmax": high, "aspect": "auto"}
-    across, down = _places(columns, width), _places(rows, height)
+    image_style = {"cmap": ATTENTION_COLOURS, "vmin": low, "vmax": high, "aspect": "auto"}
+    across, down = _spans(columns, width), _spans(rows, height)
     for row, (y, tall) in down.items():
         for column, (x, wide) in across.items():
             label = f"{name}/{column}" if row == _OUTPUT else f"{name}/{row}:{column}"
-            place = np.divide([left + x, top - y - tall, wide, tall], [*page, *page])
-            axis = figure.add_axes(tuple(place.tolist()), label=label)
-            axis.imshow(values[rows[row], columns[column]], **look)
+            bounds = np.divide([left + x, top - y - tall, wide, tall], [*page, *page])
+            axis = figure.add_axes(tuple(bounds.tolist()), label=label)
+            axis.imshow(values[rows[row], columns[column]], **image_style)
             axis.set(xticks=[], yticks=[], frame_on=f"blocks/{label}" in framed)
             for spine in axis.spines.values():
                 spine.set(edgecolor=EDGE_COLOUR, linewidth=2.5)
 
     def write(x: float, y: float, text: str, size: int = 8, angle: int = 0) -> None:
-        where = (left + x) / page[0], (top + y) / page[1]
-        figure.text(*where, text, fontsize=size, rotation=angle, ha="center", va="center")
+        xy = (left + x) / page[0], (top + y) / page[1]
+        figure.text(*xy, text, fontsize=size, rotation=angle, ha="center", va="center")
 
     title = "W transposed" if name == "W" else f"{name[:2]}, head {name[3:]}"
     limits = f"colours from {low:.3g} (15th percentile) to {high:.3g} (largest)"
@@ -274,31 +271,31 @@ def _draw_matrix(
         write(-0.34, -middle, group, angle=90)
 
 
-def _places(streams: Streams, length: float) -> dict[str, tuple[float, float]]:
-    """Start and size in inches of every stream, with gaps, along a side of that length."""
+def _spans(streams: Streams, length: float) -> dict[str, tuple[float, float]]:
+    """Start and size in inches of every stream along a side of that length, with gaps."""
     gaps = [
         _STREAM_GAP if _group(before) == _group(after) else _GROUP_GAP
         for before, after in pairwise(streams)
     ]
-    widths = [place.stop - place.start for place in streams.values()]
+    widths = [entries.stop - entries.start for entries in streams.values()]
     inch = (length - sum(gaps)) / sum(widths)
-    places, start = {}, 0.0
+    spans, start = {}, 0.0
     for name, width, gap in zip(streams, widths, [*gaps, 0.0], strict=True):
-        places[name] = (start, width * inch)
+        spans[name] = (start, width * inch)
         start += width * inch + gap
-    return places
+    return spans
 
 
-def _groups(places: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """The middle of the streams that came in together, by the heads that copied them."""
+def _groups(spans: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The middle in inches of each group of streams, by the heads that copied them."""
     ends: dict[str, list[float]] = {}
-    for stream, (start, size) in places.items():
+    for stream, (start, size) in spans.items():
         ends.setdefault(_group(stream), []).extend((start, start + size))
     return {group: (min(inches) + max(inches)) / 2 for group, inches in ends.items()}
 
 
 def _group(stream: str) -> str:
-    """What copied a stream: layers from 1 as in the paper, heads from 0."""
+    """The heads that copied a stream; layers count from 1 as in the paper, heads from 0."""
     heads = [head.split(".") for head in stream.split("/")[:-1]]
     names = [f"{int(layer) + 1}.{head}" for layer, head in heads]
     return f"attn {' of '.join(names)}" if names else "" if stream == _OUTPUT else "input"
@@ -315,7 +312,7 @@ def _numbers(weight: Tensor) -> np.ndarray:
 
 
 def _colours(n: int) -> list[str]:
-    """As many colours as heads or curves: four that everybody can tell apart, else a scale."""
+    """n colours: up to four from the colour-blind safe `CYCLE`, more from a colour scale."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -339,10 +336,11 @@ def _frame_query(axis: "Axes", length: int) -> None:
 
 
 def _name_levels(axis: "Axes", levels: Mapping[str, float]) -> None:
-    """Names beside the right end of the lines, pushed apart where lines are close."""
+    """Write names at the right end of the lines, with a minimum distance."""
     low, high = axis.get_ylim()
-    place = -np.inf
+    y = -np.inf
     for name, level in sorted(levels.items(), key=lambda item: item[1]):
-        place = max((level - low) / (high - low), place + 0.045)
-        where = (1.01, place)
-        axis.annotate(f"{name} {level:.3f}", where, xycoords="axes fraction", va="center", size=8)
+        y = max((level - low) / (high - low), y + 0.045)
+        axis.annotate(
+            f"{name} {level:.3f}", (1.01, y), xycoords="axes fraction", va="center", size=8
+        )

@@ -1,7 +1,4 @@
-"""What a person looks at: heatmaps for W&B and the figures of a run.
-
-Drawing needs matplotlib alone and no display. Colours are safe for colour-blind readers.
-"""
+"""Heatmaps for W&B and PNG figures of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
+from mechcausal.measures.figures import History
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
     CYCLE,
@@ -24,7 +22,6 @@ from mechcausal.pictures.static.style import (
     new_figure,
 )
 from mechcausal.recipes import Recipe
-from mechcausal.records.run_folder import History
 from mechcausal.theory import Information, PairwiseTheory
 
 if TYPE_CHECKING:
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE_STYLES = {"loss/bayes": "--", "loss/construction": "-.", "loss/chance": "--"}
-_PIXELS = 320  # width and height of a W&B heatmap, at least
+_PIXELS = 320  # minimum width and height of a W&B heatmap
 
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
 
@@ -40,13 +37,13 @@ Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
 def heatmaps(
     matrices: Mapping[str, Float[Tensor, "*head query key"]], theory: Information
 ) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
-    """Pictures of one probe step, each beside what it should look like.
+    """Pictures of one probe step, each beside its reference.
 
     Returns:
-        `attention/layer0` (left, one panel a head) beside the true graph, `gradient/scores` and
-        `gradient/pattern` beside the predicted gradient, or the chi-squared information of earlier
-        positions where there is no prediction; gradients are scaled to their largest entry, with
-        each row of the pattern's gradient divided by its number of keys, as theory has it.
+        `attention/layer0` (one panel per head) beside the true graph; `gradient/scores` and
+        `gradient/pattern` beside the predicted gradient, or beside the chi-squared information of
+        earlier positions if there is no prediction. Gradients are scaled to their largest entry;
+        rows of the pattern's gradient are first divided by their number of keys.
     """
     length = theory.graph.sequence_length
     expected = _expected_gradient(theory).numpy()
@@ -72,7 +69,7 @@ def _expected_gradient(theory: Information) -> Float[Tensor, "query key"]:
 
 
 def heatmap(values: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "height width rgb"]:
-    """A picture of values in [0, 1], one square a cell."""
+    """A picture of values in [0, 1], one square per entry."""
     return _coloured(values, ATTENTION_COLOURS)
 
 
@@ -88,15 +85,15 @@ def draw_figures(
     """Draw a run's figures as PNG files.
 
     Args:
-        folder: made if absent.
-        recipe: for the titles.
-        theory: what the gradient is compared with.
-        history: rows of figures, by probe step.
+        folder: created if absent.
+        recipe: its name and seed are in the titles.
+        theory: reference for the gradient.
+        history: one row of figures per probe step.
         matrices: attention and gradients by step.
         stage_starts: first steps of the training stages.
 
     Returns:
-        The files, by the names under which W&B shows them.
+        The files, by their names in W&B.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[], Figure]] = {
@@ -121,9 +118,9 @@ _CAPTIONS = {
 
 
 def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
-    """Layer-1 attention at the start, while the graph forms, and at the end; parents circled.
+    """Layer-1 attention at the start, while the graph forms, and at the end; circles mark parents.
 
-    Of several heads, the one that attends most is seen at each place.
+    Attention is the maximum over heads.
     """
     steps = sorted(matrices)
     chosen = sorted({steps[0], _forming_step(matrices, graph), steps[-1]})
@@ -141,13 +138,13 @@ def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
 
 
 def _attention(matrices: Mapping[str, Tensor]) -> Float[np.ndarray, "query key"]:
-    """Layer-1 attention, the largest over heads."""
+    """Layer-1 attention, the maximum over heads."""
     matrix = matrices["attention/layer0"].numpy()
     return matrix if matrix.ndim == 2 else matrix.max(0)
 
 
 def _forming_step(matrices: Matrices, graph: CausalGraph) -> int:
-    """The step kept at which the mean attention on parents is closest to one half."""
+    """The recorded step whose mean attention on parents is closest to one half."""
     truth = _truth(graph).astype(bool)
     if not truth.any():
         return sorted(matrices)[len(matrices) // 2]
@@ -159,14 +156,14 @@ def _forming_step(matrices: Matrices, graph: CausalGraph) -> int:
 
 
 def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
-    """The first gradient that is not 0, what theory says, and one against the other.
+    """The first nonzero gradient (summed over heads), its reference, and a scatter plot of both.
 
-    Summed over the heads. Where theory predicts no gradient, for several parents, it is compared
-    with the chi-squared information alone.
+    The references are the predicted gradient and the chi-squared information; for several parents
+    there is no prediction.
     """
     chosen = (s for s in sorted(matrices) if bool(matrices[s]["gradient/scores"].any()))
     step = next(chosen, min(matrices))
-    # The last row of a graph that names the query's parents serves the query, not the graph.
+    # If the graph has query parents, the last row serves the query instead of the graph.
     n = theory.graph.n_positions - (theory.graph.query_parents is not None)
     by_head = matrices[step]["gradient/scores"].double().reshape(-1, *_square(theory))
     measured = by_head.sum(0)[:n, :n].numpy()
@@ -205,7 +202,7 @@ def _square(theory: Information) -> tuple[int, int]:
 
 
 def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict[str, Path]:
-    """heads.png: the loss by copy, and every head's scores, over training steps."""
+    """Draw heads.png: the loss by copy and every head's scores over training steps."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_figure(1, 4)
     losses = {
@@ -231,7 +228,7 @@ def head_heatmap(
     layers: Sequence[int],
     title: str,
 ) -> None:
-    """Scores by layer (rows) and head (columns), one panel a score, as a PNG file."""
+    """Draw scores by layer (rows) and head (columns), one panel per score, as a PNG file."""
     figure, axes = new_figure(1, len(panels))
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=1, aspect="auto")
@@ -254,7 +251,7 @@ def _plot(
 ) -> None:
     from matplotlib import colormaps
 
-    # Four colours that everybody can tell apart; a model of many heads needs a scale instead.
+    # CYCLE is colour-blind safe but has only four colours; more curves need a colour scale.
     many = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
     colours = CYCLE if len(curves) <= len(CYCLE) else many
     for (key, label), colour in zip(curves.items(), colours, strict=False):
@@ -339,17 +336,17 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
 
 
 def _truth(graph: CausalGraph) -> Float[np.ndarray, "pos pos"]:
-    """1 where the key is a parent of the query, the query token's row and column included."""
+    """1 where the key is a parent of the query position, over all T positions."""
     truth = np.zeros((graph.sequence_length, graph.sequence_length))
     for parent, child in graph.edges:
         truth[child, parent] = 1.0
     return truth
 
 
-def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, where: Any) -> None:
+def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, mask: Any) -> None:
     for chosen, colour, label in (
-        (where & ~is_edge, OTHER_COLOUR, "other pairs"),
-        (where & is_edge, EDGE_COLOUR, "edges of the graph"),
+        (mask & ~is_edge, OTHER_COLOUR, "other pairs"),
+        (mask & is_edge, EDGE_COLOUR, "edges of the graph"),
     ):
         axis.scatter(x[chosen], y[chosen], s=14, color=colour, alpha=0.8, lw=0, label=label)
     axis.grid(alpha=0.25)

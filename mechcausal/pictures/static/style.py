@@ -1,6 +1,6 @@
-"""What all pictures share: colours, margins, axes. Safe for colour-blind readers.
+"""Colours, margins and axes of all static pictures.
 
-Drawing needs matplotlib alone and no display.
+Colours are safe for colour-blind readers. Drawing needs only matplotlib and no display.
 """
 
 from typing import TYPE_CHECKING
@@ -14,12 +14,12 @@ GRADIENT_COLOURS = "PuOr_r"
 EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
-"""The scores of a head that are drawn, by layer and head or along training."""
+"""The scores of a head that pictures show."""
 
 
 def new_figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":
     """A figure and its axes, row by row, with room for titles and labels."""
-    # Without pyplot there is no global state and no need for a display.
+    # Without pyplot, drawing has no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def new_figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    # Fixed margins: matplotlib's layout engines draw everything twice or more to find them.
+    # Fixed margins: matplotlib's layout engines draw everything at least twice.
     width, height = size
     figure.subplots_adjust(
         left=0.7 / width,

@@ -1,7 +1,7 @@
 """A matrix as text in a terminal.
 
-A cell is half a character high: a character is about twice as high as wide. Where the terminal has
-too few colours, a cell is two characters wide and its shade says how large it is.
+With colours (`half_blocks`), a cell is one character wide and half a character high, which is about
+square. Without (`shaded`), a cell is two characters wide and its shade is the value.
 """
 
 import math
@@ -17,13 +17,13 @@ from rich.style import Style
 from mechcausal.pictures.static.style import ATTENTION_COLOURS
 
 SHADES = " ░▒▓█"
-_LEVELS = 32  # colours
+_LEVELS = 32  # number of colours
 
 
 def pooled(
     matrix: Float[np.ndarray, "query key"], block: int
 ) -> Float[np.ndarray, "query_block key_block"]:
-    """The largest entry of every square of so many positions; NaN where all keys follow the query.
+    """The largest entry of every block x block square; NaN if all its keys follow the query.
 
     Example:
         >>> pooled(np.array([[1.0, 0, 0], [0.2, 0.8, 0], [0, 0.3, 0.7]]), 2)
@@ -40,7 +40,7 @@ def pooled(
 
 
 def half_blocks(values: Float[np.ndarray, "row column"], scale: int) -> Iterator[list[Segment]]:
-    """Lines of segments: two rows of cells a line, none where a cell is NaN."""
+    """Lines of segments, two rows of cells per line; NaN is blank."""
     shares = np.clip(values, 0, 1) * (_LEVELS - 1)
     levels = np.where(np.isnan(values), -1, np.nan_to_num(shares).round()).astype(int)
     levels = levels.repeat(scale, 0).repeat(scale, 1)
@@ -49,7 +49,7 @@ def half_blocks(values: Float[np.ndarray, "row column"], scale: int) -> Iterator
     for top, bottom in zip(levels[::2].tolist(), levels[1::2].tolist(), strict=True):
         line: list[Segment] = []
         start = 0
-        for end in range(1, len(top) + 1):  # runs of equal cells are one segment
+        for end in range(1, len(top) + 1):  # equal adjacent cells share a segment
             if end == len(top) or (top[end], bottom[end]) != (top[start], bottom[start]):
                 line.append(_segment(top[start], bottom[start], end - start))
                 start = end
@@ -78,7 +78,7 @@ def _colour(level: int) -> Color:
 
 
 def shaded(values: Float[np.ndarray, "row column"]) -> Iterator[list[Segment]]:
-    """Lines of segments: a row of cells a line, each two characters wide, blank where it is NaN."""
+    """Lines of segments, one row of cells per line, two characters per cell; NaN is blank."""
     for row in values.tolist():
         cells = (" " if math.isnan(v) else SHADES[_shade(v)] for v in row)
         yield [Segment("".join(2 * cell for cell in cells))]

@@ -1,4 +1,4 @@
-"""The applications that `mechcausal explain` knows."""
+"""The applications of `mechcausal explain`: recommendation and sentiment."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,12 +23,12 @@ _HELD_OUT = 2000
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Sequential recommendation: which items of the session brought the next one about.
+    """Sequential recommendation: which items of a session cause the predicted next item.
 
     Attributes:
-        source: of the sessions.
-        settings: of the model.
-        device: where it is trained.
+        source: source of the sessions.
+        settings: size and training of the model.
+        device: device of the model.
     """
 
     source: SessionSource
@@ -40,34 +40,34 @@ class Recommendation:
     fill: bool = True
 
     def train(self, seed: int) -> HookedTransformer:
-        """A recommender."""
+        """Train a recommender."""
         return train_recommender(self.source, seed=seed, settings=self.settings, device=self.device)
 
     def accuracy(self, model: HookedTransformer, seed: int) -> float:
-        """Share of held-out next items predicted first."""
+        """Share of held-out sessions whose next item is ranked first."""
         return hit_rate(model, self.source, n_sessions=_HELD_OUT, seed=seed)
 
     def inputs(self, n_sequences: int, seed: int) -> Inputs:
-        """Held-out sessions with a MASK behind them."""
+        """Held-out sessions, each with a MASK appended."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         batch = self.source.held_out(n_sequences, generator)
         causes = None if batch.causes is None else pad(batch.causes, (0, 1))
         return Inputs(with_mask(batch.items), causes)
 
     def describe(self) -> dict[str, Any]:
-        """Settings of data and model."""
+        """Settings of data and model, for the record."""
         source = {"length": self.source.length, "vocab_size": self.source.vocab_size}
         return {"data": type(self.source).__name__, **source, "model": asdict(self.settings)}
 
 
 @dataclass(frozen=True)
 class Sentiment:
-    """Sentiment: which words decided.
+    """Sentiment: which words of a review cause the predicted sentiment.
 
     Attributes:
-        rule: of the reviews.
-        settings: of the model.
-        device: where it is trained.
+        rule: generates the reviews.
+        settings: size and training of the model.
+        device: device of the model.
     """
 
     rule: ReviewRule
@@ -79,7 +79,7 @@ class Sentiment:
     fill: bool = False
 
     def train(self, seed: int) -> HookedTransformer:
-        """A classifier."""
+        """Train a classifier."""
         return train_classifier(self.rule, seed=seed, settings=self.settings, device=self.device)
 
     def accuracy(self, model: HookedTransformer, seed: int) -> float:
@@ -93,5 +93,5 @@ class Sentiment:
         return Inputs(batch.tokens, batch.causes)
 
     def describe(self) -> dict[str, Any]:
-        """Settings of data and model."""
+        """Settings of data and model, for the record."""
         return {"data": asdict(self.rule), "model": asdict(self.settings)}

@@ -1,4 +1,4 @@
-"""What the small bidirectional models have in common: how they are built and trained."""
+"""Build and train small bidirectional transformers."""
 
 import warnings
 from collections.abc import Callable
@@ -21,16 +21,16 @@ def build_bidirectional(
     device: str,
     n_classes: int | None = None,
 ) -> HookedTransformer:
-    """Two layers that look both ways, LayerNorm, MLPs of twice the width.
+    """Two layers with bidirectional attention, LayerNorm, and MLPs of width `2 * d_model`.
 
     Args:
-        vocab_size: tokens.
+        vocab_size: number of tokens.
         n_ctx: longest sequence.
         d_model: width.
-        n_heads: of each layer, `d_model / n_heads` wide.
-        seed: of the initial weights.
-        device: where the model lives.
-        n_classes: outputs of every position; the tokens if None.
+        n_heads: heads per layer, of width `d_model / n_heads`.
+        seed: seed of the initial weights.
+        device: device of the model.
+        n_classes: outputs per position; `vocab_size` if None.
     """
     config = HookedTransformerConfig(
         n_layers=2,
@@ -48,28 +48,28 @@ def build_bidirectional(
         default_prepend_bos=False,
         device=device,
     )
-    # TransformerLens draws from torch's global generators: leave those untouched.
+    # TransformerLens draws from torch's global generators: restore them afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build_hooked(config)
 
 
-def drawn_to_hide(
+def hidden_mask(
     tokens: Int[Tensor, "batch pos"], most: float, generator: torch.Generator
 ) -> Bool[Tensor, "batch pos"]:
-    """Which tokens a step of training hides, so that to a model hidden tokens are nothing new.
+    """Random mask of tokens to hide in a training step, so that hidden tokens are in distribution.
 
     Args:
-        tokens: one sequence each row.
-        most: largest share of a sequence that is hidden; drawn anew for every one.
-        generator: on the tokens' device.
+        tokens: one sequence per row.
+        most: largest share of hidden tokens; the share is drawn for each sequence.
+        generator: generator on the tokens' device.
     """
     share = most * torch.rand(len(tokens), 1, generator=generator, device=tokens.device)
     return torch.rand(tokens.shape, generator=generator, device=tokens.device) < share
 
 
 def fit(model: HookedTransformer, loss: Callable[[], Tensor], *, steps: int, lr: float) -> None:
-    """AdamW with a learning rate that rises for a tenth of the steps and then falls to zero.
+    """Train with AdamW; the learning rate rises for a tenth of the steps, then falls to zero.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.

@@ -1,4 +1,4 @@
-"""Explanations of many predictions by every method, with equal budgets: sizes, success, calls."""
+"""Compare the methods of `probes.explain` on many predictions with equal budgets."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from probes.causal_discovery.explain import METHODS, Explanation, Method, explain
+from probes.causal_discovery.explanation import METHODS, Explanation, Method, explain
 
 MINIMUM = "minimum"
-"""The exhaustive search without a budget: what no method can do better than."""
+"""Exhaustive search with a far larger budget: no method can find smaller sets."""
 _MOST_CALLS = 20_000
 LABELS = {
     "causal": "causal graph",
@@ -28,15 +28,15 @@ LABELS = {
 
 @dataclass(frozen=True)
 class MethodFigures:
-    """What one method found on one model's predictions.
+    """Results of one method on one model's predictions.
 
     Attributes:
-        size: mean tokens of a set, over the predictions for which one was found.
-        above_minimum: mean tokens more than the true minimum has, over the same.
-        found: share of predictions for which a set was found.
-        verified: share of the sets that change the prediction in one more run, on their own.
-        causes: share of the sets' tokens that the known rule names; NaN without a rule.
-        calls: mean sequences run.
+        size: mean number of tokens in a set, over predictions with a set.
+        above_minimum: mean excess of that number over the true minimum.
+        found: share of predictions for which the method found a set.
+        verified: share of the sets that change the prediction in a separate run.
+        causes: share of the sets' tokens that are causes by the known rule; NaN without a rule.
+        calls: mean number of sequences run per prediction.
     """
 
     size: float
@@ -49,12 +49,12 @@ class MethodFigures:
 
 @dataclass(frozen=True)
 class Row:
-    """The same as means over seeds, with standard errors; NaN where there is none.
+    """Means of `MethodFigures` over seeds, with standard errors; NaN if undefined.
 
     Attributes:
         method: a method of `probes.explain`, or "minimum".
-        mean: by name of `MethodFigures`.
-        stderr: over seeds.
+        mean: means over seeds, by field of `MethodFigures`.
+        stderr: their standard errors.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Row:
     stderr: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """`{"method", "size", "size_stderr", …}`, None for NaN."""
+        """`{"method", "size", "size_stderr", …}` with None for NaN."""
         content: dict[str, Any] = {"method": self.method}
         for name, value in self.mean.items():
             content[name] = _finite(value)
@@ -83,22 +83,22 @@ def compare(
     seed: int,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, MethodFigures]:
-    """Explain the model's predictions for some sequences by every method.
+    """Explain the model's predictions on the sequences by every method.
 
     Args:
         model: predicts at `node`.
-        sequences: one each row.
-        causes: the tokens that the rule names, where it is known.
-        replacement: see `probes.explain`, as for the rest.
-        node: see there.
-        fill: see there.
-        budget: of every method.
-        n_eff: see there.
-        seed: of the random candidates.
+        sequences: one sequence per row.
+        causes: True at the causes by the known rule; None without a rule.
+        replacement: see `probes.explain`.
+        node: see `probes.explain`.
+        fill: see `probes.explain`.
+        budget: model runs per method and prediction.
+        n_eff: see `probes.explain`.
+        seed: seed of the random candidates.
         on_done: called after every sequence.
     """
     generator = torch.Generator(device=sequences.device).manual_seed(seed)
-    found: dict[str, list[Explanation]] = {name: [] for name in (*METHODS, MINIMUM)}
+    explanations: dict[str, list[Explanation]] = {name: [] for name in (*METHODS, MINIMUM)}
     for tokens in sequences:
 
         def explained(method: Method, calls: int, tokens: Tensor = tokens) -> Explanation:
@@ -115,25 +115,25 @@ def compare(
             )
 
         for method in METHODS:
-            found[method].append(explained(method, budget))
-        complete = found["exhaustive"][-1]
-        if not complete.found and complete.calls >= budget:
-            complete = explained("exhaustive", _MOST_CALLS)
-        found[MINIMUM].append(complete)
+            explanations[method].append(explained(method, budget))
+        minimum = explanations["exhaustive"][-1]
+        if not minimum.found and minimum.calls >= budget:
+            minimum = explained("exhaustive", _MOST_CALLS)
+        explanations[MINIMUM].append(minimum)
         on_done()
-    smallest = [explanation.size for explanation in found[MINIMUM]]
+    smallest = [explanation.size for explanation in explanations[MINIMUM]]
     return {
         method: _figures(
-            explanations,
+            of_method,
             smallest,
             verified=[
                 changes(model, tokens, explanation, replacement=replacement, node=node)
-                for tokens, explanation in zip(sequences, explanations, strict=True)
+                for tokens, explanation in zip(sequences, of_method, strict=True)
                 if explanation.found
             ],
             causes=None if causes is None else causes.tolist(),
         )
-        for method, explanations in found.items()
+        for method, of_method in explanations.items()
     }
 
 
@@ -146,7 +146,7 @@ def changes(
     replacement: int,
     node: int,
 ) -> bool:
-    """Whether the prediction changes without the explanation's tokens: one more run, on its own."""
+    """Whether replacing the explanation's tokens changes the prediction, in a separate run."""
     replaced = tokens.clone()
     replaced[list(explanation.positions)] = replacement
     predicted = int(model(replaced.unsqueeze(0))[0, node].argmax())
@@ -154,17 +154,17 @@ def changes(
 
 
 def over_seeds(by_seed: Sequence[Mapping[str, MethodFigures]]) -> list[Row]:
-    """Means over seeds with their standard errors."""
+    """Means over seeds, with standard errors."""
     rows = []
     for method in LABELS:
         values = [asdict(figures[method]) for figures in by_seed]
         columns = {name: [value[name] for value in values] for name in values[0]}
-        # Where a seed has no such figure, for nothing was found, the others speak.
-        known = {name: [v for v in column if math.isfinite(v)] for name, column in columns.items()}
-        mean = {name: _mean(column) for name, column in known.items()}
+        # A figure is NaN for a seed without any set: average over the other seeds.
+        finite = {name: [v for v in column if math.isfinite(v)] for name, column in columns.items()}
+        mean = {name: _mean(column) for name, column in finite.items()}
         stderr = {
             name: stdev(column) / math.sqrt(len(column)) if len(column) > 1 else math.nan
-            for name, column in known.items()
+            for name, column in finite.items()
         }
         rows.append(Row(method, mean, stderr))
     return rows
@@ -177,15 +177,15 @@ def _figures(
     verified: Sequence[bool],
     causes: Sequence[Sequence[bool]] | None,
 ) -> MethodFigures:
-    found = [(i, e) for i, e in enumerate(explanations) if e.found]
-    named = [float(causes[i][p]) for i, e in found for p in e.positions] if causes else []
+    successes = [(i, e) for i, e in enumerate(explanations) if e.found]
+    is_cause = [float(causes[i][p]) for i, e in successes for p in e.positions] if causes else []
     return MethodFigures(
-        size=_mean([e.size for _, e in found]),
-        # Where even the unlimited search gave up there is no minimum to compare with.
-        above_minimum=_mean([e.size - smallest[i] for i, e in found if smallest[i]]),
-        found=len(found) / len(explanations),
+        size=_mean([e.size for _, e in successes]),
+        # The minimum is unknown (0) where even the search with the larger budget failed.
+        above_minimum=_mean([e.size - smallest[i] for i, e in successes if smallest[i]]),
+        found=len(successes) / len(explanations),
         verified=_mean([float(value) for value in verified]),
-        causes=_mean(named),
+        causes=_mean(is_cause),
         calls=_mean([e.calls for e in explanations]),
     )
 

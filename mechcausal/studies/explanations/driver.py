@@ -1,4 +1,4 @@
-"""Train an application's model for every seed, explain its predictions, record and draw."""
+"""For every seed train an application's model and explain its predictions; record and draw."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ from mechcausal.studies.explanations.comparison import (
     compare,
     over_seeds,
 )
-from mechcausal.studies.explanations.recording import make_folder, place_of, start_run, table_of
-from mechcausal.studies.replication.rows import mean_and_stderr
+from mechcausal.studies.explanations.recording import location_of, make_folder, start_run, table_of
+from mechcausal.support.statistics import mean_and_stderr
 
 RESULT_FILE = "explanations.json"
 PICTURE_FILE = "explanations.png"
 _HELD_OUT_SEED = 10_000
-"""Added to a seed for what is drawn to test on: training draws from the seed itself."""
+"""Added to a seed for evaluation data; training data uses the seed itself."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Inputs:
     """Sequences whose predictions are explained.
 
     Attributes:
-        tokens: one each row.
-        causes: the tokens that a known rule names; None without a rule.
+        tokens: one sequence per row.
+        causes: True at the causes by the known rule; None without a rule.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -45,57 +45,57 @@ class Inputs:
 
 @runtime_checkable
 class Application(Protocol):
-    """Something to train and explain."""
+    """Data and model of one application."""
 
     @property
     def name(self) -> str:
-        """Of the application."""
+        """Name of the application."""
         ...
 
     @property
     def replacement(self) -> int:
-        """The token that takes the place of others."""
+        """The token that replaces others."""
         ...
 
     @property
     def node(self) -> int:
-        """The position that predicts."""
+        """The position at which the model predicts."""
         ...
 
     @property
     def fill(self) -> bool:
-        """Whether the prediction is put there before attention is read."""
+        """Whether the prediction is written to `node` before attention is read."""
         ...
 
     def train(self, seed: int) -> HookedTransformer:
-        """A model."""
+        """Train a model."""
         ...
 
     def accuracy(self, model: HookedTransformer, seed: int) -> float:
-        """Share of right predictions on what it was not trained on."""
+        """Share of correct predictions on held-out data."""
         ...
 
     def inputs(self, n_sequences: int, seed: int) -> Inputs:
-        """Sequences to explain, not trained on."""
+        """Held-out sequences to explain."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Settings, for the record."""
+        """Settings of data and model, for the record."""
         ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found.
+    """The comparison of all methods on one application.
 
     Attributes:
-        application: its name.
-        rows: one a method.
-        accuracy: of the models: mean over seeds, and standard error (None for one seed).
-        settings: seeds, sequences, budget, and the application's own.
-        folder: models, the table and the picture.
-        wandb: where the W&B run is, None without.
-        warnings: what went wrong with recording.
+        application: name of the application.
+        rows: one row per method.
+        accuracy: the models' mean accuracy over seeds, and standard error (None for one seed).
+        settings: seeds, sequences, budget, and the application's settings.
+        folder: folder of models, table and picture.
+        wandb: page or folder of the W&B run; None without one.
+        warnings: problems with recording.
     """
 
     application: str
@@ -107,7 +107,7 @@ class Result:
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """JSON values."""
         return {
             "application": self.application,
             **self.settings,
@@ -129,21 +129,21 @@ def run_application(
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Train, explain and compare for seeds 0, 1, …; all of it is recorded.
+    """Train, explain and compare for seeds 0, 1, …; record everything.
 
     Args:
-        application: what to train.
-        seeds: how many.
-        n_sequences: predictions explained for every seed.
-        budget: model runs of every method for one explanation.
-        folder: made if absent; holds no earlier result.
+        application: data and model.
+        seeds: number of seeds.
+        n_sequences: predictions to explain for every seed.
+        budget: model runs per method for one explanation.
+        folder: created if absent; must not hold a result.
         n_eff: see `probes.explain`.
-        wandb_mode: see `tracking.resolve_mode`.
+        wandb_mode: see `wandb_runs.resolve_mode`.
         on_progress: called with a line for every seed.
 
     Raises:
         RunFolderError: the folder cannot be written, or holds a result.
-        TrackingError: WANDB_MODE is none of W&B's modes.
+        TrackingError: WANDB_MODE is not a W&B mode.
     """
     mode = resolve_mode(wandb_mode)
     make_folder(folder, RESULT_FILE)
@@ -200,7 +200,7 @@ def run_application(
             mean_and_stderr(accuracies),
             settings,
             folder,
-            place_of(run),
+            location_of(run),
             warnings,
         )
         text = json.dumps(result.as_json(), indent=2) + "\n"
@@ -221,10 +221,10 @@ def run_application(
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Sizes, success and calls by method, as a PNG file."""
+    """Draw sizes, success and calls by method, as a PNG file."""
     figure, axes = new_figure(1, 3)
     labels = [LABELS[row.method] for row in rows]
-    places = range(len(rows))
+    heights = range(len(rows))
     panels = (
         ("size", "tokens in a set"),
         ("found", "share explained"),
@@ -233,16 +233,16 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     for axis, (name, heading), colour in zip(axes, panels, CYCLE, strict=False):
         values = [row.mean[name] for row in rows]
         errors = [row.stderr[name] if row.stderr[name] == row.stderr[name] else 0 for row in rows]
-        axis.barh(places, values, xerr=errors, color=colour, height=0.6, error_kw={"lw": 1})
-        axis.set_yticks(places, labels if axis is axes[0] else ["" for _ in labels])
+        axis.barh(heights, values, xerr=errors, color=colour, height=0.6, error_kw={"lw": 1})
+        axis.set_yticks(heights, labels if axis is axes[0] else ["" for _ in labels])
         axis.invert_yaxis()
         axis.set_title(heading)
         axis.grid(axis="x", alpha=0.25)
-        for place, value, error in zip(places, values, errors, strict=True):
+        for y, value, error in zip(heights, values, errors, strict=True):
             if value == value:
                 axis.annotate(
                     f"{value:.3g}",
-                    (value + error, place),
+                    (value + error, y),
                     xytext=(4, 0),
                     textcoords="offset points",
                     va="center",

@@ -1,6 +1,6 @@
-"""Explain what a local Hugging Face classifier makes of a text.
+"""Explain a local Hugging Face classifier's prediction for a text.
 
-Weights come from safetensors alone, code that comes with a model is never run, nothing is fetched.
+Only safetensors are read, a model's own code is never run, and nothing is downloaded.
 """
 
 import json
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from mechcausal.studies.targets import TOKENIZER_FILES, TargetError, check_weights
 from probes import ProbeError
-from probes.causal_discovery.explain import Explanation, Method, explain
+from probes.causal_discovery.explanation import Explanation, Method, explain
 
 _MORE_TOKENIZERS = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
 class TextExplanation:
-    """The words without which a classifier decides otherwise.
+    """The smallest set of words whose replacement changes the label.
 
     Attributes:
-        text: what was classified.
-        label: of the whole text.
-        new_label: without the words; None if no set was found.
+        text: the classified text.
+        label: label of the text.
+        new_label: label without the words; None if no set was found.
         words: tokens of the set, as the tokenizer writes them.
         explanation: positions, calls and graphs.
     """
@@ -39,18 +39,18 @@ class TextExplanation:
     explanation: Explanation
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        found = self.explanation
+        """JSON values."""
+        explanation = self.explanation
         return {
             "text": self.text,
-            "method": found.method,
+            "method": explanation.method,
             "label": self.label,
             "new_label": self.new_label,
             "words": list(self.words),
-            "positions": list(found.positions),
-            "size": found.size,
-            "found": found.found,
-            "calls": found.calls,
+            "positions": list(explanation.positions),
+            "size": explanation.size,
+            "found": explanation.found,
+            "calls": explanation.calls,
         }
 
 
@@ -58,17 +58,17 @@ class TextClassifier:
     """A sequence classifier with its tokenizer.
 
     Attributes:
-        model: in evaluation mode, with attention that can be read.
-        tokenizer: from the same folder.
+        model: the classifier, in evaluation mode, with readable attention.
+        tokenizer: the tokenizer from the same folder.
         labels: names of the classes.
-        replacement: MASK where the tokenizer has one, else PAD, else the unknown token.
+        replacement: the tokenizer's MASK, else its PAD, else its unknown token.
     """
 
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
-        """Load a folder.
+        """Load classifier and tokenizer from a folder.
 
         Raises:
-            TargetError: no classifier with its tokenizer, or weights that are no safetensors.
+            TargetError: one of them is missing, or the weights are not safetensors.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
@@ -83,35 +83,35 @@ class TextClassifier:
         if not isinstance(config, dict) or "model_type" not in config:
             raise TargetError(f"{config_path}: not written by Hugging Face")
         check_weights(path, config)
-        # Without one of them transformers makes up a tokenizer that knows no word.
+        # Without these files transformers creates a tokenizer with no words.
         if not any((path / name).is_file() for name in (*TOKENIZER_FILES, *_MORE_TOKENIZERS)):
             raise TargetError(f"{path}: no tokenizer in it, such as {TOKENIZER_FILES[0]}")
-        its_logging: Any = logging
-        its_logging.set_verbosity_error()
-        shows_progress = its_logging.is_progress_bar_enabled()
-        its_logging.disable_progress_bar()
+        hf_logging: Any = logging
+        hf_logging.set_verbosity_error()
+        shows_progress = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
         auto_model: Any = AutoModelForSequenceClassification
         auto_tokenizer: Any = AutoTokenizer
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model, found = auto_model.from_pretrained(
+                model, loading_info = auto_model.from_pretrained(
                     str(path),
                     use_safetensors=True,
-                    attn_implementation="eager",  # the only one that shows its pattern
+                    attn_implementation="eager",  # the only one that returns its pattern
                     output_loading_info=True,
                     **options,
                 )
                 tokenizer = auto_tokenizer.from_pretrained(str(path), **options)
-        except Exception as error:  # whatever the library raises: the user gets one line
+        except Exception as error:  # the library may raise anything: give the user one line
             lines = [line for line in str(error).splitlines() if line.strip()]
             reason = lines[0] if lines else type(error).__name__
             raise TargetError(f"{path}: not loaded by transformers: {reason}") from None
         finally:
             if shows_progress:
-                its_logging.enable_progress_bar()
-        if missing := sorted(found["missing_keys"]):
+                hf_logging.enable_progress_bar()
+        if missing := sorted(loading_info["missing_keys"]):
             raise TargetError(
                 f"{path}: no classifier: {len(missing)} of its weights are missing: "
                 f"{missing[0]}, ..."
@@ -135,13 +135,13 @@ class TextClassifier:
         """The smallest set of tokens whose replacement changes the label.
 
         Args:
-            text: to classify; special tokens around it are never replaced.
+            text: text to classify; special tokens are never replaced.
             method: see `probes.explain`.
-            **options: of `probes.explain`.
+            **options: further arguments of `probes.explain`.
 
         Raises:
-            TargetError: no token to replace, or a text that the model cannot take.
-            ValueError: as `probes.explain`.
+            TargetError: the text has no token to replace, or the model cannot take it.
+            ValueError: see `probes.explain`.
         """
         encoded = self.tokenizer(text, return_special_tokens_mask=True)
         ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
@@ -149,7 +149,7 @@ class TextClassifier:
         if not candidates:
             raise TargetError(f"{text!r}: no token that could be replaced")
         cls = self.tokenizer.cls_token_id
-        # Without a CLS the last token decides, as in GPT-like classifiers.
+        # GPT-like classifiers have no CLS and predict at the last token.
         node = ids.index(cls) if cls in ids else len(ids) - 1
         candidates = [i for i in candidates if i != node]
         tokens = torch.tensor(ids, device=self._device)
@@ -159,10 +159,10 @@ class TextClassifier:
         )
         if options.get("n_eff") is None:
             options["n_eff"] = max(width, 8)
-        if config.pad_token_id is None:  # GPT-like classifiers then take one text at a time
+        if config.pad_token_id is None:  # without PAD, GPT-like classifiers take one text at a time
             options.setdefault("batch_size", 1)
         try:
-            found = explain(
+            explanation = explain(
                 self.model,
                 tokens,
                 replacement=self.replacement,
@@ -178,14 +178,14 @@ class TextClassifier:
             raise TargetError(
                 f"{self._path}: cannot take a text of {len(ids)} tokens: {first}"
             ) from None
-        words = self.tokenizer.convert_ids_to_tokens(list(found.tokens))
-        new = found.new_prediction
+        words = self.tokenizer.convert_ids_to_tokens(list(explanation.tokens))
+        new = explanation.new_prediction
         return TextExplanation(
             text=text,
-            label=self.labels[found.prediction],
+            label=self.labels[explanation.prediction],
             new_label=None if new is None else self.labels[new],
             words=tuple(words),
-            explanation=found,
+            explanation=explanation,
         )
 
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch cls"]:

@@ -1,4 +1,4 @@
-"""Ratings in the formats of MovieLens, as sessions: what a user rated, in the order of time."""
+"""Read MovieLens rating files as sessions: each user's rated items in order of time."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _FORMATS = "UserID::MovieID::Rating::Timestamp, comma-separated with a header, o
 
 
 class RatingsError(ValueError):
-    """A file of ratings that cannot be used; the message is one line that names it."""
+    """A rating file that cannot be used; the message is one line that names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class RatedSessions:
     """Every user's items, oldest first, cut into sessions; each user's last item is held out.
 
     Attributes:
-        histories: tokens of every user's items.
-        item_ids: the file's item by token; tokens below `FIRST_ITEM` are none.
-        length: items of a session; shorter ones have PAD in front.
+        histories: tokens of every user's items, oldest first.
+        item_ids: item id in the file, by `token - FIRST_ITEM`.
+        length: items per session; PAD fills the front of shorter ones.
     """
 
     histories: tuple[tuple[int, ...], ...]
@@ -34,21 +34,21 @@ class RatedSessions:
 
     @property
     def vocab_size(self) -> int:
-        """PAD, MASK and the items."""
+        """Number of tokens: PAD, MASK and the items."""
         return FIRST_ITEM + len(self.item_ids)
 
     def sample(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
-        """Sessions that end at random places before each user's last item."""
+        """Sessions that end at a random item before a random user's last item."""
         users = self._draw(len(self.histories), n_sessions, generator)
         rows = []
         for user in users:
             history = self.histories[user]
-            # The target is no earlier than the second item, and never the last.
+            # The target lies between the second item and the last but one.
             rows.append((user, 1 + self._draw(len(history) - 2, 1, generator)[0]))
         return self._batch(rows, generator.device)
 
     def held_out(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
-        """What different users rated last, at random; all users if there are no more."""
+        """Sessions with the last item of random users as target, at most one for each user."""
         order = torch.randperm(
             len(self.histories), generator=generator, device=generator.device
         ).tolist()
@@ -59,8 +59,8 @@ class RatedSessions:
         items, targets = [], []
         for user, target in rows:
             history = self.histories[user]
-            before = history[max(0, target - self.length) : target]
-            items.append([PAD] * (self.length - len(before)) + list(before))
+            session = history[max(0, target - self.length) : target]
+            items.append([PAD] * (self.length - len(session)) + list(session))
             targets.append(history[target])
         tokens: Int[Tensor, "batch pos"] = torch.tensor(items, device=device)
         return SessionBatch(tokens, torch.tensor(targets, device=device), None)
@@ -74,19 +74,19 @@ class RatedSessions:
 
 
 def load_ratings(path: str | Path, *, length: int = 12, most_items: int = 2000) -> RatedSessions:
-    """Read `ratings.dat`, `ratings.csv` or `u.data`; which it is, its first line says.
+    """Read `ratings.dat`, `ratings.csv` or `u.data`; the first line determines the format.
 
-    A rating counts as an interaction whatever its value. Ratings of one time stay in the file's
-    order.
+    A rating counts as an interaction whatever its value. Ratings with equal timestamps keep the
+    file's order.
 
     Args:
         path: the file.
-        length: items of a session.
-        most_items: keep that many of the most rated; the others are left out.
+        length: items per session.
+        most_items: how many of the most rated items to keep.
 
     Raises:
-        RatingsError: not a readable file of ratings, or too few of them: users with three items or
-            more, and at least two different items, are needed.
+        RatingsError: the file is not readable, is no rating file, or holds too few ratings: at
+            least one user with three items, and two different items, are needed.
     """
     path = Path(path)
     try:
@@ -102,8 +102,8 @@ def load_ratings(path: str | Path, *, length: int = 12, most_items: int = 2000) 
             user, item, time = _rating(line, separator, f"{path}, line {number}")
             by_user.setdefault(user, []).append((time, item))
     counts = Counter(item for ratings in by_user.values() for _, item in ratings)
-    kept = [item for item, _ in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))]
-    tokens = {item: FIRST_ITEM + i for i, item in enumerate(kept[:most_items])}
+    ranked = [item for item, _ in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))]
+    tokens = {item: FIRST_ITEM + i for i, item in enumerate(ranked[:most_items])}
     histories = []
     for ratings in by_user.values():
         ratings.sort(key=lambda rating: rating[0])
@@ -132,17 +132,17 @@ def _format(lines: list[str], path: Path) -> tuple[str, int]:
     raise RatingsError(f"{path}, line {lines.index(first) + 1}: {first[:60]!r} is not {_FORMATS}")
 
 
-def _rating(line: str, separator: str, place: str) -> tuple[str, str, int]:
+def _rating(line: str, separator: str, source: str) -> tuple[str, str, int]:
     fields = [field.strip() for field in line.split(separator)]
     if len(fields) != 4:
-        raise RatingsError(f"{place}: {len(fields)} fields; user, item, rating, timestamp are 4")
+        raise RatingsError(f"{source}: {len(fields)} fields; user, item, rating, timestamp are 4")
     user, item, rating, time = fields
     if not user or not item:
-        raise RatingsError(f"{place}: the {'item' if user else 'user'} is empty")
+        raise RatingsError(f"{source}: the {'item' if user else 'user'} is empty")
     try:
         float(rating)
         return user, item, int(float(time))
     except (ValueError, OverflowError):
         raise RatingsError(
-            f"{place}: rating {rating!r} and timestamp {time!r}; numbers are needed"
+            f"{source}: rating {rating!r} and timestamp {time!r}; numbers are needed"
         ) from None

@@ -1,9 +1,8 @@
-"""A small sequential recommender: a session with a MASK behind it in, the next item out.
+"""A small sequential recommender: reads a session and a MASK, predicts the next item at the MASK.
 
-A bidirectional HookedTransformer in the manner of BERT4Rec. It is trained on sessions in which
-random items are PAD, so that replacing items by PAD, as explanations do, is nothing new to it; and
-on some sessions with their next item shown instead of the MASK, so that its attention can be read
-with its own prediction in place.
+A bidirectional HookedTransformer like BERT4Rec. Explanations replace items by PAD, and read
+attention with the predicted item in place of the MASK. Training therefore also replaces random
+items by PAD, and in some sessions the MASK by the next item, so that both are in distribution.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformer_lens import HookedTransformer
 
-from mechcausal.studies.explanations.classifier import build_bidirectional, drawn_to_hide, fit
+from mechcausal.studies.explanations.classifier import build_bidirectional, fit, hidden_mask
 from mechcausal.studies.explanations.sessions import MASK, PAD, SessionSource
 
 
@@ -24,12 +23,12 @@ class RecommenderSettings:
 
     Attributes:
         d_model: width.
-        n_heads: of each of the two layers, `d_model / n_heads` wide.
-        steps: of AdamW.
-        batch_size: sessions of a step.
-        lr: largest learning rate.
-        dropped: largest share of a session's items that are PAD; drawn anew for every session.
-        shown: share of sessions that show their next item.
+        n_heads: heads in each of the two layers, of width `d_model / n_heads`.
+        steps: steps of AdamW.
+        batch_size: sessions per step.
+        lr: peak learning rate.
+        dropped: largest share of items replaced by PAD; the share is drawn for each session.
+        shown: share of sessions in which the next item replaces the MASK.
     """
 
     d_model: int = 32
@@ -51,10 +50,10 @@ def train_recommender(
     """Train a recommender; the same seed gives the same model on one thread.
 
     Args:
-        source: of the sessions.
-        seed: of the initial weights and of the data.
+        source: source of the sessions.
+        seed: seed of the initial weights and of the data.
         settings: size and training.
-        device: where it is trained and stays.
+        device: device of the model.
     """
     settings = settings or RecommenderSettings()
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -69,10 +68,10 @@ def train_recommender(
 
     def loss() -> Tensor:
         batch = source.sample(settings.batch_size, generator)
-        gone = drawn_to_hide(batch.items, settings.dropped, generator)
-        tokens = with_mask(batch.items.masked_fill(gone, PAD))
-        shown = torch.rand(len(tokens), generator=generator, device=device) < settings.shown
-        tokens[:, -1] = torch.where(shown, batch.target, MASK)
+        hidden = hidden_mask(batch.items, settings.dropped, generator)
+        tokens = with_mask(batch.items.masked_fill(hidden, PAD))
+        shows_target = torch.rand(len(tokens), generator=generator, device=device) < settings.shown
+        tokens[:, -1] = torch.where(shows_target, batch.target, MASK)
         logits: Tensor = model(tokens)[:, -1]
         return cross_entropy(logits, batch.target)
 
@@ -81,7 +80,7 @@ def train_recommender(
 
 
 def with_mask(items: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos+1"]:
-    """What a recommender reads: the items and a MASK, whose place predicts the next item."""
+    """The input of a recommender: the items and a MASK, at which it predicts the next item."""
     return pad(items, (0, 1), value=MASK)
 
 
@@ -89,7 +88,7 @@ def with_mask(items: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos+1"]:
 def hit_rate(
     model: HookedTransformer, source: SessionSource, *, n_sessions: int, seed: int
 ) -> float:
-    """Share of held-out sessions whose next item is predicted first."""
+    """Share of held-out sessions whose next item is ranked first."""
     generator = torch.Generator(device=str(model.cfg.device)).manual_seed(seed)
     batch = source.held_out(n_sessions, generator)
     predicted = torch.cat(

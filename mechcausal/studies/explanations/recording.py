@@ -1,4 +1,4 @@
-"""Where the result of a comparison lies, and the W&B run beside it."""
+"""The folder of a comparison's result, and its W&B run."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def new_folder(name: str) -> Path:
-    """Where a result goes when the user does not say."""
+    """Default folder of a result: `runs/explain_<name>/<time>-<random>`."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"explain_{name}" / f"{stamp}-{secrets.token_hex(2)}"
 
 
 def make_folder(folder: Path, result: str) -> None:
-    """Make the folder of a result, and check that none is in it.
+    """Make the folder of a result and check that it holds none.
 
     Raises:
-        RunFolderError: not writable, or a result is there.
+        RunFolderError: the folder is not writable, or already holds a result.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,16 +45,16 @@ def start_run(
     name: str,
     settings: dict[str, Any],
 ) -> WandbRun | None:
-    """The W&B run of a comparison, which turns into a warning when it fails.
+    """Start the W&B run of a comparison; its failures become warnings.
 
     Args:
-        mode: without a run if it is "disabled".
-        result: file that holds what was found; W&B's files go beside it.
-        warnings: what goes wrong is added here.
-        kind: of comparison, the job type.
-        subject: what is compared; runs of one kind and subject are a group.
-        name: tells it from the others of its group.
-        settings: its configuration.
+        mode: W&B mode; "disabled" returns None.
+        result: result file; W&B's files go to its folder.
+        warnings: problems are appended here.
+        kind: kind of comparison, the job type.
+        subject: what is compared; runs of one kind and subject form a group.
+        name: distinguishes runs in a group.
+        settings: the W&B config.
     """
     if mode == "disabled":
         return None
@@ -72,13 +72,13 @@ def start_run(
     )
 
 
-def place_of(run: WandbRun | None) -> str | None:
-    """The page of an online run, else its folder; None where there is no run."""
+def location_of(run: WandbRun | None) -> str | None:
+    """The page of an online run, else its folder; None without a run."""
     return None if run is None or run.folder is None else run.url or str(run.folder)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> "wandb.Table":
-    """Rows with the same keys as a table of W&B."""
+    """A W&B table from rows with the same keys."""
     import wandb
 
     columns: list[str | int] = list(rows[0])

@@ -20,12 +20,12 @@ WORDS = ("[PAD]", "[CLS]", "not", *_POSITIVE, *_NEGATIVE, *_PLAIN)
 
 @dataclass(frozen=True)
 class ReviewBatch:
-    """Reviews and what they say.
+    """Reviews with their sentiment.
 
     Attributes:
-        tokens: CLS and the words, `[batch pos]`.
-        label: index into `CLASSES`.
-        causes: cue words, and what negates one.
+        tokens: CLS and the words.
+        label: sentiment, an index into `CLASSES`.
+        causes: True at cue words and at each `not` in front of one.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -35,19 +35,18 @@ class ReviewBatch:
 
 @dataclass(frozen=True)
 class ReviewRule:
-    """A review's sentiment is the sign of the sum of its cue words, a `not` in front flips one.
+    """Sentiment is the sign of the sum over cue words, +1 or -1 each; `not` flips the next word.
 
-    A review has 1 to `most` cue words, each with a `not` in front with probability `negated`, among
-    plain words. Zero is neutral. The rule reads any text, so that a review with words replaced by
-    PAD has its sentiment too.
+    A review has 1 to `most` cue words among plain words. A sum of zero is neutral. The rule applies
+    to any text, including reviews with words replaced by PAD.
 
     Attributes:
-        length: words.
-        most: the largest number of cue words.
-        negated: probability of `not` in front of a cue word.
+        length: number of words.
+        most: largest number of cue words.
+        negated: probability of a `not` in front of a cue word.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: a number is out of range.
 
     Example:
         >>> rule = ReviewRule()
@@ -81,17 +80,18 @@ class ReviewRule:
 
         n_plain, n_cue = len(_PLAIN), len(_POSITIVE) + len(_NEGATIVE)
         words = FIRST_CUE + n_cue + (uniform(self.length) * n_plain).long()
-        # Cue words take the second place of a pair, so that a `not` has room in front of it.
+        # A cue word is the second word of a pair, so that a `not` fits in front of it.
         n_pairs = self.length // 2
         pairs = uniform(n_pairs).argsort(1)[:, : self.most]
         used = torch.arange(self.most, device=device) < 1 + (uniform(1) * self.most).long()
         cues = FIRST_CUE + (uniform(self.most) * n_cue).long()
         flipped = used & (uniform(self.most) < self.negated)
-        for place, keep, word in (
+        for positions, is_set, new_words in (
             (2 * pairs + 1, used, cues),
             (2 * pairs, flipped, torch.full_like(cues, NOT)),
         ):
-            words = words.scatter(1, place, torch.where(keep, word, words.gather(1, place)))
+            old_words = words.gather(1, positions)
+            words = words.scatter(1, positions, torch.where(is_set, new_words, old_words))
         tokens = torch.nn.functional.pad(words, (1, 0), value=CLS)
         return ReviewBatch(tokens, self.label(tokens), self.causes(tokens))
 
@@ -102,7 +102,7 @@ class ReviewRule:
         return torch.where(negated, -polarity, polarity).sum(1).sign() + 1
 
     def causes(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Cue words, and every `not` in front of one."""
+        """True at cue words and at each `not` in front of one."""
         is_cue = _polarity(tokens) != 0
         return is_cue | ((tokens == NOT) & torch.nn.functional.pad(is_cue[:, 1:], (0, 1)))
 

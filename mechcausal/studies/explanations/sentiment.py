@@ -1,7 +1,7 @@
-"""A small sentiment classifier: CLS and words in, the sentiment out at the CLS.
+"""A small sentiment classifier: reads CLS and words, predicts the sentiment at the CLS.
 
-It is trained on reviews in which random words are PAD, with the sentiment of what is left, so that
-replacing words by PAD, as explanations do, is nothing new to it.
+Explanations replace words by PAD. Training therefore also replaces random words by PAD and uses the
+sentiment of the remaining words, so that such inputs are in distribution.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
 
-from mechcausal.studies.explanations.classifier import build_bidirectional, drawn_to_hide, fit
+from mechcausal.studies.explanations.classifier import build_bidirectional, fit, hidden_mask
 from mechcausal.studies.explanations.reviews import CLASSES, PAD, ReviewRule
 
 
@@ -21,11 +21,11 @@ class ClassifierSettings:
 
     Attributes:
         d_model: width.
-        n_heads: of each of the two layers, `d_model / n_heads` wide.
-        steps: of AdamW.
-        batch_size: reviews of a step.
-        lr: largest learning rate.
-        dropped: largest share of a review's words that are PAD; drawn anew for every review.
+        n_heads: heads in each of the two layers, of width `d_model / n_heads`.
+        steps: steps of AdamW.
+        batch_size: reviews per step.
+        lr: peak learning rate.
+        dropped: largest share of words replaced by PAD; the share is drawn for each review.
     """
 
     d_model: int = 48
@@ -46,10 +46,10 @@ def train_classifier(
     """Train a classifier; the same seed gives the same model on one thread.
 
     Args:
-        rule: draws reviews and knows their sentiment.
-        seed: of the initial weights and of the data.
+        rule: generates reviews and their sentiment.
+        seed: seed of the initial weights and of the data.
         settings: size and training.
-        device: where it is trained and stays.
+        device: device of the model.
     """
     settings = settings or ClassifierSettings()
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -65,9 +65,9 @@ def train_classifier(
 
     def loss() -> Tensor:
         tokens = rule.sample(settings.batch_size, generator).tokens
-        gone = drawn_to_hide(tokens, settings.dropped, generator)
-        gone[:, 0] = False
-        tokens = tokens.masked_fill(gone, PAD)
+        hidden = hidden_mask(tokens, settings.dropped, generator)
+        hidden[:, 0] = False
+        tokens = tokens.masked_fill(hidden, PAD)
         logits: Tensor = model(tokens)[:, 0]
         return cross_entropy(logits, rule.label(tokens))
 
@@ -77,7 +77,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(model: HookedTransformer, rule: ReviewRule, *, n_reviews: int, seed: int) -> float:
-    """Share of fresh reviews whose sentiment is predicted."""
+    """Share of fresh reviews with a correctly predicted sentiment."""
     generator = torch.Generator(device=str(model.cfg.device)).manual_seed(seed)
     batch = rule.sample(n_reviews, generator)
     predicted = torch.cat([model(part)[:, 0].argmax(-1) for part in batch.tokens.split(256)])

@@ -1,4 +1,4 @@
-"""The skeleton of a causal graph, read off a trained model in several ways."""
+"""Recover the skeleton of the causal graph from a trained model, by several methods."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.recipes import Recipe
-from mechcausal.support.devices import device_named
+from mechcausal.recipes.devices import device_named
 from mechcausal.tasks import soft_cross_entropy
 from mechcausal.theory import named_edges
 from mechcausal.training.experiments import Generators, build_experiment
@@ -16,7 +16,7 @@ from probes import AttentionGradient, AttentionPattern, attach
 from probes.causal_discovery import discover_attention
 
 Skeleton = frozenset[tuple[int, int]]
-"""Pairs of positions, the earlier first."""
+"""Pairs of adjacent positions, the earlier one first."""
 
 READINGS = {
     "layer1": "discovery, layer 1",
@@ -30,12 +30,18 @@ READINGS = {
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The skeletons that every reading found on one model, one for each sequence or one alone."""
+class ModelSkeletons:
+    """The skeletons of one model: the true one, and those recovered by each reading.
+
+    Attributes:
+        true: skeleton of the causal graph.
+        n_positions: positions of the graph.
+        by_reading: a skeleton for each sequence, or a single one for readings of the gradient.
+    """
 
     true: Skeleton
     n_positions: int
-    found: dict[str, list[Skeleton]]
+    by_reading: dict[str, list[Skeleton]]
 
 
 def read_skeletons(
@@ -46,8 +52,8 @@ def read_skeletons(
     n_eff: float | int,
     alpha: float,
     max_cond: int,
-) -> Seen:
-    """Read attention and gradients of a trained model."""
+) -> ModelSkeletons:
+    """Recover skeletons from attention and gradients of a trained model."""
     model, graph = experiment.model, experiment.task.graph
     n = graph.n_positions - (graph.query_parents is not None)
     true = frozenset(edge for edge in graph.edges if edge[1] < n)
@@ -57,57 +63,63 @@ def read_skeletons(
     layers = {"layer1": 0, "deepest": len(model.heads) - 1}
     with torch.no_grad(), attach(model.hooked, AttentionPattern()) as (pattern,):
         model.hooked(tokens)
-    found: dict[str, list[Skeleton]] = {}
+    by_reading: dict[str, list[Skeleton]] = {}
     for name, layer in layers.items():
         attention = pattern.reading().sel(layer=layer).values[:, : model.heads[layer]]
-        # Graphs of attention that does not depend on the tokens are all the same.
-        memory: dict[bytes, Skeleton] = {}
-        for reading, own in ((name, 0.0), (f"{name}_residual", 0.5)):
-            found[reading] = [
-                discovered(heads, n, own, memory, n_eff=n_eff, alpha=alpha, max_cond=max_cond)
+        # If attention does not depend on the tokens, every sequence has the same graph.
+        cache: dict[bytes, Skeleton] = {}
+        for reading, identity_share in ((name, 0.0), (f"{name}_residual", 0.5)):
+            by_reading[reading] = [
+                discovered(
+                    heads, n, identity_share, cache, n_eff=n_eff, alpha=alpha, max_cond=max_cond
+                )
                 for heads in attention
             ]
         if name == "layer1":
-            found["argmax"] = [largest(heads[:, :n, :n]) for heads in attention]
+            by_reading["argmax"] = [largest(heads[:, :n, :n]) for heads in attention]
     start = build_experiment(recipe, Generators.from_seed(recipe.seed, device))
     assert isinstance(start, CausalGraphExperiment)
-    found["gradient_start"] = named(start, n)
-    found["gradient_end"] = named(experiment, n)
-    return Seen(true, n, found)
+    by_reading["gradient_start"] = named(start, n)
+    by_reading["gradient_end"] = named(experiment, n)
+    return ModelSkeletons(true, n, by_reading)
 
 
 def discovered(
     heads: Float[Tensor, "head query key"],
     n: int,
-    own: float,
-    memory: dict[bytes, Skeleton],
+    identity_share: float,
+    cache: dict[bytes, Skeleton],
     *,
     n_eff: float | int,
     alpha: float,
     max_cond: int,
 ) -> Skeleton:
-    """Pairs with an edge in the graph of any head, `own` being the share of the token itself."""
+    """Pairs with an edge in the discovered graph of any head.
+
+    The residual stream also carries the token itself: discovery reads
+    `(1 - identity_share) * attention + identity_share * I`.
+    """
     pairs: set[tuple[int, int]] = set()
     for head in heads[:, :n, :n].double().cpu():
-        mixed = (1 - own) * head + own * torch.eye(n, dtype=head.dtype)
+        mixed = (1 - identity_share) * head + identity_share * torch.eye(n, dtype=head.dtype)
         key = mixed.numpy().tobytes()
-        if key not in memory:
+        if key not in cache:
             pag = discover_attention(
                 mixed, n_eff=n_eff, alpha=alpha, ordered=True, max_cond=max_cond
             ).pag
-            memory[key] = frozenset((min(e.start, e.end), max(e.start, e.end)) for e in pag.edges())
-        pairs |= memory[key]
+            cache[key] = frozenset((min(e.start, e.end), max(e.start, e.end)) for e in pag.edges())
+        pairs |= cache[key]
     return frozenset(pairs)
 
 
 def largest(heads: Float[Tensor, "head query key"]) -> Skeleton:
-    """Each position with the one that it attends to most, in every head; itself is no edge."""
+    """Edges from each position to the one it attends to most, in every head; no self-loops."""
     keys = heads.argmax(-1).tolist()
     return frozenset((key, query) for row in keys for query, key in enumerate(row) if key < query)
 
 
 def named(experiment: CausalGraphExperiment, n: int) -> list[Skeleton]:
-    """The edges that the gradient of the evaluation loss names, in any head; none if it is 0."""
+    """The edges that the gradient of the evaluation loss names in any head; empty if it is 0."""
     model, observer = experiment.model, experiment.observer
     with (
         model.frozen(),
@@ -116,24 +128,25 @@ def named(experiment: CausalGraphExperiment, n: int) -> list[Skeleton]:
         prediction = model.probabilities(model.hooked(observer.batch.tokens))
         soft_cross_entropy(prediction, observer.batch.target, epsilon=observer.epsilon).backward()
     gradient = -probe.reading().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
-    spread = probe.stderr().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
+    stderr = probe.stderr().sel(layer=0).values[: model.heads[0], :n, :n].cpu()
     if not bool(gradient.any()):
         return []
-    by_head = [named_edges(*head) for head in zip(gradient, spread, strict=True)]
+    by_head = [named_edges(*head) for head in zip(gradient, stderr, strict=True)]
     return [frozenset(edge for edges in by_head for edge in edges)]
 
 
-def scores(seen: Seen, reading: str) -> list[tuple[float, float, float]]:
-    """Precision (NaN where nothing was found), recall and F1, by sequence."""
+def scores(skeletons: ModelSkeletons, reading: str) -> list[tuple[float, float, float]]:
+    """Precision (NaN for an empty skeleton), recall and F1, by sequence."""
+    true = skeletons.true
     values = []
-    for found in seen.found[reading]:
-        right = len(found & seen.true)
-        total = len(found) + len(seen.true)
+    for skeleton in skeletons.by_reading[reading]:
+        n_correct = len(skeleton & true)
+        total = len(skeleton) + len(true)
         values.append(
             (
-                right / len(found) if found else float("nan"),
-                right / len(seen.true) if seen.true else 1.0,
-                2 * right / total if total else 1.0,
+                n_correct / len(skeleton) if skeleton else float("nan"),
+                n_correct / len(true) if true else 1.0,
+                2 * n_correct / total if total else 1.0,
             )
         )
     return values

@@ -1,16 +1,16 @@
-"""`replicate`: train what is missing, measure, draw, record."""
+"""`replicate`: train missing runs, measure, draw, record."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.records.wandb_runs import WandbRun, resolve_mode
 from mechcausal.studies.replication.figures import FIGURES, Figure
 from mechcausal.studies.replication.page import write_page, write_table
-from mechcausal.studies.replication.rows import Row
+from mechcausal.studies.replication.result import Replication
 from mechcausal.studies.replication.runs import Run, run_all
+from mechcausal.studies.rows import Row
 from mechcausal.support.messages import first_line
 
 TABLE_FILE = "replication.json"
@@ -18,33 +18,7 @@ PAGE_FILE = "replication.md"
 
 
 class ReplicationError(ValueError):
-    """A figure that is not one; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Replication:
-    """What was found.
-
-    Attributes:
-        rows: paper, ours, theory and verdict, in the order of the figures.
-        pictures: PNG files by name, `<figure>` or `<figure>_<part>`.
-        failed: what went wrong, by run or figure.
-        folder: where runs, pictures, the table and the page lie.
-        warnings: what went wrong with recording and drawing.
-        figures: which figures of the paper were made; empty for all of them.
-    """
-
-    rows: list[Row]
-    pictures: dict[str, Path]
-    failed: dict[str, str]
-    folder: Path
-    warnings: list[str] = field(default_factory=list)
-    figures: tuple[str, ...] = ()
-
-    @property
-    def holds(self) -> bool:
-        """Whether everything that must hold does, and nothing failed."""
-        return not self.failed and all(row.holds is not False for row in self.rows)
+    """An unknown figure; the message is one line for the user."""
 
 
 def replicate(
@@ -59,25 +33,25 @@ def replicate(
     adjust: Callable[[Recipe], Recipe] = lambda recipe: recipe,
     on_done: Callable[[str, str], None] = lambda name, outcome: None,
 ) -> Replication:
-    """Make figures of the paper again.
+    """Reproduce figures of the paper.
 
     Args:
         figures: names in `FIGURES`; all of them when empty.
-        folder: runs are kept here and reused; the table, the page and the pictures go here too.
+        folder: folder for runs, which are reused, and for table, page and pictures.
         quick: fewer seeds and graphs, shorter runs.
-        workers: runs trained at a time, one thread each; as many as there are cores when absent.
-        device: of every run.
-        wandb_mode: see `tracking.resolve_mode`.
+        workers: runs to train at a time, one thread each; one per core when absent.
+        device: device of every run.
+        wandb_mode: see `wandb_runs.resolve_mode`.
         group: W&B group of every run; the folder's name when absent.
-        adjust: last change to every recipe.
-        on_done: called with the name of a run or figure and how it went.
+        adjust: applied last to every recipe.
+        on_done: called with the name of a run or figure and its outcome.
 
     Returns:
-        Rows, pictures and what failed. A figure whose runs failed has no rows.
+        Rows, pictures and failures. A figure whose runs failed has no rows.
 
     Raises:
         ReplicationError: an unknown figure.
-        TrackingError: WANDB_MODE is none of W&B's modes.
+        TrackingError: WANDB_MODE is not a W&B mode.
         OSError: the folder cannot be written.
     """
     chosen = _chosen(figures)
@@ -113,8 +87,8 @@ def replicate(
             continue
         rows += figure.measure(own, quick)
         try:
-            pictures |= _drawn(figure, own, folder / "figures", quick)
-        except Exception as error:  # what was measured is worth more than its picture
+            pictures |= _draw(figure, own, folder / "figures", quick)
+        except Exception as error:  # a failed picture must not lose the measurements
             warnings.append(f"{name}: not drawn: {type(error).__name__}: {first_line(error)}")
         on_done(name, "measured")
     made = () if len(chosen) == len(FIGURES) else tuple(chosen)
@@ -126,10 +100,10 @@ def replicate(
 
 
 def check_figures(figures: Sequence[str]) -> None:
-    """Find out whether every figure is one.
+    """Check the names of figures.
 
     Raises:
-        ReplicationError: one is not.
+        ReplicationError: a name is unknown.
     """
     for name in figures:
         if name not in FIGURES:
@@ -141,7 +115,7 @@ def _chosen(figures: Sequence[str]) -> dict[str, Figure]:
     return {name: figure for name, figure in FIGURES.items() if not figures or name in figures}
 
 
-def _drawn(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[str, Path]:
+def _draw(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, drawing in figure.draw(runs, quick).items():
@@ -151,7 +125,7 @@ def _drawn(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[s
 
 
 def _log(replication: Replication, mode: WandbMode, group: str) -> None:
-    """One more W&B run in the group, with the table and the pictures."""
+    """Log the table and the pictures as another W&B run of the group."""
     if mode == "disabled":
         return
     import wandb

@@ -1,4 +1,4 @@
-"""Fresh sequences on which trained models are compared with Bayes."""
+"""Compare trained models with Bayes on fresh sequences."""
 
 from functools import lru_cache
 
@@ -11,22 +11,22 @@ from mechcausal.tasks import Batch, SingleParentTask, Task, cross_entropies
 from mechcausal.tasks.predictors import bayes_prediction, bigram_prediction
 from mechcausal.tasks.priors import DirichletPrior
 
-SEED = 20_240_221  # of the evaluation, far from those of runs
+SEED = 20_240_221  # for evaluation; no run uses it
 _CHUNK = 2048
 
 
 def fresh_batch(run: Run, factor: int) -> Batch:
-    """Sequences of the run's task that nothing was trained or watched on.
+    """Sequences of the run's task that were used neither in training nor at probe steps.
 
     Args:
-        run: whose task it is.
-        factor: their number, in evaluation batches of the run.
+        run: the run.
+        factor: number of sequences, in evaluation batches of the run.
     """
     return _fresh_batch(run.task, factor * run.recipe.evaluation.n_sequences, run.recipe.device)
 
 
 def precise(quick: bool) -> int:
-    """The factor for losses that are compared with Bayes."""
+    """The `factor` of `fresh_batch` for losses that are compared with Bayes."""
     return 4 if quick else 16
 
 
@@ -34,8 +34,8 @@ def precise(quick: bool) -> int:
 def losses(run: Run, factor: int) -> dict[str, Float[Tensor, "batch"]]:
     """Cross entropy in nats of every sequence of `fresh_batch`, by predictor: "model" and "bayes".
 
-    In a single-parent task also "miscounted", the authors' Bayes predictor, and "counted", the same
-    with roots counted right (`bigram_prediction`).
+    A single-parent task adds "miscounted", the authors' Bayes predictor, and "counted", the same
+    predictor with correctly counted roots (`bigram_prediction`).
     """
     recipe, batch = run.recipe, fresh_batch(run, factor)
     prediction = torch.cat([run.model(part) for part in batch.tokens.split(_CHUNK)])
@@ -50,7 +50,7 @@ def _fresh_batch(task: Task, n_sequences: int, device: str) -> Batch:
     return task.sample(n_sequences, generator=generator)
 
 
-@lru_cache(maxsize=32)  # of all runs on the same graph
+@lru_cache(maxsize=32)  # runs on the same graph share these
 def _references(task: Task, n_sequences: int, n_draws: int, device: str) -> dict[str, Tensor]:
     batch = _fresh_batch(task, n_sequences, device)
     generator = torch.Generator(device=device).manual_seed(SEED + 1)
@@ -66,19 +66,17 @@ def _references(task: Task, n_sequences: int, n_draws: int, device: str) -> dict
 def miscounted_prediction(
     task: SingleParentTask, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch vocab"]:
-    """The Bayes predictor as the authors' code counts it.
+    """The Bayes predictor with the counting error of the authors' code.
 
-    It adds up alpha and the successors of the query's token, but looks up the parent of a root,
-    -1, at the end of the sequence: each root counts as a successor of the last position of the
-    graph. So the loss that the paper draws as Bayes lies above the true one.
+    It adds alpha to the counts of the query token's successors, but treats the parent index -1 of
+    a root as the last position of the graph, so each root counts as a successor of that position.
+    The loss that the paper plots as Bayes is therefore above the true Bayes loss.
     """
     context = tokens[:, :-1]
     parents = torch.tensor(task.graph.parent_array(), device=tokens.device)
-    same = context[:, parents] == tokens[:, -1:]  # -1 is the last position of the context
+    same = context[:, parents] == tokens[:, -1:]  # index -1 selects the last position
     counts = torch.zeros(len(tokens), task.vocab_size, device=tokens.device)
     counts.scatter_add_(1, context, same.to(counts.dtype))
-    assert isinstance(
-        task.prior, DirichletPrior
-    )  # where there is one, its counts are the sequence's
+    assert isinstance(task.prior, DirichletPrior)  # `_references` checks it
     weights = counts + torch.tensor(task.prior.representable, device=tokens.device)
     return weights / weights.sum(-1, keepdim=True)

@@ -1,29 +1,26 @@
-"""The comparison as files: a table in JSON and a page in Markdown with the pictures."""
+"""Write the replication as a JSON table and a Markdown page with pictures."""
 
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mechcausal.studies.replication.rows import Row
+from mechcausal.studies.replication.result import Replication
+from mechcausal.studies.rows import Row
 from mechcausal.support.messages import shell_command
-
-if TYPE_CHECKING:
-    from mechcausal.studies.replication.driver import Replication
 
 VERDICTS = {True: "holds", False: "does not hold", None: ""}
 
 
-def write_table(replication: "Replication", path: Path) -> None:
+def write_table(replication: Replication, path: Path) -> None:
     """Write the rows as JSON."""
     rows = [row.as_json() for row in replication.rows]
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def number(value: float | None) -> str:
-    """A number for a table: four digits, nothing for None.
+    """A number for a table, with four decimals; empty for None and NaN.
 
     Example:
         >>> number(0.83664), number(3500.0), number(None), number(1.0)
@@ -44,24 +41,24 @@ def measured(row: Row) -> str:
     return number(row.ours) + error
 
 
-def publish(replication: "Replication", page: Path, *, quick: bool) -> None:
-    """Write the page to another place, the pictures copied into a folder of its name beside it."""
-    place = page.parent / page.stem
-    place.mkdir(parents=True, exist_ok=True)
+def publish(replication: Replication, page: Path, *, quick: bool) -> None:
+    """Write the page to any file, with copies of the pictures in a folder of the same name."""
+    picture_folder = page.parent / page.stem
+    picture_folder.mkdir(parents=True, exist_ok=True)
     pictures = {
-        name: Path(shutil.copyfile(path, place / path.name))
+        name: Path(shutil.copyfile(path, picture_folder / path.name))
         for name, path in replication.pictures.items()
     }
     write_page(replace(replication, pictures=pictures), page, quick=quick)
 
 
-def _command(figures: "tuple[str, ...]", quick: bool) -> str:
+def _command(figures: tuple[str, ...], quick: bool) -> str:
     options = ["--quick"] if quick else []
     return shell_command("mechcausal", "replicate", *(figures or ["all"]), *options)
 
 
-def write_page(replication: "Replication", page: Path, *, quick: bool) -> None:
-    """Write the page in Markdown, pictures linked relative to it."""
+def write_page(replication: Replication, page: Path, *, quick: bool) -> None:
+    """Write the page in Markdown; links to pictures are relative to it."""
     lines = [
         "# The paper, figure by figure",
         "",
@@ -80,8 +77,8 @@ def write_page(replication: "Replication", page: Path, *, quick: bool) -> None:
                 lines.append(f"| {' | '.join(cells)} | {VERDICTS[row.holds]} |")
         for name, path in replication.pictures.items():
             if name.split("_")[0] == figure:
-                place = Path(os.path.relpath(path, page.parent)).as_posix()
-                lines += ["", f"![{name.replace('_', ' ')}]({place})"]
+                link = Path(os.path.relpath(path, page.parent)).as_posix()
+                lines += ["", f"![{name.replace('_', ' ')}]({link})"]
     for name, reason in replication.failed.items():
         lines += ["", f"`{name}`: {reason}"]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The runs that figures are measured on: trained in parallel, or found where they were left."""
+"""The runs that figures are measured on: trained in parallel, or reused from their folders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mechcausal.graphs import CausalGraph
+from mechcausal.measures.figures import Value
 from mechcausal.models.base import GraphModel
 from mechcausal.models.loading import load_graph_model
 from mechcausal.recipes import Recipe, load_recipe, recipe_to_dict
-from mechcausal.records.run_folder import Value, read_metrics, read_summary, run_info
+from mechcausal.records.run_folder import read_metrics, read_summary, run_info
 from mechcausal.sweeps.engines import LocalEngine
 from mechcausal.sweeps.member import Job
 from mechcausal.tasks import Task, build_task
@@ -25,7 +26,7 @@ class Member:
         recipe: name of a packaged recipe.
         seed: the run's seed.
         changes: overrides of the recipe, as in `Recipe.with_overrides`.
-        label: tells runs of one recipe with different changes apart.
+        label: distinguishes runs of one recipe with different changes.
     """
 
     recipe: str
@@ -39,11 +40,11 @@ class Member:
         return "-".join(filter(None, (self.recipe, self.label, f"seed{self.seed}")))
 
     def build(self) -> Recipe:
-        """The recipe as it is to be run."""
+        """The recipe with this member's seed and changes."""
         return load_recipe(self.recipe).with_overrides(seed=self.seed, **self.changes)
 
 
-@dataclass(frozen=True, eq=False)  # so that what was measured on a run can be kept by run
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that measurements can be cached by run
 class Run:
     """A finished run, read back from its folder."""
 
@@ -54,7 +55,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Last row and first row of figures."""
+        """Content of summary.json: the last row of figures, the first one under "first"."""
         return read_summary(self.folder)
 
     @cached_property
@@ -88,15 +89,15 @@ def run_all(
     adjust: Callable[[Recipe], Recipe],
     on_done: Callable[[str, str], None],
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Train every member that has no finished run with the same recipe below the folder.
+    """Train every member that has no finished run of the same recipe in the folder.
 
     Args:
-        members: what is needed; equal ones are trained once.
-        folder: a run's folder is `folder/<member's name>`, with `-2`, `-3`, ... where that holds a
-            run of another recipe. Nothing is ever deleted; an unfinished run is resumed.
+        members: the runs needed; equal ones are trained once.
+        folder: a run's folder is `folder/<member's name>`, with `-2`, `-3`, ... appended if that
+            holds a run of another recipe. Nothing is deleted; an unfinished run is resumed.
         workers: processes, one thread each.
-        adjust: last change to every recipe (its device, its W&B group).
-        on_done: called with a member's name and how it went.
+        adjust: applied last to every recipe (device, W&B group).
+        on_done: called with a member's name and its outcome.
 
     Returns:
         Runs by member's name, and the error of every member that failed.
@@ -106,19 +107,19 @@ def run_all(
     runs: dict[str, Run] = {}
     missing: dict[str, Path] = {}
     for name, recipe in recipes.items():
-        place, finished = _place(folder, name, recipe)
+        run_folder, finished = _run_folder(folder, name, recipe)
         if finished:
-            runs[name] = Run(by_name[name], place, recipe, reused=True)
+            runs[name] = Run(by_name[name], run_folder, recipe, reused=True)
             on_done(name, "reused")
         else:
-            missing[name] = place
+            missing[name] = run_folder
     failed: dict[str, str] = {}
     if not missing:
         return runs, failed
-    # Long runs first, so that none is left over at the end.
+    # Longest runs first, so that workers finish at about the same time.
     order = sorted(missing, key=lambda name: -recipes[name].n_training_sequences)
     uses_cuda = any(recipes[name].device.startswith("cuda") for name in missing)
-    # The models are small: several runs of one thread each beat one run of several.
+    # The models are small: parallel runs of one thread each beat one run with several threads.
     with LocalEngine(min(workers, len(missing)), uses_cuda=uses_cuda) as engine:
         futures = {
             engine.submit(
@@ -138,16 +139,16 @@ def run_all(
     return runs, failed
 
 
-def _place(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:
-    """Where a run of this recipe lies and whether it has finished, or a new place for one."""
+def _run_folder(folder: Path, name: str, recipe: Recipe) -> tuple[Path, bool]:
+    """The folder of this recipe's run and whether it has finished; a free folder if none exists."""
     number = 1
     while True:
-        place = folder / (name if number == 1 else f"{name}-{number}")
-        if not place.exists():
-            return place, False
-        info = run_info(place)
+        candidate = folder / (name if number == 1 else f"{name}-{number}")
+        if not candidate.exists():
+            return candidate, False
+        info = run_info(candidate)
         if info.recipe and _comparable(info.recipe) == _comparable(recipe):
-            return place, info.state == "finished"
+            return candidate, info.state == "finished"
         number += 1
 
 

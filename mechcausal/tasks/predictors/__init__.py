@@ -1,8 +1,8 @@
-"""What can be predicted from a sequence: the Bayes predictor and the strategies below it.
+"""The Bayes predictor of a task, and simpler strategies to compare a model with.
 
-A model that learns in context passes through recognisable strategies: the uniform distribution,
-the token frequencies of the context (unigram), and the transitions along the edges of the graph
-(bigram, or with several parents longer contexts), which end in the Bayes predictor.
+A model that learns in context passes through strategies: the uniform distribution, the token
+frequencies of the context (unigram), and the transitions along the edges of the graph (bigram, or
+longer contexts for several parents). The last one approaches or equals the Bayes predictor.
 """
 
 import torch
@@ -31,10 +31,9 @@ def bayes_prediction(
 ) -> Float[Tensor, "batch vocab"]:
     """The Bayes predictor: the posterior mean of the target given the sequence.
 
-    With several parents exact: `(alpha_s + N(s)) / sum_s (alpha_s + N(s))`, N counting what
-    followed the query's context at the positions with as many parents; nothing is drawn. In the
-    single-parent task what the roots say about `pi` is averaged over draws, see
-    `single_parent.bayes_prediction`, whose arguments these are.
+    Several parents: exact, `(alpha_s + N(s)) / sum_s (alpha_s + N(s))`, where N(s) counts how
+    often s followed the query's context at positions with the same number of parents. Single
+    parent: Monte Carlo over `pi`, see `single_parent.bayes_prediction` for the arguments.
     """
     if isinstance(task, SeveralParentsTask):
         return context_prediction(task, tokens, n_nearest=len(task.query_parents))
@@ -46,13 +45,12 @@ def bayes_prediction(
 def strategies(
     task: Task, tokens: Int[Tensor, "batch pos"]
 ) -> dict[str, Float[Tensor, "batch vocab"]]:
-    """The predictions of every strategy by name, in order of knowledge.
+    """The predictions of every strategy by name, from the least to the most informed.
 
-    On average over the prior none of them has a larger loss than "uniform".
-
-    "uniform", "unigram" and "bigram" in the single-parent task. With k parents of the query
-    "uniform", "unigram" and, for m = 1 ... k, the context of its m last parents: "bigram",
-    "trigram", "4gram", ...; the last one is the Bayes predictor.
+    Single parent: "uniform", "unigram" and "bigram". If the query has k parents: "uniform",
+    "unigram" and, for m = 1 ... k, the context of the query's last m parents ("bigram",
+    "trigram", "4gram", ...); the last one is the Bayes predictor. Averaged over the prior, no
+    strategy has a larger loss than "uniform".
 
     Example:
         >>> from mechcausal.graphs import two_parents

@@ -1,7 +1,7 @@
-"""What a sequence with several parents tells: counting the contexts of the query.
+"""Predictions for several parents: count what followed the query's context.
 
-A model that learns the graph passes from the tokens' frequencies to contexts of ever more of the
-query's parents (bigram, trigram, ...); the context of all of them is the Bayes predictor.
+The context consists of the tokens of the query's last parents (bigram, trigram, ...); the context
+of all parents gives the Bayes predictor.
 """
 
 import torch
@@ -15,13 +15,14 @@ from mechcausal.tasks.priors import DirichletPrior
 def context_prediction(
     task: SeveralParentsTask, tokens: Int[Tensor, "batch pos"], *, n_nearest: int
 ) -> Float[Tensor, "batch vocab"]:
-    """The next token's distribution for who looks at the query's last `n_nearest` parents only.
+    """The next token's distribution from the query's last `n_nearest` parents alone.
 
-    `(alpha'_s + N(s)) / sum_s (alpha'_s + N(s))`, N counting the positions with as many parents as
-    the query, k, whose last parents carry the query's tokens. For `n_nearest` = k, alpha' is the
-    prior's alpha and this is the Bayes predictor. Otherwise the context stands for an average of
-    n = S^(k - n_nearest) rows; alpha' has the mean of alpha, and the total n (A + 1) - 1 for A =
-    sum alpha gives it that average's variance. For a fixed matrix, its row.
+    `(alpha'_s + N(s)) / sum_s (alpha'_s + N(s))`. N(s) counts the positions that hold s, have k
+    parents like the query, and whose last `n_nearest` parents hold the same tokens as the query's.
+    For `n_nearest` = k, alpha' is the prior's alpha and this is the Bayes predictor. Otherwise the
+    target is modelled as the mean of n = S^(k - n_nearest) rows: alpha' is proportional to alpha,
+    and its sum n (A + 1) - 1, with A = sum alpha, matches the variance of that mean. For a fixed
+    matrix, the prediction is its row.
 
     Raises:
         ValueError: `n_nearest` is not from 1 to k.

@@ -1,7 +1,7 @@
-"""What a sequence of the single-parent task tells: transitions, and what its roots say.
+"""Predictions for the single-parent task: uniform, bigram and Bayes.
 
-The transitions along the edges of the graph (bigram) give the Bayes predictor up to what the roots
-tell about `pi`, which is averaged over draws.
+The bigram prediction counts transitions along the edges of the graph. The Bayes predictor also
+uses the likelihood of the roots, by Monte Carlo.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from mechcausal.tasks.priors import (
 def transition_counts(
     task: SingleParentTask, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch vocab vocab"]:
-    """How often each transition was seen along the edges of the graph; roots count nowhere."""
+    """How often each transition occurs along the edges of the graph; roots are not counted."""
     vocab = task.vocab_size
     edges = torch.tensor(task.graph.edges, dtype=torch.int64, device=tokens.device).view(-1, 2)
     cells = tokens[:, edges[:, 0]] * vocab + tokens[:, edges[:, 1]]
@@ -45,9 +45,9 @@ def bigram_prediction(
 ) -> Float[Tensor, "batch vocab"]:
     """Posterior mean of `pi(. | query)` given the transitions along the edges.
 
-    `(alpha_s' + N(query, s')) / sum_s (alpha_s + N(query, s))`, N counted over non-root positions
-    only. This is the Bayes predictor of an observer who disregards that roots were drawn from
-    `mu`. For a fixed matrix, its row.
+    `(alpha_s' + N(query, s')) / sum_s (alpha_s + N(query, s))`, where N counts non-root positions
+    only: the likelihood of the roots, which are drawn from `mu`, is ignored. For a fixed matrix,
+    the prediction is its row.
     """
     prior, rows = task.prior, torch.arange(tokens.shape[0], device=tokens.device)
     if not isinstance(prior, DirichletPrior):
@@ -64,18 +64,17 @@ def bayes_prediction(
     n_draws: int = 256,
     max_elements: int = 4_000_000,
 ) -> Float[Tensor, "batch vocab"]:
-    """The Bayes predictor `E[pi(. | query) | sequence]`, with what the roots say about `pi`.
+    """The Bayes predictor `E[pi(. | query) | sequence]`, including the likelihood of the roots.
 
-    Given the transitions seen, the rows of `pi` are independent Dirichlet; the factor `mu(s_r)` of
-    every root r ties them together and has no closed form. With the weight
+    Given the transitions, the rows of `pi` are independent Dirichlet; the factor `mu(s_r)` of
+    every root r couples the rows and has no closed form. With the weight
     `W(c) = E_{pi ~ Dirichlet(c)} prod_r mu(s_r)` of posterior concentrations c, exactly
 
         E[pi(s' | query) | sequence] = mean(s') W(c + one at (query, s')) / W(c),
 
-    where mean is `bigram_prediction`. W is averaged over draws from the posterior; a draw for
-    c + one is a draw for c with an exponential variable added to one gamma variable, so that
-    numerator and denominator share their noise. The result is positive, and equals the mean where
-    the roots say nothing. Exact for a fixed matrix.
+    where mean is `bigram_prediction`. W is estimated by draws from the posterior. A draw for
+    c + one is a draw for c with an exponential variable added to one gamma variable, so numerator
+    and denominator share their noise. The result is positive; it is exact for a fixed matrix.
 
     Args:
         task: graph and prior.
@@ -156,7 +155,7 @@ def _root_log_weights(
 ) -> Tensor:
     """`log W(c + one at (query, s'))` for every s', up to a constant: `[batch vocab]`."""
     batch, vocab, _ = posterior.shape
-    # Exchange the query's token with token 0, so that its row is the one replaced.
+    # Swap the query's token with token 0: `stationary_with_first_row` replaces row 0.
     exchange = torch.arange(vocab, device=tokens.device).repeat(batch, 1)
     exchange.scatter_(1, tokens[:, -1:], 0)
     exchange[:, 0] = tokens[:, -1]

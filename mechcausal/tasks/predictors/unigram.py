@@ -1,8 +1,7 @@
-"""What the frequencies of a sequence's tokens tell about the target, whatever the query is.
+"""The unigram strategy: predict the smoothed token frequencies of the context.
 
-How much they tell depends on the graph, the prior and the length: the target is one row of `pi`, or
-an average of rows, and the frequencies are those of the tokens that were visited. So the smoothing
-is fitted to the task, once, on sequences drawn for it.
+How informative the frequencies are depends on the graph, the prior and the length. So the
+smoothing is fitted once per task, on sequences drawn from it.
 """
 
 import math
@@ -17,7 +16,7 @@ from mechcausal.tasks.predictors.several_parents import context_prediction
 from mechcausal.tasks.priors import FixedTransition
 
 _MOST_DRAWS, _FEWEST_DRAWS = 1000, 200
-_MAX_ENTRIES = 1_000_000  # of matrices and pairs of positions; the fewest draws may exceed it
+_MAX_ENTRIES = 1_000_000  # entries of matrices and position pairs; _FEWEST_DRAWS takes precedence
 _TOTALS = (1e-6, 1e12)
 _BISECTIONS = 50
 
@@ -25,15 +24,16 @@ _BISECTIONS = 50
 def unigram_prediction(
     task: Task, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch vocab"]:
-    """Frequencies of the context's tokens, smoothed as far as the task needs it.
+    """Smoothed frequencies of the context's tokens.
 
-    `(A m_s + N(s)) / (A + N)`, N(s) counting the tokens of the context, N in all, and m the prior's
-    mean, with the A of `smoothing_total`. On average it is no worse than m, which is no worse than
-    uniform. For a fixed matrix, where frequencies tell nothing new, the mean of the target.
+    `(A m_s + N(s)) / (A + N)`, where N(s) counts the token s in the context, N is the number of
+    tokens in the context, m the prior's mean and A = `smoothing_total`. On average its loss is at
+    most that of m, and so at most that of uniform. For a fixed matrix: the mean of the target,
+    because frequencies add no information.
 
     Args:
         task: graph and prior.
-        tokens: sequences; the query of the single-parent task is no part of the context.
+        tokens: sequences; the single-parent task's query does not count as context.
     """
     if isinstance(task.prior, FixedTransition):
         return _mean_row(task).to(tokens.device, torch.float32).expand(tokens.shape[0], -1)
@@ -46,8 +46,8 @@ def unigram_prediction(
 def smoothing_total(task: Task) -> float:
     """The A of `unigram_prediction` with the smallest mean cross entropy under the task.
 
-    The average runs over sequences from a generator of its own, so it is the same in every run. The
-    loss is convex in `N / (N + A)`.
+    The mean is over sequences from a generator with a fixed seed, so every run gets the same A.
+    The loss is convex in `N / (N + A)`, so bisection finds the minimum.
 
     Example:
         >>> from mechcausal.graphs import chain
@@ -59,7 +59,7 @@ def smoothing_total(task: Task) -> float:
     size = task.vocab_size**2 + task.sequence_length**2
     n_draws = min(_MOST_DRAWS, max(_FEWEST_DRAWS, _MAX_ENTRIES // size))
     batch = task.sample(n_draws, generator=torch.Generator().manual_seed(0))
-    # The mean of the target given the sequence, or given pi, has the same best A and less noise.
+    # Replace the target by its conditional mean: the best A is the same, with less noise.
     if isinstance(task, SeveralParentsTask):
         n_nearest = len(task.query_parents)
         target = context_prediction(task, batch.tokens, n_nearest=n_nearest).double()
@@ -73,7 +73,9 @@ def smoothing_total(task: Task) -> float:
     for _ in range(_BISECTIONS):
         total = math.sqrt(low * high)
         share = n / (n + total)
-        if (target * change / (mean + share * change)).sum() > 0:  # more of the frequencies helps
+        if (
+            target * change / (mean + share * change)
+        ).sum() > 0:  # more weight on the frequencies helps
             high = total
         else:
             low = total
@@ -93,10 +95,10 @@ def _prior_mean(task: Task) -> Float[Tensor, "vocab"]:
 
 
 def _mean_row(task: Task) -> Float[Tensor, "vocab"]:
-    """The mean of a fixed matrix's row: of a uniform query, or of the query's parent's token."""
+    """The mean target for a fixed matrix: over a uniform query, or over the query's parent."""
     assert isinstance(task.prior, FixedTransition)
     matrix = torch.tensor(task.prior.rows, dtype=torch.float64)
     steps = 1
-    if isinstance(task, SeveralParentsTask):  # its roots are uniform
+    if isinstance(task, SeveralParentsTask):  # roots are uniform
         steps += task.graph.depths[task.query_parents[0]]
     return matrix.new_full((len(matrix),), 1 / len(matrix)) @ matrix.matrix_power(steps)

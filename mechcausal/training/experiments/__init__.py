@@ -1,29 +1,23 @@
-"""Experiments: what is trained on what, and what is looked at on the way.
+"""Experiments: each one brings its data, model, probes and pictures.
 
-The training loop knows only `Experiment`; each experiment brings its data, model, probes and
-pictures.
+The training loop knows only the interface `Experiment`.
 """
 
+from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import SeveralParentsTask, Task, build_task
-from mechcausal.training.experiments.base import (
-    Experiment,
-    Generators,
-    Observation,
-    Tell,
-    tell_nobody,
-)
+from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
 from mechcausal.training.experiments.memory import check_memory, experiment_needs
 
 __all__ = ["Experiment", "Generators", "Observation", "build_experiment", "check_experiment"]
 
 
 def check_experiment(recipe: Recipe) -> None:
-    """Find out in no time whether the experiment can be built.
+    """Check quickly, before anything large is allocated, that the experiment can be built.
 
     Raises:
-        GraphError, PriorError: a graph or prior that is not one.
-        RecipeError: a model that cannot learn the task, or more than fits into memory.
+        GraphError, PriorError: the graph or the prior is invalid.
+        RecipeError: the model cannot learn the task, or the run does not fit into memory.
     """
     graph = None
     if recipe.task.kind == "causal_graph":
@@ -44,7 +38,7 @@ def check_experiment(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, task: Task) -> None:
-    """Find out whether the model can learn the task.
+    """Check that the model can learn the task.
 
     Raises:
         RecipeError: it cannot.
@@ -58,8 +52,8 @@ def check_model(recipe: Recipe, task: Task) -> None:
         )
     if recipe.training.target == "posterior" and not isinstance(task, SeveralParentsTask):
         raise RecipeError(
-            "training.target: posterior is for graphs that name the query's parents; what roots "
-            "say about the matrix has no closed form here"
+            "training.target: posterior is for graphs that name the query's parents: "
+            "with other graphs the posterior given the roots has no closed form"
         )
 
 
@@ -74,7 +68,7 @@ def build_experiment(
         tell: told what takes its time.
 
     Raises:
-        GraphError, PriorError: a graph or prior that is not one.
+        GraphError, PriorError: the graph or the prior is invalid.
     """
     if recipe.task.kind == "repeated_tokens":
         from mechcausal.training.experiments.repeated_tokens import RepeatedTokens

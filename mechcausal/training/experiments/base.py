@@ -1,9 +1,9 @@
-"""What the training loop asks of an experiment."""
+"""The interface between the training loop and an experiment."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechcausal.measures.figures import History
+from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe
-from mechcausal.records.run_folder import History
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -28,14 +29,14 @@ def tell_nobody(_: str) -> None:
 
 @dataclass(frozen=True)
 class Generators:
-    """Independent sources of randomness, each a function of the run's seed alone.
+    """Independent sources of randomness, all derived from the run's seed.
 
     Attributes:
-        data: training batches, on the run's device.
-        evaluation: evaluation batches, on the run's device.
-        theory: averages over priors, on the CPU.
+        data: generator for training batches, on the run's device.
+        evaluation: generator for evaluation batches, on the run's device.
+        theory: generator for averages over priors, on the CPU.
         init: seed of the model's initial weights.
-        probes: seed of the sequences that probes draw at every look.
+        probes: seed of the sequences that probes draw at every probe step.
     """
 
     data: torch.Generator
@@ -46,7 +47,7 @@ class Generators:
 
     @classmethod
     def from_seed(cls, seed: int, device: torch.device) -> "Generators":
-        """Generators for a run."""
+        """Generators for a run with this seed."""
         states = np.random.SeedSequence(seed).generate_state(5).tolist()
         data, evaluation, theory, init, probes = states
         return cls(
@@ -56,21 +57,6 @@ class Generators:
             init,
             probes,
         )
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Figures and matrices of one probe step.
-
-    Attributes:
-        figures: by the names of the W&B charts; NaN where a figure is not defined.
-        matrices: what was seen in full, by name, on the CPU.
-        prediction: the model's output on the evaluation batch, where it is compared with others.
-    """
-
-    figures: dict[str, float]
-    matrices: dict[str, Tensor]
-    prediction: Tensor | None = field(default=None, repr=False)
 
 
 class Experiment(ABC):
@@ -87,31 +73,31 @@ class Experiment(ABC):
     @property
     @abstractmethod
     def hooked(self) -> "HookedTransformer":
-        """The model, owner of all parameters."""
+        """The HookedTransformer that owns all parameters."""
 
     @abstractmethod
     def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """The parameters that a stage's names stand for; "all" stands for every one."""
+        """The parameters with these names; "all" stands for every parameter."""
 
     @abstractmethod
     def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Within the block only these take gradients."""
+        """Within the block only these parameters take gradients."""
 
     @abstractmethod
     def training_loss(self, n_sequences: int) -> Tensor:
-        """The loss on that many fresh sequences, nats."""
+        """The loss on `n_sequences` fresh sequences, nats."""
 
     @abstractmethod
     def losses(self) -> dict[str, float]:
-        """Evaluation losses alone, without probes."""
+        """Evaluation losses only, without probes."""
 
     @abstractmethod
     def observe(self) -> Observation:
-        """Look at the model with every probe attached; changes nothing."""
+        """Run every probe on the model; changes neither weights nor gradients."""
 
     @abstractmethod
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """W&B pictures of one probe step."""
+        """Pictures of one probe step for W&B, by name."""
 
     @abstractmethod
     def draw_figures(
@@ -122,16 +108,16 @@ class Experiment(ABC):
         matrices: Mapping[int, Mapping[str, Tensor]],
         stage_starts: Sequence[int],
     ) -> dict[str, Path]:
-        """Draw the run's figures as PNG files, by the names under which W&B shows them."""
+        """Draw the run's figures; return the PNG files by their names in W&B."""
 
     @abstractmethod
     def save_model(self, folder: Path) -> None:
-        """Write weights and config, readable by `load_model`."""
+        """Write weights and config; `load_model` reads them."""
 
     def conclusions(self, history: History) -> dict[str, Any]:
-        """What the run's whole history shows, for its summary."""
+        """Results that need the run's full history, for its summary."""
         return {}
 
     def reference_matrices(self) -> dict[str, Tensor]:
-        """What the matrices of the probe steps are compared with."""
+        """Matrices that those of the probe steps are compared with, such as theory's."""
         return {}

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from mechcausal.measures.closed_form_observer import ClosedFormObserver
+from mechcausal.measures.figures import History
+from mechcausal.measures.observation import Observation
 from mechcausal.measures.observer import Observer
 from mechcausal.measures.plateaus import find_drops, find_plateaus, steepest_drop
 from mechcausal.models.base import GraphModel
@@ -20,7 +22,6 @@ from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe
-from mechcausal.records.run_folder import History
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
 from mechcausal.tasks.ahead import BatchesAhead
 from mechcausal.tasks.predictors import bayes_prediction
@@ -31,13 +32,7 @@ from mechcausal.theory import (
     parent_information,
     theory_notes,
 )
-from mechcausal.training.experiments.base import (
-    Experiment,
-    Generators,
-    Observation,
-    Tell,
-    tell_nobody,
-)
+from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
 from mechcausal.training.experiments.models import build_model
 
 # Where hooks take longer for a look, on a busy core, the closed form is read if there is one.
@@ -46,13 +41,13 @@ _MULTIPLICATIONS_PER_SECOND = 1e10  # float32
 
 
 class CausalGraphExperiment(Experiment):
-    """A model trained in closed form on sequences of a graph, hooks on the hooked model.
+    """A model trained in closed form on sequences of a graph and probed through hooks.
 
     Attributes:
         task: graph and prior.
-        theory: what information theory says about them.
-        model: what is trained.
-        observer: looks at it on a fixed evaluation batch.
+        theory: pairwise information of graph and prior.
+        model: the trained model.
+        observer: probes the model on a fixed evaluation batch.
     """
 
     observer_type: ClassVar[type[Observer]] = Observer
@@ -101,7 +96,7 @@ class CausalGraphExperiment(Experiment):
         return self.model.hooked
 
     def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """The parameters of these names: A1, A2, ...; all."""
+        """The parameters with these names (A1, A2, ...); "all" stands for every parameter."""
         named = self.model.parameters_by_name
         return [named[name] for name in self._expanded(names)]
 
@@ -119,7 +114,7 @@ class CausalGraphExperiment(Experiment):
         return soft_cross_entropy(self.model(batch.tokens), target, epsilon=training.epsilon)
 
     def losses(self) -> dict[str, float]:
-        """Evaluation loss, those of Bayes and of the construction, and the gaps to both."""
+        """Evaluation loss, the losses of Bayes and of the construction, and the gaps to both."""
         return self.observer.losses()
 
     def observe(self) -> Observation:
@@ -127,7 +122,7 @@ class CausalGraphExperiment(Experiment):
         return self.observer.observe()
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Attention beside the graph, gradients beside the prediction or the information."""
+        """Attention beside the graph; gradients beside the predicted gradient or information."""
         pairs = {name: m for name, m in matrices.items() if name != "attention/examples"}
         return report.heatmaps(pairs, self.theory)
 
@@ -157,11 +152,11 @@ class CausalGraphExperiment(Experiment):
         return files
 
     def save_model(self, folder: Path) -> None:
-        """Readable by the model's own `load`, and by `load_model`."""
+        """Write weights and config; the model's own `load` and `load_model` read them."""
         self.model.save(folder)
 
     def conclusions(self, history: History) -> dict[str, Any]:
-        """Plateaus of the loss with the strategy that the model follows there, and drops."""
+        """Plateaus of the loss with the model's strategy on each, and the drops between them."""
         steepest = steepest_drop(history)
         return {
             "plateaus": [asdict(plateau) for plateau in find_plateaus(history)],
@@ -170,7 +165,7 @@ class CausalGraphExperiment(Experiment):
         }
 
     def reference_matrices(self) -> dict[str, Tensor]:
-        """Information, the predicted gradient where there is one, and the example sequences."""
+        """Information, the predicted gradient (one parent only), and the example sequences."""
         theory = self.theory
         matrices = {"theory/chi2": theory.chi2, "theory/shannon": theory.shannon}
         matrices["examples/tokens"] = self.observer.examples.cpu()

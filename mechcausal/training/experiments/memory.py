@@ -1,7 +1,7 @@
-"""Whether a recipe fits into memory, found out before anything large is allocated.
+"""Check that a recipe fits into memory before anything large is allocated.
 
-The estimate is a lower bound: what has to be held at the same time, the largest arrays alone. So a
-recipe that is refused here could not have run, while one that passes may still run out of memory.
+The estimate is a lower bound: it counts only the largest arrays that are held at the same time. A
+recipe refused here could not have run; one that passes may still run out of memory.
 """
 
 import math
@@ -16,24 +16,24 @@ from mechcausal.recipes import Recipe, RecipeError, StageSection
 from mechcausal.theory.elimination import elimination_width
 
 MAX_PROBE_STEPS = 1_000_000
-"""The most looks at a model in one run; every one is a row of its history."""
+"""Most probe steps in one run; each is a row of its history."""
 
 _GIB = 2**30
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-# Above this many joint states information is sampled (`parent_information`, its `max_states`).
+# `parent_information` samples above this many joint states (its `max_states`).
 _EXACT_STATES = 20_000
 _SAMPLED = 4096
 
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that something takes.
+    """The memory that one part of a run needs.
 
     Attributes:
-        what: names it.
-        size: in bytes.
-        fields: of the recipe, that make it large.
-        lasting: whether it stays for the whole run, beside everything else.
+        what: name of the part, for the message.
+        size: bytes.
+        fields: recipe fields that determine the size.
+        lasting: whether it stays allocated for the whole run.
     """
 
     what: str
@@ -43,29 +43,30 @@ class Need:
 
 
 def check_memory(needs: list[Need], device: str = "cpu") -> None:
-    """Compare what is needed at the same time with what the machine has.
+    """Check that everything needed at the same time fits into the device's memory.
 
     Args:
         needs: see `experiment_needs` and `theory_needs`.
-        device: where to compute; theory stays on the CPU, which this does not tell apart.
+        device: where to compute; theory is counted there too, although it runs on the CPU.
 
     Raises:
-        RecipeError: too much; the message names the fields to reduce.
+        RecipeError: it does not fit; the message names the fields to reduce.
     """
-    passing = max((need.size for need in needs if not need.lasting), default=0)
-    total = passing + sum(need.size for need in needs if need.lasting)
-    there = available_memory(device)
-    if total <= there:
+    temporary = max((need.size for need in needs if not need.lasting), default=0)
+    total = temporary + sum(need.size for need in needs if need.lasting)
+    available = available_memory(device)
+    if total <= available:
         return
     largest = max(needs, key=lambda need: need.size)
     raise RecipeError(
-        f"too large: this needs at least {_size(total)} of memory, {device} has {_size(there)}; "
-        f"{_size(largest.size)} are for {largest.what}: reduce {', '.join(largest.fields)}"
+        f"too large: this needs at least {_size(total)} of memory, {device} has "
+        f"{_size(available)}; {_size(largest.size)} are for {largest.what}: "
+        f"reduce {', '.join(largest.fields)}"
     )
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes of memory of a device, or of this process's container where that is less."""
+    """Bytes of memory of a device, or of this process's container if that is less."""
     if device.startswith("cuda") and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(torch.device(device))[1])
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -78,22 +79,22 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> list[Need]:
-    """What a run of the recipe needs: model, sequences, steps, looks and theory.
+    """What a run of the recipe needs: model, sequences, steps, probe steps and theory.
 
     Args:
-        recipe: checked.
+        recipe: a parsed recipe.
         graph: the causal graph, None for repeated tokens.
         length: tokens of a sequence, T.
 
     Raises:
-        RecipeError: more looks at the model than `MAX_PROBE_STEPS`.
+        RecipeError: more than `MAX_PROBE_STEPS` probe steps.
     """
     training, evaluation = recipe.training, recipe.evaluation
     s, t = recipe.task.vocab_size, length
     part = training.batch_size // training.accumulation
     sequence = ("task.vocab_size", _length_field(recipe))
     batch = ("training.batch_size (or raise training.accumulation)", *sequence)
-    watched = ("evaluation.n_sequences", *sequence)
+    evaluated = ("evaluation.n_sequences", *sequence)
     n_probe_steps = _probe_steps(recipe)
     n_kept = min(n_probe_steps, recipe.probing.images + recipe.probing.dense)
     heads = _heads(recipe)[0]
@@ -107,16 +108,16 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
             Need("matrices kept", kept, ("probing.images", "probing.dense", *sequence), True)
         )
     if graph is None:
-        # All at once: scores and logits of every position.
+        # Scores and logits of every position.
         size = evaluation.n_sequences * (heads * t * t + 2 * t * s) * 4
-        return [*needs, Need("the evaluation sequences", size, watched)]
+        return [*needs, Need("the evaluation sequences", size, evaluated)]
     single = graph.is_single_parent
     per_sequence = 8 * t + (24 * s * s if single else 8 * t + 4 * s)
     held = evaluation.n_sequences * (8 * t + (4 * s * s if single else 4 * s))
     needs += [
         Need("a training batch", part * per_sequence, batch),
-        Need("drawing the evaluation batch", evaluation.n_sequences * per_sequence, watched),
-        Need("the evaluation batch", held, watched, True),
+        Need("drawing the evaluation batch", evaluation.n_sequences * per_sequence, evaluated),
+        Need("the evaluation batch", held, evaluated, True),
     ]
     if single and recipe.task.transition is None:
         draws = evaluation.bayes_draws * s * s * 16
@@ -125,10 +126,10 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
 
 
 def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
-    """What the information of a recipe's graph needs.
+    """What computing the information of a recipe's graph needs.
 
     Raises:
-        RecipeError: more transition tensors' entries than can be drawn.
+        RecipeError: a transition tensor has too many entries to be drawn.
     """
     s, n = recipe.task.vocab_size, graph.n_positions
     fields = ("task.vocab_size", _length_field(recipe))
@@ -140,12 +141,12 @@ def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
             Need("powers of transition matrices", 2 * 8 * powers, fields),
         ]
     k = graph.max_parents
-    # In logarithms: a thousand parents would make a number of thousands of digits.
+    # Compare logarithms: s^(k + 1) may have thousands of digits.
     if (k + 1) * math.log(s) > math.log(10**8):
-        of_parents = "graph.k" if recipe.graph.k is not None else "the parents of a position"
+        parents_field = "graph.k" if recipe.graph.k is not None else "the parents of a position"
         raise RecipeError(
             f"too large: a transition tensor of {k} parents and {s} tokens has {s}^{k + 1} "
-            f"entries, at most 10^8 are allowed: reduce {of_parents} or task.vocab_size"
+            f"entries, at most 10^8 are allowed: reduce {parents_field} or task.vocab_size"
         )
     needs = [Need("transition tensors", 3 * 8 * s ** (k + 1), fields)]
     if elimination_width(graph) * math.log(s) > math.log(_EXACT_STATES):
@@ -178,14 +179,14 @@ def _stages(recipe: Recipe) -> tuple[StageSection, ...]:
 
 
 def _model_need(recipe: Recipe, t: int) -> Need:
-    """Parameters, their gradients and the optimizer's averages, float32."""
+    """Parameters, gradients and the optimizer's averages, in float32."""
     model, s, heads = recipe.model, recipe.task.vocab_size, _heads(recipe)
     n_layers = len(heads)
     fields: tuple[str, ...] = ("task.vocab_size", _length_field(recipe))
     if model.kind == "standard":
         d = model.d_model
-        a_layer = 4 * d * d + 2 * d * (model.d_mlp or 0)
-        parameters = trained = n_layers * a_layer + (2 * s + t) * d
+        per_layer = 4 * d * d + 2 * d * (model.d_mlp or 0)
+        parameters = trained = n_layers * per_layer + (2 * s + t) * d
         fields = ("model.d_model", "model.d_mlp", "model.n_layers", *fields)
     else:
         if model.kind == "simplified":
@@ -197,8 +198,8 @@ def _model_need(recipe: Recipe, t: int) -> Need:
         weight = max(heads) * width * d_head
         parameters = 4 * n_layers * weight + (2 * s + t) * width
         trained = n_layers * weight
-    averages = any(stage.optimizer != "sgd" for stage in _stages(recipe))
-    size = 4 * (parameters + trained * (3 if averages else 1))
+    has_averages = any(stage.optimizer != "sgd" for stage in _stages(recipe))
+    size = 4 * (parameters + trained * (3 if has_averages else 1))
     return Need("the model and its optimizer", size, fields, True)
 
 
@@ -224,13 +225,13 @@ def _probe_steps(recipe: Recipe) -> int:
         return 2
     count = 2
     for stage in _stages(recipe):
-        apart = stage.steps // probing.every
+        spaced = stage.steps // probing.every
         if probing.schedule == "geometric":
-            apart = stage.steps.bit_length()
-        count += min(stage.steps, probing.dense + apart)
+            spaced = stage.steps.bit_length()
+        count += min(stage.steps, probing.dense + spaced)
     if count > MAX_PROBE_STEPS:
         raise RecipeError(
-            f"too large: {count:,} looks at the model, at most {MAX_PROBE_STEPS:,} are allowed: "
+            f"too large: {count:,} probe steps, at most {MAX_PROBE_STEPS:,} are allowed: "
             "raise probing.every, or reduce probing.dense or the steps"
         )
     return count

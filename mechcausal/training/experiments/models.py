@@ -1,4 +1,4 @@
-"""The models that recipes describe, at the start of their training."""
+"""Build the initial model that a recipe describes."""
 
 import torch
 
@@ -11,7 +11,7 @@ from mechcausal.tasks import Task
 
 
 def build_model(recipe: Recipe, task: Task, *, seed: int, device: torch.device) -> GraphModel:
-    """The model that a recipe describes for a task; `check_experiment` found that it fits."""
+    """The initial model of a recipe for a task; the recipe has passed `check_experiment`."""
     section = recipe.model
     vocab, length = task.vocab_size, task.sequence_length
     if section.kind == "simplified":
@@ -33,7 +33,7 @@ def build_standard(
     """The standard transformer of a recipe's model section.
 
     Raises:
-        ValueError: fixed embeddings that do not fit into d_model.
+        ValueError: fixed embeddings do not fit into d_model.
     """
     config = standard_config(
         vocab_size,

@@ -1,4 +1,4 @@
-"""Real induction heads: a standard attention-only transformer on repeated random tokens."""
+"""Induction heads in a standard attention-only transformer on repeated random tokens."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechcausal.measures.figures import History
+from mechcausal.measures.observation import Observation
 from mechcausal.models.adapter import save_model
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import Recipe
-from mechcausal.records.run_folder import History
-from mechcausal.training.experiments.base import Experiment, Generators, Observation
+from mechcausal.training.experiments.base import Experiment, Generators
 from mechcausal.training.experiments.models import build_standard
 from probes import HeadScores, above_chance, repeated_tokens, score_heads
 
@@ -24,10 +25,10 @@ BOS = 0
 
 
 class RepeatedTokens(Experiment):
-    """Next-token prediction on `[BOS r r]`, r random tokens, its length drawn for every batch.
+    """Next-token prediction on `[BOS r r]` with r random tokens, of a new length in every batch.
 
-    The second copy of r can be predicted, the first cannot: its loss stays at log(S - 1). A varied
-    length keeps heads from looking a fixed number of positions back.
+    Only the second copy of r can be predicted; the loss on the first stays at log(S - 1). The
+    varying length keeps heads from attending a fixed number of positions back.
 
     Attributes:
         hooked: the model.
@@ -53,11 +54,11 @@ class RepeatedTokens(Experiment):
 
     @property
     def hooked(self) -> HookedTransformer:
-        """The model, trained as it is."""
+        """The HookedTransformer, which is trained directly."""
         return self._model.hooked
 
     def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """All of them."""
+        """All parameters, whatever the names."""
         return list(self._model.parameters_by_name.values())
 
     @contextmanager
@@ -73,7 +74,7 @@ class RepeatedTokens(Experiment):
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean loss of both copies, and apart: what the context teaches is the difference."""
+        """Mean loss over both copies, over each, and their difference, the in-context gain."""
         by_position = self._token_losses(self._evaluation).mean(0)
         first, second = by_position[: self._longest], by_position[self._longest :]
         return {
@@ -85,7 +86,7 @@ class RepeatedTokens(Experiment):
         }
 
     def observe(self) -> Observation:
-        """Score every head; `induction/score` is the best head's, above chance."""
+        """Score every head; `induction/score` is the best head's score above chance."""
         scores = self._scores()
         figures = self.losses()
         best = divmod(int(scores.induction.argmax()), scores.induction.shape[1])
@@ -119,13 +120,13 @@ class RepeatedTokens(Experiment):
         return report.draw_head_figures(folder, recipe=self.recipe, history=history)
 
     def save_model(self, folder: Path) -> None:
-        """Readable by `load_model`."""
+        """Write weights and config; `load_model` reads them."""
         fixed = self._model.fixed_embeddings
         extra = {"kind": self._model.kind, "bos": BOS, "fixed_embeddings": fixed}
         save_model(self._model.hooked, folder, extra=extra)
 
     def _scores(self) -> HeadScores:
-        # The same sequences at every look: figures then differ by what was learned.
+        # The same sequences at every probe step, so that only learning changes the scores.
         generator = torch.Generator(device=self._data.device).manual_seed(self._probe_seed)
         lengths = np.linspace(max(3, self._shortest), max(3, self._longest), 4).astype(int)
         return score_heads(

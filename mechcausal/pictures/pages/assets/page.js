@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures of a page, and redraws those that change with the step.
+// Draw the figures of a page, and redraw those that depend on the step.
 const page = JSON.parse(document.getElementById("data").textContent);
 const config = { responsive: true, displayModeBar: false };
 const plots = [...document.querySelectorAll(".plot")];
@@ -28,7 +28,7 @@ function applyTheme(name = theme()) {
   return Promise.all(plots.map((plot) => plot.data && Plotly.react(plot, plot.data, themed(plot.layout, name), config)));
 }
 
-// Pictures have a size of their own, which has to become that on paper at once, before it is printed.
+// Plotly figures have a fixed size: resize them to the paper before printing.
 function forPaper(printing) {
   document.documentElement.classList.toggle("printing", printing);
   document.documentElement.dataset.theme = printing ? "light" : theme();
@@ -52,7 +52,7 @@ for (const [name, matrix] of Object.entries(packed)) {
   codes[name] = new Uint16Array(bytes.buffer); // little-endian, as every browser's machine is
 }
 
-// As [head][query][key], or [example][head][key]; null where it is missing or after the query.
+// As [head][query][key] or [example][head][key]; null for missing values and keys after the query.
 function matrixAt(name, frame) {
   const { shape, triangle, low, high } = packed[name];
   const [depth, rows, columns] = shape.length === 3 ? shape : [1, ...shape];
@@ -89,7 +89,7 @@ function limitOf(rows) {
   return limit || 1;
 }
 
-// --- How each kind of trace follows the step --------------------------------------------------------
+// --- Redrawing each kind of trace at a step --------------------------------------------------------
 
 function redrawn(trace, layout, matrix) {
   const how = trace.meta;
@@ -195,7 +195,7 @@ function describe(frame) {
   }
 }
 
-// While the film plays, what is out of sight waits until it is seen, or the film stops.
+// While playing, do not redraw figures outside the viewport until they are visible or playing stops.
 const inSight = new Set();
 const sight = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) isIntersecting ? inSight.add(target) : inSight.delete(target);
@@ -220,7 +220,7 @@ async function drawStep(frame) {
   await Promise.all(drawing);
 }
 
-// The newest step asked for is drawn; those that came while drawing are passed over.
+// Draw the latest requested step; skip steps requested while drawing.
 async function show(frame) {
   wanted = Math.max(0, Math.min(steps.length - 1, frame));
   slider.value = wanted;

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts the table of summaries by a column, and shows the rows that hold every word of the filter.
+// Sort the summary table by a column, and show only rows that contain every word of the filter.
 const table = document.getElementById("summaries");
 const filter = document.getElementById("filter");
 const count = document.getElementById("count");

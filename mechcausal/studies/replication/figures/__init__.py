@@ -1,4 +1,4 @@
-"""Every figure that can be made again, by the name that the command takes."""
+"""Every figure that can be reproduced, by its name on the command line."""
 
 from mechcausal.studies.replication.figures import (
     forests,

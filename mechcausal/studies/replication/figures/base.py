@@ -1,13 +1,13 @@
-"""What a figure consists of."""
+"""The definition of a figure, and helpers that several figures share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mechcausal.records.run_folder import History
-from mechcausal.studies.replication.rows import Row
+from mechcausal.measures.figures import History
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """The runs that a figure needs, what is measured on them, and its pictures.
+    """The runs that a figure needs, its rows and its pictures.
 
     Attributes:
-        members: the runs; the argument says whether it must be quick.
-        measure: rows of the table, from those runs in the same order.
+        members: the runs; the argument is `quick`.
+        measure: rows of the table, from those runs in the same order, and `quick`.
         draw: pictures by name, `<figure>` or `<figure>_<part>`.
     """
 
@@ -31,8 +31,8 @@ class Figure:
 def loss_curves(runs: list[Run]) -> tuple[dict[str, History], dict[str, float]]:
     """Loss histories by seed, and the Bayes loss, for `paper_figures.draw_loss`.
 
-    Every run is watched on sequences of its own, with a Bayes loss of their own: the curves show
-    what each lies above its own, from the mean of these.
+    Each run is evaluated on its own sequences, which have their own Bayes loss. Each curve is
+    therefore the mean Bayes loss over runs plus the run's gap to its own Bayes loss.
     """
     bayes = fmean(float(run.summary["loss/bayes"]) for run in runs)
 

@@ -1,4 +1,4 @@
-"""Figure 9: twenty random forests, each learned by a disentangled transformer of its own."""
+"""Figure 9: twenty random forests, each learned by its own disentangled transformer."""
 
 import math
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ import numpy as np
 
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch
-from mechcausal.studies.replication.rows import Row, mean_and_stderr
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.studies.rows import Row
+from mechcausal.support.statistics import mean_and_stderr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -22,7 +23,7 @@ N_GRAPHS, N_GRAPHS_QUICK = 20, 6
 
 
 def members(quick: bool) -> list[Member]:
-    """One forest a seed."""
+    """One forest for each seed."""
     return [Member("figure9_forest", seed) for seed in range(N_GRAPHS_QUICK if quick else N_GRAPHS)]
 
 
@@ -70,24 +71,24 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
 
 
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
-    """The distribution over graphs beside the paper's."""
+    """Our distribution over graphs beside the paper's."""
     del quick
     by_graph, edges = attention_on_parents(runs)
     return {"figure9": paper_figures.draw_graph_distribution(np.array(by_graph), np.array(edges))}
 
 
 def attention_on_parents(runs: list[Run]) -> tuple[list[float], list[float]]:
-    """Attention on the parent: the mean of every graph that has edges, and of every single edge."""
-    means, singles = [], []
+    """Attention on the parent: the mean of each graph with edges, and the value of each edge."""
+    by_graph, by_edge = [], []
     for run in runs:
         if values := _on_parents(run):
-            means.append(sum(values) / len(values))
-            singles += values
-    return means, singles
+            by_graph.append(sum(values) / len(values))
+            by_edge += values
+    return by_graph, by_edge
 
 
 @cache
 def _on_parents(run: Run) -> list[float]:
-    """Attention on the parent along every edge of one graph."""
+    """Attention on the parent for every edge of one graph."""
     pattern = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)[0]
     return [pattern[child, parent].item() for parent, child in run.graph.edges]

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mechcausal.pictures.static.run_figures import draw_gradient
-from mechcausal.studies.replication.rows import Row, mean_and_stderr
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.studies.rows import Row
+from mechcausal.support.statistics import mean_and_stderr
 from mechcausal.theory import pairwise_theory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-# Far from saturation, where the leading order in 1/T is what counts.
+# Far from saturation, where the leading order in 1/T dominates.
 LONG = {
     "graph__sequence_length": 60,
     "task__alpha": 1.0,
@@ -33,18 +34,18 @@ def members(quick: bool) -> list[Member]:
 
 
 def measure(runs: list[Run], quick: bool) -> list[Row]:
-    """What the first gradient names, how well it is predicted, and where Algorithm 1 ends."""
+    """Edges named by the first gradient, its correlation with theory, and the final graph."""
     del quick
     short = [run for run in runs if not run.member.label]
     (long,) = (run for run in runs if run.member.label)
     first = [run.summary["first"] for run in short]
     last = [run.summary for run in short]
 
-    def row(what: str, source: list[dict[str, Any]], name: str, must: float | None) -> Row:
+    def row(quantity: str, source: list[dict[str, Any]], name: str, least: float | None) -> Row:
         values = [figures[name] for figures in source]
         ours, stderr = mean_and_stderr(values)
-        label = what + ("" if must is None else f"; must be ≥ {must:g}, every run")
-        holds = None if must is None else all(value >= must for value in values)
+        label = quantity + ("" if least is None else f"; must be ≥ {least:g}, every run")
+        holds = None if least is None else all(value >= least for value in values)
         return Row("theory", label, None, ours, stderr, 1.0, holds)
 
     return [

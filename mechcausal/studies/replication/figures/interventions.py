@@ -1,4 +1,4 @@
-"""Interventions: the graph in the attention is used, edge by edge."""
+"""Interventions on edges: the model uses the graph that its attention shows."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -12,8 +12,8 @@ from mechcausal.measures.interventions import (
 )
 from mechcausal.pictures.static.effect_figures import draw_edge_effects
 from mechcausal.studies.replication.evaluation import fresh_batch
-from mechcausal.studies.replication.rows import Row
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -27,32 +27,32 @@ LABELS = {
 
 
 def members(quick: bool) -> list[Member]:
-    """One trained model of every kind, among those of the other figures."""
+    """One run of each kind of model, shared with the other figures."""
     del quick
     return [Member(recipe) for recipe in LABELS]
 
 
 def measure(runs: list[Run], quick: bool) -> list[Row]:
-    """Rise of the loss without an edge, without a non-edge, with a wrong parent, and patched."""
+    """Rise of the loss after knocking out edges and non-edges, redirecting edges, and patching."""
     rows = []
     for run in runs:
         label = LABELS[run.member.recipe]
         effects, patches = _effects(run, quick)
-        for name, what in (
+        for name, intervention in (
             ("edge", "an edge knocked out"),
             ("non_edge", "a non-edge of the same row knocked out"),
             ("redirect", "an edge redirected to a wrong parent"),
         ):
             rise, stderr = effects.means[name]
-            quantity = f"{label}: rise of the loss, {what}, nats"
+            quantity = f"{label}: rise of the loss, {intervention}, nats"
             rows.append(Row("interventions", quantity, None, rise, stderr, None, None))
         rise, stderr = effects.means["edge_minus_non_edge"]
         quantity = (
             f"{label}: edge minus non-edge, nats; must be above 0 by 3 standard errors (paired)"
         )
         rows.append(Row("interventions", quantity, None, rise, stderr, None, rise > 3 * stderr))
-        at_once = [effect for kind in ("all_edges", "query") for effect in effects.of(kind)]
-        for effect in (*at_once, *patches):
+        joint = [effect for kind in ("all_edges", "query") for effect in effects.of(kind)]
+        for effect in (*joint, *patches):
             quantity = f"{label}: rise of the loss, {effect.kind.replace('_', ' ')}, nats"
             rows.append(
                 Row("interventions", quantity, None, effect.rise, effect.stderr, None, None)
@@ -61,7 +61,7 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
 
 
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
-    """Rise of the loss by edge, beside those of non-edges."""
+    """Rise of the loss by edge, beside that of non-edges."""
     drawings: dict[str, Any] = {}
     for run in runs:
         effects, _ = _effects(run, quick)

@@ -1,4 +1,4 @@
-"""Out of distribution: matrices that the prior never draws, and longer sequences."""
+"""Out of distribution: transition matrices that the prior never draws, and longer sequences."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -16,8 +16,8 @@ from mechcausal.measures.generalisation import (
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static.generalisation_figures import draw_generalisation, draw_ood
 from mechcausal.studies.replication.evaluation import SEED
-from mechcausal.studies.replication.rows import Row
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.studies.rows import Row
 from mechcausal.tasks import SingleParentTask
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def members(quick: bool) -> list[Member]:
 
 
 def measure(runs: list[Run], quick: bool) -> list[Row]:
-    """Loss above Bayes and above the oracle by family; the power of T that the error follows."""
+    """Loss above Bayes and above the oracle by family; exponent of T in the error."""
     rows = []
-    for found in _families(runs[0], quick):
-        label = f"{found.family} ({found.description}): loss above"
-        to_bayes = (found.gap_to_bayes, found.gap_to_bayes_stderr)
-        to_oracle = (found.gap_to_oracle, found.gap_to_oracle_stderr)
+    for result in _families(runs[0], quick):
+        label = f"{result.family} ({result.description}): loss above"
+        to_bayes = (result.gap_to_bayes, result.gap_to_bayes_stderr)
+        to_oracle = (result.gap_to_oracle, result.gap_to_oracle_stderr)
         rows.append(
             Row("ood", f"{label} Bayes of the training prior, nats", None, *to_bayes, None, None)
         )
@@ -78,7 +78,7 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
 
 
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
-    """Gaps by family; error against T."""
+    """Gaps by family, and error against T."""
     return {
         "ood_families": draw_ood(_families(runs[0], quick)),
         "ood_theorem": draw_generalisation(_table(runs[0], quick)),

@@ -1,4 +1,4 @@
-"""Figures 5 and 7: several parents a position, several heads in layer 1."""
+"""Figures 5 and 7: several parents per position, several heads in layer 1."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch, losses, precise
 from mechcausal.studies.replication.figures.base import by_recipe, loss_curves
-from mechcausal.studies.replication.rows import Row, mean_and_stderr
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.support.statistics import sequence_mean
+from mechcausal.studies.rows import Row
+from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -23,7 +23,7 @@ GRAPHS = {
     "figure5_trigrams": "trigrams",
     "figure5_fourgrams": "fourgrams",
 }
-# Read off the paper's plot, nats; the drop is seen between steps 3,000 and 4,000 of its schedule.
+# Read off the paper's plot, nats; its loss drops between steps 3,000 and 4,000.
 PLATEAU, FINAL, BAYES = 1.17, 0.889, 0.875
 GAP, ROWS = 0.02, 0.95
 
@@ -38,48 +38,49 @@ def measure_losses(runs: list[Run], quick: bool) -> list[Row]:
     """Final loss against Bayes, plateau and drop."""
     rows = []
     for recipe, group in by_recipe(runs).items():
-        label, of_paper = GRAPHS[recipe], recipe == PAPERS
-        found = [losses(run, 2 * precise(quick)) for run in group]
+        label, in_paper = GRAPHS[recipe], recipe == PAPERS
+        by_run = [losses(run, 2 * precise(quick)) for run in group]
         for name, values, paper in (
-            ("loss", [v["model"] for v in found], FINAL),
-            ("Bayes loss", [v["bayes"] for v in found], BAYES),
-            ("loss above Bayes", [v["model"] - v["bayes"] for v in found], FINAL - BAYES),
+            ("loss", [v["model"] for v in by_run], FINAL),
+            ("Bayes loss", [v["bayes"] for v in by_run], BAYES),
+            ("loss above Bayes", [v["model"] - v["bayes"] for v in by_run], FINAL - BAYES),
         ):
             means = [sequence_mean(value) for value in values]
             ours, over_seeds = mean_and_stderr([mean for mean, _ in means])
             stderr = max(over_seeds or 0.0, *(error for _, error in means))
-            must = name == "loss above Bayes"
+            has_condition = name == "loss above Bayes"
             rows.append(
                 Row(
                     "figure5",
-                    f"{label}: {name}, nats" + (f"; must be ≤ {GAP}, every seed" if must else ""),
-                    paper if of_paper else None,
+                    f"{label}: {name}, nats"
+                    + (f"; must be ≤ {GAP}, every seed" if has_condition else ""),
+                    paper if in_paper else None,
                     ours,
                     stderr,
-                    0.0 if must else None,
-                    all(mean <= GAP for mean, _ in means) if must else None,
+                    0.0 if has_condition else None,
+                    all(mean <= GAP for mean, _ in means) if has_condition else None,
                 )
             )
-        rows += _plateau_rows(label, group, of_paper)
+        rows += _plateau_rows(label, group, in_paper)
     return rows
 
 
-def _plateau_rows(label: str, group: list[Run], of_paper: bool) -> list[Row]:
+def _plateau_rows(label: str, group: list[Run], in_paper: bool) -> list[Row]:
     """The steepest drop, and the plateau or shoulder before it."""
-    found = [drop for drop in map(_drop, group) if drop is not None]
-    must = "; must be found in every seed" if of_paper else ""
-    holds = len(found) == len(group) if of_paper else None
-    what = f"{label}: plateau (or shoulder) before the drop, nats{must}"
-    if not found:
-        return [Row("figure5", what, PLATEAU if of_paper else None, None, None, None, holds)]
-    levels = [before.level for before, _ in found]
-    steps = [drop.middle for _, drop in found]
-    heights = [drop.height for _, drop in found]
+    drops = [drop for drop in map(_drop, group) if drop is not None]
+    condition = "; must be found in every seed" if in_paper else ""
+    holds = len(drops) == len(group) if in_paper else None
+    quantity = f"{label}: plateau (or shoulder) before the drop, nats{condition}"
+    if not drops:
+        return [Row("figure5", quantity, PLATEAU if in_paper else None, None, None, None, holds)]
+    levels = [plateau.level for plateau, _ in drops]
+    steps = [drop.middle for _, drop in drops]
+    heights = [drop.height for _, drop in drops]
     level, step, height = (mean_and_stderr(values) for values in (levels, steps, heights))
     drop_label = f"{label}: step of the drop (the paper's of 65,536 steps of its own schedule)"
-    paper = (PLATEAU, 3500.0) if of_paper else (None, None)
+    paper = (PLATEAU, 3500.0) if in_paper else (None, None)
     return [
-        Row("figure5", what, paper[0], *level, None, holds),
+        Row("figure5", quantity, paper[0], *level, None, holds),
         Row("figure5", drop_label, paper[1], *step, None, None),
         Row("figure5", f"{label}: height of the drop, nats", None, *height, None, None),
     ]
@@ -100,7 +101,7 @@ def measure_heads(runs: list[Run], quick: bool) -> list[Row]:
     rows = []
     for recipe, group in by_recipe(runs).items():
         label = GRAPHS[recipe]
-        for name, what, must in (
+        for name, quantity, has_condition in (
             ("graph/rows_matched", f"rows whose parents all have a head; must be ≥ {ROWS}", True),
             (
                 "graph/identified_rows_matched",
@@ -115,8 +116,8 @@ def measure_heads(runs: list[Run], quick: bool) -> list[Row]:
             values = [run.summary[name] for run in group if run.summary.get(name) is not None]
             if values:
                 ours, stderr = mean_and_stderr(values)
-                holds = all(value >= ROWS for value in values) if must else None
-                rows.append(Row("figure7", f"{label}: {what}", None, ours, stderr, 1.0, holds))
+                holds = all(value >= ROWS for value in values) if has_condition else None
+                rows.append(Row("figure7", f"{label}: {quantity}", None, ours, stderr, 1.0, holds))
     return rows
 
 
@@ -127,14 +128,14 @@ def draw_losses(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     for recipe, group in by_recipe(runs).items():
         histories, levels = loss_curves(group)
         drawings[f"figure5_{recipe.split('_', 1)[1]}"] = paper_figures.draw_loss(
-            histories, levels, plateaus=_held(group[0])
+            histories, levels, plateaus=_plateau_before_drop(group[0])
         )
     return drawings
 
 
-def _held(run: Run) -> list[Plateau]:
-    found = _drop(run)
-    return [found[0]] if found is not None else []
+def _plateau_before_drop(run: Run) -> list[Plateau]:
+    plateau_and_drop = _drop(run)
+    return [] if plateau_and_drop is None else [plateau_and_drop[0]]
 
 
 def draw_heads(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":

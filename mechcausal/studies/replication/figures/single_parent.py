@@ -1,4 +1,4 @@
-"""Figures 2, 6 and 8: one parent a position, the disentangled and the standard transformer."""
+"""Figures 2, 6 and 8: one parent per position; disentangled and standard transformers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch, losses, precise
 from mechcausal.studies.replication.figures.base import by_recipe, loss_curves
-from mechcausal.studies.replication.rows import Row, mean_and_stderr
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.support.statistics import sequence_mean
+from mechcausal.studies.rows import Row
+from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 from mechcausal.tasks import soft_cross_entropy
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ GRAPHS = {
     "figure2_random": "random graph",
     "figure2_manual": "graph by hand",
 }
-# What the authors' code calls Bayes, and the same with roots counted right (S = 10, T = 20, alpha =
-# 0.1), in nats. The Bayes loss itself is lower still: roots tell something about the matrix too.
+# The loss of the authors' Bayes predictor, and of the same with correctly counted roots (S = 10,
+# T = 20, alpha = 0.1), nats. The true Bayes loss is lower: roots too inform about the matrix.
 BAYES = {"figure2_chain": (1.776, 1.763), "figure2_icl": (1.962, 1.928)}
 CHAIN_GAP = 0.05  # nats above Bayes that the chain must come within
 MLP_LOSS, MLP_GAP, MLP_EDGES = 1.763, 0.02, 0.95
@@ -41,7 +41,7 @@ def members(quick: bool) -> list[Member]:
 
 
 def measure_losses(runs: list[Run], quick: bool) -> list[Row]:
-    """Edges recovered, and the loss against the Bayes loss, right and as the authors count it."""
+    """Edges recovered, and the loss against the true Bayes loss and the authors' Bayes loss."""
     rows = []
     for recipe, group in by_recipe(runs).items():
         rows += _measure_graph("figure2", GRAPHS[recipe], recipe, group, quick)
@@ -57,23 +57,23 @@ BLOCKS = (
 
 
 def measure_blocks(runs: list[Run], quick: bool) -> list[Row]:
-    """What each block is used for: the paper's bright blocks must matter most."""
+    """Rise of the loss without each block: the paper's bright blocks must have the largest."""
     del quick
     rows = []
     for recipe, group in by_recipe(runs).items():
         effects = [_block_effects(run) for run in group]
         shares = [block_shares(_disentangled(run)) for run in group]
-        for matrix, block, what in BLOCKS:
+        for matrix, block, description in BLOCKS:
             name = f"blocks/{matrix}/{block}"
             rise, stderr = mean_and_stderr([effect[name] for effect in effects])
             largest = all(e[name] == _largest(e, f"blocks/{matrix}/") for e in effects)
             quantity = (
-                f"{GRAPHS[recipe]}: rise of the loss without {what}, nats; must be the largest "
-                "of its matrix, every seed"
+                f"{GRAPHS[recipe]}: rise of the loss without {description}, nats; must be the "
+                "largest of its matrix, every seed"
             )
             rows.append(Row("figure6", quantity, None, rise, stderr, None, largest))
             share, spread = mean_and_stderr([share[name] for share in shares])
-            quantity = f"{GRAPHS[recipe]}: share of the squared norm of its matrix in {what}"
+            quantity = f"{GRAPHS[recipe]}: share of the squared norm of its matrix in {description}"
             rows.append(Row("figure6", quantity, None, share, spread, 1.0, None))
     return rows
 
@@ -160,16 +160,16 @@ def _measure_graph(
     values = losses(group[0], precise(quick))
     bayes, bayes_stderr = sequence_mean(values["bayes"])
     rows.append(Row(figure, f"{label}: Bayes loss, nats", None, bayes, bayes_stderr, None, None))
-    paper, mended = BAYES.get(recipe, (None, None))
-    for name, what, paper_value, theory in (
+    paper, corrected = BAYES.get(recipe, (None, None))
+    for name, description, paper_value, theory in (
         ("miscounted", "loss of the authors' Bayes predictor, which miscounts roots", paper, None),
-        ("counted", "the same with roots counted right", None, mended),
+        ("counted", "the same with roots counted right", None, corrected),
     ):
         ours, stderr = sequence_mean(values[name])
         expected = paper_value if paper_value is not None else theory
-        must = "" if expected is None else "; must agree within 3 standard errors"
+        condition = "" if expected is None else "; must agree within 3 standard errors"
         holds = None if expected is None else abs(ours - expected) <= 3 * stderr
-        quantity = f"{label}: {what}, nats{must}"
+        quantity = f"{label}: {description}, nats{condition}"
         rows.append(Row(figure, quantity, paper_value, ours, stderr, theory, holds))
     return rows
 
@@ -179,22 +179,23 @@ def _loss_rows(
 ) -> list[Row]:
     """Loss and loss above Bayes on fresh sequences.
 
-    The standard error is the larger of that over seeds and that over sequences.
+    The standard error is the larger of those over seeds and over sequences.
     """
-    found = []
+    by_run = []
     for run in runs:
         values = losses(run, precise(quick))
-        found.append(
+        by_run.append(
             (sequence_mean(values["model"]), sequence_mean(values["model"] - values["bayes"]))
         )
     rows = []
-    for index, (what, value) in enumerate((("loss", paper), ("loss above Bayes", None))):
-        ours, over_seeds = mean_and_stderr([pair[index][0] for pair in found])
-        over_sequences = max(pair[index][1] for pair in found)
+    for index, (name, value) in enumerate((("loss", paper), ("loss above Bayes", None))):
+        ours, over_seeds = mean_and_stderr([pair[index][0] for pair in by_run])
+        over_sequences = max(pair[index][1] for pair in by_run)
         stderr = max(over_seeds or 0.0, over_sequences)
-        must = gap is not None and index == 1
-        quantity = f"{label}: {what}, nats" + (f"; must be ≤ {gap}, every seed" if must else "")
-        holds = all(pair[1][0] <= gap for pair in found) if gap is not None and must else None
+        quantity, holds = f"{label}: {name}, nats", None
+        if gap is not None and index == 1:
+            quantity += f"; must be ≤ {gap}, every seed"
+            holds = all(pair[1][0] <= gap for pair in by_run)
         rows.append(Row(figure, quantity, value, ours, stderr, 0.0 if index else None, holds))
     return rows
 

@@ -1,0 +1,1 @@
+"""Measurements of a model at a probe step and after training."""

@@ -1,0 +1,1 @@
+"""Every picture: `static` for papers, `interactive` for notebooks, `pages`, `terminal`."""

@@ -1,0 +1,1 @@
+"""Pictures for the terminal, made of characters."""

@@ -1,0 +1,1 @@
+"""Questions asked of trained models: the paper again, explanations, induction heads."""

@@ -1,0 +1,1 @@
+"""What has nothing to do with transformers: files, messages, signals, devices, statistics."""

@@ -1,0 +1,1 @@
+"""Measure what an attention head does: stimuli, scores, composition, formation."""

@@ -1,0 +1,1 @@
+"""Replace attention patterns or heads and measure how the loss changes."""

@@ -1,0 +1,1 @@
+"""Probes hook into a model during its passes and return labelled readings."""

@@ -1,0 +1,425 @@
+"""The `detect` command: right about planted heads, plain in its output, curt about bad input."""
+
+import csv
+import errno
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from matplotlib.image import imread
+from transformers import MambaConfig, MambaForCausalLM
+
+from mechcausal.models.adapter import save_model
+from mechcausal.recipes import parse_recipe
+from mechcausal.records.wandb_fragments import count_wandb_rows
+from mechcausal.studies.detection import Detection, detect
+from mechcausal.studies.targets import load_target
+from mechcausal.training.run import train
+from tests.commands import Command, outcome
+from tests.hugging_face import malicious_pickle, save_gpt2
+from tests.probes.wired import Planted, blank, planted
+from tests.studies.test_targets import LEAN
+
+KEYS = ["model", "n_layers", "n_heads", "sequences", "threshold", "heads"]
+HEAD_KEYS = [
+    *("layer", "head", "induction", "induction_stderr", "positional_control", "previous_token"),
+    *("duplicate_token", "copying", "uniform_baseline"),
+    *("duplicate_control", "positional", "positional_offset", "verdict"),
+]
+
+
+@pytest.fixture(scope="module")
+def wiring() -> Planted:
+    """Two layers of four heads: an induction circuit and one head of each other kind."""
+    return planted(3, n_layers=2, n_heads=4)
+
+
+@pytest.fixture(scope="module")
+def folder(wiring: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Targets, good ones and bad ones."""
+    folder = tmp_path_factory.mktemp("targets")
+    save_model(wiring.model, folder / "wired")
+    save_model(blank(3, 4), folder / "random")
+    train(parse_recipe(LEAN, source="test"), out=folder / "run")
+    graph = {
+        "graph": {"preset": "chain", "sequence_length": 12},
+        "task": {"vocab_size": 4},
+        "training": {"batch_size": 8, "stage1": {"steps": 1}, "stage2": {"steps": 0}},
+        "evaluation": {"n_sequences": 8, "bayes_draws": 2, "theory_priors": 10},
+        "wandb": {"mode": "disabled"},
+    }
+    train(parse_recipe(graph, source="test"), out=folder / "graph")
+    short = blank(1, 1)
+    short.cfg.n_ctx = 5
+    short.pos_embed.W_pos.data = short.pos_embed.W_pos.data[:5]
+    save_model(short, folder / "short")
+    save_gpt2(folder / "gpt2_folder", tokenizer=True)
+    save_gpt2(folder / "pickled")
+    (folder / "pickled" / "model.safetensors").unlink()
+    malicious_pickle(folder / "pickled" / "pytorch_model.bin")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 12, "state_size": 4}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(folder / "mamba")
+    (folder / "empty").mkdir()
+    (folder / "folder.png").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Run `mechcausal detect` beside the targets: exit code, output, error output."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    return partial(outcome, capsys, "detect")
+
+
+# --- What it finds ---
+
+
+def test_every_planted_head_gets_its_verdict_and_no_other(as_json, wiring: Planted) -> None:
+    content = as_json("wired")
+    found = {(row["layer"], row["head"]): tuple(row["verdict"]) for row in content["heads"]}
+    assert {head: verdict for head, verdict in found.items() if verdict} == wiring.verdicts
+    assert (content["n_layers"], content["n_heads"], len(found)) == (2, 4, 8)
+
+
+def test_an_induction_head_that_can_be_removed_is_told_from_one_that_cannot(
+    as_json, wiring: Planted
+) -> None:
+    effects = {
+        (row["layer"], row["head"]): row for row in as_json("wired", "--ablate")["ablations"]
+    }
+    assert set(effects) == {wiring.induction, wiring.useless, wiring.partner, wiring.previous}
+    for head in (wiring.induction, wiring.partner):
+        assert effects[head]["rise"] > 1
+        assert not effects[head]["removable"]
+    for head in (wiring.useless, wiring.previous):
+        assert effects[head]["removable"]
+
+
+def test_composition_names_the_previous_token_head_that_is_read(as_json, wiring: Planted) -> None:
+    rows = as_json("wired", "--compose")["composition"]
+    assert {(row["layer"], row["head"]) for row in rows} == {wiring.induction, wiring.useless}
+    for row in rows:
+        first = row["reads"][0]
+        assert (first["layer"], first["head"]) == wiring.partner
+        assert first["previous_token"]
+        scores = [read["score"] for read in row["reads"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(read["layer"] < row["layer"] for read in row["reads"])
+
+
+def test_the_second_copy_is_predicted(as_json) -> None:
+    in_context = as_json("wired")["in_context"]
+    assert in_context["gain"] > 1
+    assert len(in_context["loss"]) == 2 * in_context["repeat_length"] - 1
+
+
+def test_detect_in_python_finds_what_the_command_prints(folder: Path, as_json) -> None:
+    found = detect(load_target(str(folder / "wired")), ablate=True, compose=True)
+    assert isinstance(found, Detection)
+    printed = as_json("wired", "--ablate", "--compose")
+    ours = json.loads(json.dumps(found.to_dict()))
+    assert ours.pop("model") == str(folder / "wired")
+    assert printed.pop("model") == "wired"
+    assert ours == printed
+
+
+def test_the_same_seed_gives_the_same_numbers(as_json) -> None:
+    first = as_json("run")
+    assert as_json("run", "--seed", "0") == first
+    assert as_json("run", "--seed", "1") != first
+
+
+@pytest.mark.parametrize("target", ["run", "gpt2_folder", "graph"])
+def test_every_kind_of_target_is_scored(as_json, target: str) -> None:
+    content = as_json(target)
+    assert content["model"] == target
+    assert len(content["heads"]) == content["n_layers"] * content["n_heads"]
+    assert all(0 <= row["induction"] <= 1 for row in content["heads"])
+
+
+def test_a_checkpoint_of_a_run_is_scored(as_json) -> None:
+    start, end = as_json("run", "--step", "0"), as_json("run", "--step", "4")
+    assert start["model"] == "run, step 0"
+    assert start["heads"] != end["heads"]
+    assert end["heads"] == as_json("run")["heads"]
+
+
+# --- How it says so ---
+
+
+def test_json_has_the_keys_of_the_documentation(as_json) -> None:
+    content = as_json("wired")
+    assert list(content) == [*KEYS, "in_context"]
+    assert set(content["in_context"]) == {"loss", "repeat_length", "gain"}
+    for row in content["heads"]:
+        assert list(row) == HEAD_KEYS
+    scores = [row["induction"] for row in content["heads"]]
+    assert scores == sorted(scores, reverse=True)
+    assert (content["sequences"], content["threshold"]) == (32, 0.4)
+
+
+def test_json_has_more_keys_only_where_they_were_asked_for(as_json) -> None:
+    content = as_json("wired", "--ablate", "--compose", "--sequences", "7", "--threshold", "0.3")
+    assert list(content) == [*KEYS, "in_context", "ablations", "composition"]
+    assert (content["sequences"], content["threshold"]) == (7, 0.3)
+    assert set(content["ablations"][0]) == {
+        *("layer", "head", "rise", "stderr", "loss", "removable")
+    }
+    assert set(content["composition"][0]) == {"layer", "head", "reads"}
+    assert list(as_json("wired", "--compose")) == [*KEYS, "in_context", "composition"]
+    # A model that predicts its last token alone has no loss by position.
+    assert list(as_json("graph")) == KEYS
+
+
+def test_one_sequence_has_no_standard_error(as_json) -> None:
+    content = as_json("wired", "--sequences", "1", "--ablate")
+    assert {row["induction_stderr"] for row in content["heads"]} == {None}
+    assert {row["stderr"] for row in content["ablations"]} <= {None}
+
+
+def test_csv_has_a_row_for_every_head(command: Command, as_json) -> None:
+    code, output, errors = command("wired", "--csv")
+    assert (code, errors) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(output)))
+    assert list(rows[0])[:12] == HEAD_KEYS[:-1]
+    expected = as_json("wired")["heads"]
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert (int(row["layer"]), int(row["head"])) == (other["layer"], other["head"])
+        assert float(row["induction"]) == pytest.approx(other["induction"])
+        for verdict in other["verdict"]:
+            assert verdict in row["verdict"]
+
+
+def test_the_table_shows_heads_with_a_verdict_and_what_else_was_asked_for(
+    command: Command, wiring: Planted
+) -> None:
+    code, output, errors = command("wired", "--ablate", "--compose")
+    assert (code, errors) == (0, "")
+    assert "wired: 8 heads, 32 sequences, threshold 0.4" in output
+    for layer, head in wiring.verdicts:
+        assert f" {layer}.{head} " in output
+    for part in ("induction", "previous token", "duplicate token", "positional", "in-context gain"):
+        assert part in output
+    assert "removable without loss" in output
+    for later in (wiring.induction, wiring.useless):
+        assert f"keys of induction head {later[0]}.{later[1]} read: " in output
+    assert f"read: {wiring.partner[0]}.{wiring.partner[1]} (" in output
+
+
+def test_every_verdict_has_the_columns_it_rests_on(
+    command: Command, as_json, wiring: Planted
+) -> None:
+    _, output, _ = command("wired")
+    heading = next(line for line in output.splitlines() if "induction" in line and "head" in line)
+    for column in ("induction", "previous", "dupl.", "positional", "copying", "verdict"):
+        assert column in heading
+    assert heading.count("control") == 2
+    rows = {(row["layer"], row["head"]): row for row in as_json("wired")["heads"]}
+    row = rows[wiring.positional]
+    assert row["positional"] > 0.9
+    assert row["positional_offset"] == wiring.offset
+    assert f"{row['positional']:.3f} at {wiring.offset}" in output
+    assert f"{rows[wiring.duplicate]['duplicate_control']:.3f}" in output
+    assert f"uniform attention scores {row['uniform_baseline']:.3f}" in output
+
+
+def test_the_table_fits_a_narrow_terminal(
+    command: Command, wiring: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output, _ = command("wired")
+    assert all(len(line) <= 80 for line in output.splitlines())
+    for layer, head in wiring.verdicts:
+        assert f"{layer}.{head} " in output
+    for word in ("induction", "positional", "previous", "duplicate", "copying", "verdict"):
+        assert word in output
+
+
+def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:
+    _, short, _ = command("gpt2_folder", "--threshold", "1")
+    _, all_, _ = command("gpt2_folder", "--threshold", "1", "--all")
+    assert short.count("±") - 1 == all_.count("±") - 1 == 4  # under five heads all are shown
+    _, short, _ = command("random", "--threshold", "1")
+    _, all_, _ = command("random", "--threshold", "1", "--all")
+    assert "7 more heads without a verdict: --all shows them" in short
+    assert "--all" not in all_
+    assert all_.count("±") - 1 == 12
+
+
+def test_nothing_to_take_out_and_nothing_to_read_is_said(command: Command) -> None:
+    _, output, _ = command("run", "--step", "0", "--ablate", "--compose")
+    assert "no induction or previous-token head to take out" in output
+    assert "composition: no induction head" in output
+
+
+@pytest.mark.parametrize("output", ["table", "--json", "--csv"])
+def test_the_heatmap_is_a_picture(command: Command, tmp_path: Path, output: str) -> None:
+    path = tmp_path / "heads.png"
+    options = [] if output == "table" else [output]
+    code, printed, errors = command("wired", "--heatmap", str(path), *options)
+    assert (code, errors) == (0, "")
+    pixels = imread(path)
+    assert pixels.ndim == 3
+    assert min(pixels.shape[:2]) > 100
+    assert np.ptp(pixels) > 0.5
+    assert ("heatmap:" in printed) == (output == "table")
+
+
+def test_wandb_gets_a_run_inside_the_run_folder(command: Command, folder: Path) -> None:
+    code, output, errors = command("run", "--wandb", "--ablate", "--compose")
+    assert (code, errors) == (0, "")
+    (run,) = (folder / "run" / "wandb").glob("offline-run-*")
+    assert run.name in output.replace("\n", "")
+    assert count_wandb_rows(run) == 1
+    (table,) = (run / "files" / "media" / "table").rglob("*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"][:3] == ["layer", "head", "induction"]
+    assert len(content["data"]) == 4
+    assert list((run / "files" / "media" / "images").rglob("*.png"))
+
+
+# --- Refusals ---
+
+BAD = [
+    ([], ["detect needs a target", "gpt2"]),
+    (["wired", "--sequences", "0"], ["wired", "n_sequences is 0"]),
+    (["wired", "--sequences", "-3"], ["n_sequences is -3"]),
+    (["wired", "--sequences", "x"], ["--sequences", "'x'"]),
+    (["short"], ["short", "a context of 5 is too short for two repeats"]),
+    (["wired", "--repeat-lengths", "9"], ["too short for two repeats of 9"]),
+    (["wired", "--repeat-lengths", "2"], ["repeat_lengths", "at least 3"]),
+    (["wired", "--step", "3"], ["wired: --step goes with a run folder"]),
+    (["run", "--step", "3"], ["no checkpoint at step 3; there are: 0, 2, 4"]),
+    (["graph", "--step", "0"], ["no checkpoint at step 0", "there are: 1"]),
+    (["wired", "--threshold", "2"], ["threshold is 2"]),
+    (["wired", "--threshold", "0"], ["threshold is 0"]),
+    (["wired", "--threshold", "nan"], ["threshold is nan"]),
+    (["wired", "--heatmap", "x.jpg"], ["--heatmap is x.jpg", ".png"]),
+    (["wired", "--heatmap", "absent/x.png"], ["--heatmap: absent is no folder"]),
+    (["wired", "--heatmap", "folder.png"], ["--heatmap: folder.png"]),
+    (["wired", "--json", "--csv"], ["--json and --csv"]),
+    (["wired", "--device", "gpu"], ["device: gpu is no device"]),
+    (["wired", "--device", "cuda:99"], ["cuda:99 is not there"]),
+    (["wired", "--device", "meta"], ["device: meta is no device"]),
+    (["wired", "--seed", "x"], ["--seed"]),
+    (["wired", "--seed", "-1"], ["--seed is -1"]),
+    (["wired", "--seed", "1" + "0" * 30], ["--seed is 1"]),
+    (["wired", "--jsn"], ["--jsn", "did you mean --json"]),
+    (["empty"], ["empty: no config.json or recipe.toml"]),
+    (["foreign"], ["config.json: neither"]),
+    (["foreign/config.json"], ["a file; give the folder"]),
+    (["pickled"], ["pytorch_model.bin is a pickle, which is never opened"]),
+    (["pickled/pytorch_model.bin"], ["a file; give the folder"]),
+    (["mamba"], ["mamba", "attention"]),
+    (["no-such-owner/no-such-model"], ["not fetched from Hugging Face"]),
+    (["graph", "--ablate"], ["graph: --ablate needs next-token predictions"]),
+    (["wired", "--wandb", "--wandb-mode", "bogus"], ["bogus"]),
+    (["wired", "--wandb-mode", "offline"], ["--wandb-mode goes with --wandb"]),
+    (["wired", "run"], ["run"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda v: " ".join(v)[:60])
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Command, folder: Path, arguments: list[str], parts: list[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    code, output, errors = command(*arguments)
+    assert code == 2
+    assert errors.startswith("mechcausal: ")
+    assert errors.count("\n") == 1
+    assert errors.endswith("\n")
+    for part in parts:
+        assert part in errors
+    assert output == ""
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat c10"), "mat1 and mat2 shapes"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+        (IndexError("index out of range in self"), "index out of range in self"),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_cannot_be_run_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformer_lens.HookedTransformer.forward", fail)
+    code, output, errors = command("random")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"mechcausal: random: cannot be run: {said}")
+    assert errors.count("\n") == 1
+
+
+def test_a_heatmap_that_wandb_cannot_be_given_costs_neither_the_run_nor_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = set((folder / "run").glob("wandb/offline-run-*-*"))
+    monkeypatch.setattr("mechcausal.studies.detection.draw_heatmap", fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert "No space left on device" in errors
+    assert errors.count("\n") == 1
+    (fragment,) = set((folder / "run").glob("wandb/offline-run-*-*")) - before
+    assert count_wandb_rows(fragment) == 1
+
+
+def test_help_names_the_options(command: Command) -> None:
+    code, output, _ = command("--help")
+    assert code == 0
+    for option in ("--step", "--threshold", "--sequences", "--ablate", "--compose", "--heatmap"):
+        assert option in output
+
+
+def test_wandb_that_cannot_start_does_not_cost_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "online", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert errors.splitlines() == [
+        f"mechcausal: warning: W&B could not start {mode}: no connection"
+        for mode in ("online", "offline")
+    ]
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection\nat all")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    assert code == 0
+    assert json.loads(output)["n_layers"] == 2
+    assert errors.count("\n") == 1
+    assert "no connection; the run goes on without it, the scores are in its output" in errors

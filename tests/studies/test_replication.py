@@ -1,0 +1,252 @@
+"""Every figure of the paper in miniature: the machinery, not the science."""
+
+import json
+from pathlib import Path
+
+import pytest
+import wandb
+
+from mechcausal.recipes import Recipe, load_recipe
+from mechcausal.studies.replication import FIGURES, Replication, replicate
+from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
+from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
+from mechcausal.studies.replication.page import measured, number, publish
+from mechcausal.studies.replication.runs import Member, run_all
+from mechcausal.studies.rows import Row
+from mechcausal.support.statistics import mean_and_stderr, sequence_mean
+from mechcausal.tasks import SingleParentTask
+from tests.oracles import seeded
+
+
+def miniature(recipe: Recipe) -> Recipe:
+    """A recipe of the same figure that takes a second."""
+    changes = {
+        "training__batch_size": 16,
+        "evaluation__n_sequences": 16,
+        "evaluation__bayes_draws": 4,
+        "evaluation__theory_priors": 20,
+        "probing__every": 6,
+        "probing__images": 0,
+        "probing__report": False,
+    }
+    stages = ("joint",) if recipe.training.algorithm == "joint" else ("stage1", "stage2")
+    for stage in stages:
+        if getattr(recipe.training, stage).steps:
+            changes[f"training__{stage}__steps"] = 12
+    if recipe.graph.sequence_length is not None:
+        changes["graph__sequence_length"] = 8
+    return recipe.with_overrides(**changes)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def everything(
+    tmp_path_factory: pytest.TempPathFactory, outcomes: list[tuple[str, str]]
+) -> Replication:
+    return replicate(
+        folder=tmp_path_factory.mktemp("replication") / "all",
+        quick=True,
+        workers=2,
+        wandb_mode="disabled",
+        adjust=miniature,
+        on_done=lambda name, outcome: outcomes.append((name, outcome)),
+    )
+
+
+def test_every_figure_has_rows_and_pictures(everything: Replication) -> None:
+    assert everything.failed == {}
+    for figure in FIGURES:
+        assert [row for row in everything.rows if row.figure == figure]
+        pictures = [path for name, path in everything.pictures.items() if name.startswith(figure)]
+        assert pictures
+        for path in pictures:
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_untrained_models_do_not_pass_for_the_paper(everything: Replication) -> None:
+    assert not everything.holds
+    judged = [row.figure for row in everything.rows if row.holds is False]
+    assert {"figure2", "figure5", "figure7", "figure8", "figure9", "theory"} <= set(judged)
+
+
+def test_the_table_and_the_page_say_the_same(everything: Replication) -> None:
+    stored = json.loads((everything.folder / TABLE_FILE).read_text(encoding="utf-8"))
+    assert stored == [row.as_json() for row in everything.rows]
+    keys = ["figure", "quantity", "paper", "ours", "stderr", "theory", "holds"]
+    assert all(list(row) == keys for row in stored)
+    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+    for row in everything.rows:
+        assert f"| {row.quantity} |" in page
+    for path in everything.pictures.values():
+        assert f"(figures/{path.name})" in page
+
+
+def test_a_published_page_has_its_pictures_beside_it(
+    everything: Replication, tmp_path: Path
+) -> None:
+    publish(everything, tmp_path / "docs" / "replication.md", quick=True)
+    page = (tmp_path / "docs" / "replication.md").read_text(encoding="utf-8")
+    for path in everything.pictures.values():
+        copy = tmp_path / "docs" / "replication" / path.name
+        assert f"(replication/{path.name})" in page
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_the_page_names_the_command_that_makes_its_figures(
+    everything: Replication, tmp_path: Path
+) -> None:
+    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+    assert "Made by `mechcausal replicate all --quick`" in page
+    parts = {("figure2",): "figure2", ("theory", "figure6"): "figure6 theory"}
+    for asked, named in parts.items():
+        part = replicate(
+            asked,
+            folder=everything.folder,
+            quick=True,
+            wandb_mode="disabled",
+            adjust=miniature,
+        )
+        page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+        assert f"Made by `mechcausal replicate {named} --quick`" in page
+        publish(part, tmp_path / "page.md", quick=False)
+        copy = (tmp_path / "page.md").read_text(encoding="utf-8")
+        assert f"Made by `mechcausal replicate {named}`" in copy
+
+
+def test_a_picture_that_fails_is_a_warning(
+    everything: Replication, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("mechcausal.studies.replication.driver._draw", broken)
+    found = replicate(
+        ["theory"], folder=everything.folder, quick=True, wandb_mode="disabled", adjust=miniature
+    )
+    assert found.warnings == ["theory: not drawn: ValueError: no such colour"]
+    assert found.rows
+    assert not found.failed
+
+
+def test_runs_are_trained_once_and_found_again(
+    everything: Replication, outcomes: list[tuple[str, str]]
+) -> None:
+    trained = [name for name, outcome in outcomes if outcome == "trained"]
+    assert len(trained) == len(set(trained))
+    again: list[tuple[str, str]] = []
+    second = replicate(
+        ["figure2", "figure6"],
+        folder=everything.folder,
+        quick=True,
+        wandb_mode="disabled",
+        adjust=miniature,
+        on_done=lambda name, outcome: again.append((name, outcome)),
+    )
+    assert {outcome for _, outcome in again} == {"reused", "measured"}
+    assert second.rows == [r for r in everything.rows if r.figure in ("figure2", "figure6")]
+
+
+def test_a_run_of_another_recipe_is_left_alone(everything: Replication) -> None:
+    member = Member("figure2_manual", changes={"training__joint__steps": 2000}, label="short")
+    other = everything.folder / "figure2_manual-short-seed0"
+    before = {path: path.read_bytes() for path in other.glob("*.json*")}
+    runs, failed = run_all(
+        [member],
+        everything.folder,
+        workers=1,
+        adjust=lambda recipe: miniature(recipe).with_overrides(
+            training__joint__lr=0.5, wandb__mode="disabled"
+        ),
+        on_done=lambda name, outcome: None,
+    )
+    assert failed == {}
+    assert runs[member.name].folder == everything.folder / "figure2_manual-short-seed0-2"
+    assert {path: path.read_bytes() for path in other.glob("*.json*")} == before
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
+    def diverges(recipe: Recipe) -> Recipe:
+        small = miniature(recipe)
+        wild = {"training__joint__lr": 1e9, "training__epsilon": 0.0}
+        return small.with_overrides(**wild) if recipe.seed == 1 else small
+
+    found = replicate(
+        ["figure9"],
+        folder=tmp_path,
+        quick=True,
+        workers=2,
+        wandb_mode="disabled",
+        adjust=diverges,
+    )
+    assert "lr 1e+09" in found.failed["figure9_forest-seed1"]
+    assert "a run that it needs failed" in found.failed["figure9"]
+    assert not found.holds
+    assert found.rows == []
+    assert "figure9_forest-seed1" in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+
+
+def test_an_unknown_figure_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ReplicationError, match=r"figure3: no such figure; allowed: figure2,"):
+        replicate(["figure3"], folder=tmp_path / "new", wandb_mode="disabled")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_authors_count_treats_roots_as_children_of_the_last_position() -> None:
+    recipe = load_recipe("manual")
+    task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
+    tokens = task.sample(200, generator=seeded()).tokens
+    found = miscounted_prediction(task, tokens)
+    parents = task.graph.parent_array()
+    for sequence, prediction in zip(tokens.tolist(), found, strict=True):
+        counts = [0.1] * 3
+        for position, parent in enumerate(parents):
+            if sequence[:-1][parent] == sequence[-1]:  # -1 is the last position of the graph
+                counts[sequence[position]] += 1
+        expected = [count / sum(counts) for count in counts]
+        assert prediction.tolist() == pytest.approx(expected)
+
+
+def test_losses_of_fresh_sequences_name_the_predictors(everything: Replication) -> None:
+    member = Member("figure2_manual", changes={"training__joint__steps": 2000}, label="short")
+    runs, _ = run_all(
+        [member],
+        everything.folder,
+        workers=1,
+        adjust=lambda recipe: miniature(recipe).with_overrides(wandb__mode="disabled"),
+        on_done=lambda name, outcome: None,
+    )
+    run = runs[member.name]
+    values = losses(run, 20)
+    assert set(values) == {"model", "bayes", "miscounted", "counted"}
+    excess, stderr = sequence_mean(values["miscounted"] - values["bayes"])
+    assert excess > -4 * stderr
+
+
+def test_rows_and_numbers() -> None:
+    mean, stderr = mean_and_stderr([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert stderr == pytest.approx(1 / 3**0.5)
+    row = Row("figure9", "x", 0.5, float("nan"), None, None, None)
+    assert row.as_json()["ours"] is None
+    assert measured(Row("figure9", "x", None, 0.5, 0.01, None, True)) == "0.5 ± 0.01"
+    assert measured(Row("figure9", "x", None, None, None, None, False)) == "not found"
+    assert [number(x) for x in (12345.6, 0.00012, float("nan"))] == ["12,346", "0.00012", ""]
+
+
+@pytest.mark.parametrize("step", ["log", "finish"])
+def test_wandb_that_fails_on_the_way_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no connection")
+
+    monkeypatch.setattr(wandb.Run, step, fail)
+    replication = Replication([], {}, {}, tmp_path)
+    _log(replication, "offline", "group")
+    (warning,) = replication.warnings
+    assert "no connection" in warning
+    assert warning.endswith(f"the table is in {TABLE_FILE}")
