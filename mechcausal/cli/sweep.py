@@ -12,7 +12,7 @@ from mechcausal.cli.parsing import RefusedError, parse
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import shell_command
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps
-from mechcausal.sweeps.engine_names import EngineName, check_engine_options
+from mechcausal.sweeps.engine_names import BATCHED, EngineName, check_engine_options
 from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
 
@@ -33,10 +33,12 @@ class SweepOptions:
     sweep: tyro.conf.Positional[str] = ""
     """Path of a sweep (TOML), the name of a bundled sweep, or a sweep's folder."""
     engine: EngineName = "local"
-    """local: one process for each member. batched: trains members of equal shape as one batch.
-    dask: your Dask cluster."""
+    """local: processes on this machine. dask: your Dask cluster."""
+    batch: bool = False
+    """Train simplified models of equal shape as one batch, which is several times faster for small
+    ones."""
     workers: int | None = None
-    """Local and batched: processes on this machine; as many as its cores allow when absent."""
+    """Local: processes on this machine; as many as its cores allow when absent."""
     address: str | None = None
     """Dask: address of the scheduler: tls://host:8786 with the certificates of Dask's own settings,
     or tcp://host:8786 if nobody else can reach it."""
@@ -56,6 +58,8 @@ class SweepOptions:
 
 def main(arguments: list[str]) -> int:
     """Run the command; the exit code is 0, 1 when a member failed, or 128 + signal."""
+    if "batched" in [argument.removeprefix("--engine=") for argument in arguments]:
+        raise RefusedError(BATCHED)
     options = parse(SweepOptions, arguments, command="sweep")
     if not options.sweep:
         raise RefusedError(f"sweep needs a sweep: a file, or {', '.join(packaged_sweeps())}")
@@ -92,6 +96,7 @@ def _run(sweep: Sweep, folder: Path, options: SweepOptions) -> int:
                 sweep,
                 folder,
                 engine=options.engine,
+                batch=options.batch,
                 workers=options.workers,
                 address=options.address,
                 collect=options.collect,

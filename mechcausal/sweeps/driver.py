@@ -84,6 +84,7 @@ def run_sweep(
     folder: str | Path | None = None,
     *,
     engine: EngineName = "local",
+    batch: bool = False,
     workers: int | None = None,
     address: str | None = None,
     collect: bool = False,
@@ -95,8 +96,8 @@ def run_sweep(
     Args:
         sweep: the sweep.
         folder: default `runs/<name>`; a sweep in it is resumed.
-        engine: "local": processes. "batched": members of equal shape in one batch. "dask": a
-            cluster.
+        engine: "local": processes. "dask": a cluster.
+        batch: train simplified models of equal shape as one batch; other members run one by one.
         workers: number of local processes (not with Dask); default: as many as the cores allow.
         address: address of the Dask scheduler; required with "dask".
         collect: make Dask's workers send the run folders back, for clusters without a shared disk.
@@ -122,7 +123,7 @@ def run_sweep(
             running = _engine(engine, missing, workers, address)
             with running:
                 write_copy(folder, sweep)
-                lots = _lots(missing, engine, running.n_workers)
+                lots = _lots(missing, running.n_workers, batch=batch)
                 progress = SweepProgress(total=len(members), skipped=len(outcomes))
                 signal, problem = _run(
                     running,
@@ -214,11 +215,11 @@ def _unpacked(done: Done, members: Sequence[Member]) -> Sequence[Outcome]:
     return results
 
 
-def _lots(members: Sequence[Member], engine: EngineName, n_workers: int) -> list[list[Member]]:
+def _lots(members: Sequence[Member], n_workers: int, *, batch: bool) -> list[list[Member]]:
     """Group the members into jobs, the longest first, so that all workers end about together."""
     lots: list[list[Member]] = []
     singles = [*members]
-    if engine == "batched":
+    if batch:
         from mechcausal.sweeps.batched import batchable, groups
 
         # A member that has started is resumed on its own.

@@ -295,15 +295,16 @@ def test_an_unreachable_scheduler_is_one_line_and_nothing_is_started(
 
 
 @pytest.mark.slow
-def test_batched_and_local_runs_agree(sweep_file: Callable[[int], Path], tmp_path: Path) -> None:
+def test_members_trained_as_a_batch_and_one_by_one_agree(
+    sweep_file: Callable[[int], Path], tmp_path: Path
+) -> None:
     sweep = load_sweep(sweep_file(40))
     one, other = (
-        run_sweep(sweep, tmp_path / engine, engine=engine, workers=2)  # type: ignore[arg-type]
-        for engine in ("local", "batched")
+        run_sweep(sweep, tmp_path / str(batch), batch=batch, workers=2) for batch in (False, True)
     )
     for left, right in zip(one.members, other.members, strict=True):
         for row, same in zip(read_metrics(left.folder), read_metrics(right.folder), strict=True):
             assert [key for key in row if row[key] is None] == [k for k in same if same[k] is None]
             numbers = {key: value for key, value in row.items() if value is not None}
             assert numbers == pytest.approx({k: same[k] for k in numbers}, rel=1e-4, abs=1e-5)
-    rows_once(tmp_path / "batched")
+    rows_once(tmp_path / "True")

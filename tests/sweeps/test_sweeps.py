@@ -20,6 +20,7 @@ from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps, sweep_to_dict
 from mechcausal.sweeps.driver import run_sweep
+from mechcausal.sweeps.engine_names import check_engine_options
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
 from mechcausal.sweeps.plan import plan, size
@@ -246,7 +247,8 @@ def test_options_that_do_not_go_together_are_refused(
     scheduler = ["--address", "tcp://127.0.0.1:1"]
     for options, said in (
         (scheduler, "--address belongs to --engine dask, found local"),
-        (["--engine", "batched", *scheduler], "--address belongs to --engine dask, found batched"),
+        (["--engine", "batched"], "--engine batched is now the option --batch"),
+        (["--engine=batched"], "--engine batched is now the option --batch"),
         (["--address="], "--address belongs to --engine dask, found local"),
         (["--collect"], "--collect belongs to --engine dask, found local"),
         (["--engine", "dask", *scheduler, "--workers", "2"], "--workers belongs to --engine local"),
@@ -275,6 +277,8 @@ def test_dask_needs_an_address_and_no_scheduler_is_started(
         assert error.count("\n") == 1
     with pytest.raises(SweepError, match="needs --address"):
         run_sweep(load_sweep(file), tmp_path / "out", engine="dask")
+    with pytest.raises(SweepError, match="--engine batched is now the option --batch"):
+        check_engine_options("batched", workers=None, address=None, collect=False)
     with pytest.raises(SweepError, match="--address belongs to --engine dask, found local"):
         run_sweep(load_sweep(file), tmp_path / "out", address="tcp://127.0.0.1:1")
     assert not (tmp_path / "out").exists()
