@@ -16,20 +16,22 @@ transformers" (arXiv 2310.20307).
 from probes.causal_discovery.discovery import Discovery, discover, discover_attention
 from probes.causal_discovery.explanation import Explanation, explain
 from probes.causal_discovery.independence import IndependenceTest, PartialCorrelationTest
-from probes.causal_discovery.linear import linear_edges, linear_effects
+from probes.causal_discovery.linear_model import linear_edges, linear_effects
+from probes.causal_discovery.options import SearchOptions
 from probes.causal_discovery.pag import PAG, Edge, Mark
 from probes.causal_discovery.picture import draw, save_picture
-from probes.causal_discovery.search import Found, icd
+from probes.causal_discovery.search import SearchResult, icd
 
 __all__ = [
     "PAG",
     "Discovery",
     "Edge",
     "Explanation",
-    "Found",
     "IndependenceTest",
     "Mark",
     "PartialCorrelationTest",
+    "SearchOptions",
+    "SearchResult",
     "discover",
     "discover_attention",
     "draw",

@@ -10,7 +10,7 @@ import numpy as np
 from probes.causal_discovery.independence import IndependenceTest
 from probes.causal_discovery.orientation import ARROW, CIRCLE, NONE, TAIL
 from probes.causal_discovery.pag import PAG
-from probes.causal_discovery.search import Found
+from probes.causal_discovery.search import SearchResult
 from probes.reading.errors import ProbeError
 
 _NAME = "probes_independence"
@@ -18,7 +18,7 @@ _NAME = "probes_independence"
 
 def causal_learn(
     test: IndependenceTest, method: Literal["fci", "pc"], *, max_cond: int | None = None
-) -> Found:
+) -> SearchResult:
     """Search with causal-learn and our independence test.
 
     Compare mainly the skeleton: causal-learn's rule R5 may give false tails. PC assumes no hidden
@@ -34,15 +34,12 @@ def causal_learn(
 
     Raises:
         ProbeError: causal-learn is not installed.
-        ValueError: an unknown method.
 
     Source: Zheng et al. 2024, "Causal-learn: Causal discovery in Python".
     """
-    if method not in ("fci", "pc"):
-        raise ValueError(f'method is {method!r}; allowed: "fci", "pc"')
     n = test.n_variables
     if n < 2:
-        return Found(PAG(tuple(range(n)), np.zeros((n, n), int)), {}, 0, True, None)
+        return SearchResult(PAG(tuple(range(n)), np.zeros((n, n), int)), {}, 0, True, None)
     asked: dict[tuple[int, int, tuple[int, ...]], bool] = {}
     depth = -1 if max_cond is None else max_cond
     graph = _run(test, method, asked, depth)
@@ -63,7 +60,7 @@ def causal_learn(
         adjacent = (graph if method == "pc" else _run(test, "pc", asked, depth)) != 0
         # The search tests larger sets only for nodes with more than max_cond other neighbours.
         complete = bool(adjacent.sum(1).max() - 1 <= max_cond)
-    return Found(PAG(tuple(range(n)), marks), separating, len(asked), complete, None)
+    return SearchResult(PAG(tuple(range(n)), marks), separating, len(asked), complete, None)
 
 
 def _run(

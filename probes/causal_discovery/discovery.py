@@ -2,37 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.causal_discovery.causal_learn import causal_learn
-from probes.causal_discovery.correlation import LATER_TOLERANCE, checked_attention, without_sink
 from probes.causal_discovery.independence import PartialCorrelationTest, largest_given
+from probes.causal_discovery.linear_model import LATER_TOLERANCE, checked_attention, without_sink
+from probes.causal_discovery.options import Engine, SearchKeywords, SearchOptions, Sink
 from probes.causal_discovery.pag import PAG
 from probes.causal_discovery.reading import read_head
-from probes.causal_discovery.search import Found, icd
-
-Sink: TypeAlias = Literal["node", "conditioned"]
-Engine: TypeAlias = Literal["icd", "fci", "pc"]
+from probes.causal_discovery.search import SearchResult, icd
 
 
 @dataclass(frozen=True)
-class Discovery:
+class Discovery(SearchResult):
     """A causal graph over token positions, and the settings of the search.
 
+    The nodes of `pag` and the members of `separating_sets` are token positions.
+
     Attributes:
-        pag: the graph; its nodes are token positions.
-        separating_sets: for each pair of positions without an edge, earlier position first: the
-            positions that separate it.
-        tests: number of independence tests made.
-        n_eff: effective number of samples (see `discover`).
+        n_eff: effective number of samples.
         alpha: significance level of the tests.
         ordered: whether the search took token order as causal order.
-        complete: whether the search finished; if not, the graph may have too many edges.
-        reached: the largest size of conditioning sets fully tested; None if unknown.
         layer: the layer; None if the caller gave the attention pattern.
         head: the head; None if the caller gave the attention pattern.
         sink: "node", or "conditioned" if the tests condition on the attention sink.
@@ -40,14 +34,9 @@ class Discovery:
         engine: the search algorithm.
     """
 
-    pag: PAG
-    separating_sets: dict[tuple[int, int], tuple[int, ...]]
-    tests: int
     n_eff: float | int
     alpha: float
     ordered: bool
-    complete: bool
-    reached: int | None
     layer: int | None = None
     head: int | None = None
     sink: Sink = "node"
@@ -76,18 +65,8 @@ def discover(
     *,
     layer: int | None = None,
     head: int = 0,
-    n_eff: float | int | None = None,
-    alpha: float = 0.01,
-    ordered: bool | None = None,
-    sink: Sink = "node",
-    sink_position: int = 0,
-    positions: Sequence[int] | None = None,
     values: bool = False,
-    engine: Engine = "icd",
-    stable: bool = False,
-    max_cond: int | None = None,
-    time_budget: float | None = None,
-    selection_bias: bool = False,
+    **options: Unpack[SearchKeywords],
 ) -> Discovery:
     """Discover the causal graph over one input's tokens from one head's attention A.
 
@@ -99,29 +78,14 @@ def discover(
         tokens: one sequence, `[pos]` or `[1 pos]`.
         layer: layer of the head; default: the deepest.
         head: index of the head.
-        n_eff: effective number of samples in the tests; default: `d_head`. One forward pass has no
-            samples: n_eff only sets the sparsity, and a larger one keeps more edges. Compare
-            several values.
-        alpha: significance level of the tests; a smaller one keeps fewer edges.
-        ordered: whether token order is causal order (OrdICD); default: True if no token attends to
-            a later one and `selection_bias` is False.
-        sink: "node" treats the attention sink as any token; "conditioned" conditions on it and
-            removes it.
-        sink_position: position of the sink; used with "conditioned".
-        positions: the tokens that become nodes; default: all. The others are hidden variables.
         values: use the covariances of the attention-weighted values A V (`hook_z`) instead.
-        engine: "icd", or causal-learn's "fci" or "pc" as a check; these ignore token order and
-            accept none of `ordered`, `stable`, `selection_bias` and `time_budget`.
-        stable: see `icd`.
-        max_cond: largest conditioning set; must be below n_eff − 3.
-        time_budget: seconds after which the search stops with a sound partial graph (icd only).
-        selection_bias: see `icd`.
+        **options: the fields of `SearchOptions`, such as `n_eff` and `alpha`.
 
     Returns:
         The graph over token positions, with its separating sets.
 
     Raises:
-        ValueError: an argument out of range, n_eff too small for a conditioning set, or attention
+        ValueError: an option out of range, n_eff too small for a conditioning set, or attention
             that is not finite.
         ProbeError: an unknown layer or head, tokens outside the vocabulary or the context, or no
             attention to read.
@@ -130,64 +94,36 @@ def discover(
     """
     reading = read_head(model, tokens, layer=layer, head=head, values=values)
     config: Any = model.cfg
+    if options.get("n_eff") is None:
+        options["n_eff"] = int(config.d_head)
     return discover_attention(
         reading.attention,
-        n_eff=int(config.d_head) if n_eff is None else n_eff,
-        alpha=alpha,
-        ordered=ordered,
-        sink=sink,
-        sink_position=sink_position,
-        positions=positions,
         mixed_values=reading.mixed_values,
-        engine=engine,
-        stable=stable,
-        max_cond=max_cond,
-        time_budget=time_budget,
-        selection_bias=selection_bias,
         layer=reading.layer,
         head=head,
+        **options,
     )
 
 
 def discover_attention(
     attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     *,
-    n_eff: float | int,
-    alpha: float = 0.01,
-    ordered: bool | None = None,
-    sink: Sink = "node",
-    sink_position: int = 0,
-    positions: Sequence[int] | None = None,
     mixed_values: Float[np.ndarray, "query d_head"] | None = None,
-    engine: Engine = "icd",
-    stable: bool = False,
-    max_cond: int | None = None,
-    time_budget: float | None = None,
-    selection_bias: bool = False,
     layer: int | None = None,
     head: int | None = None,
+    **options: Unpack[SearchKeywords],
 ) -> Discovery:
     """Discover the causal graph from a given attention pattern.
 
     Args:
         attention: `[query key]`, rows that sum to 1; `checked_attention` gives the tolerances.
-        n_eff: see `discover`.
-        alpha: see `discover`.
-        ordered: see `discover`.
-        sink: see `discover`.
-        sink_position: see `discover`.
-        positions: see `discover`.
         mixed_values: attention-weighted values A V whose covariances replace A Aᵀ.
-        engine: see `discover`.
-        stable: see `icd`.
-        max_cond: see `discover`.
-        time_budget: see `discover`.
-        selection_bias: see `icd`.
         layer: layer of the pattern, stored in the result.
         head: head of the pattern, stored in the result.
+        **options: the fields of `SearchOptions`; `n_eff` is required.
 
     Raises:
-        ValueError: an invalid attention pattern, or as `discover`.
+        ValueError: an invalid attention pattern, no `n_eff`, or as `discover`.
         ProbeError: the engine needs causal-learn, which is not installed.
 
     >>> chain = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
@@ -195,52 +131,57 @@ def discover_attention(
     0 o-> 1
     1 --> 2
     """
+    search = SearchOptions(**options)
+    n_eff, max_cond = search.n_eff, search.max_cond
+    if n_eff is None:
+        raise ValueError("n_eff is needed: an attention pattern does not tell its d_head")
     matrix = checked_attention(attention)
     rows = matrix if mixed_values is None else np.asarray(mixed_values, dtype=np.float64)
     if len(rows) != len(matrix) or not np.isfinite(rows).all():
         raise ValueError(f"mixed_values must be finite, one row for each of {len(matrix)} tokens")
-    if engine != "icd":
-        icd_options = {"ordered": ordered, "stable": stable, "selection_bias": selection_bias}
-        for name, is_given in {**icd_options, "time_budget": time_budget is not None}.items():
-            if is_given:
-                raise ValueError(f"{name} goes with engine 'icd', not {engine!r}")
-        ordered = False
+    ordered = search.ordered
     if ordered is None:
-        ordered = not (selection_bias or np.triu(matrix, 1).max() > LATER_TOLERANCE)
-    nodes = _nodes(len(matrix), positions)
-    if sink == "conditioned":
-        rows = np.insert(without_sink(rows, sink_position), sink_position, 0.0, axis=0)
-        nodes = tuple(node for node in nodes if node != sink_position)
-    elif sink != "node":
-        raise ValueError(f'sink is {sink!r}; allowed: "node", "conditioned"')
+        ordered = search.engine == "icd" and not np.triu(matrix, 1).max() > LATER_TOLERANCE
+    nodes = _nodes(len(matrix), search.positions)
+    if search.sink == "conditioned":
+        sink = search.sink_position
+        rows = np.insert(without_sink(rows, sink), sink, 0.0, axis=0)
+        nodes = tuple(node for node in nodes if node != sink)
     if not nodes:
         raise ValueError("no token is left to be a node: the sink was the only one")
-    test = PartialCorrelationTest(rows[list(nodes)], n_eff=n_eff, alpha=alpha)
+    test = PartialCorrelationTest(rows[list(nodes)], n_eff=n_eff, alpha=search.alpha)
     if max_cond is not None and not 0 <= max_cond < n_eff - 3:
         raise ValueError(
             f"max_cond is {max_cond} with n_eff {n_eff:g}; it may be 0 to {largest_given(n_eff)}"
         )
-    if engine == "icd":
+    if search.engine == "icd":
         result = icd(
             test,
             ordered=ordered,
-            stable=stable,
+            stable=search.stable,
             max_cond=max_cond,
-            time_budget=time_budget,
-            selection_bias=selection_bias,
+            time_budget=search.time_budget,
         )
     else:
-        result = causal_learn(test, engine, max_cond=max_cond)
+        result = causal_learn(test, search.engine, max_cond=max_cond)
+    separating_sets = {
+        (nodes[i], nodes[j]): tuple(nodes[k] for k in given)
+        for (i, j), given in result.separating_sets.items()
+    }
     return Discovery(
-        **_at_positions(result, nodes),
+        pag=PAG(nodes, result.pag.marks),
+        separating_sets=separating_sets,
+        tests=result.tests,
+        complete=result.complete,
+        reached=result.reached,
         n_eff=n_eff,
-        alpha=alpha,
+        alpha=search.alpha,
         ordered=ordered,
         layer=layer,
         head=head,
-        sink=sink,
+        sink=search.sink,
         values=mixed_values is not None,
-        engine=engine,
+        engine=search.engine,
     )
 
 
@@ -253,18 +194,3 @@ def _nodes(n_tokens: int, positions: Sequence[int] | None) -> tuple[int, ...]:
             f"positions are {list(positions)}; at least one, each once, from 0 to {n_tokens - 1}"
         )
     return nodes
-
-
-def _at_positions(result: Found, nodes: tuple[int, ...]) -> dict[str, Any]:
-    """The result of a search over variables 0, 1, …, with token positions as nodes."""
-    sets = {
-        (nodes[i], nodes[j]): tuple(nodes[k] for k in given)
-        for (i, j), given in result.separating_sets.items()
-    }
-    return {
-        "pag": PAG(nodes, result.pag.marks),
-        "separating_sets": sets,
-        "tests": result.tests,
-        "complete": result.complete,
-        "reached": result.reached,
-    }

@@ -10,7 +10,7 @@ Source: Rohekar, Gurwicz, Nisimov, NeurIPS 2023 (arXiv 2310.20307; CLEANN).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from probes.causal_discovery.counterfactuals import (
 )
 from probes.causal_discovery.discovery import discover_attention
 from probes.causal_discovery.independence import largest_given
+from probes.causal_discovery.options import SearchKeywords
 from probes.causal_discovery.pag import PAG
 from probes.reading import hook_names
 from probes.reading.attach import attach
@@ -87,15 +88,11 @@ def explain(
     attention: ReadAttention | None = None,
     layer: int | None = None,
     heads: Sequence[int] | None = None,
-    n_eff: float | int | None = None,
-    alpha: float = 0.01,
-    ordered: bool | None = None,
-    max_cond: int | None = 2,
-    time_budget: float | None = None,
     budget: int = 300,
     max_size: int | None = None,
     batch_size: int = 8,
     generator: torch.Generator | None = None,
+    **options: Unpack[SearchKeywords],
 ) -> Explanation:
     """Look for a small set of tokens whose replacement changes the model's prediction.
 
@@ -134,23 +131,19 @@ def explain(
             from the model's hooks.
         layer: layer whose attention is read; default: the deepest.
         heads: heads of that layer; default: all.
-        n_eff: effective number of samples, see `probes.discover`; default: d_head.
-        alpha: significance level of the tests.
-        ordered: whether the tokens are in causal order; default: whether no head attends to later
-            tokens.
-        max_cond: largest conditioning set; None: as large as `n_eff` allows. Small by default,
-            since larger sets take longer and hardly change the distances.
-        time_budget: seconds per graph; default: no limit.
         budget: largest number of sequences to run, at least 3.
         max_size: largest set to try; default: no limit.
         batch_size: sequences per run; a batch counts in full, even after the returned set.
         generator: generator of "random"; default: a new one with seed 0.
+        **options: the fields of `SearchOptions` but `positions`, for the graph of each head.
+            `max_cond` is 2 by default, since larger sets take longer and hardly change the
+            distances; None: as large as `n_eff` allows.
 
     Raises:
         ValueError: an argument out of range.
         ProbeError: tokens, a layer or a head that the model does not have, or invalid logits.
     """
-    _check(method, budget, max_size, batch_size)
+    _check(method, budget, max_size, batch_size, options)
     replace = _replacement(model, replacement)
     tokens = _checked_sequence(model, tokens, own_logits=logits is None)
     replaceable = _candidates(len(tokens), node, candidates)
@@ -184,15 +177,7 @@ def explain(
                 order = sorted(replaceable, key=lambda c: (-weights[c], c))
                 outcome = runs.first_change(search_orders.prefixes(order, limit))
             else:
-                graphs = _graphs(
-                    pattern,
-                    (*replaceable, node_position),
-                    n_eff=_default_n_eff(model) if n_eff is None else n_eff,
-                    alpha=alpha,
-                    ordered=ordered,
-                    max_cond=max_cond,
-                    time_budget=time_budget,
-                )
+                graphs = _graphs(model, pattern, (*replaceable, node_position), options)
                 rings = search_orders.shells(graphs, node_position, weights)
                 if method == "random":
                     generator = generator or torch.Generator().manual_seed(0)
@@ -211,32 +196,26 @@ def explain(
 
 
 def _graphs(
+    model: nn.Module,
     pattern: Float[Tensor, "head query key"],
     nodes: Sequence[int],
-    *,
-    n_eff: float | int,
-    alpha: float,
-    ordered: bool | None,
-    max_cond: int | None,
-    time_budget: float | None,
+    options: SearchKeywords,
 ) -> tuple[PAG, ...]:
     """The graph over some positions, one per head; other positions are hidden variables."""
+    n_eff = options.get("n_eff")
+    if n_eff is None:
+        n_eff = _d_head(model)
     if not math.isfinite(n_eff):
         raise ValueError(f"n_eff is {n_eff:g}; it must be finite")
     allowed = max(0, largest_given(n_eff))
-    max_cond = allowed if max_cond is None else min(max_cond, allowed)
-    return tuple(
-        discover_attention(
-            head,
-            n_eff=n_eff,
-            alpha=alpha,
-            ordered=ordered,
-            positions=nodes,
-            max_cond=max_cond,
-            time_budget=time_budget,
-        ).pag
-        for head in pattern
-    )
+    max_cond = options.get("max_cond", 2)
+    chosen: SearchKeywords = {
+        **options,
+        "n_eff": n_eff,
+        "max_cond": allowed if max_cond is None else min(max_cond, allowed),
+        "positions": nodes,
+    }
+    return tuple(discover_attention(head, **chosen).pag for head in pattern)
 
 
 def _with_prediction(
@@ -293,7 +272,7 @@ def _chosen_heads(
     return pattern[list(heads)]
 
 
-def _default_n_eff(model: nn.Module) -> float | int:
+def _d_head(model: nn.Module) -> int:
     d_head: Any = getattr(getattr(model, "cfg", None), "d_head", None)
     if not isinstance(d_head, int):
         raise ValueError(f"n_eff is None, and {type(model).__name__} has no d_head: pass n_eff=")
@@ -335,7 +314,9 @@ def _candidates(length: int, node: int | None, candidates: Sequence[int] | None)
     return tuple(dict.fromkeys(sorted(candidates)))
 
 
-def _check(method: str, budget: int, max_size: int | None, batch_size: int) -> None:
+def _check(
+    method: str, budget: int, max_size: int | None, batch_size: int, options: SearchKeywords
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if budget < SMALLEST_BUDGET:
@@ -345,3 +326,5 @@ def _check(method: str, budget: int, max_size: int | None, batch_size: int) -> N
     for name, value in (("max_size", max_size), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; at least 1")
+    if "positions" in options:
+        raise ValueError("the graphs have the candidates and the node as nodes: pass candidates=")

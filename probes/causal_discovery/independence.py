@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtr
 
-from probes.causal_discovery.correlation import partial_correlation
+from probes.causal_discovery.linear_model import partial_correlation
 
 _CACHE_BYTES = 64 * 2**20
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from probes.causal_discovery.pag import Mark
 
@@ -21,23 +19,16 @@ SeparatingSets = Mapping[tuple[int, int], tuple[int, ...]]
 NONE, CIRCLE, ARROW, TAIL = (int(mark) for mark in Mark)
 
 
-def orient(
-    start: Marks,
-    separating: SeparatingSets,
-    *,
-    tails: bool = True,
-    selection_bias: bool = False,
-) -> Marks:
+def orient(start: Marks, separating: SeparatingSets, *, tails: bool = True) -> Marks:
     """Apply the rules until none applies.
 
-    R0–R4 give the arrowheads and some tails, R8–R10 the remaining tails. R5–R7 apply only under
-    selection bias.
+    R0–R4 give the arrowheads and some tails, R8–R10 the remaining tails. R5–R7 are left out: they
+    apply only under selection bias.
 
     Args:
         start: the skeleton, with circles at all ends except for arrowheads known in advance.
         separating: the separating set of each pair without an edge.
-        tails: whether to apply R8–R10 (and R5–R7).
-        selection_bias: whether a common effect of the tokens may have selected the sequences.
+        tails: whether to apply R8–R10.
 
     Returns:
         New marks; `start` is unchanged.
@@ -49,9 +40,6 @@ def orient(
     while True:
         before = marks.copy()
         _until_stable(marks, separating)
-        if tails and selection_bias:
-            _rule5(marks)
-            _rules6_and_7(marks)
         if tails:
             _rule8(marks)
             _rules9_and_10(marks)
@@ -173,11 +161,10 @@ def _discriminated(marks: Marks, b: int, c: int) -> tuple[int, int] | None:
 
 
 def _rule8(marks: Marks) -> None:
-    """R8: a → b → c or a -o b → c, and a o→ c: a → c."""
+    """R8: a → b → c, and a o→ c: a → c. Without R5–R7 no edge a -o b arises."""
     directed = _directed(marks)
-    tail_circle = (marks == CIRCLE) & (marks.T == TAIL)
     half = (marks == ARROW) & (marks.T == CIRCLE)
-    marks.T[((directed | tail_circle) @ directed) & half] = TAIL
+    marks.T[(directed @ directed) & half] = TAIL
 
 
 def _rules9_and_10(marks: Marks) -> None:
@@ -224,28 +211,3 @@ def _uncovered_reach(
                 seen.add(edge)
                 queue.append(edge)
     return {node for _, node in seen}
-
-
-def _rule5(marks: Marks) -> None:
-    """R5: a o-o b, an uncovered circle path a, c, …, d, b, no edges a–d and b–c: all undirected.
-
-    All edges on a closed uncovered walk of circle edges become undirected, since R1 would propagate
-    an arrowhead on it around the whole walk. Strongly connected components find these walks without
-    an enumeration of paths, whose number may be exponential.
-    """
-    circles = (marks == CIRCLE) & (marks.T == CIRCLE)
-    n = len(marks)
-    # Nodes of the walk graph are edges (u, v); they connect to edges (v, w) with u, w not adjacent.
-    u, v, w = np.nonzero(circles[:, :, None] & circles & _not_adjacent(marks)[:, None, :])
-    steps = coo_array((np.ones(len(u)), (u * n + v, v * n + w)), shape=(n * n, n * n))
-    _, component = connected_components(steps, connection="strong")
-    closed = np.bincount(component)[component] > 1
-    marks[closed.reshape(n, n)] = TAIL
-
-
-def _rules6_and_7(marks: Marks) -> None:
-    """R6: a — b o-* c: b -* c. R7: a -o b o-* c without an edge a–c: b -* c."""
-    undirected = (marks == TAIL) & (marks.T == TAIL)
-    tail_circle = (marks == CIRCLE) & (marks.T == TAIL)
-    after_undirected = undirected.any(0)[:, None] & np.ones_like(undirected)
-    _fill(marks, (after_undirected | (tail_circle.T @ _not_adjacent(marks))).T, TAIL)

@@ -2,20 +2,27 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from jaxtyping import Bool
 
-from probes.causal_discovery.candidates import Candidates
 from probes.causal_discovery.independence import IndependenceTest
-from probes.causal_discovery.orientation import ARROW, CIRCLE, NONE, Marks, orient
+from probes.causal_discovery.orientation import (
+    ARROW,
+    CIRCLE,
+    NONE,
+    Marks,
+    orient,
+    possibly_directed,
+)
 from probes.causal_discovery.pag import PAG
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -40,31 +47,24 @@ def icd(
     stable: bool = False,
     max_cond: int | None = None,
     time_budget: float | None = None,
-    selection_bias: bool = False,
-) -> Found:
+) -> SearchResult:
     """Search for the graph with conditioning sets of growing size, orienting it after each size.
 
     The search starts with an edge between all pairs. For r = 0, 1, 2, … it tests every pair that
-    still has an edge given its candidate sets of size r (see `Candidates`), removes the edge at the
-    first set that separates the pair, then orients the graph again (R0–R4; the other rules at the
-    end). A search stopped early returns a sound graph: up to errors of the tests, it has every true
-    edge and no false mark.
+    still has an edge given its candidate sets of size r (see `candidate_sets`). It removes the edge
+    at the first set that separates the pair, then orients the graph again (R0–R4; the other rules
+    at the end). A search stopped early returns a sound graph: up to errors of the tests, it has
+    every true edge and no false mark.
 
     Args:
         test: the test of conditional independence.
-        ordered: the variables are in causal order (OrdICD): edges start as earlier o-> later, and
-            only variables before the later one of a pair can separate it.
-        stable: test all sets of a size before removing any edge, and keep for each pair the set
-            with the largest p-value. The skeleton then does not depend on the order of the
-            variables; costs more tests.
-        max_cond: largest conditioning set; default: no limit.
-        time_budget: seconds after which to stop; default: no limit.
-        selection_bias: see `orient`; excludes `ordered`, since the selection comes after all
-            variables and is conditioned on.
+        ordered: whether the variables are in causal order, see `SearchOptions`.
+        stable: see `SearchOptions`.
+        max_cond: see `SearchOptions`.
+        time_budget: see `SearchOptions`.
 
     Raises:
-        ValueError: `max_cond` or `time_budget` is negative, `ordered` and `selection_bias` are both
-            set, or the test raises it.
+        ValueError: `max_cond` or `time_budget` is negative, or the test raises it.
 
     Source: Rohekar et al. 2021 (ICD), 2023 (causal attention); Spirtes 2001 for stopping early.
     """
@@ -72,10 +72,8 @@ def icd(
         raise ValueError(f"max_cond is {max_cond}; it must be at least 0")
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget is {time_budget:g}; it must be at least 0 seconds")
-    if ordered and selection_bias:
-        raise ValueError("ordered and selection_bias exclude each other: only one of them can hold")
     deadline = math.inf if time_budget is None else time.monotonic() + time_budget
-    search = _Search(test, ordered, stable, selection_bias, deadline)
+    search = _Search(test, ordered, stable, deadline)
     return search.run(math.inf if max_cond is None else max_cond)
 
 
@@ -85,22 +83,16 @@ class _OutOfTimeError(Exception):
 
 class _Search:
     def __init__(
-        self,
-        test: IndependenceTest,
-        ordered: bool,
-        stable: bool,
-        selection_bias: bool,
-        deadline: float,
+        self, test: IndependenceTest, ordered: bool, stable: bool, deadline: float
     ) -> None:
         self._test = test
         self._ordered = ordered
         self._stable = stable
-        self._selection_bias = selection_bias
         self._deadline = deadline
         self._separating: dict[tuple[int, int], tuple[int, ...]] = {}
         self._tests = 0
 
-    def run(self, max_cond: float | int) -> Found:
+    def run(self, max_cond: float | int) -> SearchResult:
         marks = self._skeleton()
         size, complete = 0, False
         try:
@@ -109,21 +101,18 @@ class _Search:
                 # have none either.
                 complete = not self._remove_edges(marks.copy(), size)
                 if not complete:
-                    marks = orient(
-                        self._skeleton(),
-                        self._separating,
-                        tails=False,
-                        selection_bias=self._selection_bias,
-                    )
+                    marks = orient(self._skeleton(), self._separating, tails=False)
                     size += 1
             complete = complete or not self._has_candidates(marks, size)
         except _OutOfTimeError:
             # Keep the marks of the last completed size; this size's tests are incomplete.
             pass
-        marks = orient(marks, self._separating, selection_bias=self._selection_bias)
+        marks = orient(marks, self._separating)
         marks[self._skeleton() == NONE] = NONE
         pag = PAG(tuple(range(len(marks))), marks)
-        return Found(pag, self._separating, self._tests, complete, size - 1 if size else None)
+        return SearchResult(
+            pag, self._separating, self._tests, complete, size - 1 if size else None
+        )
 
     def _skeleton(self) -> Marks:
         """The remaining edges, with circles, and arrowheads where the order gives them."""
@@ -157,15 +146,12 @@ class _Search:
         return any_tested
 
     def _candidates(self, marks: Marks, x: int, y: int, size: int) -> Iterator[tuple[int, ...]]:
-        candidates = Candidates(
-            marks, ancestors_only=not self._selection_bias, on_each=self._check_time
-        )
         seen: set[tuple[int, ...]] = set()
         # Paths from the end that is not an ancestor of the other suffice; the order tells that it
         # is the later one. Without an order both ends are tried, so that stopping early is sound.
         starts = ((y, x),) if self._ordered else ((x, y), (y, x))
         for start, end in starts:
-            for given in candidates.of(start, end, size):
+            for given in candidate_sets(marks, start, end, size, on_each=self._check_time):
                 if given not in seen:
                     seen.add(given)
                     yield given
@@ -184,3 +170,107 @@ def _pairs(marks: Marks) -> Iterator[tuple[int, int]]:
     for i, j in combinations(range(len(marks)), 2):
         if marks[i, j] != NONE:
             yield i, j
+
+
+def candidate_sets(
+    marks: Marks, x: int, y: int, size: int, *, on_each: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, ...]]:
+    """Candidate separating sets of one size for a pair; sets nearest to x come first.
+
+    A set S is a candidate for (x, y) if every member is a possible ancestor of x or y, and a
+    possible-d-sep path inside S leads to it from x and avoids y. On such a path, the middle one of
+    any three consecutive nodes is a collider, or the three form a triangle.
+
+    Args:
+        marks: the graph.
+        x: the variable from which the paths lead.
+        y: the other variable of the pair.
+        size: number of members.
+        on_each: called before each candidate is examined, for time limits.
+
+    Yields:
+        The candidate sets, each sorted.
+
+    Source: Rohekar et al. 2021, "Iterative causal discovery in the possible presence of latent
+    confounders and selection bias" (the ICD-Sep conditions).
+    """
+    if size == 0:
+        on_each()
+        yield ()
+        return
+    adjacent = marks != NONE
+    allowed = _possible_ancestors(marks, x, y)
+    allowed[[x, y]] = False
+    passable = _passable(marks)
+    distances = _distances(x, allowed, adjacent, passable, size)
+    near = {node for node, distance in distances.items() if distance == 1}
+    nodes = sorted(distances, key=lambda node: (distances[node], node))
+    for chosen in combinations(nodes, size):
+        on_each()
+        far = set(chosen) - near
+        if not far or _connected(x, chosen, far, adjacent, passable):
+            yield tuple(sorted(chosen))
+
+
+def _possible_ancestors(marks: Marks, x: int, y: int) -> Bool[np.ndarray, "node"]:
+    may_point = possibly_directed(marks)
+    ancestors = np.zeros(len(may_point), dtype=bool)
+    ancestors[[x, y]] = True
+    while True:
+        more = ancestors | (may_point & ancestors).any(1)
+        if (more == ancestors).all():
+            return ancestors
+        ancestors = more
+
+
+def _passable(marks: Marks) -> Bool[np.ndarray, "u v w"]:
+    """`[u, v, w]`: whether v is a collider on u, v, w, or the three form a triangle."""
+    adjacent, into = marks != NONE, marks == ARROW
+    collider = into[:, :, None] & into.T[None, :, :]
+    triangle = adjacent[:, None, :]
+    return np.asarray(adjacent[:, :, None] & adjacent[None] & (collider | triangle))
+
+
+def _distances(
+    x: int,
+    allowed: Bool[np.ndarray, "node"],
+    adjacent: Bool[np.ndarray, "node node"],
+    passable: Bool[np.ndarray, "u v w"],
+    size: int,
+) -> dict[int, int]:
+    """The number of edges from x to every node at most `size` edges away."""
+    # frontier[u, v]: a path of the current length ends with the edge from u to v.
+    frontier = np.zeros_like(adjacent)
+    frontier[x] = adjacent[x] & allowed
+    distances = {int(node): 1 for node in np.flatnonzero(frontier[x])}
+    seen = frontier.copy()
+    for distance in range(2, size + 1):
+        longer = (frontier[:, :, None] & passable).any(0) & allowed[None, :]
+        frontier = longer & ~seen
+        if not frontier.any():
+            break
+        seen |= frontier
+        for node in np.flatnonzero(frontier.any(0)):
+            distances.setdefault(int(node), distance)
+    return distances
+
+
+def _connected(
+    x: int,
+    chosen: tuple[int, ...],
+    far: set[int],
+    adjacent: Bool[np.ndarray, "node node"],
+    passable: Bool[np.ndarray, "u v w"],
+) -> bool:
+    """Whether paths inside the chosen set lead from x to all of its `far` members."""
+    pending = [(x, node) for node in chosen if adjacent[x, node]]
+    seen = set(pending)
+    while pending and far:
+        previous, node = pending.pop()
+        far = far - {node}
+        for following in chosen:
+            edge = (node, following)
+            if passable[previous, node, following] and edge not in seen:
+                seen.add(edge)
+                pending.append(edge)
+    return not far

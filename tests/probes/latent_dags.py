@@ -1,7 +1,7 @@
 """Random causal graphs with hidden variables, and the truth about them by d-separation."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 
 import networkx as nx
@@ -10,11 +10,16 @@ import numpy as np
 from probes.causal_discovery.pag import Mark
 
 
+@cache
+def _separated(dag: "nx.DiGraph[int]", one: int, other: int, given: frozenset[int]) -> bool:
+    return bool(nx.is_d_separator(dag, {one}, {other}, set(given)))
+
+
 @dataclass(frozen=True, eq=False)
 class LatentDag:
     """A directed acyclic graph of which only some nodes are seen; variable k is `observed[k]`.
 
-    It answers as a test of independence does, without error.
+    It is an independence test without errors.
     """
 
     dag: "nx.DiGraph[int]"
@@ -26,8 +31,8 @@ class LatentDag:
         return len(self.observed)
 
     def separated(self, i: int, j: int, given: tuple[int, ...]) -> bool:
-        seen = {self.observed[k] for k in given}
-        return bool(nx.is_d_separator(self.dag, {self.observed[i]}, {self.observed[j]}, seen))
+        one, other = sorted((self.observed[i], self.observed[j]))
+        return _separated(self.dag, one, other, frozenset(self.observed[k] for k in given))
 
     def p_value(self, i: int, j: int, given: tuple[int, ...]) -> float:
         self.asked.add((min(i, j), max(i, j), tuple(sorted(given))))
@@ -40,7 +45,7 @@ class LatentDag:
     def is_ancestor(self) -> np.ndarray:
         """`[i, j]`: variable i is an ancestor of variable j."""
         below = [nx.descendants(self.dag, node) for node in self.observed]
-        return np.array([[b in found for b in self.observed] for found in below])
+        return np.array([[b in nodes for b in self.observed] for nodes in below])
 
     @cached_property
     def adjacent(self) -> np.ndarray:
@@ -49,22 +54,22 @@ class LatentDag:
         If any does, then the observed ancestors of the two do (`adjacent_by_force` checks it).
         """
         n = self.n_variables
-        found = np.zeros((n, n), dtype=bool)
+        adjacent = np.zeros((n, n), dtype=bool)
         for i, j in combinations(range(n), 2):
             above = self.is_ancestor[:, i] | self.is_ancestor[:, j]
             given = tuple(k for k in np.flatnonzero(above) if k not in (i, j))
-            found[i, j] = found[j, i] = not self.separated(i, j, given)
-        return found
+            adjacent[i, j] = adjacent[j, i] = not self.separated(i, j, given)
+        return adjacent
 
     def adjacent_by_force(self) -> np.ndarray:
         """The same by asking for every set."""
         n = self.n_variables
-        found = np.zeros((n, n), dtype=bool)
+        adjacent = np.zeros((n, n), dtype=bool)
         for i, j in combinations(range(n), 2):
             others = [k for k in range(n) if k not in (i, j)]
             sets = (s for size in range(n - 1) for s in combinations(others, size))
-            found[i, j] = found[j, i] = not any(self.separated(i, j, given) for given in sets)
-        return found
+            adjacent[i, j] = adjacent[j, i] = not any(self.separated(i, j, s) for s in sets)
+        return adjacent
 
     def false_marks(self, marks: np.ndarray) -> tuple[int, int]:
         """Arrowheads at ancestors of the other end, and tails at nodes that are none."""
@@ -74,7 +79,15 @@ class LatentDag:
 
 
 def latent_dag(seed: int, *, observed: int | None = None) -> LatentDag:
-    """A random DAG of 8 to 12 nodes with 2 to 4 hidden ones; variables are in causal order."""
+    """A random DAG of 8 to 12 nodes with 2 to 4 hidden ones; variables are in causal order.
+
+    Calls with the same arguments share the answers about d-separation, but not `asked`.
+    """
+    return LatentDag(*_random_dag(seed, observed))
+
+
+@cache
+def _random_dag(seed: int, observed: int | None) -> "tuple[nx.DiGraph[int], tuple[int, ...]]":
     source = np.random.default_rng(seed)
     n_observed = int(source.integers(6, 10)) if observed is None else observed
     n = n_observed + int(source.integers(2, 5))
@@ -88,7 +101,7 @@ def latent_dag(seed: int, *, observed: int | None = None) -> LatentDag:
     source.shuffle(forks)
     rest = [node for node in source.permutation(n) if node not in forks]
     hidden = {int(node) for node in [*forks, *rest][: n - n_observed]}
-    return LatentDag(dag, tuple(node for node in range(n) if node not in hidden))
+    return dag, tuple(node for node in range(n) if node not in hidden)
 
 
 def attention_with_sink(

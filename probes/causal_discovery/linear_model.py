@@ -1,10 +1,9 @@
-"""(Partial) correlations of tokens, computed from attention.
+"""Attention A as a linear structural equation model: correlations of tokens, and direct effects.
 
-Attention is read as a linear structural equation model, Z = G Z + Λ U with A = (I − G)⁻¹ Λ, so that
-Cov(Z) ∝ A Aᵀ: each token is a row of A, and covariances are inner products of rows. A partial
-correlation is then the cosine between two rows after the rows of the conditioning set are
-projected out. A projection is more accurate than an inverse of A Aᵀ, which is nearly singular
-where an attention sink makes all rows nearly parallel.
+With Z = G Z + Λ U and A = (I − G)⁻¹ Λ the covariance of the tokens is Cov(Z) ∝ A Aᵀ: each token is
+a row of A, and covariances are inner products of rows. A partial correlation is the cosine between
+two rows after projecting out the rows of the conditioning set. A projection is more accurate than
+an inverse of A Aᵀ, which is nearly singular where an attention sink makes all rows nearly parallel.
 """
 
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ LATER_TOLERANCE = 1e-6
 """Largest weight on a later token that counts as float32 rounding."""
 RESIDUAL_TOLERANCE = 1e-12
 """A residual shorter than this share of its row counts as rounding."""
+_LARGEST_CONDITION = 1e12
 
 
 def checked_attention(
@@ -165,3 +165,54 @@ def without_sink(
     if not 0 <= sink < len(rows):
         raise ValueError(f"the sink is position {sink}; there are positions 0 to {len(rows) - 1}")
     return np.delete(residual_rows(rows, (sink,)), sink, axis=0)
+
+
+def linear_effects(
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
+) -> Float[np.ndarray, "query key"]:
+    """The direct effects G of Z = G Z + Λ U, `G = I − diag(A) A⁻¹`.
+
+    The formula follows from A = (I − G)⁻¹ Λ. `G[i, j]` is the effect of token j on token i. It is
+    exact if there are no hidden variables; a hidden common cause gives a false effect.
+
+    Args:
+        attention: an invertible pattern `[query key]`, such as a causal one with a positive
+            diagonal.
+
+    Raises:
+        ValueError: an invalid attention pattern, or one that cannot be inverted in float64.
+
+    >>> linear_effects(np.array([[1.0, 0.0], [0.25, 0.75]])).round(6) + 0.0
+    array([[0.  , 0.  ],
+           [0.25, 0.  ]])
+    """
+    matrix = checked_attention(attention)
+    condition = float(np.linalg.cond(matrix))
+    if not condition < _LARGEST_CONDITION:
+        raise ValueError(
+            f"the attention cannot be inverted (condition number {condition:.1g}): "
+            "linear effects need every token to attend to itself"
+        )
+    return np.asarray(np.eye(len(matrix)) - np.diag(matrix)[:, None] * np.linalg.inv(matrix))
+
+
+def linear_edges(
+    attention: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."], threshold: float = 1e-6
+) -> tuple[tuple[int, int], ...]:
+    """Pairs (cause, effect) of positions with a direct effect above a threshold.
+
+    Args:
+        attention: see `linear_effects`.
+        threshold: lower bound on `|G[effect, cause]|`, in units of attention.
+
+    Raises:
+        ValueError: as `linear_effects`, or a threshold below 0.
+
+    >>> linear_edges(np.array([[1.0, 0.0], [0.25, 0.75]]), threshold=0.1)
+    ((0, 1),)
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold:g}; it must be at least 0")
+    effects = np.abs(linear_effects(attention))
+    np.fill_diagonal(effects, 0.0)
+    return tuple((int(j), int(i)) for i, j in np.argwhere(effects > threshold))
