@@ -186,13 +186,8 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
 
 def _is_small(recipe: Recipe, graph: CausalGraph | None, length: int) -> bool:
     needs = experiment_needs(recipe, graph, length)
-    return (
-        recipe.model.n_layers <= 8
-        and sum(
-            need.size for need in needs if need.what.startswith(("the model", "the evaluation seq"))
-        )
-        < SMALL
-    )
+    parts = ("the model", "the evaluation sequences")
+    return recipe.model.n_layers <= 8 and sum(n.size for n in needs if n.part in parts) < SMALL
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The laboratory constructs TransformerLens models only here; hook names come from
 
 import json
 import math
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.support.messages import excerpt
 
 FORMAT = "mechcausal-hooked-transformer-1"
@@ -106,10 +107,10 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> HookedTransformer:
         ModelFileError: a file is missing, damaged or not from `save_model`, or the weights do not
             fit the config.
     """
-    return build_from_files(folder, device=device)[0]
+    return load_with_extra(folder, device=device)[0]
 
 
-def build_from_files(
+def load_with_extra(
     folder: str | Path, *, device: str = "cpu"
 ) -> tuple[HookedTransformer, dict[str, Any]]:
     """Read a model and the `extra` values that were saved with it.
@@ -118,37 +119,25 @@ def build_from_files(
         ModelFileError: see `load_model`.
     """
     config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        check_inside(path)
+    _check_inside(config_path)
+    _check_inside(weights_path)
     content = read_config(config_path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelFileError(f"{config_path}: not a config that save_model wrote ({FORMAT})")
+    shapes = read_shapes(weights_path, only_floats=True)
     try:
-        shapes = read_shapes(weights_path, floats=True)
-        values = dict(content["config"])
-        values["dtype"] = _DTYPES[values["dtype"]]
         # With a name, TransformerLens would download the tokenizer and might run its code.
-        values["tokenizer_name"] = None
+        values = {**content["config"], "tokenizer_name": None}
+        values["dtype"] = _DTYPES[values["dtype"]]
         extra = dict(content.get("extra", {}))
         _check_types(values)
-        _check_sizes(values, shapes)
+        _check_shapes(values, shapes)
         model = build_hooked(HookedTransformerConfig(**{**values, "device": device}))
-        weights = load_file(weights_path)
-        # strict=False: buffers are not in the file. `_check_sizes` excludes missing parameters.
-        _, unexpected = model.load_state_dict(weights, strict=False)
-    except ModelFileError:
-        raise
-    except FileNotFoundError:
-        raise ModelFileError(f"{weights_path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        reason = excerpt(error, 80)
-        raise ModelFileError(f"{weights_path}: not a safetensors file: {reason}") from None
+        # Not strict: the buffers are not in the file, and `_check_shapes` saw every parameter.
+        model.load_state_dict(load_file(weights_path), strict=False)
     except Exception as error:  # TransformerLens raises many types for invalid values
         reason = excerpt(error, 80) or type(error).__name__
         raise ModelFileError(f"{config_path}: does not describe {weights_path}: {reason}") from None
-    if unexpected:
-        detail = excerpt(f"unexpected {sorted(unexpected)[:3]}", 80)
-        raise ModelFileError(f"{weights_path}: weights do not fit {config_path}: {detail}")
     return model, extra
 
 
@@ -158,30 +147,41 @@ def read_config(path: Path) -> Any:
     Raises:
         ModelFileError: missing, larger than `MAX_CONFIG_BYTES`, or not JSON.
     """
+    _check_plain(path)
     try:
-        if (
-            path.exists() and not path.is_file()
-        ):  # reading a pipe could block, a device might never end
-            raise ModelFileError(f"{path}: not a plain file")
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
-            raise ModelFileError(f"{path}: more than {MAX_CONFIG_BYTES} bytes")
+            raise ValueError(f"more than {MAX_CONFIG_BYTES} bytes")
         return json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
-    except ModelFileError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: not readable as JSON: {excerpt(error, 80)}") from None
 
 
-def check_inside(path: Path) -> None:
-    """Refuse a file that is a link out of its model folder.
+def read_shapes(path: Path, *, only_floats: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, read from its header only.
 
     Raises:
-        ModelFileError: the file resolves to a path outside of its folder.
+        ModelFileError: not a readable safetensors file, or (with `only_floats`) a tensor is not
+            floating point.
     """
+    _check_plain(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    except (OSError, SafetensorError) as error:
+        reason = excerpt(error, 80)
+        raise ModelFileError(f"{path}: not a safetensors file: {reason}") from None
+    for name, dtype in dtypes.items():
+        if only_floats and "F" not in dtype:
+            raise ModelFileError(f"{path}: {excerpt(name)} has dtype {dtype}, allowed are floats")
+    return shapes
+
+
+def _check_inside(path: Path) -> None:
+    """Refuse a file that is a link out of its model folder."""
     try:
         inside = path.resolve().is_relative_to(path.parent.resolve())
     except (OSError, RuntimeError, ValueError):  # a cycle of links, a null character
@@ -190,30 +190,16 @@ def check_inside(path: Path) -> None:
         raise ModelFileError(f"{path}: links to a file outside of its folder")
 
 
-def read_shapes(path: Path, *, floats: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, read from its header only.
-
-    Args:
-        path: the file.
-        floats: refuse tensors that are not floating point.
-
-    Raises:
-        ModelFileError: not a regular file, or (with `floats`) a tensor is not floating point.
-        SafetensorError, OSError: not a safetensors file, or not readable.
-    """
-    if path.exists() and not path.is_file():
+def _check_plain(path: Path) -> None:
+    """Refuse a missing file, and a folder, pipe or device: reading a pipe could block."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # e.g. a folder may not be entered
+        raise ModelFileError(f"{path}: not readable: {excerpt(error, 80)}") from None
+    if not stat.S_ISREG(mode):
         raise ModelFileError(f"{path}: not a plain file")
-    shapes = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
-            tensor = file.get_slice(name)
-            if floats and "F" not in tensor.get_dtype():
-                dtype = excerpt(tensor.get_dtype())
-                raise ModelFileError(
-                    f"{path}: {excerpt(name)} has dtype {dtype}, allowed are floats"
-                )
-            shapes[name] = tuple(tensor.get_shape())
-    return shapes
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
@@ -228,8 +214,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{excerpt(name)} is {excerpt(json.dumps(value))}") from None
 
 
-def _check_sizes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Build the model on the meta device and compare its shapes with the file's.
+def _check_shapes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the file's shapes with those of the model, which is built on the meta device.
 
     Otherwise a small config could allocate any amount of memory.
     """
@@ -240,13 +226,12 @@ def _check_sizes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     with torch.device("meta"):
         config = HookedTransformerConfig(**{**values, "device": "meta"})
         model = build_hooked(config, move_to_device=False)
-    for name, parameter in model.named_parameters():
-        if name in shapes and tuple(parameter.shape) != shapes[name]:
-            needed = tuple(parameter.shape)
-            raise ValueError(f"{name} has the shape {shapes[name]}, the config needs {needed}")
-    absent = [name for name, _ in model.named_parameters() if name not in shapes]
-    if absent:
-        raise ValueError(f"missing {absent[:3]}")
+    needed = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for name in sorted(needed.keys() | shapes.keys()):
+        if shapes.get(name) != needed.get(name):
+            raise ValueError(
+                f"{name} has the shape {shapes.get(name)}, the config needs {needed.get(name)}"
+            )
     buffers = sum(math.prod(buffer.shape) for buffer in model.buffers())
     if buffers > MAX_BUFFER_ENTRIES:
         raise ValueError(f"buffers of {buffers:,} entries: at most {MAX_BUFFER_ENTRIES:,}")

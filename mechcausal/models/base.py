@@ -1,24 +1,26 @@
 """The interface of a model that learns a causal graph."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.models.adapter import ModelFileError, build_from_files, save_model
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models.adapter import ModelFileError, load_with_extra, save_model
 from mechcausal.support.messages import excerpt
 from probes import AttentionPattern, attach
 
 # Keys of a config that do not change what the model computes.
 _IRRELEVANT_KEYS = ("device", "n_devices", "seed", "model_name", "init_weights", "tokenizer_name")
+
+Model = TypeVar("Model", bound="GraphModel")
 
 
 class GraphModel(ABC):
@@ -93,6 +95,82 @@ class GraphModel(ABC):
         """Write weights and config; read them back with `load` or `load_model`."""
         save_model(self.hooked, folder, extra={"kind": self.kind, **self._saved()})
 
+    @classmethod
+    def load(cls: type[Model], folder: str | Path, *, device: str = "cpu") -> Model:
+        """Read a model that `save` wrote.
+
+        Raises:
+            ModelFileError: not a readable model of this kind, or its wiring was changed.
+        """
+        return cls.from_saved(folder, *load_with_extra(folder, device=device))
+
+    @classmethod
+    def from_saved(
+        cls: type[Model], folder: str | Path, hooked: HookedTransformer, saved: Mapping[str, Any]
+    ) -> Model:
+        """The model of this kind that was read from a folder; errors as in `load`."""
+        if saved.get("kind") != cls.kind:
+            saved_kind = excerpt(saved.get("kind", "another HookedTransformer"))
+            raise ModelFileError(f"{folder}: not a {cls.kind} model but {saved_kind}")
+        model = cls.__new__(cls)
+        try:
+            model._adopt(hooked, saved)
+        except ValueError as error:
+            raise ModelFileError(f"{folder}: {error}") from None
+        return model
+
+    def _adopt(self, hooked: HookedTransformer, saved: Mapping[str, Any]) -> None:
+        """Set the attributes from what was saved; ValueError if it was not saved by this class."""
+        self.hooked = hooked
+
+    def _saved(self) -> dict[str, Any]:
+        """Values to save that the HookedTransformer's config lacks."""
+        return {}
+
+    def _wire(self) -> None:
+        """Set the weights that are not trained; all weights were 0 before."""
+        return
+
+    def _trained_blocks(self) -> list[Tensor]:
+        """Views of the trained parts of the parameters (not the wiring)."""
+        return list(self.hooked.parameters())
+
+    @torch.no_grad()
+    def _reset(self) -> None:
+        """Set every weight to 0, then the wiring; only `parameters_by_name` require gradients."""
+        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
+        for parameter in self.hooked.parameters():
+            parameter.zero_()
+            parameter.requires_grad_(id(parameter) in trained)
+        self._wire()
+
+    def _check_config(self, config: HookedTransformerConfig) -> None:
+        """Raise ValueError if a loaded model's config is not that of a new model of its size."""
+        expected, loaded = config.to_dict(), self.hooked.cfg.to_dict()
+        for key in sorted(expected.keys() | loaded.keys()):
+            if key not in _IRRELEVANT_KEYS and expected.get(key) != loaded.get(key):
+                raise ValueError(
+                    f"{CONFIG_FILE}: {excerpt(key)} is {excerpt(loaded.get(key))}, "
+                    f"a {self.kind} model of this size has {excerpt(expected.get(key))}"
+                )
+
+    @torch.no_grad()
+    def _check_wiring(self) -> None:
+        """Raise ValueError if a loaded weight that is not trained is not that of a new model."""
+        trained = [(block, block.clone()) for block in self._trained_blocks()]
+        for block, _ in trained:
+            block.zero_()
+        loaded = {name: weight.clone() for name, weight in self.hooked.named_parameters()}
+        self._reset()
+        for name, weight in self.hooked.named_parameters():
+            if not torch.equal(weight, loaded[name]):
+                raise ValueError(
+                    f"{WEIGHTS_FILE}: {name} is not wired as in a {self.kind} model: "
+                    "the file was changed or is damaged"
+                )
+        for block, values in trained:
+            block.copy_(values)
+
     def _check_length(self, graph: CausalGraph) -> None:
         if graph.sequence_length != self.sequence_length:
             raise ValueError(
@@ -100,69 +178,7 @@ class GraphModel(ABC):
                 f"the model of {self.sequence_length}"
             )
 
-    def _blank(self) -> None:
-        """Set every weight to 0 before wiring; only `parameters_by_name` require gradients."""
-        trained = {id(parameter) for parameter in self.parameters_by_name.values()}
-        with torch.no_grad():
-            for parameter in self.hooked.parameters():
-                parameter.zero_()
-                parameter.requires_grad_(id(parameter) in trained)
-
-    def _take_weights(self, hooked: HookedTransformer, folder: str | Path) -> None:
-        """Copy the weights of a saved model with the same architecture and wiring.
-
-        Raises:
-            ModelFileError: the architecture or the wiring differs.
-        """
-        ours, theirs = self.hooked.cfg.to_dict(), hooked.cfg.to_dict()
-        for key in sorted(ours.keys() | theirs.keys()):
-            if key not in _IRRELEVANT_KEYS and ours.get(key) != theirs.get(key):
-                raise ModelFileError(
-                    f"{folder}: {CONFIG_FILE}: {excerpt(key)} is {excerpt(theirs.get(key))}, "
-                    f"a {self.kind} model of this size has {excerpt(ours.get(key))}"
-                )
-        wired = {name: value.clone() for name, value in self.hooked.named_parameters()}
-        try:
-            self.hooked.load_state_dict(hooked.state_dict())
-        except RuntimeError:
-            raise ModelFileError(f"{folder}: the weights are not a {self.kind} model's") from None
-        with torch.no_grad():
-            trained = [(block, block.clone()) for block in self._trained_blocks()]
-            for block, _ in trained:
-                block.zero_()
-            for name, value in self.hooked.named_parameters():
-                if not torch.equal(value, wired[name]):
-                    raise ModelFileError(
-                        f"{folder}: {WEIGHTS_FILE}: {name} is not wired as in a {self.kind} model: "
-                        "the file was changed or is damaged"
-                    )
-            for block, values in trained:
-                block.copy_(values)
-
-    def _trained_blocks(self) -> list[Tensor]:
-        """Views of the trained parts of the parameters (not the wiring); 0 in a new model."""
-        return []
-
-    def _saved(self) -> dict[str, Any]:
-        """Values to save that the HookedTransformer's config lacks."""
-        return {}
-
 
 def _set_trained(parameters: dict[str, torch.nn.Parameter], trained: dict[str, bool]) -> None:
     for name, parameter in parameters.items():
         parameter.requires_grad_(trained[name])
-
-
-def read_hooked(
-    folder: str | Path, kind: str, *, device: str
-) -> tuple[HookedTransformer, dict[str, Any]]:
-    """Read the HookedTransformer and the extra values of a saved model of the given kind.
-
-    Raises:
-        ModelFileError: not a readable model of this kind.
-    """
-    hooked, extra = build_from_files(folder, device=device)
-    if extra.get("kind") != kind:
-        saved_kind = excerpt(extra.get("kind", "another HookedTransformer"))
-        raise ModelFileError(f"{folder}: not a {kind} model but {saved_kind}")
-    return hooked, extra

@@ -15,19 +15,18 @@ W_O are fixed 0/1 wiring. The closed form reads the same memory. It is faster be
 one-hot streams are look-ups and the last layer is computed at the last position only.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.models.adapter import ModelFileError, build_hooked, wired_config
-from mechcausal.models.base import GraphModel, read_hooked
+from mechcausal.models.adapter import build_hooked, wired_config
+from mechcausal.models.base import GraphModel
 
 
 def stream_widths(vocab_size: int, sequence_length: int, heads: Sequence[int]) -> list[int]:
@@ -93,43 +92,9 @@ class DisentangledTransformer(GraphModel):
         """
         if not heads or min(heads) < 1:
             raise ValueError(f"heads is {list(heads)}: every layer needs at least one head")
-        self.heads = tuple(heads)
-        self.widths = stream_widths(vocab_size, sequence_length, heads)
         config = disentangled_config(vocab_size, sequence_length, heads, device=str(device))
-        self.hooked = build_hooked(config)
-        self._streams = [
-            _streams(vocab_size, sequence_length, self.heads[:layer])
-            for layer in range(len(heads) + 1)
-        ]
-        self._wire()
-        device = torch.device(device)
-        t = sequence_length
-        self._future = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
-        self._positions = torch.eye(t, device=device)
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str = "cpu") -> "DisentangledTransformer":
-        """Read a model that `save` wrote.
-
-        Raises:
-            ModelFileError: not a readable disentangled model, or its wiring differs.
-        """
-        hooked, extra = read_hooked(folder, cls.kind, device=device)
-        config, heads = hooked.cfg, extra.get("heads")
-        try:
-            # Check the sizes before building: a wrong number of heads could exhaust the memory.
-            if not isinstance(heads, list) or any(type(n) is not int for n in heads):
-                raise ValueError("heads")
-            if len(heads) != config.n_layers or max(heads) != config.n_heads:
-                raise ValueError("heads")
-            widths = stream_widths(config.d_vocab, config.n_ctx, heads)
-            if widths[-2:] != [config.d_head, config.d_model]:
-                raise ValueError("heads")
-            model = cls(config.d_vocab, config.n_ctx, heads, device=device)
-        except ValueError:
-            raise ModelFileError(f"{folder}: the weights are not a disentangled model's") from None
-        model._take_weights(hooked, folder)
-        return model
+        self._take(build_hooked(config), heads)
+        self._reset()
 
     @property
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
@@ -281,11 +246,32 @@ class DisentangledTransformer(GraphModel):
     def _saved(self) -> dict[str, Any]:
         return {"heads": list(self.heads)}
 
-    @torch.no_grad()
+    def _adopt(self, hooked: HookedTransformer, saved: Mapping[str, Any]) -> None:
+        heads, cfg = saved.get("heads"), hooked.cfg
+        # Widths grow exponentially with the heads: limit these first.
+        if (
+            not isinstance(heads, list)
+            or len(heads) != cfg.n_layers
+            or any(type(n) is not int or not 0 < n <= cfg.n_heads for n in heads)
+            or stream_widths(cfg.d_vocab, cfg.n_ctx, heads)[-2:] != [cfg.d_head, cfg.d_model]
+        ):
+            raise ValueError("the weights are not a disentangled model's")
+        self._take(hooked, heads)
+        self._check_config(disentangled_config(cfg.d_vocab, cfg.n_ctx, heads))
+        self._check_wiring()
+
+    def _take(self, hooked: HookedTransformer, heads: Sequence[int]) -> None:
+        self.hooked = hooked
+        self.heads = tuple(heads)
+        s, t, device = self.vocab_size, self.sequence_length, hooked.embed.W_E.device
+        self.widths = stream_widths(s, t, heads)
+        self._streams = [_streams(s, t, heads[:layer]) for layer in range(len(heads) + 1)]
+        self._future = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
+        self._positions = torch.eye(t, device=device)
+
     def _wire(self) -> None:
         s = self.vocab_size
         hooked = self.hooked
-        self._blank()
         hooked.embed.W_E[:, :s] = torch.eye(s)
         hooked.pos_embed.W_pos[:, s : self.widths[0]] = torch.eye(self.sequence_length)
         for layer, (n_heads, width) in enumerate(zip(self.heads, self.widths[:-1], strict=True)):

@@ -1,15 +1,17 @@
-"""Load a saved model of any kind."""
+"""Load a saved model as the class of its kind."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mechcausal.models.adapter import ModelFileError, build_from_files
+from mechcausal.models.adapter import ModelFileError, load_with_extra
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer
 from mechcausal.support.messages import excerpt
 
-KINDS: tuple[type[SimplifiedTransformer | DisentangledTransformer | StandardTransformer], ...] = (
+KINDS: tuple[type[GraphModel], ...] = (
     SimplifiedTransformer,
     DisentangledTransformer,
     StandardTransformer,
@@ -22,10 +24,15 @@ def load_graph_model(folder: str | Path, *, device: str = "cpu") -> GraphModel:
     Raises:
         ModelFileError: not a readable model of one of `KINDS`.
     """
-    _, extra = build_from_files(folder, device=device)
-    for kind in KINDS:
-        if kind.kind == extra.get("kind"):
-            return kind.load(folder, device=device)
-    allowed = ", ".join(kind.kind for kind in KINDS)
-    saved_kind = excerpt(repr(extra.get("kind")))
-    raise ModelFileError(f"{folder}: kind {saved_kind} is none of {allowed}")
+    hooked, saved = load_with_extra(folder, device=device)
+    kind = kind_of(saved)
+    if kind is None:
+        allowed = ", ".join(kind.kind for kind in KINDS)
+        saved_kind = excerpt(repr(saved.get("kind")))
+        raise ModelFileError(f"{folder}: kind {saved_kind} is none of {allowed}")
+    return kind.from_saved(folder, hooked, saved)
+
+
+def kind_of(saved: Mapping[str, Any]) -> type[GraphModel] | None:
+    """The class of a saved model, by the values saved with it; None if it is none of `KINDS`."""
+    return next((kind for kind in KINDS if kind.kind == saved.get("kind")), None)

@@ -12,16 +12,17 @@ token block of layer 1's W_Q. The closed form reads the same memory and skips th
 multiplications per step instead of B T d_model d_head.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.models.adapter import ModelFileError, build_hooked, wired_config
-from mechcausal.models.base import GraphModel, read_hooked
+from mechcausal.models.adapter import build_hooked, wired_config
+from mechcausal.models.base import GraphModel
 
 
 def simplified_config(
@@ -61,26 +62,8 @@ class SimplifiedTransformer(GraphModel):
     ) -> None:
         """Build the wiring, with A1 = 0 and A2 = 0."""
         config = simplified_config(vocab_size, sequence_length, device=str(device))
-        self.hooked = build_hooked(config)
-        self._wire()
-        shape = (sequence_length, sequence_length)
-        self._future = torch.ones(shape, dtype=torch.bool, device=device).triu(1)
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str = "cpu") -> "SimplifiedTransformer":
-        """Read a model that `save` wrote.
-
-        Raises:
-            ModelFileError: not a readable simplified model, or its wiring differs.
-        """
-        hooked, _ = read_hooked(folder, cls.kind, device=device)
-        s, t = hooked.cfg.d_vocab, hooked.cfg.n_ctx
-        # Check the sizes before building: wrong ones could exhaust the memory.
-        if (hooked.cfg.d_model, hooked.cfg.d_head) != (3 * s + t, max(s, t)):
-            raise ModelFileError(f"{folder}: the weights are not a simplified model's")
-        model = cls(s, t, device=device)
-        model._take_weights(hooked, folder)
-        return model
+        self._take(build_hooked(config))
+        self._reset()
 
     @property
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
@@ -157,11 +140,20 @@ class SimplifiedTransformer(GraphModel):
     def _trained_blocks(self) -> list[Tensor]:
         return [self.A1, self.A2]
 
-    @torch.no_grad()
+    def _adopt(self, hooked: HookedTransformer, saved: Mapping[str, Any]) -> None:
+        self._take(hooked)
+        self._check_config(simplified_config(self.vocab_size, self.sequence_length))
+        self._check_wiring()
+
+    def _take(self, hooked: HookedTransformer) -> None:
+        self.hooked = hooked
+        shape = (self.sequence_length, self.sequence_length)
+        device = hooked.embed.W_E.device
+        self._future = torch.ones(shape, dtype=torch.bool, device=device).triu(1)
+
     def _wire(self) -> None:
         s, t = self.vocab_size, self.sequence_length
         hooked = self.hooked
-        self._blank()
         token, position = slice(0, s), slice(s, s + t)
         copy1, copy2 = slice(s + t, 2 * s + t), slice(2 * s + t, 3 * s + t)
         eye_s, eye_t = torch.eye(s), torch.eye(t)

@@ -4,7 +4,7 @@ Embeddings are learned or one-hot; MLPs and LayerNorm are optional. Source of th
 Damian, Lee, ICML 2024 (arXiv 2402.14735), figure 8.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.adapter import ModelFileError, build_hooked
-from mechcausal.models.base import GraphModel, read_hooked
-from mechcausal.models.file_names import WEIGHTS_FILE
+from mechcausal.models.adapter import build_hooked
+from mechcausal.models.base import GraphModel
 
 
 def standard_config(
@@ -93,34 +92,7 @@ class StandardTransformer(GraphModel):
             self.hooked: HookedTransformer = build_hooked(config)
         self.heads = (config.n_heads,) * config.n_layers
         self.fixed_embeddings = fixed_embeddings
-        if fixed_embeddings:
-            self._fix_embeddings()
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str = "cpu") -> "StandardTransformer":
-        """Read a model that `save` wrote.
-
-        Raises:
-            ModelFileError: not a readable standard model, or its fixed embeddings differ.
-        """
-        model = cls.__new__(cls)
-        model.hooked, extra = read_hooked(folder, cls.kind, device=device)
-        model.heads = (model.hooked.cfg.n_heads,) * model.hooked.cfg.n_layers
-        model.fixed_embeddings = extra.get("fixed_embeddings") is True
-        if model.fixed_embeddings:
-            embeddings = model.hooked.embed.W_E, model.hooked.pos_embed.W_pos
-            before = [weight.clone() for weight in embeddings]
-            try:
-                model._fix_embeddings()
-                same = all(map(torch.equal, embeddings, before))
-            except ValueError:
-                same = False
-            if not same:
-                raise ModelFileError(
-                    f"{folder}: {WEIGHTS_FILE}: the embeddings are not one-hot as saved: "
-                    "the file was changed or is damaged"
-                )
-        return model
+        self._wire()
 
     @property
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
@@ -141,9 +113,25 @@ class StandardTransformer(GraphModel):
     def _saved(self) -> dict[str, Any]:
         return {"fixed_embeddings": self.fixed_embeddings}
 
+    def _adopt(self, hooked: HookedTransformer, saved: Mapping[str, Any]) -> None:
+        self.hooked = hooked
+        self.heads = (hooked.cfg.n_heads,) * hooked.cfg.n_layers
+        self.fixed_embeddings = saved.get("fixed_embeddings") is True
+        if self.fixed_embeddings:
+            self._check_wiring()
+
+    def _trained_blocks(self) -> list[Tensor]:
+        fixed = self._embeddings() if self.fixed_embeddings else ()
+        return [p for p in self.hooked.parameters() if not any(p is weight for weight in fixed)]
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        return self.hooked.embed.W_E, self.hooked.pos_embed.W_pos
+
     @torch.no_grad()
-    def _fix_embeddings(self) -> None:
-        tokens, positions = self.hooked.embed.W_E, self.hooked.pos_embed.W_pos
+    def _wire(self) -> None:
+        if not self.fixed_embeddings:
+            return
+        tokens, positions = self._embeddings()
         s, t, width = self.vocab_size, self.sequence_length, self.hooked.cfg.d_model
         if width < s + t:
             raise ValueError(

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.models.adapter import (
     FORMAT,
     ModelFileError,
-    build_from_files,
+    load_with_extra,
     read_config,
     read_shapes,
 )
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
-from mechcausal.models.loading import KINDS
+from mechcausal.models.loading import kind_of
 from mechcausal.records.run_folder import MODEL_FOLDER, RECIPE_FILE
 from mechcausal.support.messages import excerpt, first_line
 from mechcausal.training.checkpoints import checkpoint_folders
@@ -138,14 +138,14 @@ def _weights_folder(run: Path, step: int | None) -> Path:
 
 
 def _load_saved(folder: Path, name: str, device: str, *, run: Path | None = None) -> Target:
-    model, extra = build_from_files(folder, device=device)
+    model, extra = load_with_extra(folder, device=device)
     bos = extra.get("bos")
-    graph_model = next((kind for kind in KINDS if kind.kind == extra.get("kind")), None)
-    if graph_model is not None:  # its `load` also checks wired and fixed weights
-        model = graph_model.load(folder, device=device).hooked
+    kind = kind_of(extra)
+    if kind is not None:
+        kind.from_saved(folder, model, extra)  # checks the wiring
     # Models of a causal graph predict only at the last position.
     with running(name):
-        is_language_model = ("bos" in extra or graph_model is None) and not attends_ahead(model)
+        is_language_model = ("bos" in extra or kind is None) and not attends_ahead(model)
     return Target(name, model, bos if isinstance(bos, int) else None, run, is_language_model)
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mechcausal import __version__
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.recipes import recipe_to_dict
 from mechcausal.support.files import write_folder_atomically
 from mechcausal.support.messages import excerpt

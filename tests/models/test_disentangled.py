@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, k_gram, random_tree, two_parents
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.models.adapter import ModelFileError, save_model
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer, stream_widths
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.models.loading import KINDS, load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config

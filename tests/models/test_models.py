@@ -13,9 +13,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, random_tree
-from mechcausal.models import adapter
+from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE, adapter
 from mechcausal.models.adapter import ModelFileError, build_hooked, load_model, save_model
-from mechcausal.models.file_names import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.tasks import Batch, SingleParentTask, soft_cross_entropy
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition

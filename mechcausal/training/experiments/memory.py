@@ -1,7 +1,8 @@
 """Check that a recipe fits into memory before anything large is allocated.
 
-The estimate is a lower bound: it counts only the largest arrays that are held at the same time. A
-recipe refused here could not have run; one that passes may still run out of memory.
+The estimate is a lower bound: it counts the model, one batch, and the matrices with a row and a
+column for every position. A recipe refused here could not have run; one that passes may still run
+out of memory.
 """
 
 import math
@@ -12,17 +13,18 @@ from pathlib import Path
 import torch
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.recipes import Recipe, RecipeError, StageSection
+from mechcausal.recipes import Recipe, RecipeError
+from mechcausal.recipes.stages import stages
 from mechcausal.theory.elimination import elimination_width
 
 MAX_PROBE_STEPS = 1_000_000
 """Most probe steps in one run; each is a row of its history."""
+MAX_TENSOR_ENTRIES = 10**8
+"""Most entries of one transition tensor."""
 
 _GIB = 2**30
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-# `parent_information` samples above this many joint states (its `max_states`).
-_EXACT_STATES = 20_000
-_SAMPLED = 4096
+_EXACT_STATES = 20_000  # `parent_information` samples above this many states (its `max_states`)
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Need:
     """The memory that one part of a run needs.
 
     Attributes:
-        what: name of the part, for the message.
+        part: what needs it, for the message.
         size: bytes.
         fields: recipe fields that determine the size.
         lasting: whether it stays allocated for the whole run.
     """
 
-    what: str
+    part: str
     size: int
     fields: tuple[str, ...]
     lasting: bool = False
@@ -52,17 +54,16 @@ def check_memory(needs: list[Need], device: str = "cpu") -> None:
     Raises:
         RecipeError: it does not fit; the message names the fields to reduce.
     """
-    temporary = max((need.size for need in needs if not need.lasting), default=0)
-    total = temporary + sum(need.size for need in needs if need.lasting)
+    total = sum(need.size for need in needs if need.lasting)
+    total += max((need.size for need in needs if not need.lasting), default=0)
     available = available_memory(device)
-    if total <= available:
-        return
-    largest = max(needs, key=lambda need: need.size)
-    raise RecipeError(
-        f"too large: this needs at least {_size(total)} of memory, {device} has "
-        f"{_size(available)}; {_size(largest.size)} are for {largest.what}: "
-        f"reduce {', '.join(largest.fields)}"
-    )
+    if total > available:
+        largest = max(needs, key=lambda need: need.size)
+        raise RecipeError(
+            f"too large: this needs at least {_size(total)} of memory, {device} has "
+            f"{_size(available)}; {_size(largest.size)} are for {largest.part}: "
+            f"reduce {', '.join(largest.fields)}"
+        )
 
 
 def available_memory(device: str = "cpu") -> int:
@@ -79,7 +80,7 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> list[Need]:
-    """What a run of the recipe needs: model, sequences, steps, probe steps and theory.
+    """What a run of the recipe needs for its model, batches, matrices and theory.
 
     Args:
         recipe: a parsed recipe.
@@ -89,146 +90,94 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
     Raises:
         RecipeError: more than `MAX_PROBE_STEPS` probe steps.
     """
-    training, evaluation = recipe.training, recipe.evaluation
-    s, t = recipe.task.vocab_size, length
-    part = training.batch_size // training.accumulation
-    sequence = ("task.vocab_size", _length_field(recipe))
-    batch = ("training.batch_size (or raise training.accumulation)", *sequence)
-    evaluated = ("evaluation.n_sequences", *sequence)
-    n_probe_steps = _probe_steps(recipe)
-    n_kept = min(n_probe_steps, recipe.probing.images + recipe.probing.dense)
-    heads = _heads(recipe)[0]
+    training, evaluation, probing = recipe.training, recipe.evaluation, recipe.probing
+    s, t, fields = recipe.task.vocab_size, length, _size_fields(recipe)
+    weights, scores, model_fields = _model_sizes(recipe, t)
+    single_parent = graph is not None and graph.is_single_parent
+    # Of each sequence: three tables to draw its transition matrix, or logits of its positions.
+    data = 3 * s * s if single_parent else s * t if graph is None else s
+    batch = training.batch_size // training.accumulation
+    batch_fields = ("training.batch_size (or raise training.accumulation)", *fields)
+    kept = min(_n_probe_steps(recipe), probing.images + probing.dense) if probing.enabled else 0
+    kept_fields = ("probing.images", "probing.dense", *fields)
     needs = [
-        _model_need(recipe, t),
-        Need("a training step", part * _step_entries(recipe, t) * 4, batch),
+        Need("the model", 4 * weights, (*model_fields, *fields), lasting=True),
+        Need("a training step", 4 * batch * (scores + data + t), batch_fields),
+        Need(
+            "the evaluation sequences",
+            4 * evaluation.n_sequences * (data + t),
+            ("evaluation.n_sequences", *fields),
+        ),
+        Need("the matrices kept", 12 * kept * t * t, kept_fields, lasting=True),
     ]
-    if recipe.probing.enabled:
-        kept = n_kept * 3 * heads * t * t * 4
-        needs.append(
-            Need("matrices kept", kept, ("probing.images", "probing.dense", *sequence), True)
-        )
-    if graph is None:
-        # Scores and logits of every position.
-        size = evaluation.n_sequences * (heads * t * t + 2 * t * s) * 4
-        return [*needs, Need("the evaluation sequences", size, evaluated)]
-    single = graph.is_single_parent
-    per_sequence = 8 * t + (24 * s * s if single else 8 * t + 4 * s)
-    held = evaluation.n_sequences * (8 * t + (4 * s * s if single else 4 * s))
-    needs += [
-        Need("a training batch", part * per_sequence, batch),
-        Need("drawing the evaluation batch", evaluation.n_sequences * per_sequence, evaluated),
-        Need("the evaluation batch", held, evaluated, True),
-    ]
-    if single and recipe.task.transition is None:
-        draws = evaluation.bayes_draws * s * s * 16
-        needs.append(Need("the Bayes loss", draws, ("evaluation.bayes_draws", "task.vocab_size")))
-    return needs + theory_needs(recipe, graph)
+    if single_parent and recipe.task.transition is None:
+        size = 16 * evaluation.bayes_draws * s * s
+        needs.append(Need("the Bayes loss", size, ("evaluation.bayes_draws", "task.vocab_size")))
+    return needs if graph is None else needs + theory_needs(recipe, graph)
 
 
 def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
     """What computing the information of a recipe's graph needs.
 
     Raises:
-        RecipeError: a transition tensor has too many entries to be drawn.
+        RecipeError: a transition tensor has more than `MAX_TENSOR_ENTRIES` entries.
     """
-    s, n = recipe.task.vocab_size, graph.n_positions
-    fields = ("task.vocab_size", _length_field(recipe))
+    s, n, fields = recipe.task.vocab_size, graph.n_positions, _size_fields(recipe)
     if graph.is_single_parent:
-        # Matrices of all pairs, in float64, and the powers of one transition matrix.
-        powers = (max(graph.depths) + 2) * s * s
+        powers = 16 * (max(graph.depths) + 2) * s * s
         return [
-            Need("information of all pairs", 10 * 8 * n * n, fields, True),
-            Need("powers of transition matrices", 2 * 8 * powers, fields),
+            Need("information of all pairs", 80 * n * n, fields, lasting=True),
+            Need("powers of transition matrices", powers, fields),
         ]
     k = graph.max_parents
     # Compare logarithms: s^(k + 1) may have thousands of digits.
-    if (k + 1) * math.log(s) > math.log(10**8):
+    if (k + 1) * math.log(s) > math.log(MAX_TENSOR_ENTRIES):
         parents_field = "graph.k" if recipe.graph.k is not None else "the parents of a position"
         raise RecipeError(
             f"too large: a transition tensor of {k} parents and {s} tokens has {s}^{k + 1} "
             f"entries, at most 10^8 are allowed: reduce {parents_field} or task.vocab_size"
         )
-    needs = [Need("transition tensors", 3 * 8 * s ** (k + 1), fields)]
-    if elimination_width(graph) * math.log(s) > math.log(_EXACT_STATES):
-        tables = 2 * 8 * 8 * (n * s) * ((n + 1) * s)
-        laws = 2 * 8 * _SAMPLED * n * s
-        needs.append(Need("information of all pairs", tables + laws, fields))
-    return needs
+    is_sampled = elimination_width(graph) * math.log(s) > math.log(_EXACT_STATES)
+    tables = 128 * (n * s) ** 2 if is_sampled else 0
+    return [
+        Need("transition tensors", 24 * s ** (k + 1), fields),
+        Need("information of all pairs", tables, fields),
+    ]
 
 
-def _length_field(recipe: Recipe) -> str:
+def _size_fields(recipe: Recipe) -> tuple[str, str]:
+    """The fields that determine the numbers of tokens and of positions."""
+    length = "graph.sequence_length"
     if recipe.task.kind == "repeated_tokens":
-        return "task.repeat_lengths"
-    if recipe.graph.preset in ("manual", "edge_list"):
-        return "the graph's positions"
-    return "graph.sequence_length"
+        length = "task.repeat_lengths"
+    elif recipe.graph.preset in ("manual", "edge_list"):
+        length = "the graph's positions"
+    return "task.vocab_size", length
 
 
-def _heads(recipe: Recipe) -> tuple[int, ...]:
-    model = recipe.model
+def _model_sizes(recipe: Recipe, t: int) -> tuple[int, int, tuple[str, ...]]:
+    """Weights, attention scores of a sequence in a training step, and the model's own fields."""
+    model, s = recipe.model, recipe.task.vocab_size
     if model.kind == "standard":
-        return (model.n_heads,) * model.n_layers
-    return model.heads if model.kind == "disentangled" else (1, 1)
+        d, n_layers = model.d_model, model.n_layers
+        weights = n_layers * (4 * d * d + 2 * d * (model.d_mlp or 0))
+        fields = ("model.d_model", "model.d_mlp", "model.n_layers")
+        return weights, n_layers * model.n_heads * t * t, fields
+    if model.kind == "simplified":  # its closed form has no scores of a sequence in layer 1
+        return 8 * (3 * s + t) * max(s, t), t, ()
+    heads = model.heads
+    width = (s + t) * math.prod(n + 1 for n in heads)
+    weights = 4 * len(heads) * max(heads) * width * width // (heads[-1] + 1)
+    return weights, sum(heads[:-1]) * t * t, ("model.heads",)
 
 
-def _stages(recipe: Recipe) -> tuple[StageSection, ...]:
-    training = recipe.training
-    if training.algorithm == "joint":
-        return (training.joint,)
-    return training.stage1, training.stage2
-
-
-def _model_need(recipe: Recipe, t: int) -> Need:
-    """Parameters, gradients and the optimizer's averages, in float32."""
-    model, s, heads = recipe.model, recipe.task.vocab_size, _heads(recipe)
-    n_layers = len(heads)
-    fields: tuple[str, ...] = ("task.vocab_size", _length_field(recipe))
-    if model.kind == "standard":
-        d = model.d_model
-        per_layer = 4 * d * d + 2 * d * (model.d_mlp or 0)
-        parameters = trained = n_layers * per_layer + (2 * s + t) * d
-        fields = ("model.d_model", "model.d_mlp", "model.n_layers", *fields)
-    else:
-        if model.kind == "simplified":
-            width, d_head = 3 * s + t, max(s, t)
-        else:
-            width = (s + t) * math.prod(n + 1 for n in heads)
-            d_head = width // (heads[-1] + 1)
-            fields = ("model.heads", *fields)
-        weight = max(heads) * width * d_head
-        parameters = 4 * n_layers * weight + (2 * s + t) * width
-        trained = n_layers * weight
-    has_averages = any(stage.optimizer != "sgd" for stage in _stages(recipe))
-    size = 4 * (parameters + trained * (3 if has_averages else 1))
-    return Need("the model and its optimizer", size, fields, True)
-
-
-def _step_entries(recipe: Recipe, t: int) -> int:
-    """Entries that one sequence of a training step keeps for its backward pass."""
-    model, s, heads = recipe.model, recipe.task.vocab_size, _heads(recipe)
-    if model.kind == "standard":
-        attention = sum(heads) * t * t * 2
-        streams = len(heads) * t * (4 * model.d_model + (model.d_mlp or 0))
-        return attention + streams + 2 * t * s
-    if model.kind == "simplified":
-        return 3 * t
-    width, entries = s + t, t * s
-    for n_heads in heads[:-1]:
-        entries += n_heads * t * t * 2
-        width *= n_heads + 1
-    return entries + t * (width - t)
-
-
-def _probe_steps(recipe: Recipe) -> int:
-    probing = recipe.probing
-    if not probing.enabled:
-        return 2
-    count = 2
-    for stage in _stages(recipe):
-        spaced = stage.steps // probing.every
-        if probing.schedule == "geometric":
-            spaced = stage.steps.bit_length()
-        count += min(stage.steps, probing.dense + spaced)
+def _n_probe_steps(recipe: Recipe) -> int:
+    """An upper limit of the number of probe steps."""
+    probing, count = recipe.probing, 2
+    for stage in stages(recipe) if probing.enabled else ():
+        steps = stage.section.steps
+        spaced = steps // probing.every if probing.schedule == "every" else steps.bit_length()
+        count += min(steps, probing.dense + spaced)
     if count > MAX_PROBE_STEPS:
         raise RecipeError(
             f"too large: {count:,} probe steps, at most {MAX_PROBE_STEPS:,} are allowed: "
