@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from mechcausal.cli.parsing import RefusedError
+from mechcausal.measures.figures import figure_of
 from mechcausal.recipes import Recipe
 from mechcausal.support.messages import printable
 
@@ -77,13 +78,11 @@ class ProgressBar(Display):
         if bar.disable:
             return
         figures = progress.figures
-        values = {
-            "loss": figures.get("loss/eval"),
-            "gap": figures.get("loss/gap"),
-            "edges": figures.get("graph/recovered"),
+        texts = {
+            item.short: f"{value:.0%}" if item.unit == "share" else f"{value:.3f}"
+            for item in map(figure_of, ("loss/eval", "loss/gap", "graph/recovered"))
+            if (value := figures.get(item.key)) is not None
         }
-        formats = {"loss": "{:.3f}", "gap": "{:.3f}", "edges": "{:.0%}"}
-        texts = {key: formats[key].format(v) for key, v in values.items() if v is not None}
         bar.set_description(progress.stage, refresh=False)
         bar.set_postfix(texts, refresh=False)
         bar.update(progress.step - bar.n)

@@ -9,14 +9,10 @@ from typing import Any, Literal
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.measures.figures import figure_of
 from mechcausal.records.run_folder import RunInfo, find_runs, run_info
 
-_FIGURES = {
-    "loss/eval": "loss",
-    "loss/gap": "gap",
-    "graph/recovered": "edges",
-    "induction/score": "ind.",
-}
+_FIGURES = ("loss/eval", "loss/gap", "graph/recovered", "induction/score")
 _COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
@@ -73,11 +69,11 @@ def _print_table(runs: list[RunInfo], folder: Path) -> None:
     table.add_column("run", overflow="fold")
     table.add_column("recipe", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for heading in ("seed", "step", *_FIGURES.values()):
+    for heading in ("seed", "step", *(figure_of(key).short for key in _FIGURES)):
         table.add_column(heading, justify="right", no_wrap=True)
     for info in runs:
         name = os.path.relpath(info.folder, folder)
-        figures = [info.figures.get(figure) for figure in _FIGURES]
+        figures = [info.figures.get(key) for key in _FIGURES]
         table.add_row(
             Text(str(info.folder) if name == "." else name),
             Text(info.recipe.name if info.recipe else "?"),

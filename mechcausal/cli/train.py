@@ -11,6 +11,7 @@ import tyro
 
 from mechcausal.cli.display import Display, display
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.measures.figures import figure_of
 from mechcausal.recipes import (
     Recipe,
     RecipeError,
@@ -128,24 +129,16 @@ def run_displayed(start: "Callable[[], RunResult]", source: str, terminal: Displ
     return 128 + result.signal if result.signal is not None else 0
 
 
-# Rows of the final table: figure, whether to take it from the first probe step, meaning.
-_TABLE = (
-    ("gradient/edge_hits", True, "first gradient: rows that name the parent"),
-    ("graph/f1", True, "first gradient: F1 of the edges it names"),
-    ("gradient/theory_correlation", True, "first gradient with the predicted one"),
-    ("gradient/chi2_correlation", True, "first gradient with χ²-information"),
-    ("graph/recovered", False, "edges that get the row's attention"),
-    ("graph/rows_matched", False, "rows whose parents all have a head"),
-    ("graph/parent_attention", False, "mean attention on the parent"),
-    ("induction/score", False, "attention of the induction head above chance"),
-    ("induction/attention", False, "the same, with chance"),
-    ("induction/formation_step", False, "step at which induction/score reached 0.5"),
-    ("loss/eval", False, "nats"),
-    ("loss/second_copy", False, "nats, in the repeated half"),
-    ("loss/bayes", False, "nats, the best possible"),
-    ("loss/construction", False, "nats, of the hand-built model"),
-    ("loss/gap", False, "nats above Bayes"),
-    ("loss/construction_gap", False, "nats above the hand-built model"),
+# The figures of the final table, from the first row and from the last one.
+_FIRST = (
+    *("gradient/edge_hits", "graph/f1"),
+    *("gradient/theory_correlation", "gradient/chi2_correlation"),
+)
+_LAST = (
+    *("graph/recovered", "graph/rows_matched", "graph/parent_attention"),
+    *("induction/score", "induction/attention", "induction/formation_step"),
+    *("loss/eval", "loss/second_copy", "loss/bayes", "loss/construction"),
+    *("loss/gap", "loss/construction_gap"),
 )
 
 
@@ -158,12 +151,13 @@ def _print_result(result: "RunResult") -> None:
     table = Table(title=title)
     for heading, justify in (("figure", "left"), ("value", "right"), ("meaning", "left")):
         table.add_column(heading, justify="right" if justify == "right" else "left")
-    for name, first, meaning in _TABLE:
-        source = result.summary.get("first", {}) if first else result.summary
-        value = source.get(name)
-        if value is not None and not math.isnan(value):
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            table.add_row(name, text, meaning)
+    first = result.summary.get("first", {})
+    for row, keys, prefix in ((first, _FIRST, "first step: "), (result.summary, _LAST, "")):
+        for key in keys:
+            value = row.get(key)
+            if value is not None and not math.isnan(value):
+                text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+                table.add_row(key, text, prefix + figure_of(key).title)
     console = Console()
     console.print(table)
     figures = result.folder / "figures"

@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mechcausal.measures.figures import STEP, History
+from mechcausal.measures.figures import STEP, History, figure_of
 from mechcausal.pictures.interactive.style import MOST_HEADS, by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.pictures.terminal.text_matrix import half_blocks, pooled, shaded
@@ -31,26 +31,15 @@ _LINES = 8  # beside the matrices: heading, bar, titles, note, and four curves
 _LARGEST = 44  # characters that a matrix is stretched to
 _SMALLEST = 4
 _MOST_LISTED = 8  # heads of a model on repeated tokens
-_LABEL, _VALUES = 22, 38  # characters beside a sparkline
+_LABEL, _VALUES = 18, 38  # characters beside a sparkline
 
-# Label; keys of figures, of which the first available one is drawn; reference lines; whether the
-# range is 0 to 1.
-_CURVES: tuple[tuple[str, tuple[str, ...], Mapping[str, str], bool], ...] = (
-    (
-        "loss, nats",
-        ("loss/eval",),
-        {"Bayes": "loss/bayes", "hand-built": "loss/construction"},
-        False,
-    ),
-    ("loss in second copy", ("loss/second_copy",), {}, False),
-    ("edges recovered", ("graph/recovered",), {}, True),
-    (
-        "gradient, theory (r)",
-        ("gradient/pattern_theory_correlation", "gradient/pattern_chi2_correlation"),
-        {},
-        True,
-    ),
-    ("induction score", ("induction/score",), {}, True),
+# Keys of figures, of which the first available one is drawn, and of constants to compare with.
+_CURVES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("loss/eval",), ("loss/bayes", "loss/construction")),
+    (("loss/second_copy",), ()),
+    (("graph/recovered",), ()),
+    (("gradient/pattern_theory_correlation", "gradient/pattern_chi2_correlation"), ()),
+    (("induction/score",), ()),
 )
 
 
@@ -163,20 +152,21 @@ class Watched:
             yield Text(f"the best {len(listed)} of {order.size} heads", style="dim")
 
     def _curves(self, width: int) -> Iterator[Part]:
-        for label, keys, references, unit in _CURVES:
+        for keys, references in _CURVES:
             key = next((key for key in keys if self._last(key) is not None), None)
             if key is None:
                 continue
-            compared = {name: self._last(figure) for name, figure in references.items()}
-            known = {name: level for name, level in compared.items() if level is not None}
+            levels = {name: level for name in references if (level := self._last(name)) is not None}
             value = f" {self._last(key):.3f}"
-            value += "".join(f", {name} {level:.3f}" for name, level in known.items())
+            value += "".join(f", {figure_of(name).short} {x:.3f}" for name, x in levels.items())
             columns = min(60, width - _LABEL - _VALUES)
-            line = Text(label.ljust(_LABEL), no_wrap=True, overflow="ellipsis")
+            item = figure_of(key)
+            line = Text(item.short.ljust(_LABEL), no_wrap=True, overflow="ellipsis")
             if columns >= _SMALLEST:
                 values = along_steps(self.progress.history, key, self.progress.n_steps, columns)
-                low = 0.0 if unit else min(known.values(), default=None)
-                line.append(sparkline(values, low=low, high=1.0 if unit else None), style="cyan")
+                is_unit = item.high == 1
+                low = 0.0 if is_unit else min(levels.values(), default=None)
+                line.append(sparkline(values, low=low, high=1.0 if is_unit else None), style="cyan")
             line.append(value)
             yield line
 

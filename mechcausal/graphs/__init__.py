@@ -7,6 +7,7 @@ from mechcausal.graphs.causal_graph import CausalGraph
 from mechcausal.graphs.faults import GraphError
 from mechcausal.graphs.presets import (
     PRESETS,
+    WITH_QUERY_PARENTS,
     binary_tree,
     build_preset,
     chain,
@@ -15,6 +16,7 @@ from mechcausal.graphs.presets import (
     k_gram,
     lag_chain,
     manual,
+    preset_options,
     random_forest,
     random_parents,
     random_tree,
@@ -24,6 +26,7 @@ from mechcausal.graphs.presets import (
 
 __all__ = [
     "PRESETS",
+    "WITH_QUERY_PARENTS",
     "CausalGraph",
     "GraphError",
     "binary_tree",
@@ -34,6 +37,7 @@ __all__ = [
     "k_gram",
     "lag_chain",
     "manual",
+    "preset_options",
     "random_forest",
     "random_parents",
     "random_tree",

@@ -180,6 +180,19 @@ PRESETS: dict[str, Callable[..., CausalGraph]] = {
 }
 """All presets except `manual`, by name."""
 
+WITH_QUERY_PARENTS = ("two_parents", "k_gram")
+"""Presets in which the predicted token has parents, so that no query token is added."""
+
+
+def preset_options(name: str) -> tuple[str, ...]:
+    """The arguments of a preset besides the number of positions; a random one has `generator`.
+
+    Example:
+        >>> preset_options("random_forest")
+        ('edge_probability', 'generator')
+    """
+    return tuple(inspect.signature(PRESETS[name]).parameters)[1:]
+
 
 def build_preset(
     name: str, n_positions: int, *, generator: "torch.Generator | None" = None, **options: object
@@ -202,7 +215,7 @@ def build_preset(
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise GraphError(f"unknown graph preset {name!r}{hint}: allowed are {', '.join(PRESETS)}")
-    accepted = list(inspect.signature(PRESETS[name]).parameters)[1:]
+    accepted = preset_options(name)
     needed = [option for option in accepted if option != "generator"]
     for option in options:
         if option not in needed:

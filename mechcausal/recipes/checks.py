@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields
 
+from mechcausal.graphs import PRESETS
 from mechcausal.recipes.errors import RecipeError
 from mechcausal.recipes.sections import (
     GRAPH_OPTIONS,
@@ -55,14 +56,14 @@ def _not_an_option(
 
 
 def _check_graph(graph: GraphSection) -> None:
-    accepted = GRAPH_OPTIONS.get(graph.preset, ())
+    accepted = GRAPH_OPTIONS[graph.preset]
     for name in sorted({name for names in GRAPH_OPTIONS.values() for name in names}):
         given = getattr(graph, name) is not None
         if given and name not in accepted:
             raise _not_an_option("graph", name, f"preset {graph.preset}", GRAPH_OPTIONS)
         if not given and name in accepted and name not in _OPTIONAL_GRAPH_OPTIONS:
             raise RecipeError(f"graph.{name}: needed by preset {graph.preset}")
-    sized = graph.preset not in ("manual", "edge_list")
+    sized = graph.preset in PRESETS
     if sized and graph.sequence_length is None:
         raise RecipeError(f"graph.sequence_length: needed by preset {graph.preset}")
     if not sized and graph.sequence_length is not None:

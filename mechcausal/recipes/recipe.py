@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mechcausal.graphs import CausalGraph, build_preset
+from mechcausal.graphs import WITH_QUERY_PARENTS, CausalGraph, build_preset
 from mechcausal.recipes.checks import check_together
 from mechcausal.recipes.errors import RecipeError, first_error
 from mechcausal.recipes.sections import (
@@ -26,9 +26,6 @@ from mechcausal.support.messages import excerpt
 
 if TYPE_CHECKING:
     from mechcausal.tasks.priors import Prior
-
-# Presets in which the predicted token has parents, so that no query token is added.
-_WITHOUT_QUERY = ("two_parents", "k_gram")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +107,13 @@ class Recipe:
             return CausalGraph.from_parents(parents, query_parents=section.query_parents)
         if section.preset == "edge_list":
             return CausalGraph.from_edge_list(Path(section.edge_list or ""))
-        names = GRAPH_OPTIONS.get(section.preset, ())
+        names = GRAPH_OPTIONS[section.preset]
         options = {name: getattr(section, name) for name in names if name != "seed"}
         if "seed" in names:
             seed = self.seed if section.seed is None else section.seed
             options["generator"] = torch.Generator().manual_seed(seed)
         assert section.sequence_length is not None  # parse_recipe has checked it
-        n_positions = section.sequence_length - (section.preset not in _WITHOUT_QUERY)
+        n_positions = section.sequence_length - (section.preset not in WITH_QUERY_PARENTS)
         return build_preset(section.preset, n_positions, **options)
 
     def self_contained(self) -> "Recipe":

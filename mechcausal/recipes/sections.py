@@ -1,9 +1,11 @@
 """The sections of a recipe: every setting with its type, its bounds and its default."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field
+
+from mechcausal.graphs import PRESETS, preset_options
 
 # Bounds far above any sensible value; larger numbers would fill the memory or the terminal.
 MAX_COUNT = 10**9
@@ -16,32 +18,19 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 WandbMode = Literal["online", "offline", "disabled"]
 
-PresetName = Literal[
-    "chain",
-    "lag_chain",
-    "icl_pairs",
-    "random_tree",
-    "random_forest",
-    "random_parents",
-    "star",
-    "binary_tree",
-    "interleaved_chains",
-    "two_parents",
-    "k_gram",
-    "manual",
-    "edge_list",
-]
 # The graph options that each preset takes, besides the sequence length.
 GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
-    "lag_chain": ("lag",),
-    "random_tree": ("seed",),
-    "random_forest": ("edge_probability", "seed"),
-    "random_parents": ("seed",),
-    "interleaved_chains": ("n_chains", "seed"),
-    "k_gram": ("k",),
+    **{
+        name: tuple("seed" if option == "generator" else option for option in preset_options(name))
+        for name in PRESETS
+    },
     "manual": ("parents", "query_parents"),
     "edge_list": ("edge_list",),
 }
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(GRAPH_OPTIONS)]
 
 
 @dataclass(frozen=True, kw_only=True)

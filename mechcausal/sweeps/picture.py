@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from mechcausal.pictures.static.style import CYCLE, new_figure
+from mechcausal.pictures.static.style import ATTENTION_COLOURS, colours, new_figure, write_values
 from mechcausal.sweeps.sweep import Picture
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ def line(picture: Picture, table: pd.DataFrame, *, title: str = "") -> "Figure":
     figure, (axis,) = new_figure(1, 1)
     _set_margins(figure)
     values = table.assign(value=_values(table, picture))
-    for index, (label, part) in enumerate(_parts(values, picture.by)):
+    parts = _parts(values, picture.by)
+    for (label, part), colour in zip(parts, colours(len(parts)), strict=True):
         groups = part.groupby(picture.x, sort=True)["value"]
         mean, spread = groups.mean(), groups.std().fillna(0.0)
         x_values = mean.index.to_numpy()
         numeric = pd.api.types.is_numeric_dtype(mean.index)
         x = x_values.astype(float) if numeric else np.arange(len(x_values), dtype=float)
-        colour = _colour(index, picture.by, values)
         axis.plot(x, mean, "o-", color=colour, label=label, markersize=4)
         low, high = mean - spread, mean + spread
         if picture.fit and (mean > 0).all():
@@ -126,7 +126,8 @@ def curves_with_bands(
     """A figure against the training step: mean and a band from the 10th to the 90th percentile."""
     figure, (axis,) = new_figure(1, 1)
     _set_margins(figure)
-    for index, (label, part) in enumerate(_parts(table, picture.by)):
+    parts = _parts(table, picture.by)
+    for (label, part), colour in zip(parts, colours(len(parts)), strict=True):
         rows = [curves[name] for name in part["member"] if name in curves]
         rows = [row for row in rows if len(row)]
         if not rows:
@@ -135,7 +136,6 @@ def curves_with_bands(
         value = 1 - joined["value"] if picture.complement else joined["value"]
         groups = value.groupby(joined["train/step"], sort=True)
         mean = groups.mean()
-        colour = _colour(index, picture.by, table)
         axis.plot(mean.index, mean, color=colour, label=label, linewidth=1.5)
         if len(rows) > 1:
             low, high = groups.quantile(0.1), groups.quantile(0.9)
@@ -184,19 +184,9 @@ def _parts(table: pd.DataFrame, by: str | None) -> "list[tuple[str, pd.DataFrame
     return [(_text(value), part) for value, part in table.groupby(by, sort=True)]
 
 
-def _colour(index: int, by: str | None, table: pd.DataFrame) -> Any:
-    """Distinct colours for a few lines, a colour scale ordered by value for many."""
-    count = 1 if by is None else table[by].nunique()
-    if count <= len(CYCLE):
-        return CYCLE[index]
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](index / (count - 1) * 0.9)
-
-
 def _heatmap(axis: "Axes", grid: pd.DataFrame, title: str, picture: Picture) -> None:
     values = grid.to_numpy(dtype=float)
-    image = axis.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    image = axis.imshow(values, origin="lower", aspect="auto", cmap=ATTENTION_COLOURS)
     axis.figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
     axis.set_xticks(range(grid.shape[1]), [_text(v) for v in grid.columns], rotation=45, ha="right")
     axis.set_yticks(range(grid.shape[0]), [_text(v) for v in grid.index])
@@ -205,14 +195,7 @@ def _heatmap(axis: "Axes", grid: pd.DataFrame, title: str, picture: Picture) -> 
         return
     finite = values[np.isfinite(values)]
     middle = (finite.min() + finite.max()) / 2 if finite.size else 0.0
-    for (row, column), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axis.text(
-                column, row, _short(value), ha="center", va="center", color=colour, fontsize=7
-            )
-        else:
-            axis.text(column, row, "–", ha="center", va="center", color="grey")
+    write_values(axis, values, _short, bright=middle, missing="–")
 
 
 def _short(value: float) -> str:

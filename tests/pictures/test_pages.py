@@ -298,7 +298,7 @@ def test_the_comparison_lists_runs_and_marks_differences(tmp_path: Path) -> None
     assert links == ["slow/report.html"]
     assert page.tags.count("mark") == 2  # what is not as in most of the recipes
     assert "over hand-built" in page.text
-    assert "Gap to the hand-built model, nats" in page.text
+    assert "Loss above the hand-built model, nats" in page.text
     assert [run["name"] for run in page.data["runs"]] == [
         "seed0",
         "seed1",

@@ -10,7 +10,7 @@ import pytest
 from mechcausal import plot
 from mechcausal.pictures.interactive.comparison import groups
 from mechcausal.pictures.interactive.graph import WRONG
-from mechcausal.pictures.interactive.style import REFERENCE_GREY
+from mechcausal.pictures.static.style import REFERENCE_GREY
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.records.run_data import RunData, RunDataError
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe
@@ -200,9 +200,9 @@ def test_runs_that_differ_by_their_seed_are_a_mean_with_a_band() -> None:
 def test_the_loss_stands_beside_bayes_and_the_hand_built_model() -> None:
     figure = plot.loss(run_of())
     grey = {t.name: (t.line.dash, set(t.y)) for t in figure.data if t.line.color == REFERENCE_GREY}
-    assert grey == {"Bayes": ("dash", {1.0}), "hand-built": ("dashdot", {1.2})}
+    assert grey == {"Bayes loss": ("dash", {1.0}), "hand-built model's loss": ("dashdot", {1.2})}
     names = [trace.name for trace in plot.gap(run_of()).data]
-    assert names == ["evaluation − Bayes", "evaluation − hand-built"]
+    assert names == ["loss above Bayes", "loss above the hand-built model"]
 
 
 def test_curves_of_several_runs_take_several_references() -> None:
@@ -210,8 +210,8 @@ def test_curves_of_several_runs_take_several_references() -> None:
     figure = plot.overlay(seeds(2), "loss/eval", reference=keys)
     grey = {t.name: (t.line.dash, *t.y) for t in figure.data if t.line.color == REFERENCE_GREY}
     assert grey == {
-        "some: loss/bayes": ("dash", 1.0, 1.0),
-        "some: loss/construction": ("dashdot", 1.2, 1.2),
+        "some: Bayes loss": ("dash", 1.0, 1.0),
+        "some: hand-built model's loss": ("dashdot", 1.2, 1.2),
     }
 
 

@@ -108,8 +108,8 @@ def test_curves_show_the_hand_built_model_beside_bayes() -> None:
     references = {"loss/bayes": 0.1, "loss/construction": 0.2}
     figure = draw_curves([row | references for row in history_of(5)], [0])
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    assert list(lines) == ["evaluation", "Bayes", "hand-built"]
-    assert set(lines["hand-built"].get_ydata()) == {0.2}
+    assert list(lines) == ["evaluation loss", "Bayes loss", "hand-built model's loss"]
+    assert set(lines["hand-built model's loss"].get_ydata()) == {0.2}
     assert len({lines[name].get_linestyle() for name in lines}) == 3
 
 

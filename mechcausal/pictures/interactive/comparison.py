@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from mechcausal.pictures.interactive.curves import REFERENCES, lay_out
-from mechcausal.pictures.interactive.style import REFERENCE_GREY, new_figure
+from mechcausal.measures.figures import figure_of
+from mechcausal.pictures.interactive.curves import lay_out
+from mechcausal.pictures.interactive.style import new_figure
+from mechcausal.pictures.static.style import REFERENCE_DASHES, REFERENCE_GREY
 from mechcausal.records.run_data import RunData
 
 _COLOURS = ("#0f7ac6", "#d55e00", "#009e73", "#c0629b", "#a07c00", "#7a6fd0")
@@ -42,11 +44,11 @@ def overlay(
     Args:
         runs: in any order.
         key: name of the figure in metrics.jsonl.
-        title: title of the picture; the key when absent.
+        title: title of the picture; the figure's name when absent.
         reference: one or more keys of figures to draw in grey, such as the Bayes loss.
         labels: one name per group of runs, in the order of `groups`.
     """
-    figure, grouped = new_figure(title or key), groups(runs)
+    figure, grouped = new_figure(title or figure_of(key).title), groups(runs)
     references = [reference] if isinstance(reference, str) else reference
     last = 1
     for number, members in enumerate(grouped):
@@ -88,16 +90,17 @@ def overlay(
             known = [level for level in levels if level is not None]
             if known:
                 level = float(np.mean(known))
-                dashes = REFERENCES.get(name, "dash")
+                dashes = REFERENCE_DASHES.get(name, "dash")
+                reference_name = figure_of(name).label
                 figure.add_scatter(
                     x=[0, last],
                     y=[level, level],
                     mode="lines",
-                    name=f"{label}: {name}",
+                    name=f"{label}: {reference_name}",
                     legendgroup=label,
                     showlegend=False,
                     line={"color": REFERENCE_GREY, "dash": dashes, "width": 1},
-                    hovertemplate=f"{name} of {label} %{{y:.4g}}<extra></extra>",
+                    hovertemplate=f"{label}: {reference_name} %{{y:.4g}}<extra></extra>",
                 )
     lay_out(figure, last, len(grouped))
     return figure

@@ -1,97 +1,62 @@
 """Curves of a run over training steps; stage starts and the formation step are marked."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import cycle
-from typing import Any
 
 import plotly.graph_objects as go
 
-from mechcausal.measures.figures import STEP
-from mechcausal.pictures.interactive.style import REFERENCE_GREY, new_figure
+from mechcausal.measures.figures import (
+    CURVES,
+    STEP,
+    axis_limits,
+    curve_keys,
+    figure_of,
+    keys_in,
+)
+from mechcausal.pictures.interactive.style import new_figure
+from mechcausal.pictures.static.style import REFERENCE_DASHES, REFERENCE_GREY
 from mechcausal.records.run_data import RunData
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-REFERENCES = {"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"}
-"""Reference losses, drawn in grey, with their line styles."""
 _MOST_NAMES = 12
-SHARE = {"range": [-0.03, 1.05]}
 
 
 def loss(run: RunData) -> go.Figure:
     """The loss in nats, with those of Bayes and of the hand-built model."""
-    labels = {
-        "loss/eval": "evaluation",
-        "loss/train": "training",
-        "loss/first_copy": "first copy",
-        "loss/second_copy": "second copy",
-        "loss/bayes": "Bayes",
-        "loss/construction": "hand-built",
-        "loss/chance": "chance",
-    }
-    return curves(run, labels, "loss", "nats")
+    return _picture(run, "loss")
 
 
 def gap(run: RunData) -> go.Figure:
     """Loss minus its references, or the gain from the context on repeated tokens, in nats."""
-    labels = {
-        "loss/gap": "evaluation − Bayes",
-        "loss/construction_gap": "evaluation − hand-built",
-        "loss/in_context_gain": "first − second copy",
-    }
-    title = "loss above its references" if run.kind == "causal_graph" else "gain from the context"
-    return curves(run, labels, title, "nats", rangemode="tozero")
+    figure = _picture(run, "gap")
+    if run.kind == "repeated_tokens":
+        figure.update_layout(title_text="gain from the context")
+    return figure
 
 
 def recovery(run: RunData) -> go.Figure:
     """How much of the graph layer 1's attention and the gradient recover."""
-    labels = {
-        "graph/recovered": "edges recovered",
-        "graph/parent_attention": "attention on the parent",
-        "graph/f1": "F1 of the gradient's edges",
-        "graph/rows_matched": "rows with all parents",
-        "graph/query_attention": "query's attention on its parents",
-    }
-    if not run.column("graph/query_attention")[0]:  # single parents: equals `graph/recovered`
-        labels.pop("graph/rows_matched")
-    return curves(run, labels, "graph recovery", "share", **SHARE)
+    return _picture(run, "recovery")
 
 
 def correlations(run: RunData) -> go.Figure:
     """Correlation of the gradient with theory, and the share of rows whose parent it names."""
-    labels = {
-        "gradient/pattern_theory_correlation": "∂L/∂pattern with prediction",
-        "gradient/theory_correlation": "∂L/∂scores with prediction",
-        "gradient/pattern_chi2_correlation": "∂L/∂pattern with χ²",
-        "gradient/pattern_shannon_correlation": "∂L/∂pattern with Shannon",
-        "gradient/pattern_edge_hits": "rows that name the parent",
-    }
-    return curves(run, labels, "gradient against theory", "correlation", **_signed(run, labels))
+    return _picture(run, "correlations")
 
 
 def formation(run: RunData) -> go.Figure:
     """Attention and scores of the induction head."""
-    labels = {
-        "induction/score": "induction score",
-        "induction/attention": "attention, with chance",
-        "induction/prefix_matching": "prefix matching",
-        "induction/copying": "copying",
-        "induction/positional_control": "positional control",
-    }
-    return curves(run, labels, "induction head", "score", **_signed(run, labels))
+    return _picture(run, "formation")
 
 
 def strategies(run: RunData) -> go.Figure:
     """KL divergence of the model's predictions from each strategy, in nats."""
-    keys = _keys(run, "strategy/kl_")
-    labels = {key: key.removeprefix("strategy/kl_") for key in keys}
-    return curves(run, labels, "KL to a strategy", "nats", rangemode="tozero")
+    return _picture(run, "strategies")
 
 
 def composition(run: RunData) -> go.Figure:
     """K-composition of the last layer's heads with earlier ones."""
-    keys = _keys(run, "composition/")
-    labels = {key: key.removeprefix("composition/").replace("_", " ") for key in keys}
-    return curves(run, labels, "K-composition", "score", rangemode="tozero")
+    return _picture(run, "composition")
 
 
 def head_scores(run: RunData, kind: str = "induction") -> go.Figure:
@@ -101,47 +66,44 @@ def head_scores(run: RunData, kind: str = "induction") -> go.Figure:
         run: a run on repeated tokens.
         kind: one of `HEAD_SCORES`.
     """
-    keys = [key for key in _keys(run, "heads/") if key.endswith(f"/{kind}")]
-    labels = {key: key.split("/")[1] for key in keys}
-    return curves(run, labels, f"{kind.replace('_', ' ')} by head", "score", **SHARE)
+    keys = keys_in(run.history, [f"heads/{{head}}/{kind}"])
+    return _curves(run, keys, f"{kind.replace('_', ' ')} by head")
 
 
-def curves(
-    run: RunData, labels: Mapping[str, str], title: str, unit: str, **axis: Any
-) -> go.Figure:
-    """Figures over training steps; figures that the run lacks are skipped.
+def _picture(run: RunData, name: str) -> go.Figure:
+    return _curves(run, curve_keys(run.history, name), CURVES[name][0])
 
-    Args:
-        run: the run whose history is drawn.
-        labels: label of each figure, by key.
-        title: title of the picture.
-        unit: unit of the vertical axis.
-        **axis: further Plotly settings of the vertical axis.
-    """
+
+def _curves(run: RunData, keys: Sequence[str], title: str) -> go.Figure:
+    """Figures over training steps."""
     figure = new_figure(title)
     dashes = cycle(_DASHES)
-    for key, label in labels.items():
-        steps, values = run.column(key)
+    columns = {key: run.column(key) for key in keys}
+    for key, (steps, values) in columns.items():
         if all(value is None for value in values):
             continue
-        reference = key in REFERENCES
+        item = figure_of(key)
         figure.add_scatter(
             x=steps,
             y=values,
-            name=label,
+            name=item.label,
             mode="lines" if len(steps) > 1 else "markers",
-            line={
-                "width": 1.5 if reference else 2,
-                "dash": REFERENCES[key] if reference else next(dashes),
-                **({"color": REFERENCE_GREY} if reference else {}),
-            },
-            hovertemplate=f"{label} %{{y:.4g}}<extra></extra>",
+            line={"width": 1.5, "dash": REFERENCE_DASHES[key], "color": REFERENCE_GREY}
+            if item.reference
+            else {"width": 2, "dash": next(dashes)},
+            hovertemplate=f"{item.label} %{{y:.4g}}<extra></extra>",
             meta={"key": key},
         )
     last = max((int(row[STEP] or 0) for row in run.history), default=0)
     _mark_events(figure, run, last)
     lay_out(figure, last, len(figure.data))
-    figure.update_yaxes(title=unit, **axis)
+    limits = axis_limits(keys, (value for _, values in columns.values() for value in values))
+    has_reference = any(figure_of(key).reference for key in keys)
+    figure.update_yaxes(
+        title=figure_of(keys[0]).unit if keys else None,
+        range=limits,
+        rangemode="normal" if has_reference else "tozero",
+    )
     return figure
 
 
@@ -152,12 +114,6 @@ def lay_out(figure: go.Figure, last: int, n_names: int) -> None:
     figure.update_layout(hovermode="x unified", margin={"b": 84}, legend={"y": -0.24})
     # A longer legend leaves no room for the curves; hovering shows the names, too.
     figure.update_layout(showlegend=n_names <= _MOST_NAMES)
-
-
-def _signed(run: RunData, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of an axis from the smallest value (at most 0) to 1."""
-    lows = [value for key in labels for value in run.column(key)[1] if value is not None]
-    return {"range": [min(-0.03, min(lows, default=0.0) - 0.05), 1.05]}
 
 
 def _mark_events(figure: go.Figure, run: RunData, last: int) -> None:
@@ -179,7 +135,3 @@ def _mark_events(figure: go.Figure, run: RunData, last: int) -> None:
                 "showarrow": False,
             },
         )
-
-
-def _keys(run: RunData, prefix: str) -> list[str]:
-    return sorted({key for row in run.history for key in row if key.startswith(prefix)})

@@ -7,8 +7,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from mechcausal.pictures.interactive.style import REFERENCE_GREY, WRONG_COLOUR, by_head, new_figure
-from mechcausal.pictures.static.style import EDGE_COLOUR
+from mechcausal.pictures.interactive.style import WRONG_COLOUR, by_head, new_figure
+from mechcausal.pictures.static.style import EDGE_COLOUR, REFERENCE_GREY
 from mechcausal.records.run_data import RunData, RunDataError
 
 WIDTHS = (0.6, 1.5, 2.6, 3.8, 5.2, 7.0)

@@ -16,7 +16,6 @@ from mechcausal.pictures.static.style import EDGE_COLOUR
 from mechcausal.records.run_data import Matrices, RunData
 
 WRONG_COLOUR = "#8f6fd6"
-REFERENCE_GREY = "#8a94a0"
 ATTENTION_SCALE = "Viridis"
 _NEAR_ZERO = "rgba(140,146,156,0.13)"  # visible on light and dark pages
 SIGNED_SCALE = (

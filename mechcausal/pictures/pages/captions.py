@@ -5,11 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
-from mechcausal.measures.figures import Value
+from mechcausal.measures.figures import Value, figure_of, keys_in
 from mechcausal.pictures.interactive.graph import WRONG, rows_of
 from mechcausal.pictures.interactive.style import by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.records.run_data import Matrices, RunData
+
+_THEORIES = ("theory", "chi2", "shannon")
 
 
 def frame_captions(run: RunData, step: int) -> dict[str, str]:
@@ -101,17 +103,9 @@ def _gradient(run: RunData, matrices: Matrices) -> str:
 
 
 def _scatter(row: Mapping[str, Value]) -> str:
-    parts = [
-        f"{number(row[key])} with {label}"
-        for key, label in (
-            ("gradient/pattern_theory_correlation", "the prediction"),
-            ("gradient/pattern_chi2_correlation", "χ²-information"),
-            ("gradient/pattern_shannon_correlation", "Shannon information"),
-        )
-        if key in row
-    ]
-    listed = ", ".join(parts) or "not recorded"
-    return f"Correlation of the gradient: {listed}. Diamonds are true edges."
+    keys = keys_in([row], [f"gradient/pattern_{name}_correlation" for name in _THEORIES])
+    parts = [f"{figure_of(key).label} {number(row[key])}" for key in keys]
+    return f"Correlation: {', '.join(parts) or 'not recorded'}. Diamonds are true edges."
 
 
 def _examples(run: RunData, matrices: Matrices) -> str:

@@ -10,37 +10,32 @@ from urllib.parse import quote
 
 import plotly.graph_objects as go
 
-from mechcausal.measures.figures import Value
+from mechcausal.measures.figures import STEP, Value, figure_of, keys_in
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.comparison import escaped, groups
 from mechcausal.pictures.pages.captions import number
 from mechcausal.pictures.pages.packing import pack_history
 from mechcausal.pictures.pages.run_page import REPORT_FILE
-from mechcausal.pictures.pages.shell import figure_json, page, panel, text, top, write
+from mechcausal.pictures.pages.shell import capital, figure_json, page, panel, text, top, write
 from mechcausal.records.run_data import RunData
 
-_CURVES = (
-    ("loss/eval", "Evaluation loss, nats", ("loss/bayes", "loss/construction")),
-    ("loss/gap", "Gap to Bayes, nats", ()),
-    ("loss/construction_gap", "Gap to the hand-built model, nats", ()),
-    ("loss/second_copy", "Loss in the second copy, nats", ("loss/chance",)),
-    ("graph/recovered", "Edges recovered", ()),
-    ("graph/parent_attention", "Attention on the parent", ()),
-    ("gradient/pattern_theory_correlation", "Gradient with its prediction, correlation", ()),
-    ("gradient/pattern_chi2_correlation", "Gradient with χ²-information, correlation", ()),
-    ("induction/score", "Induction score", ()),
-    ("strategy/kl_bigram", "KL to the bigram strategy, nats", ()),
-)
+_CURVES: dict[str, tuple[str, ...]] = {
+    "loss/eval": ("loss/bayes", "loss/construction"),
+    "loss/gap": (),
+    "loss/construction_gap": (),
+    "loss/second_copy": ("loss/chance",),
+    "graph/recovered": (),
+    "graph/parent_attention": (),
+    "gradient/pattern_theory_correlation": (),
+    "gradient/pattern_chi2_correlation": (),
+    "induction/score": (),
+    "strategy/kl_bigram": (),
+}
+"""The figures drawn over training, each with constants to compare with."""
 _COLUMNS = (
-    ("loss/eval", "loss"),
-    ("loss/gap", "gap"),
-    ("loss/construction_gap", "over hand-built"),
-    ("loss/second_copy", "second copy"),
-    ("graph/recovered", "edges"),
-    ("graph/parent_attention", "on parent"),
-    ("graph/f1", "gradient F1"),
-    ("induction/score", "induction"),
-    ("induction/formation_step", "formed at"),
+    *("loss/eval", "loss/gap", "loss/construction_gap", "loss/second_copy"),
+    *("graph/recovered", "graph/parent_attention", "graph/f1"),
+    *("induction/score", "induction/formation_step"),
 )
 
 
@@ -79,7 +74,8 @@ def render(
     labels = group_labels(grouped, differences)
     figures: list[go.Figure] = []
     html: list[str] = []
-    for key, title, reference in _CURVES:
+    for key, reference in _CURVES.items():
+        title = capital(figure_of(key).title)
         escaped_labels = [escaped(label) for label in labels]
         figure = interactive.overlay(
             runs, key, title=title, reference=reference, labels=escaped_labels
@@ -170,13 +166,17 @@ def _caption(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], key: s
 
 def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], beside: Path) -> str:
     runs = [run for members in grouped for run in members]
-    columns = [
-        (key, name)
-        for key, name in _COLUMNS
-        if any(key in row for r in runs for row in r.history[-1:])
-    ]
+    last_rows = [row for run in runs for row in run.history[-1:]]
+    columns = keys_in(last_rows, _COLUMNS)
     numeric = ' class="number"'
-    headings = ["run", "recipe", "seed", "state", "step", *(name for _, name in columns)]
+    headings = [
+        "run",
+        "recipe",
+        "seed",
+        "state",
+        "step",
+        *(figure_of(key).short for key in columns),
+    ]
     head = "".join(
         f'<th scope="col"{numeric if i >= 4 or i == 2 else ""}><button type="button">'
         f"{text(name)}</button></th>"
@@ -190,8 +190,8 @@ def _summaries(grouped: Sequence[Sequence[RunData]], labels: Sequence[str], besi
                 f"<td>{_link(run, beside)}</td><td>{text(label)}</td>",
                 _cell(run.recipe.seed),
                 f"<td>{text(run.state)}</td>",
-                _cell(last.get("train/step")),
-                *(_cell(last.get(key)) for key, _ in columns),
+                _cell(last.get(STEP)),
+                *(_cell(last.get(key)) for key in columns),
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")
     return (

@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import __version__
-from mechcausal.measures.figures import STEP
+from mechcausal.measures.figures import STEP, figure_of, keys_in
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.matrices import (
@@ -27,6 +27,7 @@ from mechcausal.pictures.pages.captions import curve_caption, frame_captions, nu
 from mechcausal.pictures.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pictures.pages.reproduce import reproduce_command
 from mechcausal.pictures.pages.shell import (
+    capital,
     figure_json,
     page,
     pairs_table,
@@ -45,7 +46,13 @@ REPORT_FILE = "report.html"
 _MOST_STEPS = 200  # slider steps of a run without matrices
 # Facts that the page shows elsewhere or that only concern the machine.
 _HIDDEN_FACTS = ("recipe", "wandb_id", "pid", "host")
-_SHARES = ("graph/recovered", "graph/parent_attention", "gradient/edge_hits")
+# The figures of the last row, and of the first row, on the page's tiles.
+_LAST = (
+    *("loss/eval", "loss/gap", "loss/construction_gap", "loss/second_copy"),
+    *("graph/recovered", "graph/parent_attention"),
+    *("induction/score", "induction/formation_step"),
+)
+_FIRST = ("gradient/edge_hits",)
 
 Draw = Callable[[RunData], list[go.Figure]]
 
@@ -221,7 +228,7 @@ def _curve_panels(
         html.append(
             panel(
                 name,
-                _capital(title),
+                capital(title),
                 [len(figures)],
                 caption,
                 shape="curve",
@@ -231,10 +238,6 @@ def _curve_panels(
         )
         figures.append(figure)
     return "".join(html)
-
-
-def _capital(title: str) -> str:
-    return title[:1].upper() + title[1:]
 
 
 def _lead(run: RunData) -> str:
@@ -253,23 +256,13 @@ def _lead(run: RunData) -> str:
 
 
 def _tiles(run: RunData) -> dict[str, str]:
-    first = run.history[0] if run.history else {}
-    last = run.history[-1] if run.history else {}
     values_by_label = {}
-    for label, row, key in (
-        ("loss, nats", last, "loss/eval"),
-        ("above Bayes, nats", last, "loss/gap"),
-        ("above the hand-built model, nats", last, "loss/construction_gap"),
-        ("loss in the second copy, nats", last, "loss/second_copy"),
-        ("edges recovered", last, "graph/recovered"),
-        ("attention on the parent", last, "graph/parent_attention"),
-        ("rows that the first gradient names", first, "gradient/edge_hits"),
-        ("induction score", last, "induction/score"),
-        ("induction head formed at step", last, "induction/formation_step"),
-    ):
-        value = row.get(key)
-        if value is not None:
-            values_by_label[label] = f"{value:.1%}" if key in _SHARES else number(value)
+    for name, rows in (("", run.history[-1:]), ("first step: ", run.history[:1])):
+        for key in keys_in(rows, _FIRST if name else _LAST):
+            item, value = figure_of(key), rows[0][key]
+            if value is not None:
+                shown = f"{value:.1%}" if item.unit == "share" else number(value)
+                values_by_label[name + item.title] = shown
     return values_by_label
 
 

@@ -27,6 +27,11 @@ def text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
+def capital(title: str) -> str:
+    """The title with a capital first letter."""
+    return title[:1].upper() + title[1:]
+
+
 def script_json(value: Any) -> str:
     """JSON that cannot close the script element around it."""
     content = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

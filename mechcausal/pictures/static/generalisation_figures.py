@@ -7,10 +7,10 @@ import numpy as np
 
 from mechcausal.measures.generalisation import GeneralisationTable, OODRow
 from mechcausal.pictures.static.style import (
-    CYCLE,
     EDGE_COLOUR,
     OTHER_COLOUR,
     REFERENCE_COLOUR,
+    colours,
     new_figure,
 )
 
@@ -67,11 +67,8 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
     One colour per gamma. Solid: the trained model transplanted to T. Dashed: the ideal model.
     Dotted (left panel): the bias of the trained A2 for T to infinity.
     """
-    from matplotlib import colormaps
-
     gammas = sorted({row.gamma for row in table.rows})
-    many = colormaps["viridis"](np.linspace(0, 0.95, len(gammas)))
-    colours = dict(zip(gammas, CYCLE if len(gammas) <= len(CYCLE) else many, strict=False))
+    colour_of = dict(zip(gammas, colours(len(gammas)), strict=True))
     figure, axes = new_figure(1, 2)
     figure.set_size_inches(10.5, 5.2)
     figure.subplots_adjust(bottom=0.26, top=0.87, wspace=0.18)
@@ -82,7 +79,7 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
         (axes[1], {"error_q90": "o-", "ideal_q90": "s--"}, "90 % quantile"),
     )
     for axis, curves, title in panels:
-        for gamma, colour in colours.items():
+        for gamma, colour in colour_of.items():
             rows = sorted(
                 (row for row in table.rows if row.gamma == gamma), key=lambda row: row.length
             )
@@ -96,7 +93,7 @@ def draw_generalisation(table: GeneralisationTable) -> "Figure":
         axis.set_ylim(*limits)  # after the ticks, because setting ticks widens the limits
         axis.grid(alpha=0.25, which="both")
     axes[0].set_ylabel("sup error of the predicted row")
-    for gamma, colour in colours.items():
+    for gamma, colour in colour_of.items():
         trained, ideal = table.fits[gamma].slope, table.ideal_fits[gamma].slope
         label = f"γ = {gamma:g}: $T^{{{trained:.2f}}}$, ideal $T^{{{ideal:.2f}}}$"
         axes[0].plot([], [], color=colour, label=label)

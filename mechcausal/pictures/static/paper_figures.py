@@ -20,10 +20,11 @@ from mechcausal.measures.plateaus import Plateau, curve
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
-    CYCLE,
     EDGE_COLOUR,
     OTHER_COLOUR,
     REFERENCE_COLOUR,
+    circle,
+    colours,
     label_positions,
     new_figure,
 )
@@ -124,17 +125,17 @@ def draw_heads(
         for child, heads in rows.items()
         for parent, head in zip(parents[child], heads, strict=True)
     ]
-    colours = _colours(len(attention))
+    palette = colours(len(attention))
     figure, axes = new_figure(1, len(attention) + 1)
     for head, (axis, pattern) in enumerate(zip(axes, attention, strict=False)):
         axis.imshow(_numbers(pattern), cmap="Greys", vmin=0, vmax=1)
         cells = [(parent, child) for parent, child, by in assigned if by == head]
-        _circle(axis, cells, graph.sequence_length, colours[head])
+        circle(axis, cells, graph.sequence_length, palette[head])
         name = f"head {head}" if len(attention) > 1 else "attention"
-        axis.set_title(f"{name}: {len(cells)} parents circled", color=colours[head])
+        axis.set_title(f"{name}: {len(cells)} parents circled", color=palette[head])
     truth = np.ones((last + 1, last + 1, 3))
     for parent, child, by in assigned:
-        truth[child, parent] = to_rgb(OTHER_COLOUR if by is None else colours[by])
+        truth[child, parent] = to_rgb(OTHER_COLOUR if by is None else palette[by])
     axes[-1].imshow(truth)
     axes[-1].set_title("true graph, coloured by matched head")
     for axis in axes:
@@ -169,7 +170,7 @@ def draw_loss(
         axis.axvspan(start, stop, color=OTHER_COLOUR, alpha=0.18, lw=0)
         xy, name = (float(np.sqrt(start * stop)), 0.99), plateau.strategy or ""
         axis.annotate(name, xy, xycoords=("data", "axes fraction"), ha="center", va="top")
-    for (label, history), colour in zip(histories.items(), _colours(len(histories)), strict=True):
+    for (label, history), colour in zip(histories.items(), colours(len(histories)), strict=True):
         steps, losses = curve(history, loss)
         axis.plot(1 + steps, losses, color=colour, lw=1.5, label=label)
     for name, level in levels.items():
@@ -309,22 +310,6 @@ def _stream_label(stream: str, size: float) -> str:
 def _numbers(weight: Tensor) -> np.ndarray:
     numbers: np.ndarray = weight.detach().cpu().numpy()
     return numbers
-
-
-def _colours(n: int) -> list[str]:
-    """n colours: up to four from the colour-blind safe `CYCLE`, more from a colour scale."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if n <= len(CYCLE):
-        return list(CYCLE[:n])
-    return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 0.95, n))]
-
-
-def _circle(axis: "Axes", cells: list[tuple[int, int]], length: int, colour: str) -> None:
-    if cells and length <= 60:  # circles would hide the cells
-        x, y = zip(*cells, strict=True)
-        axis.scatter(x, y, s=(250 / length) ** 2, facecolors="none", edgecolors=colour, lw=1.5)
 
 
 def _frame_query(axis: "Axes", length: int) -> None:

@@ -9,17 +9,29 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.measures.figures import History
+from mechcausal.measures.figures import (
+    CURVES,
+    STEP,
+    History,
+    axis_limits,
+    curve_keys,
+    figure_of,
+    keys_in,
+)
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
-    CYCLE,
     EDGE_COLOUR,
     GRADIENT_COLOURS,
     HEAD_SCORES,
     OTHER_COLOUR,
     REFERENCE_COLOUR,
+    REFERENCE_DASHES,
+    REFERENCE_GREY,
+    circle,
+    colours,
     label_positions,
     new_figure,
+    write_values,
 )
 from mechcausal.recipes import Recipe
 from mechcausal.theory import Information, PairwiseTheory
@@ -28,7 +40,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REFERENCE_STYLES = {"loss/bayes": "--", "loss/construction": "-.", "loss/chance": "--"}
+_PANELS = ("loss", "recovery", "theory", "information", "formation", "strategies")
+_STYLES = {"dash": "--", "dashdot": "-."}
 _PIXELS = 320  # minimum width and height of a W&B heatmap
 
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
@@ -127,7 +140,7 @@ def draw_attention(matrices: Matrices, graph: CausalGraph) -> "Figure":
     figure, axes = new_figure(1, len(chosen) + 1)
     for axis, step in zip(axes, chosen, strict=False):
         image = axis.imshow(_attention(matrices[step]), cmap=ATTENTION_COLOURS, vmin=0, vmax=1)
-        _circle_parents(axis, graph, EDGE_COLOUR)
+        _circle_parents(axis, graph, EDGE_COLOUR, graph.sequence_length)
         axis.set_title(f"attention, step {step:,}")
     figure.colorbar(image, ax=axes[: len(chosen)], shrink=0.75, label="attention")
     axes[-1].imshow(_truth(graph), cmap="Greys", vmin=0, vmax=1.4)
@@ -176,7 +189,7 @@ def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
     ):
         limit = np.abs(values).max() or 1.0
         image = axis.imshow(values / limit, cmap=GRADIENT_COLOURS, vmin=-1, vmax=1)
-        _circle_parents(axis, theory.graph, "black", n_rows=n)
+        _circle_parents(axis, theory.graph, "black", n)
         label_positions(axis)
         axis.set_title(f"{title}\n(largest {limit:.2g})", fontsize=10)
     figure.colorbar(image, ax=axes[:2], shrink=0.75, label="share of the largest entry")
@@ -205,16 +218,9 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
     """Draw heads.png: the loss by copy and every head's scores over training steps."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_figure(1, 4)
-    losses = {
-        "loss/first_copy": "first copy",
-        "loss/second_copy": "second copy",
-        "loss/chance": "chance",
-    }
-    _plot(axes[0], history, losses, title="loss (nats)")
+    _plot(axes[0], history, curve_keys(history, "loss"), "loss")
     for axis, kind in zip(axes[1:], HEAD_SCORES, strict=True):
-        keys = [key for key in history[-1] if key.startswith("heads/") and key.endswith(f"/{kind}")]
-        labels = {key: key.split("/")[1] for key in keys}
-        _plot(axis, history, labels, title=kind.replace("_", " "), ylim=(-0.03, 1.05))
+        _plot(axis, history, keys_in(history, [f"heads/{{head}}/{kind}"]), kind.replace("_", " "))
     figure.suptitle(f"{recipe.name}, seed {recipe.seed}: heads over training", fontsize=12)
     path = folder / "heads.png"
     figure.savefig(path, dpi=110)
@@ -236,100 +242,42 @@ def head_heatmap(
         axis.set_xticks(range(values.shape[1]))
         axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         if values.size <= 200:
-            for (row, column), value in np.ndenumerate(values):
-                colour = "black" if value > 0.6 else "white"
-                axis.text(
-                    column, row, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=7
-                )
+            write_values(axis, values, "{:.2f}".format, bright=0.6)
     figure.colorbar(image, ax=axes, shrink=0.75, label="attention")
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=110)
 
 
-def _plot(
-    axis: "Axes", history: History, curves: Mapping[str, str], *, title: str, **settings: Any
-) -> None:
-    from matplotlib import colormaps
-
-    # CYCLE is colour-blind safe but has only four colours; more curves need a colour scale.
-    many = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
-    colours = CYCLE if len(curves) <= len(CYCLE) else many
-    for (key, label), colour in zip(curves.items(), colours, strict=False):
-        points = [(row["train/step"], row[key]) for row in history if row.get(key) is not None]
-        if points:
-            style = REFERENCE_STYLES.get(key, "-")
-            axis.plot(*zip(*points, strict=True), style, color=colour, lw=1.5, label=label)
-    axis.set(title=title, xlabel="training step", **settings)
-    if 0 < len(axis.get_legend_handles_labels()[0]) <= 12:
+def _plot(axis: "Axes", history: History, keys: Sequence[str], title: str) -> None:
+    """Draw figures over training steps; constants to compare with are grey."""
+    points = {
+        key: [(row[STEP], value) for row in history if (value := row.get(key)) is not None]
+        for key in keys
+    }
+    keys = [key for key, pairs in points.items() if pairs]
+    palette = iter(colours(sum(not figure_of(key).reference for key in keys)))
+    for key in keys:
+        item = figure_of(key)
+        style = _STYLES[REFERENCE_DASHES[key]] if item.reference else "-"
+        colour = REFERENCE_GREY if item.reference else next(palette)
+        axis.plot(*zip(*points[key], strict=True), style, color=colour, lw=1.5, label=item.label)
+    unit = figure_of(keys[0]).unit if keys else ""
+    axis.set(title=f"{title} (nats)" if unit == "nats" else title, xlabel="training step")
+    limits = axis_limits(keys, (value for pairs in points.values() for _, value in pairs))
+    if limits is not None:
+        axis.set_ylim(*limits)
+    if 0 < len(keys) <= 12:
         axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.25)
 
 
 def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     """Loss, graph, gradient, induction and strategies over training steps."""
-    panels: list[tuple[str, dict[str, str], dict[str, Any]]] = [
-        (
-            "loss (nats)",
-            {
-                "loss/eval": "evaluation",
-                "loss/bayes": "Bayes",
-                "loss/train": "training",
-                "loss/construction": "hand-built",
-            },
-            {},
-        ),
-        (
-            "graph",
-            {
-                "graph/recovered": "edges recovered",
-                "graph/parent_attention": "attention on parent",
-                "graph/f1": "F1 of the gradient's edges",
-            },
-            {"ylim": (-0.03, 1.05)},
-        ),
-        (
-            "gradient against theory",
-            {
-                "gradient/theory_correlation": "∂L/∂scores with the prediction",
-                "gradient/pattern_theory_correlation": "∂L/∂pattern with the prediction",
-                "gradient/edge_hits": "∂L/∂scores: rows that name the parent",
-                "gradient/pattern_edge_hits": "∂L/∂pattern: rows that name the parent",
-            },
-            {"ylim": (-0.6, 1.05)},
-        ),
-        (
-            "gradient against pairwise information",
-            {
-                "gradient/chi2_correlation": "∂L/∂scores with χ²",
-                "gradient/shannon_correlation": "∂L/∂scores with Shannon",
-                "gradient/pattern_chi2_correlation": "∂L/∂pattern with χ²",
-                "gradient/pattern_shannon_correlation": "∂L/∂pattern with Shannon",
-            },
-            {"ylim": (-0.6, 1.05)},
-        ),
-        (
-            "induction head (layer 2)",
-            {
-                "induction/score": "attention where parent = query, above chance",
-                "induction/attention": "the same, with chance",
-                "induction/prefix_matching": "prefix matching",
-            },
-            {"ylim": (None, 1.05)},
-        ),
-        (
-            "KL of the model to a strategy (nats)",
-            {
-                "strategy/kl_uniform": "uniform",
-                "strategy/kl_unigram": "unigram",
-                "strategy/kl_bigram": "bigram along edges",
-                "strategy/kl_trigram": "trigram",
-            },
-            {"yscale": "log"},
-        ),
-    ]
     figure, axes = new_figure(2, 3)
-    for axis, (title, curves, settings) in zip(axes, panels, strict=True):
-        _plot(axis, history, curves, title=title, **settings)
+    for axis, name in zip(axes, _PANELS, strict=True):
+        _plot(axis, history, curve_keys(history, name), CURVES[name][0])
+        if name == "strategies":
+            axis.set_yscale("log")
         for start in stage_starts[1:]:
             axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
     return figure
@@ -353,30 +301,24 @@ def _scatter(axis: "Axes", x: Any, y: Any, is_edge: Any, mask: Any) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _circle_parents(
-    axis: "Axes", graph: CausalGraph, colour: str, *, n_rows: int | None = None
-) -> None:
-    edges = [(parent, child) for parent, child in graph.edges if n_rows is None or child < n_rows]
-    if graph.n_positions > 60 or not edges:
-        return  # circles would hide the cells
-    parents, children = zip(*edges, strict=True)
-    size = 900 / graph.sequence_length
-    axis.scatter(parents, children, s=size, facecolors="none", edgecolors=colour, lw=1)
+def _circle_parents(axis: "Axes", graph: CausalGraph, colour: str, n_rows: int) -> None:
+    cells = [(parent, child) for parent, child in graph.edges if child < n_rows]
+    circle(axis, cells, graph.sequence_length, colour)
 
 
-def _side_by_side(panels: Sequence[np.ndarray], colours: str, *, signed: bool) -> np.ndarray:
+def _side_by_side(panels: Sequence[np.ndarray], scale: str, *, signed: bool) -> np.ndarray:
     parts: list[np.ndarray] = []
     for values in panels:
         limit = np.abs(values).max() or 1.0
-        picture = _coloured((values / limit + 1) / 2 if signed else values, colours)
+        picture = _coloured((values / limit + 1) / 2 if signed else values, scale)
         gap = np.full((picture.shape[0], 8, 3), 255, dtype=np.uint8)
         parts += [gap, picture] if parts else [picture]
     return np.concatenate(parts, axis=1)
 
 
-def _coloured(unit: np.ndarray, colours: str) -> np.ndarray:
+def _coloured(unit: np.ndarray, scale: str) -> np.ndarray:
     from matplotlib import colormaps
 
-    scale = max(1, -(-_PIXELS // unit.shape[0]))
-    pixels: np.ndarray = (colormaps[colours](unit)[..., :3] * 255).astype(np.uint8)
-    return pixels.repeat(scale, 0).repeat(scale, 1)
+    size = max(1, -(-_PIXELS // unit.shape[0]))
+    pixels: np.ndarray = (colormaps[scale](unit)[..., :3] * 255).astype(np.uint8)
+    return pixels.repeat(size, 0).repeat(size, 1)

@@ -1,0 +1,50 @@
+"""The list of figures: it holds every figure that a run writes, and the docs show it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechcausal.measures.figures import axis_limits, figure_of, figures, figures_table, keys_in
+from mechcausal.recipes import Recipe
+from mechcausal.training.experiments import Generators, build_experiment
+from tests.run_folders import heads_recipe, recipe_of, two_parents_recipe
+
+
+def test_the_page_of_figures_shows_the_list(repository: Path) -> None:
+    page = (repository / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert figures_table() in page, (
+        "docs/figures.md: put the output of this in place of its table: "
+        "python -c 'from mechcausal.measures.figures import figures_table; print(figures_table())'"
+    )
+
+
+@pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])
+def test_every_figure_of_a_run_is_listed_and_in_its_range(recipe: Recipe) -> None:
+    recipe = recipe.with_overrides(evaluation__n_sequences=16, evaluation__theory_priors=10)
+    experiment = build_experiment(recipe, Generators.from_seed(0, torch.device("cpu")))
+    written = experiment.observe().figures | experiment.losses() | {"loss/train": 1.0}
+    for key, value in written.items():
+        item = figure_of(key)
+        assert item.meaning, f"{key} is missing in figures.toml"
+        assert "{" not in item.label
+        if not math.isnan(value):
+            assert item.low - 1e-6 <= value <= item.high + 1e-6, key
+
+
+def test_families_are_told_apart() -> None:
+    assert figure_of("gradient/pattern_edge_hits").label == "parents named by ∂L/∂pattern"
+    assert figure_of("gradient/head1/pattern_chi2_correlation").label.startswith("head 1")
+    assert figure_of("no/such").title == "no/such"
+    rows = [{"heads/L0H1/induction": 0.1, "heads/L0H1/previous_token": 0.1}]
+    assert keys_in(rows, ["heads/{head}/induction"]) == ["heads/L0H1/induction"]
+
+
+def test_axes_hold_the_range_of_their_figures() -> None:
+    assert axis_limits(["loss/eval"], [0.3]) is None
+    assert axis_limits(["graph/recovered", "graph/f1"], [0.2]) == (-0.03, 1.05)
+    assert axis_limits(["gradient/theory_correlation"], [-0.4, None]) == pytest.approx(
+        (-0.45, 1.05)
+    )
+    assert all(item.low < item.high for item in figures().values())
