@@ -186,6 +186,20 @@ class CausalGraph:
         """The positions with a parent, ascending."""
         return tuple(child for child, row in enumerate(self.parents) if row)
 
+    @property
+    def child_rows(self) -> dict[int, tuple[int, ...]]:
+        """The parents of each position whose row of layer 1's attention should show them.
+
+        These are the positions with parents, except the last one if the query has parents: the
+        last row then shows the query's parents.
+
+        Example:
+            >>> CausalGraph(((), (0,), (1,)), query_parents=(2,)).child_rows
+            {1: (0,)}
+        """
+        last = self.n_positions - (self.query_parents is not None)
+        return {child: row for child, row in enumerate(self.parents[:last]) if row}
+
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:
         """All (parent, child) pairs, sorted by child, then parent; without the query's edges.

@@ -224,7 +224,10 @@ def patch_ideal(
         parents, children = torch.tensor(graph.edges, dtype=torch.int64).view(-1, 2).T.tolist()
         head = int(patterns.mean(0)[:, children, parents].sum(-1).argmax())
         trained = patterns[:, head : head + 1]
-        child_rows, all_rows = _given_rows(trained, _children(graph)), replace_pattern(trained)
+        child_rows, all_rows = (
+            _given_rows(trained, list(graph.child_rows)),
+            replace_pattern(trained),
+        )
         effects.append(_patched("trained_into_ideal", reference, child_rows, batch, epsilon))
         effects.append(_patched("whole_trained_into_ideal", reference, all_rows, batch, epsilon))
     return tuple(effects)
@@ -242,7 +245,7 @@ _Plan: TypeAlias = tuple[Kind, _Location, Edit]
 
 def _plans(graph: CausalGraph, attention: Tensor, generator: torch.Generator) -> Iterator[_Plan]:
     """Kind, location and edit of every intervention of `edge_effects`."""
-    rows = {child: graph.parents[child] for child in _children(graph)}
+    rows = graph.child_rows
     most = attention.argmax(0).tolist()
     for child, parents in rows.items():
         for parent in parents:
@@ -266,12 +269,6 @@ def _plans(graph: CausalGraph, attention: Tensor, generator: torch.Generator) ->
     if graph.query_parents is not None:
         pairs = [(last, parent) for parent in graph.query_parents]
         yield "query", _Location(last), knock_out(pairs)
-
-
-def _children(graph: CausalGraph) -> list[int]:
-    """Rows of non-roots, without the last row if it serves the query's parents."""
-    last = graph.sequence_length - 1
-    return [child for child in graph.non_roots if graph.query_parents is None or child != last]
 
 
 def _draw(keys: list[int], n: int, generator: torch.Generator) -> list[int]:

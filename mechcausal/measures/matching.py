@@ -8,6 +8,7 @@ the total attention of the matched heads on their parents is largest.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
@@ -69,7 +70,7 @@ def match_heads(attention: Float[Tensor, "head query key"], graph: CausalGraph) 
     query = None
     if graph.query_parents is not None:
         query = _matched(values[:, -1], graph.query_parents)
-    rows = {child: _matched(values[:, child], row) for child, row in _rows(graph).items()}
+    rows = {child: _matched(values[:, child], row) for child, row in graph.child_rows.items()}
     return Matching(rows, query)
 
 
@@ -112,7 +113,7 @@ def matching_figures(
     values = attention.detach().cpu()
     largest = values.argmax(-1)
     recovered, parent_attention, rows_matched = [], [], []
-    for child, parents in _rows(graph).items():
+    for child, parents in graph.child_rows.items():
         pairs = list(zip(matching.rows[child], parents, strict=True))
         hits = [head is not None and int(largest[head, child]) == p for head, p in pairs]
         recovered += hits
@@ -120,21 +121,21 @@ def matching_figures(
         parent_attention += [_attention(values[:, child], head, p) for head, p in pairs]
     figures = {}
     if recovered:
-        figures["graph/recovered"] = _mean(recovered)
-        figures["graph/parent_attention"] = _mean(parent_attention)
-        figures["graph/rows_matched"] = _mean(rows_matched)
+        figures["graph/recovered"] = fmean(recovered)
+        figures["graph/parent_attention"] = fmean(parent_attention)
+        figures["graph/rows_matched"] = fmean(rows_matched)
         contested = contested_rows(graph)
-        rows = zip(_rows(graph), rows_matched, strict=True)
+        rows = zip(graph.child_rows, rows_matched, strict=True)
         identified = [hit for child, hit in rows if child not in contested]
         if identified and contested:
-            figures["graph/identified_rows_matched"] = _mean(identified)
+            figures["graph/identified_rows_matched"] = fmean(identified)
         if len(attention) > 1:
             most = max(map(len, matching.rows.values()))
             fullest = Counter(heads for heads in matching.rows.values() if len(heads) == most)
             figures["graph/head_consistency"] = max(fullest.values()) / fullest.total()
     if matching.query is not None:
         served = zip(matching.query, graph.query_parents or (), strict=True)
-        figures["graph/query_attention"] = _mean([_attention(values[:, -1], *s) for s in served])
+        figures["graph/query_attention"] = fmean([_attention(values[:, -1], *s) for s in served])
     return figures
 
 
@@ -158,17 +159,11 @@ def contested_rows(graph: CausalGraph) -> frozenset[int]:
     if graph.query_parents is None:
         return frozenset()
     query, n = graph.query_parents, graph.n_positions
-    contested = {child for child, row in _rows(graph).items() if set(row) & set(query)}
+    contested = {child for child, row in graph.child_rows.items() if set(row) & set(query)}
     last = graph.parents[n - 1]
     if last and last[-1] == n - 2 and query[-1] == n - 1 and len(last) == len(query):
         contested.add(n - 2)
     return frozenset(contested)
-
-
-def _rows(graph: CausalGraph) -> dict[int, tuple[int, ...]]:
-    """The parents of every non-root position, except the position whose row serves the query."""
-    last = graph.n_positions - (graph.query_parents is not None)
-    return {child: row for child, row in enumerate(graph.parents[:last]) if row}
 
 
 def _matched(row: Float[Tensor, "head key"], parents: tuple[int, ...]) -> Heads:
@@ -179,7 +174,3 @@ def _matched(row: Float[Tensor, "head key"], parents: tuple[int, ...]) -> Heads:
 
 def _attention(row: Float[Tensor, "head key"], head: int | None, parent: int) -> float:
     return 0.0 if head is None else float(row[head, parent])
-
-
-def _mean(values: list[float] | list[bool]) -> float:
-    return sum(values) / len(values)

@@ -5,6 +5,7 @@ compare predictions. (`matching` compares attention with the true parents.)
 """
 
 from collections.abc import Mapping
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ def edge_hits(gradient: Matrix, graph: CausalGraph) -> float:
     NaN if there is no such row or the gradient is 0. For several parents, the last row is excluded,
     because it serves the query.
     """
-    rows = [i for i in graph.non_roots if i < _n_rows(graph)]
+    rows = graph.child_rows
     if not rows or not bool(gradient.any()):
         return float("nan")
     largest = gradient.masked_fill(_future(gradient), -torch.inf).argmax(1).tolist()
-    return sum(largest[i] in graph.parents[i] for i in rows) / len(rows)
+    return fmean(largest[child] in parents for child, parents in rows.items())
 
 
 def gradient_figures(
@@ -50,7 +51,7 @@ def gradient_figures(
         `edge_hits`, and for `theory`, `chi2`, `shannon` a Pearson `_correlation` and a Spearman
         `_spearman`; NaN if one side is constant.
     """
-    n = _n_rows(theory.graph)
+    n = theory.graph.n_positions - (theory.graph.query_parents is not None)
     measured = gradient[:n, :n].double().cpu()
     figures = {}
     if theory.graph.edges:
@@ -149,11 +150,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(values))
     ranks[order] = np.repeat(first + (sizes + 1) / 2, sizes)
     return ranks
-
-
-def _n_rows(graph: CausalGraph) -> int:
-    """Number of layer-1 rows for positions of the graph, without a row that serves the query."""
-    return graph.n_positions - (graph.query_parents is not None)
 
 
 def _future(matrix: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """What information theory predicts: information between positions, and the gradient it implies."""
 
-from mechcausal.theory.information import ParentInformation, parent_information
+from mechcausal.theory.information import (
+    Information,
+    ParentInformation,
+    parent_information,
+    theory_notes,
+)
 from mechcausal.theory.named_edges import named_edges
-from mechcausal.theory.notes import theory_notes
 from mechcausal.theory.pairwise import (
     PairDistances,
     PairwiseTheory,
@@ -10,9 +14,6 @@ from mechcausal.theory.pairwise import (
     pairwise_theory,
     predicted_gradient,
 )
-
-Information = PairwiseTheory | ParentInformation
-"""Theory for either task; both have `graph`, `chi2`, `shannon` and their standard errors."""
 
 __all__ = [
     "Information",

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.theory.joint_tables import table_information
 
 
 def elimination_width(graph: CausalGraph) -> int:
@@ -72,6 +71,24 @@ def exact_information(
         ):
             information[name][:, target, target:] = information[name][:, target:, target] = values
     return information
+
+
+def table_information(
+    joint: Float[Tensor, "*any row column"],
+) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
+    """chi-squared and Shannon information (nats) of joint distributions.
+
+    `sum (P - P_x P_y)^2 / (P_x P_y)` and `sum P log(P / (P_x P_y))`; values of probability 0 add 0.
+
+    Example:
+        >>> chi2, shannon = table_information(torch.tensor([[0.5, 0.0], [0.0, 0.5]]))
+        >>> round(chi2.item(), 4), round(shannon.item(), 4)  # S - 1, log 2
+        (1.0, 0.6931)
+    """
+    independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
+    floored = independent.clamp(min=torch.finfo(joint.dtype).tiny)
+    chi2 = ((joint - independent).square() / floored).sum((-2, -1))
+    return chi2, torch.xlogy(joint, joint / floored).sum((-2, -1))
 
 
 def _rows(graph: CausalGraph) -> tuple[tuple[int, ...], ...]:

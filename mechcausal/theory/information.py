@@ -22,6 +22,7 @@ from mechcausal.theory.budget import (
     affordable,
 )
 from mechcausal.theory.elimination import elimination_width, exact_information
+from mechcausal.theory.pairwise import PairwiseTheory
 from mechcausal.theory.sampled import N_GROUPS, sampled_information
 
 # Approximate limit on the entries of transition tensors and tables held at a time.
@@ -75,6 +76,10 @@ class ParentInformation:
         """
         n = self.graph.n_positions
         return (*self.graph.edges, *((parent, n) for parent in self.graph.query_parents or ()))
+
+
+Information = PairwiseTheory | ParentInformation
+"""Theory for either task; both have `graph`, `chi2`, `shannon` and their standard errors."""
 
 
 def parent_information(
@@ -147,6 +152,29 @@ def parent_information(
         fields[name], fields[f"{name}_stderr"] = mean_of_moments(total, n_priors)
     method: Literal["exact", "monte carlo"] = "exact" if exact else "monte carlo"
     return ParentInformation(task.graph, method, n_priors, n_wanted, n_sequences, **fields)
+
+
+def theory_notes(theory: Information, remedy: str) -> list[str]:
+    """A note that theory was averaged over fewer draws than asked for; empty if it was not.
+
+    Args:
+        theory: of a graph.
+        remedy: the setting that allows more draws.
+    """
+    if theory.n_priors >= theory.n_wanted:
+        return []
+    note = (
+        f"theory was averaged over {theory.n_priors:,} draws of the prior in place of "
+        f"{theory.n_wanted:,}, which would take too long (raise {remedy} for more)"
+    )
+    if theory.graph.edges:
+        errors = theory.chi2_stderr
+        parent, child = max(theory.graph.edges, key=lambda edge: float(errors[edge[1], edge[0]]))
+        note += (
+            f": the largest standard error of an edge's χ²-information is "
+            f"{errors[child, parent]:.2g} ({parent} → {child}: {theory.chi2[child, parent]:.4g})"
+        )
+    return [note]
 
 
 def _seconds_each(task: SeveralParentsTask, states: int | None, n_sequences: int) -> float:

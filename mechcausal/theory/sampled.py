@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.tasks import SeveralParentsTask
-from mechcausal.theory.joint_tables import table_information
+from mechcausal.theory.elimination import table_information
 
 N_GROUPS = 8
 """Number of groups of sequences for the jackknife."""

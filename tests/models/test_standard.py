@@ -1,13 +1,11 @@
 """The standard transformer: its starts, its files, and that it is one HookedTransformer."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mechcausal.models.loading import load_graph_model
 from mechcausal.models.standard import StandardTransformer, standard_config
 from tests.oracles import seeded
 
@@ -40,20 +38,6 @@ def train_a_little(model: StandardTransformer) -> None:
         optimizer.zero_grad()
         model(random_tokens())[:, 0].log().mean().neg().backward()
         optimizer.step()
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_predictions_are_those_of_the_hooked_models_last_position(
-    settings: dict[str, Any],
-) -> None:
-    model, tokens = build(**settings), random_tokens()
-    prediction = model(tokens)
-    assert prediction.shape == (12, S)
-    assert prediction.min() > 0
-    torch.testing.assert_close(prediction.sum(1), torch.ones(12))
-    logits = model.hooked(tokens)
-    torch.testing.assert_close(prediction, logits[:, -1].softmax(1))
-    torch.testing.assert_close(prediction, model.probabilities(logits))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -121,44 +105,6 @@ def test_the_seed_makes_the_weights_and_the_global_generator_stays(fixed: bool) 
     other = values(build(seed=2, fixed_embeddings=fixed, d_mlp=24))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["blocks.1.attn.W_V"], other["blocks.1.attn.W_V"])
-
-
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_model_survives_its_files(tmp_path: Path, settings: dict[str, Any], fixed: bool) -> None:
-    model, tokens = build(fixed_embeddings=fixed, **settings), random_tokens()
-    train_a_little(model)
-    model.save(tmp_path)
-    loaded = load_graph_model(tmp_path)
-    assert isinstance(loaded, StandardTransformer)
-    assert loaded.heads == model.heads
-    assert loaded.fixed_embeddings == fixed
-    assert torch.equal(loaded(tokens), model(tokens))
-    # What was not to be trained is not trained after loading either.
-    assert list(loaded.parameters_by_name) == list(model.parameters_by_name)
-    for name, value in values(model).items():
-        assert torch.equal(values(loaded)[name], value)
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_attention_of_layer_1_is_that_of_a_cached_run(settings: dict[str, Any]) -> None:
-    model, tokens = build(**settings), random_tokens()
-    pattern = model.layer1_attention(tokens)
-    _, cache = model.hooked.run_with_cache(tokens)
-    assert pattern.shape == (12, settings.get("n_heads", 2), T, T)
-    torch.testing.assert_close(pattern, cache["blocks.0.attn.hook_pattern"])
-    assert not pattern.requires_grad
-    torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
-
-
-def test_training_only_names_single_parameters() -> None:
-    model = build()
-    with model.training_only(("blocks.0.attn.W_Q",)):
-        wanted = {name for name, p in model.hooked.named_parameters() if p.requires_grad}
-        assert wanted == {"blocks.0.attn.W_Q"}
-    with model.frozen():
-        assert not any(p.requires_grad for p in model.hooked.parameters())
-    assert all(p.requires_grad for p in model.hooked.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,8 +11,7 @@ from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
 from mechcausal.tasks import SeveralParentsTask
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import pairwise_theory, parent_information
-from mechcausal.theory.elimination import elimination_width, exact_information
-from mechcausal.theory.joint_tables import table_information
+from mechcausal.theory.elimination import elimination_width, exact_information, table_information
 from mechcausal.theory.sampled import sampled_information
 from tests.oracles import pair_distribution, seeded, tensor_distribution
 
