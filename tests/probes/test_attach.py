@@ -312,7 +312,8 @@ class TestModelsThatHideTheirHooks:
             wrapper = nn.parallel.DistributedDataParallel(model)
             self.refuses(wrapper, "attach", "DistributedDataParallel wraps a HookedTransformer")
             probes = AttentionPattern(), AttentionGradient()
-            with attach(wrapper.module, *probes):  # as the line says
+            # An all-reduce that is still running can deadlock torch when the wrapper is deleted.
+            with attach(wrapper.module, *probes), wrapper.no_sync():  # as the line says
                 wrapper(tokens, return_type="loss").backward()
             assert [probe.batches for probe in probes] == [1, 1]
         finally:
