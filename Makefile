@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 # Matrix products as other processors compute them, and the tests whose outcome could rest on that.
 PROCESSORS := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
-NUMERICAL := $(addprefix tests/,probes tasks theory models measures training/test_training.py sweeps/test_batched.py)
+NUMERICAL := $(addprefix tests/,probes tasks theory models measures training/test_training.py sweeps/test_batch.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

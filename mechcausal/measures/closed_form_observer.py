@@ -1,15 +1,15 @@
 """Observe a simplified model in closed form: the readings of the hooks, several times faster.
 
-With m, a, p and dz of `models.batched_simplified`, sequence b has at layer 1's pattern the gradient
-`G_ik = dz_bi m_bk`. So its sums over sequences are products of matrices, and so are those of the
-squares of the centred `dz_bi (m_bk - mean over j <= i of m_bj)`. What passes through layer 1's
-softmax is computed for each sequence, in the hooked model's precision and order of operations:
-where attention has saturated these gradients are differences of almost equal numbers, and their
-ranks would show every other rounding. On long sequences that takes minutes, and all of it is summed
-in float64 instead.
+Layer 1's pattern is a, m_bk is the match of the token at k with the query of sequence b, and layer
+2's scores in the query's row are `z = m a^T`. With the gradient dz of the loss, sequence b has at
+layer 1's pattern the gradient `G_ik = dz_bi m_bk`. So its sums over sequences are products of
+matrices, and so are those of the squares of the centred `dz_bi (m_bk - mean over j <= i of m_bj)`.
+What passes through layer 1's softmax is computed for each sequence, in the hooked model's precision
+and order of operations: where attention has saturated these gradients are differences of almost
+equal numbers, and their ranks would show every other rounding. On long sequences that takes
+minutes, and all of it is summed in float64 instead.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from mechcausal.measures.metrics import induction_keys
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.observer import Observer, ProbeReadings
-from mechcausal.models.batched_simplified import through_softmax
-from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.tasks import Batch, to_score
+from mechcausal.models.simplified import SimplifiedTransformer, causal_softmax
+from mechcausal.tasks import soft_cross_entropy
 from probes import prefix_matching_score
 from probes.heads.scores import mean_weights
 
@@ -59,10 +58,14 @@ class ClosedFormObserver(Observer):
         predictions, induction, sums = [], [], _Sums(attention1, by_sequence=not self._is_long)
         for start in range(0, total, rows):
             part = self.batch[start : start + rows]
-            attention2 = self._query_attention(attention1, part.tokens)
-            zeros = attention2.new_zeros(len(part), model.vocab_size)
-            prediction = zeros.scatter_add(1, part.tokens, attention2)
-            gradient = self._gradient(part, prediction, attention2, share=len(part) / total)
+            scores = self._query_scores(attention1, part.tokens).requires_grad_()
+            with torch.enable_grad():
+                attention2 = scores.softmax(-1)
+                zeros = attention2.new_zeros(len(part), model.vocab_size)
+                prediction = zeros.scatter_add(1, part.tokens, attention2)
+                loss = soft_cross_entropy(prediction, part.target, epsilon=self.epsilon)
+                (gradient,) = torch.autograd.grad(loss * (len(part) / total), scores)
+            attention2, prediction = attention2.detach(), prediction.detach()
             sums.add(gradient, self._by_query(part.tokens).gather(1, part.tokens))
             predictions.append(prediction)
             induction.append((attention2 * self._weights[start : start + rows]).sum(-1))
@@ -78,7 +81,7 @@ class ClosedFormObserver(Observer):
             pattern_stderr=stderr.unsqueeze(0).cpu(),
             induction=torch.cat(induction).nanmean().view(1),
             matching=torch.cat(matching).nanmean(0),
-            examples=self._query_attention(attention1, self.examples).unsqueeze(1).cpu(),
+            examples=self._query_scores(attention1, self.examples).softmax(-1).unsqueeze(1).cpu(),
             prediction=torch.cat(predictions),
         )
         return self.figures_of(readings)
@@ -87,39 +90,24 @@ class ClosedFormObserver(Observer):
         """The match of each copied token with the query."""
         return self.model.A2.T[tokens[:, -1]]
 
-    def _query_attention(
+    def _query_scores(
         self, attention1: Float[Tensor, "query key"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
-        """Layer 2's pattern in the last row, computed from keys and queries as the hooked model."""
+        """Layer 2's scores in the last row, computed from keys and queries as the hooked model."""
         if self._is_long:
-            return (self._by_query(tokens).gather(1, tokens) @ attention1.T).softmax(-1)
+            return self._by_query(tokens).gather(1, tokens) @ attention1.T
         vocab, length = self.model.vocab_size, self.model.sequence_length
         padding = (0, max(length - vocab, 0))  # d_head
         copied = attention1 @ F.one_hot(tokens, vocab).to(attention1.dtype)
         queries = F.pad(self._by_query(tokens), padding).unsqueeze(1).expand(-1, length, -1)
-        return (queries @ F.pad(copied, padding).mT)[:, -1].softmax(-1)
-
-    def _gradient(
-        self,
-        part: Batch,
-        prediction: Float[Tensor, "batch vocab"],
-        attention2: Float[Tensor, "batch pos"],
-        *,
-        share: float,
-    ) -> Float[Tensor, "batch pos"]:
-        """The gradient of the mean loss on the query's row of layer 2's scores."""
-        weight = prediction.new_tensor(share) / len(part)
-        by_token = part.target * -weight / to_score(prediction, part.target, self.epsilon)
-        return through_softmax(by_token.gather(1, part.tokens), attention2)
+        return (queries @ F.pad(copied, padding).mT)[:, -1]
 
     def _attention2(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch query key"]:
         """Layer 2's full patterns, also for sequences shorter than the model's."""
         length = tokens.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         one_hot = F.one_hot(tokens, self.model.vocab_size).to(self.model.A1.dtype)
-        first = self.model.A1[:length, :length].masked_fill(future, -math.inf).softmax(-1)
-        scores = one_hot @ self.model.A2.T @ (first @ one_hot).mT
-        return scores.masked_fill(future, -math.inf).softmax(-1)
+        first = causal_softmax(self.model.A1[:length, :length])
+        return causal_softmax(one_hot @ self.model.A2.T @ (first @ one_hot).mT)
 
 
 class _Sums:
@@ -140,11 +128,11 @@ class _Sums:
         """Take in sequences: dz and m."""
         if self._by_sequence:
             upstream = gradient.unsqueeze(2) * matches.unsqueeze(1)
-            through = through_softmax(upstream, self._attention1.expand_as(upstream))
-            self._scores = self._scores + through.sum(0, dtype=torch.float64)
+            through = _through_softmax(upstream, self._attention1).sum(0, dtype=torch.float64)
         else:
             upstream = gradient.double().T @ matches.double()
-            self._scores = self._scores + through_softmax(upstream, self._attention1.double())
+            through = _through_softmax(upstream, self._attention1.double())
+        self._scores = self._scores + through
         self._n_sequences += len(gradient)
         gradient, matches = gradient.double(), matches.double()
         mean = matches.cumsum(1) / self._n_keys  # over the keys that query i sees
@@ -162,3 +150,11 @@ class _Sums:
         stderr = (spread / (self._n_sequences - 1)).sqrt()
         dtype = self._attention1.dtype
         return self._scores.to(dtype), pattern.to(dtype), stderr.to(dtype)
+
+
+def _through_softmax(
+    gradient: Float[Tensor, "*batch query key"], pattern: Float[Tensor, "query key"]
+) -> Float[Tensor, "*batch query key"]:
+    """The gradient on the scores from that on the pattern, as `AttentionGradient` computes it."""
+    weighted = pattern * gradient
+    return weighted - pattern * weighted.sum(-1, keepdim=True)

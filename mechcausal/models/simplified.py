@@ -12,7 +12,7 @@ token block of layer 1's W_Q. The closed form reads the same memory and skips th
 multiplications per step instead of B T d_model d_head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,33 @@ def simplified_config(
     )
 
 
+def causal_softmax(
+    scores: Float[Tensor, "*runs query key"],
+) -> Float[Tensor, "*runs query key"]:
+    """Attention patterns: the softmax over the keys up to each query."""
+    length = scores.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def closed_form(
+    A1: Float[Tensor, "*runs pos pos"],
+    A2: Float[Tensor, "*runs vocab vocab"],
+    tokens: Int[Tensor, "*runs batch pos"],
+) -> Float[Tensor, "*runs batch vocab"]:
+    """f of one model, or of several along leading axes, differentiable in A1 and A2.
+
+    `(softmax(A1) X) A2 x_query = softmax(A1) (X A2 x_query)`, so layer 1 is one T x T product with
+    the B x T matches, and no one-hot matrix is needed.
+    """
+    vocab = A2.shape[-1]
+    cells = tokens * vocab + tokens[..., -1:]
+    matches = A2.flatten(-2).gather(-1, cells.flatten(-2)).view(tokens.shape)
+    attention2 = (matches @ causal_softmax(A1).mT).softmax(-1)
+    output = attention2.new_zeros(*tokens.shape[:-1], vocab)
+    return output.scatter_add(-1, tokens, attention2)
+
+
 class SimplifiedTransformer(GraphModel):
     """The simplified model, as a HookedTransformer and in closed form with the same parameters.
 
@@ -62,7 +89,7 @@ class SimplifiedTransformer(GraphModel):
     ) -> None:
         """Build the wiring, with A1 = 0 and A2 = 0."""
         config = simplified_config(vocab_size, sequence_length, device=str(device))
-        self._take(build_hooked(config))
+        self.hooked = build_hooked(config)
         self._reset()
 
     @property
@@ -74,8 +101,7 @@ class SimplifiedTransformer(GraphModel):
     @property
     def A1(self) -> Float[Tensor, "pos pos"]:
         """Layer 1's position-position block, a view of the parameter: rows are queries."""
-        s, t = self.vocab_size, self.sequence_length
-        return self.parameters_by_name["A1"][0, s : s + t, :t]
+        return self._position_block(self.parameters_by_name["A1"])
 
     @property
     def A2(self) -> Float[Tensor, "vocab vocab"]:
@@ -83,8 +109,7 @@ class SimplifiedTransformer(GraphModel):
 
         The HookedTransformer multiplies queries from the left, so this view is transposed.
         """
-        s = self.vocab_size
-        return self.parameters_by_name["A2"][0, :s, :s].T
+        return self._token_block(self.parameters_by_name["A2"])
 
     @torch.no_grad()
     def initialise(self, *, beta0: float = 1.0) -> None:
@@ -118,18 +143,33 @@ class SimplifiedTransformer(GraphModel):
 
     def attention1(self) -> Float[Tensor, "query key"]:
         """Layer 1's attention pattern, the same for every sequence."""
-        return self.A1.masked_fill(self._future, -torch.inf).softmax(-1)
+        return causal_softmax(self.A1)
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
-        """f in closed form, differentiable in A1 and A2.
+        """f in closed form, differentiable in A1 and A2."""
+        return closed_form(self.A1, self.A2, tokens)
 
-        `(softmax(A1) X) A2 x_query = softmax(A1) (X A2 x_query)`, so layer 1 is one T x T product
-        with the B x T matches, and no one-hot matrix is needed.
+    @staticmethod
+    def predict_each(
+        models: Sequence["SimplifiedTransformer"], tokens: Int[Tensor, "run batch pos"]
+    ) -> Float[Tensor, "run batch vocab"]:
+        """f of several models of equal size, each on its own sequences, in one pass.
+
+        Differentiable in the parameters of every model.
+
+        Example:
+            >>> models = [SimplifiedTransformer(3, 6) for _ in range(2)]
+            >>> for number, model in enumerate(models):
+            ...     model.initialise(beta0=1.0 + number)
+            >>> tokens = torch.tensor([[[0, 1, 2, 0, 1, 0]], [[2, 1, 2, 0, 1, 0]]])
+            >>> together = SimplifiedTransformer.predict_each(models, tokens)
+            >>> bool(torch.allclose(together[1], models[1](tokens[1])))
+            True
         """
-        matches = self.A2.flatten()[tokens * self.vocab_size + tokens[:, -1:]]
-        attention2 = (matches @ self.attention1().T).softmax(-1)
-        output = attention2.new_zeros(tokens.shape[0], self.vocab_size)
-        return output.scatter_add(1, tokens, attention2)
+        first, parameters = models[0], [model.parameters_by_name for model in models]
+        A1 = first._position_block(torch.stack([named["A1"] for named in parameters]))
+        A2 = first._token_block(torch.stack([named["A2"] for named in parameters]))
+        return closed_form(A1, A2, tokens)
 
     def probabilities(
         self, output: Float[Tensor, "batch pos vocab"]
@@ -137,19 +177,21 @@ class SimplifiedTransformer(GraphModel):
         """The last position's output, which already is a distribution."""
         return output[:, -1]
 
+    def _position_block(self, weight: Tensor) -> Tensor:
+        s, t = self.vocab_size, self.sequence_length
+        return weight[..., 0, s : s + t, :t]
+
+    def _token_block(self, weight: Tensor) -> Tensor:
+        s = self.vocab_size
+        return weight[..., 0, :s, :s].mT
+
     def _trained_blocks(self) -> list[Tensor]:
         return [self.A1, self.A2]
 
     def _adopt(self, hooked: HookedTransformer, saved: Mapping[str, Any]) -> None:
-        self._take(hooked)
+        self.hooked = hooked
         self._check_config(simplified_config(self.vocab_size, self.sequence_length))
         self._check_wiring()
-
-    def _take(self, hooked: HookedTransformer) -> None:
-        self.hooked = hooked
-        shape = (self.sequence_length, self.sequence_length)
-        device = hooked.embed.W_E.device
-        self._future = torch.ones(shape, dtype=torch.bool, device=device).triu(1)
 
     def _wire(self) -> None:
         s, t = self.vocab_size, self.sequence_length

@@ -21,9 +21,6 @@ from mechcausal.sweeps.outcome import Outcome, one_line
 from mechcausal.sweeps.plan import Member, plan
 from mechcausal.sweeps.sweep import Sweep, SweepError
 
-MAX_BATCH = 64
-"""The most members in one batch; larger batches train no faster and lose more if they break."""
-
 
 @dataclass(frozen=True)
 class SweepProgress:
@@ -220,17 +217,15 @@ def _lots(members: Sequence[Member], n_workers: int, *, batch: bool) -> list[lis
     lots: list[list[Member]] = []
     singles = [*members]
     if batch:
-        from mechcausal.sweeps.batched import batchable, groups
+        from mechcausal.sweeps.batch import batchable, batches
 
         # A member that has started is resumed on its own.
         fresh = [m for m in members if not (m.folder / RECIPE_FILE).is_file()]
         fresh = [m for m in fresh if batchable(m.recipe)]
         batched = {member.name for member in fresh}
         singles = [member for member in members if member.name not in batched]
-        for group in groups([member.recipe for member in fresh]):
-            size = min(MAX_BATCH, -(-len(group) // n_workers))
-            for start in range(0, len(group), size):
-                lots.append([fresh[index] for index in group[start : start + size]])
+        for numbers in batches([member.recipe for member in fresh], n_workers):
+            lots.append([fresh[number] for number in numbers])
     lots += [[member] for member in singles]
     return sorted(lots, key=lambda lot: -sum(member.recipe.n_training_sequences for member in lot))
 
@@ -246,7 +241,6 @@ def _job(lot: Sequence[Member], wandb_mode: WandbMode | None, collect: bool) -> 
         recipes=[recipe_to_dict(member.recipe) for member in lot],
         folders=[str(member.folder.resolve()) for member in lot],
         wandb_mode=wandb_mode,
-        batched=len(lot) > 1,
         archives=archives,
     )
 

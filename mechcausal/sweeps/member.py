@@ -11,6 +11,7 @@ from typing import Any
 
 from mechcausal.recipes import Recipe, WandbMode, parse_recipe
 from mechcausal.records.run_folder import RECIPE_FILE, has_finished, is_held
+from mechcausal.support.signals import StopSignal
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.outcome import Outcome, one_line
 
@@ -27,13 +28,12 @@ LEAN = {
 
 @dataclass(frozen=True)
 class Job:
-    """The members that one worker trains, as plain data.
+    """The members that one worker trains, several as one batch, as plain data.
 
     Attributes:
         recipes: one per member.
         folders: one run folder per member.
         wandb_mode: overrides the recipes' W&B mode.
-        batched: whether to train the members as one batch.
         archives: the packed folder of each member, empty if it has not started; the worker then
             sends the folders back. None if the worker writes to `folders` itself.
     """
@@ -41,7 +41,6 @@ class Job:
     recipes: Sequence[Mapping[str, Any]]
     folders: Sequence[str]
     wandb_mode: WandbMode | None = None
-    batched: bool = False
     archives: Sequence[bytes] | None = None
 
 
@@ -56,6 +55,31 @@ class Done:
 
     outcomes: Sequence[Outcome]
     archives: Sequence[bytes] | None = None
+
+
+class PolledStop(StopSignal):
+    """A request to stop that comes from a function, called a few times a second."""
+
+    _received: signal.Signals | None = None
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        """Call the function when `received` is read."""
+        self._should_stop = should_stop
+        self._last_call = -POLL_SECONDS
+        super().__init__()
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """SIGINT once the function has returned True, or the signal that arrived before."""
+        if self._received is None and time.monotonic() - self._last_call >= POLL_SECONDS:
+            self._last_call = time.monotonic()
+            if self._should_stop():
+                self._received = signal.SIGINT
+        return self._received
+
+    @received.setter
+    def received(self, value: signal.Signals | None) -> None:
+        self._received = value
 
 
 def run_job(job: Job, should_stop: Callable[[], bool]) -> Done:
@@ -79,9 +103,9 @@ def _run(job: Job, folders: Sequence[str], should_stop: Callable[[], bool]) -> l
         recipes = [recipe.with_overrides(wandb__mode=job.wandb_mode) for recipe in recipes]
     paths = [Path(folder) for folder in folders]
     outcomes: dict[int, Outcome] = {}
-    if job.batched:
-        # A member that has started, perhaps on a worker that died, is resumed on its own below.
-        fresh = [n for n, path in enumerate(paths) if not (path / RECIPE_FILE).is_file()]
+    # A member that has started, perhaps on a worker that died, is resumed on its own.
+    fresh = [n for n, path in enumerate(paths) if not (path / RECIPE_FILE).is_file()]
+    if len(fresh) > 1:
         outcomes = _run_batch(recipes, paths, fresh, should_stop)
     for number, (recipe, path) in enumerate(zip(recipes, paths, strict=True)):
         if number not in outcomes:
@@ -97,14 +121,14 @@ def _run_batch(
     numbers: Sequence[int],
     should_stop: Callable[[], bool],
 ) -> dict[int, Outcome]:
-    from mechcausal.sweeps.batched import train_batched
+    from mechcausal.sweeps.batch import train_batch
 
-    batch_recipes = [recipes[number] for number in numbers]
-    batch_folders = [folders[number] for number in numbers]
     try:
-        outcomes = train_batched(batch_recipes, batch_folders, stop=should_stop)
-    except KeyboardInterrupt:
-        outcomes = [Outcome("interrupted")] * len(numbers)
+        outcomes = train_batch(
+            [recipes[number] for number in numbers],
+            [folders[number] for number in numbers],
+            stop=PolledStop(should_stop),
+        )
     except Exception as error:  # a batch that breaks must not end the sweep
         outcomes = [Outcome("failed", one_line(error))] * len(numbers)
     return dict(zip(numbers, outcomes, strict=True))
@@ -125,19 +149,10 @@ def run_member(
         wandb_mode: overrides the W&B mode of a resumed run.
         should_stop: polled a few times a second; a member that stops can be resumed.
     """
-    from mechcausal.support.signals import StopSignal
     from mechcausal.training.resuming import resume
-    from mechcausal.training.run import Progress, train
+    from mechcausal.training.run import train
 
-    stop, last_poll = StopSignal(), time.monotonic()
-
-    def poll(progress: Progress) -> None:
-        nonlocal last_poll
-        if time.monotonic() - last_poll > POLL_SECONDS:
-            last_poll = time.monotonic()
-            if stop.received is None and should_stop():
-                stop.received = signal.SIGINT
-
+    stop = PolledStop(should_stop)
     try:
         # A worker that lost its scheduler or its sweep may still be writing this member's last row.
         while is_held(folder):
@@ -149,9 +164,9 @@ def run_member(
         if should_stop():
             return Outcome("interrupted")
         if (folder / RECIPE_FILE).is_file():
-            result = resume(folder, wandb_mode=wandb_mode, on_progress=poll, stop=stop)
+            result = resume(folder, wandb_mode=wandb_mode, stop=stop)
         else:
-            result = train(recipe, out=folder, on_progress=poll, stop=stop)
+            result = train(recipe, out=folder, stop=stop)
     except KeyboardInterrupt:
         return Outcome("interrupted")
     except Exception as error:  # one member's failure must not end the sweep

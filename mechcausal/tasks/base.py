@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, their targets and their transition matrices.
+    """Sequences, their targets and their transition matrices; of several runs, one after another.
 
     Attributes:
         tokens: the sequences; in the single-parent task the last position is the query.
@@ -20,17 +20,22 @@ class Batch:
             transition tensors are integrated out.
     """
 
-    tokens: Int[Tensor, "batch pos"]
-    target: Float[Tensor, "batch vocab"]
-    transition: Float[Tensor, "batch vocab vocab"] | None = None
+    tokens: Int[Tensor, "*runs batch pos"]
+    target: Float[Tensor, "*runs batch vocab"]
+    transition: Float[Tensor, "*runs batch vocab vocab"] | None = None
 
     @property
-    def query(self) -> Int[Tensor, "batch"]:
+    def query(self) -> Int[Tensor, "*runs batch"]:
         """The last token of every sequence."""
-        return self.tokens[:, -1]
+        return self.tokens[..., -1]
+
+    def run(self, number: int) -> "Batch":
+        """The sequences of one run, of a batch with a leading run axis."""
+        transition = None if self.transition is None else self.transition[number]
+        return Batch(self.tokens[number], self.target[number], transition)
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Number of sequences, of a batch without a run axis."""
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice | int) -> "Batch":
@@ -67,20 +72,22 @@ def to_score(
 
 
 def soft_cross_entropy(
-    prediction: Float[Tensor, "batch vocab"],
-    target: Float[Tensor, "batch vocab"],
+    prediction: Float[Tensor, "*runs batch vocab"],
+    target: Float[Tensor, "*runs batch vocab"],
     *,
-    epsilon: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Mean cross entropy in nats of smoothed predictions against soft labels.
+    epsilon: float | Float[Tensor, "*runs"] = 0.0,
+) -> Float[Tensor, "*runs"]:
+    """Mean cross entropy in nats of smoothed predictions against soft labels, for each run.
 
     `-mean_b sum_s target_bs log((prediction_bs + epsilon) / (1 + S epsilon))`, with 0 log 0 = 0
     (see `to_score`). The division keeps the smoothed prediction a distribution, so the loss can be
     compared with the Bayes loss. It adds `log(1 + S epsilon)` to the paper's loss and changes no
     gradient.
     """
-    normaliser = math.log1p(prediction.shape[-1] * epsilon)
-    return normaliser - (target * to_score(prediction, target, epsilon).log()).sum(-1).mean()
+    smoothing = torch.as_tensor(epsilon, dtype=prediction.dtype, device=prediction.device)
+    log_score = to_score(prediction, target, smoothing[..., None, None]).log()
+    normaliser = torch.log1p(prediction.shape[-1] * smoothing)
+    return normaliser - (target * log_score).sum(-1).mean(-1)
 
 
 def cross_entropies(

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechcausal.graphs import CausalGraph
 from mechcausal.tasks.base import cumulative
 from mechcausal.tasks.priors import stationary_distribution
 
@@ -28,17 +30,24 @@ class Level:
     position: Int[Tensor, "n"]
     parent: Int[Tensor, "n"]
 
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int]], device: torch.device) -> "Level":
-        """From run, position and parent of each."""
-        return cls(*torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).T)
-
     def parts(self, size: int) -> list["Level"]:
         """The same positions, at most so many at a time."""
         if len(self.run) <= size:
             return [self]
         columns = (column.split(size) for column in (self.run, self.position, self.parent))
         return [Level(*part) for part in zip(*columns, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def levels_of(graphs: tuple[CausalGraph, ...], device: torch.device) -> list[Level]:
+    """The positions of several single-parent graphs of equal length by depth, roots first."""
+    levels: list[list[tuple[int, int, int]]] = []
+    for run, graph in enumerate(graphs):
+        start, parents = run * graph.sequence_length, graph.parent_array()
+        levels += [[] for _ in range(len(graph.levels) - len(levels))]
+        for level, positions in zip(levels, graph.levels, strict=False):
+            level += [(run, start + i, start + max(parents[i], 0)) for i in positions]
+    return [Level(*torch.tensor(level, dtype=torch.int64, device=device).T) for level in levels]
 
 
 def draw_tokens(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.tasks.base import Batch, cumulative
-from mechcausal.tasks.priors import FixedTransition, Prior, PriorError, sample_dirichlet
+from mechcausal.tasks.dirichlet import sample_dirichlet
+from mechcausal.tasks.priors import FixedTransition, Prior, PriorError
 
 # Transition tensors with more entries raise PriorError before they exhaust the memory.
 _MAX_ENTRIES = 10**8

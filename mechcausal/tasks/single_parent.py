@@ -5,8 +5,8 @@ matrix `pi`, so nothing about `pi` can be memorised: it has to be read off the s
 edges of the graph. Source: Nichani, Damian, Lee, ICML 2024 (arXiv 2402.14735), section 2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.tasks.base import Batch
-from mechcausal.tasks.priors import Prior
-from mechcausal.tasks.sequences import Level, draw_tokens
+from mechcausal.tasks.dirichlet import draw_for_each
+from mechcausal.tasks.priors import Prior, sample_transitions
+from mechcausal.tasks.sequences import draw_tokens, levels_of
 
 
 @dataclass(frozen=True)
@@ -66,33 +67,68 @@ class SingleParentTask:
 
         Work is vectorised over the batch and over all positions of equal depth in the graph.
         """
-        transition = self.prior.sample(n_sequences, generator=generator)
-        return self.sample_given(transition, generator=generator)
+        return sample_each([self], n_sequences, generators=[generator]).run(0)
 
     def sample_given(
         self, transition: Float[Tensor, "batch vocab vocab"], *, generator: torch.Generator
     ) -> Batch:
         """Draw one sequence from each of the given transition matrices."""
-        batch, vocab, _ = transition.shape
-        device = generator.device
-        shape = (self.sequence_length, batch)
-        uniform = torch.rand(shape, generator=generator, device=device, dtype=transition.dtype)
-        tokens = draw_tokens(transition, uniform, self._levels(device))
-        query = torch.randint(vocab, (batch,), generator=generator, device=device)
-        tokens[-1] = query
-        target = transition[torch.arange(batch, device=device), query]
-        return Batch(tokens.T.contiguous(), target, transition)
+        return _sample_given([self], transition.unsqueeze(0), [generator]).run(0)
 
-    def _levels(self, device: torch.device) -> list[Level]:
-        """Positions of equal depth, roots first, each with its parents; kept for each device."""
-        if device not in self._level_cache:
-            parents = self.graph.parent_array()
-            self._level_cache[device] = [
-                Level.of([(0, i, max(parents[i], 0)) for i in level], device)
-                for level in self.graph.levels
-            ]
-        return self._level_cache[device]
 
-    @cached_property
-    def _level_cache(self) -> dict[torch.device, list[Level]]:
-        return {}
+def sample_each(
+    tasks: Sequence[SingleParentTask], n_sequences: int, *, generators: Sequence[torch.Generator]
+) -> Batch:
+    """Draw sequences of several tasks together, as each task's own `sample` would.
+
+    Args:
+        tasks: of one length, one number of tokens and one kind of prior; graphs may differ.
+        n_sequences: sequences for each task.
+        generators: of each task, on one device; what a task gets depends on its own alone, to
+            rounding.
+
+    Returns:
+        A batch with a leading run axis.
+
+    Raises:
+        ValueError: tasks that cannot be sampled together.
+
+    Example:
+        >>> from mechcausal.graphs import chain, star
+        >>> from mechcausal.tasks.priors import DirichletPrior
+        >>> prior = DirichletPrior.symmetric(0.1, vocab_size=3)
+        >>> tasks = [SingleParentTask(graph, prior) for graph in (chain(5), star(5))]
+        >>> sources = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        >>> together = sample_each(tasks, 4, generators=sources).tokens
+        >>> alone = tasks[1].sample(4, generator=torch.Generator().manual_seed(1)).tokens
+        >>> torch.equal(together[1], alone)
+        True
+    """
+    kinds = {(task.vocab_size, task.sequence_length, type(task.prior)) for task in tasks}
+    if len(kinds) != 1 or len(tasks) != len(generators):
+        raise ValueError("tasks of one batch need one vocabulary, length and kind of prior")
+    priors = [task.prior for task in tasks]
+    transition = sample_transitions(priors, n_sequences, generators=generators)
+    return _sample_given(tasks, transition, generators)
+
+
+def _sample_given(
+    tasks: Sequence[SingleParentTask],
+    transition: Float[Tensor, "run batch vocab vocab"],
+    generators: Sequence[torch.Generator],
+) -> Batch:
+    runs, batch, vocab, _ = transition.shape
+    length, device = tasks[0].sequence_length, transition.device
+    counts = [length * batch] * runs
+    uniform = draw_for_each(generators, torch.rand, counts, dtype=transition.dtype)
+    tokens = draw_tokens(
+        transition.reshape(-1, vocab, vocab),
+        uniform.view(-1, batch),
+        levels_of(tuple(task.graph for task in tasks), device),
+    ).view(runs, length, batch)
+    query = torch.stack(
+        [torch.randint(vocab, (batch,), generator=g, device=device) for g in generators]
+    )
+    tokens[:, -1] = query
+    target = transition.take_along_dim(query[:, :, None, None], 2).squeeze(2)
+    return Batch(tokens.mT.contiguous(), target, transition)

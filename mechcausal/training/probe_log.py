@@ -41,7 +41,7 @@ class ProbeLog:
         stage_starts: list[int],
         start: int = 0,
         rows: Sequence[dict[str, Value]] = (),
-        durable: bool = True,
+        lean: bool = False,
     ) -> None:
         """Prepare the log; `open` is the first call that writes.
 
@@ -53,10 +53,10 @@ class ProbeLog:
             start: first step to train; above 0 when the run is resumed.
             rows: rows already in metrics.jsonl. Those from `start` on are computed again and
                 compared with the old ones, but not written twice.
-            durable: wait until the matrices of a step are on the disk.
+            lean: draw no pictures, and do not wait until matrices are on the disk.
         """
         self._record = record
-        self._durable = durable
+        self._lean = lean
         self._experiment = experiment
         self._probing = experiment.recipe.probing
         self._stage_starts = stage_starts
@@ -111,7 +111,7 @@ class ProbeLog:
             figures["induction/formation_step"] = self._formation_step
             if step in self._kept_steps:
                 self._keep(step, observation.matrices)
-            if step in self._image_steps:
+            if step in self._image_steps and not self._lean:
                 images |= self._experiment.heatmaps(observation.matrices)
         else:
             figures |= self._experiment.losses()
@@ -169,7 +169,7 @@ class ProbeLog:
         path = self._folder / f"{name}.safetensors"
         with writing(path):
             self._folder.mkdir(exist_ok=True)
-            write_atomically(path, save(_contiguous(matrices)), durable=self._durable)
+            write_atomically(path, save(_contiguous(matrices)), durable=not self._lean)
 
     def _is_on_disk(self, row: Mapping[str, Value]) -> bool:
         """Whether the row on disk equals this one; up to rounding if a batch wrote it."""
@@ -183,7 +183,7 @@ class ProbeLog:
         )
 
     def _draw(self) -> dict[str, Path]:
-        if not self._matrices:
+        if self._lean or not self._matrices:
             return {}
         try:
             with writing(self._record.folder / "figures"):

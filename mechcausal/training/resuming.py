@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from mechcausal.support.files import write_atomically
 from mechcausal.support.messages import excerpt
 from mechcausal.support.signals import StopSignal, stop_on_signals
 from mechcausal.training.checkpoints import Checkpoint, differences, environment, newest_checkpoint
-from mechcausal.training.run import Progress, RunResult, check, run
+from mechcausal.training.recorded_run import Progress, RecordedRun
+from mechcausal.training.run import RunResult, check, result_of, train_runs
 
 
 def resume(
@@ -108,16 +109,17 @@ def resume(
             rows = [row for row in rows if int(row[STEP] or 0) < start]
         with writing(folder / SUMMARY_FILE):
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
-        result = run(
+        run = RecordedRun(
             recipe,
-            folder,
+            nullcontext(folder),
             mode,
-            stop,
             checkpoint=checkpoint,
             rows=rows,
             on_progress=on_progress,
             on_warning=on_warning,
         )
+        train_runs([run], stop)
+    result = result_of(run, stop)
     result.warnings[:0] = warnings
     return result
 

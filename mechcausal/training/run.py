@@ -1,70 +1,31 @@
-"""The training loop: Algorithm 1 or joint training, on the closed form, observed through hooks."""
+"""Train a recipe: one run, or several of equal shape as one batch."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mechcausal.measures.figures import History, Value
-from mechcausal.recipes import Recipe, RecipeError, StageSection, WandbMode, load_recipe
+from mechcausal.measures.figures import Value
+from mechcausal.recipes import Recipe, RecipeError, load_recipe
 from mechcausal.recipes.devices import computing_on, device_named
-from mechcausal.recipes.stages import Stage, learning_rate, probe_steps, stages
-from mechcausal.records.run_folder import MODEL_FOLDER, State, new_run_folder
-from mechcausal.records.tracking import RecordError, RunRecord, writing
-from mechcausal.records.wandb_runs import load_wandb, resolve_mode
-from mechcausal.support.files import write_folder_atomically
-from mechcausal.support.messages import shell_command
+from mechcausal.recipes.stages import stages
+from mechcausal.records.run_folder import State, new_run_folder
+from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.support.signals import StopRequested, StopSignal, stop_on_signals
-from mechcausal.training.checkpointing import Checkpointer
-from mechcausal.training.checkpoints import Checkpoint, CheckpointError, environment
-from mechcausal.training.closing_pictures import ClosingPictures
-from mechcausal.training.experiments import (
-    Experiment,
-    Generators,
-    build_experiment,
-    check_experiment,
-)
-from mechcausal.training.probe_log import ProbeLog
+from mechcausal.training.errors import NonFiniteLossError, TrainingError
+from mechcausal.training.experiments import Experiment, check_experiment
+from mechcausal.training.recorded_run import Progress, RecordedRun
 
-SILENT_SECONDS = 1.0
-"""What is prepared before the first step is told of when it takes longer."""
-
-
-class TrainingError(RuntimeError):
-    """A run that failed; the message is one line with the cause and how to resume."""
-
-
-class NonFiniteLossError(TrainingError):
-    """The loss or its gradient became NaN or infinite; the message says at which step."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress display may show: sent before every step, and while the first is prepared.
-
-    Attributes:
-        step: steps done.
-        n_steps: steps of the whole run.
-        stage: what is being trained, or prepared.
-        figures: of the last probe step.
-        matrices: of the last probe step, by name, on the CPU.
-        history: a row of figures for every probe step so far; grows while the run goes on.
-        is_preparing: whether the first step is still to come, after something that takes long.
-    """
-
-    step: int
-    n_steps: int
-    stage: str
-    figures: dict[str, Value]
-    matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    history: History = ()
-    is_preparing: bool = False
+__all__ = [
+    "NonFiniteLossError",
+    "Progress",
+    "RunResult",
+    "TrainingError",
+    "check",
+    "fit",
+    "train",
+    "train_runs",
+]
 
 
 @dataclass
@@ -128,8 +89,11 @@ def train(
     check(recipe)
     recipe = recipe.self_contained()
     mode = resolve_mode(recipe.wandb.mode)
-    with stop_on_signals(stop) as stop, new_run_folder(recipe, out) as folder:
-        return run(recipe, folder, mode, stop, on_progress=on_progress, on_warning=on_warning)
+    folder = new_run_folder(recipe, out)
+    run = RecordedRun(recipe, folder, mode, on_progress=on_progress, on_warning=on_warning)
+    with stop_on_signals(stop) as stop:
+        train_runs([run], stop)
+    return result_of(run, stop)
 
 
 def check(recipe: Recipe) -> None:
@@ -144,244 +108,84 @@ def check(recipe: Recipe) -> None:
     check_experiment(recipe)
 
 
-def run(
-    recipe: Recipe,
-    folder: Path,
-    mode: WandbMode,
-    stop: StopSignal,
-    *,
-    checkpoint: Checkpoint | None = None,
-    rows: Sequence[dict[str, Value]] = (),
-    on_progress: Callable[[Progress], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
-) -> RunResult:
-    """Train from the start or from a checkpoint, until the end or a request to stop.
+def train_runs(runs: Sequence[RecordedRun], stop: StopSignal) -> None:
+    """Open runs of equal shape and train them together, until the end or a request to stop.
+
+    Errors are left in the runs. A run that is not open when the request arrives stays untouched.
 
     Args:
-        recipe: a recipe that `check` accepted.
-        folder: a run folder that this process has locked with `hold`.
-        mode: W&B mode.
+        runs: of recipes that `check` accepted.
         stop: says when to stop.
-        checkpoint: where to resume; None trains from the start.
-        rows: rows already in metrics.jsonl.
-        on_progress: see `train`.
-        on_warning: see `train`.
 
     Raises:
-        See `train`.
+        KeyboardInterrupt: Ctrl-C; every run has ended.
     """
-    plan = stages(recipe)
-    start = checkpoint.step if checkpoint else 0
-    with computing_on(recipe.threads), ThreadPoolExecutor(1) as pool:
-        generators = Generators.from_seed(recipe.seed, device_named(recipe.device))
-        if mode != "disabled":
-            load_wandb()
-        # W&B takes a second to start, mostly waiting: build the experiment meanwhile.
-        opening = pool.submit(
-            RunRecord,
-            folder,
-            recipe,
-            mode,
-            rows=rows,
-            environment=environment(generators.data.device),
-            on_warning=on_warning,
-        )
+    with computing_on(runs[0].recipe.threads):
         try:
-            experiment = build_experiment(recipe, generators, _telling(on_progress, recipe, start))
-        except BaseException as error:
-            with suppress(RecordError):  # report the first error, not what follows from it
-                opening.result().finish({}, "interrupted" if stop.received else "failed")
-            raise explained(error, folder, recipe, "before the first step") from None
-        # From here on a signal takes effect only at the end of a step.
-        stop.waits = True
-        try:
-            record = opening.result()
-        except RecordError as error:
-            raise explained(error, folder, recipe, "before the first step") from None
-        for note in experiment.notes:
-            record.warn(note)
-        probe_log = ProbeLog(
-            record,
-            experiment,
-            steps=probe_steps(recipe.probing, plan),
-            stage_starts=[stage.start for stage in plan],
-            start=start,
-            rows=rows,
-        )
-        checkpointer = Checkpointer(record, probe_log, experiment, generators, start=start)
-        state: State = "failed"
-        step = start
-        try:
-            probe_log.open()
-            for step, stage, optimizer in schedule(plan, experiment, start):
-                if step == start and checkpoint is not None:
-                    checkpoint.restore(experiment, optimizer, generators)
-                is_last = step == recipe.n_steps
-                if stop.received is not None and not is_last:
-                    checkpointer.save(step, stage.name, optimizer)
-                    break
-                if checkpointer.is_due(step):
-                    checkpointer.save(step, stage.name, optimizer)
-                optimizer.zero_grad()
-                loss = _accumulate(experiment)
-                check_finite(loss, optimizer, step, stage, folder)
-                if step in probe_log.steps:
-                    probe_log.add(step, loss)
-                checkpointer.publish(step)
-                if on_progress is not None:
-                    on_progress(
-                        Progress(
-                            step=step,
-                            n_steps=recipe.n_steps,
-                            stage=stage.name,
-                            figures=probe_log.latest,
-                            matrices=probe_log.latest_matrices,
-                            history=probe_log.history,
-                        )
-                    )
-                if is_last:
-                    probe_log.close()
-                    state = "finished"
-                else:
-                    optimizer.step()
-            if state != "finished":
-                state = "interrupted"
-            final = folder / MODEL_FOLDER
-            with writing(final), write_folder_atomically(final) as new_folder:
-                experiment.save_model(new_folder)
-        except BaseException as error:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            raise explained(error, folder, recipe, f"at step {step}") from None
-        finally:
-            summary = probe_log.summary() | {"train/steps": step, "recipe": recipe.name}
-            if state == "finished":
-                pictures = ClosingPictures(record, recipe)
-                pictures.draw_page(summary)
-                panels = pictures.draw_panels(summary, stop)
-                n_warnings = len(record.warnings)
-                record.finish(summary, state, panels)
-                if len(record.warnings) > n_warnings:  # the page lists them
-                    pictures.draw_page(summary)
-            else:
-                record.finish(summary, state)
-    return RunResult(
-        folder=folder,
-        state=state,
-        signal=None if state == "finished" or stop.received is None else int(stop.received),
-        start=start,
-        summary=summary,
-        history=probe_log.history,
-        experiment=experiment,
-        warnings=record.warnings,
-        wandb_folder=record.wandb_folder,
-        url=record.url,
-    )
+            for run in runs:
+                if stop.received is None:
+                    run.open(stop)
+            fit(runs)
+        except BaseException as error:  # of all runs at once: out of memory, or Ctrl-C
+            for run in runs:
+                if run.is_training:
+                    run.fail(error)
+            if not isinstance(error, Exception):
+                raise
 
 
-def _telling(
-    on_progress: Callable[[Progress], None] | None, recipe: Recipe, start: int
-) -> Callable[[str], None]:
-    """Pass on what is being prepared before the first step, a few times a second."""
-    due = time.monotonic() + SILENT_SECONDS
+def fit(runs: Sequence[RecordedRun]) -> None:
+    """Train open runs of equal shape together, until each of them has ended.
 
-    def tell(text: str) -> None:
-        nonlocal due
-        if on_progress is not None and time.monotonic() > due:
-            on_progress(Progress(start, recipe.n_steps, text, {}, is_preparing=True))
-            due = time.monotonic() + 0.25
-
-    return tell
-
-
-def schedule(
-    plan: list[Stage], experiment: Experiment, start: int
-) -> Iterator[tuple[int, Stage, torch.optim.Optimizer]]:
-    """Number, stage and optimizer of every step from `start` on.
-
-    One more number follows the last training step, for the final probe step.
+    Every step draws a batch for each run and takes the gradients of all in one backward pass. A run
+    that fails leaves the others alone.
     """
-    end = plan[-1].start + plan[-1].section.steps
-    for stage in plan:
-        section = stage.section
-        stop = stage.start + section.steps
-        steps = range(max(start, stage.start), stop + (stop == end))
-        if not steps:
-            continue
-        optimizer = _optimizer(section, experiment.parameters(stage.parameters))
-        with experiment.training_only(stage.parameters):
-            for step in steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(section, step - stage.start)
-                yield step, stage, optimizer
-
-
-def _accumulate(experiment: Experiment) -> float:
-    """Accumulate the gradients of a batch part by part; return the mean loss."""
-    training = experiment.recipe.training
-    total = 0.0
-    for _ in range(training.accumulation):
-        loss = experiment.training_loss(training.batch_size // training.accumulation)
-        (loss / training.accumulation).backward()
-        total += loss.item() / training.accumulation
-    return total
-
-
-def _optimizer(
-    section: StageSection, parameters: list[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    kind: Any = kinds[section.optimizer]
-    optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=section.lr, weight_decay=section.weight_decay
-    )
-    return optimizer
-
-
-def check_finite(
-    loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
-) -> None:
-    """Raise before the optimizer writes NaN into the weights.
-
-    Raises:
-        NonFiniteLossError: the loss or an entry of its gradient is NaN or infinite.
-    """
-    problem = f"the loss became {loss}"
-    if math.isfinite(loss):
-        gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-        if all(g is None or bool(g.isfinite().all()) for g in gradients):
+    while True:
+        for run in runs:
+            run.begin_step()
+        runs = [run for run in runs if run.is_training]
+        if not runs:
             return
-        problem = f"the gradient became NaN or infinite (the loss is {loss:g})"
-    section = stage.section
-    change = (f"--training.{stage.name}.lr", f"{section.lr / 10:g}", "--allow-change")
-    again = shell_command("mechcausal", "resume", folder, *change)
-    raise NonFiniteLossError(
-        f"{problem} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): "
-        "try a smaller learning rate or a larger epsilon; every row before it is kept; "
-        f"{again} resumes from the last checkpoint"
+        for run, loss in zip(runs, accumulate_gradients(runs), strict=True):
+            run.record_step(loss)
+        for run in runs:
+            run.descend()
+
+
+def accumulate_gradients(runs: Sequence[RecordedRun]) -> list[float]:
+    """Take the gradients of a batch part by part; return each run's mean loss."""
+    experiments = [run.experiment for run in runs]
+    training = runs[0].recipe.training
+    n_sequences = training.batch_size // training.accumulation
+    totals = [0.0] * len(runs)
+    for _ in range(training.accumulation):
+        losses = type(experiments[0]).training_losses(experiments, n_sequences)
+        (losses.sum() / training.accumulation).backward()
+        parts = losses.tolist()
+        totals = [a + b / training.accumulation for a, b in zip(totals, parts, strict=True)]
+    return totals
+
+
+def result_of(run: RecordedRun, stop: StopSignal) -> RunResult:
+    """The result of a run that ended.
+
+    Raises:
+        Exception: the run's error.
+        StopRequested: the request to stop arrived before the run was open.
+    """
+    if run.error is not None:
+        raise run.error from None
+    if run.state is None:
+        raise StopRequested("stopped before the first step", int(stop.received or 0))
+    return RunResult(
+        folder=run.folder,
+        state=run.state,
+        signal=None if run.state == "finished" or stop.received is None else int(stop.received),
+        start=run.start,
+        summary=run.summary,
+        history=run.probe_log.history,
+        experiment=run.experiment,
+        warnings=run.record.warnings,
+        wandb_folder=run.record.wandb_folder,
+        url=run.record.url,
     )
-
-
-def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
-    """The error as the user should read it: what happened, and how to resume."""
-    again = shell_command("mechcausal", "resume", folder)
-    if isinstance(error, StopRequested):
-        return StopRequested(f"stopped {when}; resume with: {again}", error.number)
-    if isinstance(error, RecordError):
-        return TrainingError(
-            f"{error}; the run stopped {when}, what was written before is kept; "
-            f"when the folder can be written again: {again}"
-        )
-    if isinstance(error, CheckpointError):
-        return TrainingError(str(error))
-    text = str(error).lower()
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
-    ):
-        return TrainingError(
-            f"out of memory {when}: reduce training.batch_size "
-            f"({recipe.training.batch_size:,}, or raise training.accumulation), "
-            f"evaluation.n_sequences ({recipe.evaluation.n_sequences:,}), "
-            f"evaluation.theory_priors ({recipe.evaluation.theory_priors:,}), "
-            "or the sizes of graph, task and model; what was written before is kept"
-        )
-    return error

@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.heads.scores import above_chance
-from probes.reading.hook_names import Head
+
+Head: TypeAlias = tuple[int, int]
+"""A head as (layer, head)."""
 
 Verdict: TypeAlias = Literal["induction", "previous_token", "duplicate_token", "positional"]
 

@@ -9,7 +9,6 @@ would turn every activation into a view, which other hooks could no longer chang
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVarTuple, cast
 
@@ -37,7 +36,7 @@ class Probe(ABC):
     they must not write to them.
     """
 
-    _block: "_Block | None" = None
+    _session: "_Session | None" = None
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
@@ -105,79 +104,98 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
     >>> gradient.reading().sel(layer=0, head=0, query=0).values.tolist()
     [0.0, 0.0, 0.0, 0.0, 0.0]
     """
-    return cast(AbstractContextManager[tuple[*Probes]], _Attachment(model, probes))
+    return _Attachment(model, cast(tuple[Probe, ...], probes))  # type: ignore[return-value]
 
 
-@dataclass
-class _Block:
-    """Whether a block is open: a backward pass may run after it and must not be read."""
+class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
+    """The block. A class, because Ctrl-C may hit a generator-based block outside its `finally`."""
 
-    is_open: bool = True
-
-
-class _Attachment(Hooks):
-    """The hooks of one `attach`.
-
-    A class with `__exit__`, because Ctrl-C may hit a generator-based block outside its `finally`.
-    """
-
-    def __init__(self, model: nn.Module, probes: tuple[Any, ...]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, probes: tuple[Probe, ...]) -> None:
         self._model = model
         self._probes = probes
-        self._block = _Block()
+        self._hooks = Hooks()
         self._check: FirstPassCheck | None = None
 
     def __enter__(self) -> tuple[Probe, ...]:
         try:
             self._attach()
         except BaseException:
-            super().__exit__()
+            self._hooks.__exit__(None, None, None)
             raise
         return self._probes
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        self._hooks.__exit__(None, None, None)
         # A user may turn warnings into errors: warn after the passes, and never replace an error.
         if self._check is not None and error[0] is None:
             self._check.conclude(stacklevel=2)
 
-    def remove(self) -> None:
-        """Remove the hooks; the probes may then be attached again."""
-        self._block.is_open = False
-        super().remove()
-
     def _attach(self) -> None:
+        session = _Session()
+        self._hooks.finally_call(session.end)
         points = hook_points(self._model)
-        self._check = FirstPassCheck(self._model, points, self)
+        self._check = FirstPassCheck(self._model, points, self._hooks)
         for probe in self._probes:
-            if probe._block is not None and probe._block.is_open:
+            if probe._session is not None:
                 raise ProbeError(
                     f"this {type(probe).__name__} is already attached: use a second one"
                 )
-            probe._block = self._block
-            self.add_before(self._model, partial(_begin_pass, probe))
+            self._hooks.finally_call(partial(_release, probe, session))
+            probe._session = session
+            self._hooks.add_before(self._model, _pass_start_hook(probe))
             for name, hook in probe.hooks(self._model).items():
-                self._add_named(points, name, hook)
+                self._add(points, name, hook, session)
 
-    def _add_named(self, points: Mapping[str, nn.Module], name: str, hook: ForwardHook) -> None:
+    def _add(
+        self, points: Mapping[str, nn.Module], name: str, hook: ForwardHook, session: "_Session"
+    ) -> None:
         kind = type(self._model).__name__
         if name == TOKENS:
             embed = getattr(self._model, TOKENS, None)
             if not isinstance(embed, nn.Module):
                 raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
-            self.add_before(embed, partial(_read_tokens, hook))
+            self._hooks.add_before(embed, _tokens_hook(hook))
             return
         if name == ATTENTION_MASK:
-            self.add_before(_module_with_mask(self._model), partial(_read_mask, hook))
+            self._hooks.add_before(_module_with_mask(self._model), _mask_hook(hook))
             return
         point, before_hooks = split_incoming(name)
         if point not in points:
             raise ProbeError(f"{kind} has no hook point {point!r}")
         if before_hooks:
-            self.add_before(points[point], partial(_read_incoming, hook, self._block))
+            self._hooks.add_before(points[point], _incoming_hook(hook, session))
         else:
-            self.add(points[point], partial(_read_activation, hook, self._block))
+            self._hooks.add(points[point], _activation_hook(hook, session))
+
+
+class _Session:
+    """Whether the block is still open: a backward pass may run after it and must not be read."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def end(self) -> None:
+        self.open = False
+
+
+def _release(probe: Probe, session: _Session) -> None:
+    if probe._session is session:
+        probe._session = None
+
+
+def _tokens_hook(hook: ForwardHook) -> Callable[..., None]:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        hook(tokens.detach())
+
+    return read
+
+
+def _pass_start_hook(probe: Probe) -> Callable[..., None]:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        probe.begin_pass()
+
+    return begin
 
 
 def _module_with_mask(model: nn.Module) -> nn.Module:
@@ -192,39 +210,37 @@ def _module_with_mask(model: nn.Module) -> nn.Module:
     return first
 
 
-def _begin_pass(probe: Probe, module: nn.Module, args: Any, kwargs: Any) -> None:
-    probe.begin_pass()
+def _mask_hook(hook: ForwardHook) -> Callable[..., None]:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if inputs is None or inputs.ndim < 2:
+                return
+            mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        hook(mask.detach())
+
+    return read
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+def _activation_hook(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
+    def read(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor | None:
+        return _call_hook(point, activation, hook, session)
+
+    return read
 
 
-def _read_tokens(hook: ForwardHook, module: nn.Module, args: Any, kwargs: Any) -> None:
-    tokens = _first_tensor(args, kwargs)
-    assert tokens is not None
-    hook(tokens.detach())
+def _incoming_hook(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
+    def read(point: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (activation,) = args  # a hook point takes one tensor
+        replacement = _call_hook(point, activation, hook, session)
+        return None if replacement is None else ((replacement,), kwargs)
+
+    return read
 
 
-def _read_mask(hook: ForwardHook, module: nn.Module, args: Any, kwargs: Any) -> None:
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        inputs = _first_tensor(args, kwargs)
-        if inputs is None or inputs.ndim < 2:
-            return
-        mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    hook(mask.detach())
-
-
-def _read_incoming(
-    hook: ForwardHook, block: _Block, point: nn.Module, args: tuple[Tensor], kwargs: Any
-) -> Any:
-    replacement = _read_activation(hook, block, point, None, args[0])
-    return None if replacement is None else ((replacement,), kwargs)
-
-
-def _read_activation(
-    hook: ForwardHook, block: _Block, point: nn.Module, inputs: Any, activation: Tensor
+def _call_hook(
+    point: nn.Module, activation: Tensor, hook: ForwardHook, session: _Session
 ) -> Tensor | None:
     """Call the hook, and its backward hook once the gradient arrives.
 
@@ -238,7 +254,7 @@ def _read_activation(
 
     def on_gradient(gradient: Tensor | None) -> None:
         # The gradient is None where compiled code computes with another copy of the activation.
-        if block.is_open and gradient is not None:
+        if session.open and gradient is not None:
             with torch.no_grad():
                 backward(converted(point, gradient.detach()))
 

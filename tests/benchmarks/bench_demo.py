@@ -24,7 +24,8 @@ import torch
 from mechcausal.graphs import chain
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.ahead import BatchesAhead
-from mechcausal.tasks.priors import DirichletPrior, sample_dirichlet
+from mechcausal.tasks.dirichlet import sample_dirichlet
+from mechcausal.tasks.priors import DirichletPrior
 
 pytestmark = pytest.mark.benchmark
 

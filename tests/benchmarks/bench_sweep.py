@@ -15,7 +15,7 @@ import pytest
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.records.run_folder import read_metrics
-from mechcausal.sweeps.batched import train_batched
+from mechcausal.sweeps.batch import batches, train_batch
 from mechcausal.training.run import train
 
 pytestmark = pytest.mark.benchmark
@@ -72,16 +72,20 @@ def test_a_batch_against_runs_one_after_another(
     run_singles(chosen[: len(chosen) // 2])
     folders = [tmp_path / f"member{number}" for number in range(len(recipes))]
     start = time.perf_counter()
-    outcomes = train_batched(recipes, folders, workers=os.cpu_count() or 1)
+    outcomes = [
+        outcome
+        for numbers in batches(recipes)
+        for outcome in train_batch([recipes[n] for n in numbers], [folders[n] for n in numbers])
+    ]
     batch = (time.perf_counter() - start) / len(recipes)
     run_singles(chosen[len(chosen) // 2 :])
     assert all(outcome.state == "finished" for outcome in outcomes)
     single = statistics.mean(seconds)
     difference = max(_largest_difference(folders[n], tmp_path / f"single{n}") for n in chosen)
-    said = "" if pictures else ", pictures left out"
+    note = "" if pictures else ", pictures left out"
     print(
         f"\n{len(recipes)} runs ({N_FORESTS} forests x {N_SEEDS} seeds, 300 + 300 steps): one "
-        f"after another {single:.2f} s each (mean of {len(seconds)}{said}), as a batch "
+        f"after another {single:.2f} s each (mean of {len(seconds)}{note}), as a batch "
         f"{batch:.2f} s each, ratio {single / batch:.1f} (target ≥ 5); largest difference of a "
         f"figure {difference:.1e} (target ≤ 1e-5)"
     )

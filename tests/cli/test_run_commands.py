@@ -19,7 +19,8 @@ from mechcausal.records.tracking import RecordError
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepResult
 from mechcausal.sweeps.plan import plan
-from mechcausal.training.run import TrainingError, explained, train
+from mechcausal.training.errors import explained
+from mechcausal.training.run import TrainingError, train
 from tests.training.test_resuming import crashed, killed, tiny
 
 

@@ -247,7 +247,7 @@ def test_a_run_killed_before_wandb_got_its_last_row_gives_it_with_the_panels(
         raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr("mechcausal.training.run.ClosingPictures.draw_page", killed)
+        patched.setattr("mechcausal.training.recorded_run.ClosingPictures.draw_page", killed)
         with pytest.raises(KilledError):
             train(tiny(), out=tmp_path / "run")
     folder = tmp_path / "run"

@@ -15,7 +15,7 @@ from mechcausal.records import wandb_runs
 from mechcausal.records.run_folder import read_metrics, read_process
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.records.wandb_runs import WandbRun
-from mechcausal.sweeps.batched import train_batched
+from mechcausal.sweeps.batch import train_batch
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, train
 from tests.wandb_server import WandbServer
@@ -112,7 +112,7 @@ def all_of_us(folder: Path) -> None:
         train(tiny(), out=folder / "resumed", on_progress=at(8, stop))
     resume(folder / "resumed")
     names = ["first", "second"]
-    train_batched([tiny(seed=seed) for seed in (1, 2)], [folder / name for name in names])
+    train_batch([tiny(seed=seed) for seed in (1, 2)], [folder / name for name in names])
     for name in ("single", "resumed", *names):
         assert arrived(folder / name) == steps_of(folder / name) != []
     warnings: list[str] = []

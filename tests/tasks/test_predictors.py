@@ -19,6 +19,7 @@ from mechcausal.graphs import (
 )
 from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
 from mechcausal.tasks import cross_entropies as task_losses
+from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR
 from mechcausal.tasks.predictors import (
     bayes_prediction,
     bigram_prediction,
@@ -29,7 +30,6 @@ from mechcausal.tasks.predictors import (
 )
 from mechcausal.tasks.predictors.unigram import smoothing_total
 from mechcausal.tasks.priors import (
-    PROBABILITY_FLOOR,
     DirichletPrior,
     FixedTransition,
     Prior,

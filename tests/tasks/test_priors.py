@@ -7,14 +7,16 @@ import pytest
 import torch
 from scipy import special, stats
 
-from mechcausal.tasks.priors import (
+from mechcausal.tasks.dirichlet import (
     PROBABILITY_FLOOR,
-    DirichletPrior,
-    FixedTransition,
-    PriorError,
     _entries,
     sample_dirichlet,
     sample_log_gamma,
+)
+from mechcausal.tasks.priors import (
+    DirichletPrior,
+    FixedTransition,
+    PriorError,
     stationary_distribution,
 )
 from tests.oracles import exact_stationary, seeded

@@ -17,6 +17,7 @@ from mechcausal.tasks import (
     soft_cross_entropy,
 )
 from mechcausal.tasks import several_parents as module
+from mechcausal.tasks.dirichlet import sample_dirichlet
 from mechcausal.tasks.predictors import (
     bayes_prediction,
     bigram_prediction,
@@ -24,7 +25,7 @@ from mechcausal.tasks.predictors import (
     strategies,
 )
 from mechcausal.tasks.predictors.unigram import smoothing_total
-from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError, sample_dirichlet
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError
 from tests.oracles import integrated_probability, seeded, urn_counts
 
 MIXED = CausalGraph(((), (0,), (0, 1), (0, 1), (2,), (1, 3)), (2, 5))

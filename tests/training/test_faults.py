@@ -29,7 +29,7 @@ from mechcausal.records.run_folder import (
 )
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.support.files import JsonLines, read_json_lines, write_atomically
-from mechcausal.sweeps.batched import train_batched
+from mechcausal.sweeps.batch import train_batch
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, TrainingError, train
@@ -282,9 +282,9 @@ def test_a_run_whose_facts_cannot_be_written_anew_closes_wandb(
 def test_a_full_disk_while_the_model_is_built_hides_no_error_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechcausal.training import run as training
+    from mechcausal.training import recorded_run as training
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(training, "build_experiment", fail)
@@ -302,7 +302,7 @@ def test_a_member_of_a_batch_that_cannot_begin_fails_alone(
     folders = [tmp_path / str(number) for number in range(3)]
     in_the_way_of_matrices(folders[unwritable])
     recipes = [tiny(seed=seed, wandb__mode=mode) for seed in range(3)]
-    outcomes = train_batched(recipes, folders)
+    outcomes = train_batch(recipes, folders)
     for number, (outcome, folder) in enumerate(zip(outcomes, folders, strict=True)):
         failed = number == unwritable
         assert (
@@ -342,13 +342,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_gone_on_with(tmp_pat
             with torch.no_grad():
                 spoilt[0].fill_(torch.nan)
 
-    from mechcausal.training import run as training
+    from mechcausal.training import recorded_run as training
 
     real = training.build_experiment  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
 
-        def build(*arguments: Any) -> Any:
-            experiment = real(*arguments)
+        def build(*arguments: Any, **options: Any) -> Any:
+            experiment = real(*arguments, **options)
             spoilt.extend(experiment.parameters(["all"]))
             return experiment
 
@@ -403,9 +403,9 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
 def test_out_of_memory_says_what_to_reduce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, moment: str
 ) -> None:
-    from mechcausal.training import run as training
+    from mechcausal.training import recorded_run as training
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     if moment == "building":

@@ -273,7 +273,7 @@ def test_another_version_or_device_is_named_and_needs_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     from mechcausal.training import checkpoints
-    from mechcausal.training import run as training
+    from mechcausal.training import recorded_run as training
 
     real = checkpoints.environment
     for module in (training, checkpoints):
@@ -404,10 +404,12 @@ def test_killed_runs_end_the_same(repository: Path) -> None:
 def test_a_signal_while_the_experiment_is_built_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    from mechcausal.training import run as training
+    from mechcausal.training import recorded_run as training
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "build_experiment", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(
+            training, "build_experiment", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        )
         with pytest.raises(StopRequested, match=r"before the first step; resume with: mechcausal"):
             train(tiny(), out=tmp_path / "run")
     assert read_summary(tmp_path / "run")["state"] == "interrupted"

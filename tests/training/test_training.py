@@ -196,7 +196,7 @@ def test_other_seed_gives_other_data(run: RunResult, tmp_path: Path) -> None:
 def test_what_takes_long_before_the_first_step_is_told(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechcausal.training.run.SILENT_SECONDS", -1.0)
+    monkeypatch.setattr("mechcausal.training.recorded_run.SILENT_SECONDS", -1.0)
     monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 1)  # one draw at a time
     told: list[Progress] = []
     other = train(tiny(), out=tmp_path / "other", on_progress=told.append)

@@ -14,13 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechcausal.tasks.priors import (
-    DirichletPrior,
-    FixedTransition,
-    PriorError,
-    sample_dirichlet,
-    sample_log_gamma,
-)
+from mechcausal.tasks.dirichlet import sample_dirichlet, sample_log_gamma
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError
 
 MatrixSampler = Callable[[int, int, torch.Generator], Tensor]
 Base = Literal["dirichlet", "permutation"]

@@ -11,13 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.tasks import SingleParentTask, Task
-from mechcausal.tasks.priors import (
-    PROBABILITY_FLOOR,
-    DirichletPrior,
-    normalised_exponentials,
-    sample_log_gamma,
-    stationary_with_first_row,
-)
+from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR, normalised_exponentials, sample_log_gamma
+from mechcausal.tasks.priors import DirichletPrior, stationary_with_first_row
 
 
 def transition_counts(

@@ -58,7 +58,11 @@ def check_model(recipe: Recipe, task: Task) -> None:
 
 
 def build_experiment(
-    recipe: Recipe, generators: Generators, tell: Tell = tell_nobody
+    recipe: Recipe,
+    generators: Generators,
+    tell: Tell = tell_nobody,
+    *,
+    closed_form: bool = False,
 ) -> Experiment:
     """The experiment that a recipe describes.
 
@@ -66,6 +70,7 @@ def build_experiment(
         recipe: checked.
         generators: of the run.
         tell: told what takes its time.
+        closed_form: probe a simplified model in closed form instead of through hooks.
 
     Raises:
         GraphError, PriorError: the graph or the prior is invalid.
@@ -76,4 +81,4 @@ def build_experiment(
         return RepeatedTokens(recipe, generators)
     from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
-    return CausalGraphExperiment(recipe, generators, tell)
+    return CausalGraphExperiment(recipe, generators, tell, closed_form=closed_form)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.measures.figures import History
@@ -86,6 +87,13 @@ class Experiment(ABC):
     @abstractmethod
     def training_loss(self, n_sequences: int) -> Tensor:
         """The loss on `n_sequences` fresh sequences, nats."""
+
+    @classmethod
+    def training_losses(
+        cls, experiments: Sequence["Experiment"], n_sequences: int
+    ) -> Float[Tensor, "run"]:
+        """`training_loss` of several experiments of equal shape, each on its own sequences."""
+        return torch.stack([experiment.training_loss(n_sequences) for experiment in experiments])
 
     @abstractmethod
     def losses(self) -> dict[str, float]:

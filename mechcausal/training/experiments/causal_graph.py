@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -25,6 +26,7 @@ from mechcausal.recipes import Recipe
 from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
 from mechcausal.tasks.ahead import BatchesAhead
 from mechcausal.tasks.predictors import bayes_prediction
+from mechcausal.tasks.single_parent import sample_each
 from mechcausal.theory import (
     Information,
     PairwiseTheory,
@@ -50,10 +52,22 @@ class CausalGraphExperiment(Experiment):
         observer: probes the model on a fixed evaluation batch.
     """
 
-    observer_type: ClassVar[type[Observer]] = Observer
+    def __init__(
+        self,
+        recipe: Recipe,
+        generators: Generators,
+        tell: Tell = tell_nobody,
+        *,
+        closed_form: bool = False,
+    ) -> None:
+        """Build the task, its theory, the model at its start, and the observer.
 
-    def __init__(self, recipe: Recipe, generators: Generators, tell: Tell = tell_nobody) -> None:
-        """Build the task, its theory, the model at its start, and the observer."""
+        Args:
+            recipe: the recipe.
+            generators: of the run.
+            tell: told what takes its time.
+            closed_form: probe a simplified model in closed form instead of through hooks.
+        """
         training, evaluation = recipe.training, recipe.evaluation
         self.recipe = recipe
         self.task = build_task(recipe.build_graph(), recipe.build_prior())
@@ -62,13 +76,13 @@ class CausalGraphExperiment(Experiment):
             recipe, self.task, seed=generators.init, device=generators.data.device
         )
         self.notes = theory_notes(self.theory, "evaluation.theory_seconds")
-        observer_type = self.observer_type
+        is_simplified = isinstance(self.model, SimplifiedTransformer)
+        closed_form = closed_form and is_simplified
         seconds = hooked_look_seconds(self.model, evaluation.n_sequences)
-        if seconds > _MOST_SECONDS and recipe.probing.enabled:
-            is_simplified = isinstance(self.model, SimplifiedTransformer)
+        if seconds > _MOST_SECONDS and recipe.probing.enabled and not closed_form:
             self.notes.append(_look_note(seconds, evaluation.n_sequences, closed=is_simplified))
-            if is_simplified:
-                observer_type = ClosedFormObserver
+            closed_form = is_simplified
+        observer_type: type[Observer] = ClosedFormObserver if closed_form else Observer
         self.observer = observer_type(
             self.model,
             self.task,
@@ -112,6 +126,21 @@ class CausalGraphExperiment(Experiment):
         if training.target == "posterior":
             target = bayes_prediction(self.task, batch.tokens, generator=self._data)
         return soft_cross_entropy(self.model(batch.tokens), target, epsilon=training.epsilon)
+
+    @classmethod
+    def training_losses(
+        cls, experiments: Sequence[Experiment], n_sequences: int
+    ) -> Float[Tensor, "run"]:
+        """`training_loss` of each experiment; simplified models of equal shape in one pass."""
+        ours = [e for e in experiments if isinstance(e, CausalGraphExperiment)]
+        models = [e.model for e in ours if isinstance(e.model, SimplifiedTransformer)]
+        tasks = [e.task for e in ours if isinstance(e.task, SingleParentTask)]
+        if len(experiments) == 1 or len(models) < len(experiments):
+            return super().training_losses(experiments, n_sequences)
+        batch = sample_each(tasks, n_sequences, generators=[e._data for e in ours])
+        prediction = SimplifiedTransformer.predict_each(models, batch.tokens)
+        epsilon = [experiment.recipe.training.epsilon for experiment in experiments]
+        return soft_cross_entropy(prediction, batch.target, epsilon=prediction.new_tensor(epsilon))
 
     def losses(self) -> dict[str, float]:
         """Evaluation loss, the losses of Bayes and of the construction, and the gaps to both."""

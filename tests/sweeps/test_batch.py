@@ -5,7 +5,6 @@ A batch multiplies larger matrices than a single run, and processors add those u
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from mechcausal.graphs import chain, manual, star
-from mechcausal.models.batched_simplified import BatchedSimplified
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.records.run_folder import (
@@ -25,13 +23,14 @@ from mechcausal.records.run_folder import (
     run_info,
 )
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
-from mechcausal.sweeps.batched import batchable, groups, obstacle, train_batched
+from mechcausal.sweeps.batch import batchable, batches, train_batch
+from mechcausal.sweeps.member import PolledStop
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.tasks import SingleParentTask, soft_cross_entropy
-from mechcausal.tasks.batched import BatchedTask, RunsBatch
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition
+from mechcausal.tasks.single_parent import sample_each
 from mechcausal.training.resuming import resume
-from mechcausal.training.run import Progress, train
+from mechcausal.training.run import train
 
 Folders = list[Path]
 
@@ -74,7 +73,7 @@ def various() -> list[Recipe]:
 
 def train_in(folder: Path, recipes: list[Recipe], **options: Any) -> tuple[Folders, list[Outcome]]:
     folders = [folder / f"member{number}" for number in range(len(recipes))]
-    return folders, train_batched(recipes, folders, **options)
+    return folders, train_batch(recipes, folders, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -171,19 +170,6 @@ def test_company_changes_nothing(batch: Folders, tmp_path: Path) -> None:
         assert_same_run(ours, batch[number])
 
 
-def test_several_workers_and_small_lots_change_nothing(
-    batch: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mechcausal.sweeps.batched._MOST_AT_ONCE", 2)
-    told: list[tuple[int, Outcome]] = []
-    folders, _ = train_in(
-        tmp_path, various(), workers=3, on_outcome=lambda *what: told.append(what)
-    )
-    assert sorted(number for number, _ in told) == list(range(len(folders)))
-    for ours, theirs in zip(folders, batch, strict=True):
-        assert_same_run(ours, theirs)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_batch_on_a_gpu(tmp_path: Path) -> None:
     recipes = [tiny(seed=seed, device="cuda") for seed in range(3)]
@@ -211,7 +197,7 @@ def test_a_member_is_an_ordinary_finished_run(batch: Folders) -> None:
 @pytest.mark.slow
 def test_every_member_has_its_wandb_run(tmp_path: Path) -> None:
     recipes = [tiny(seed=seed, wandb__mode="offline") for seed in range(3)]
-    folders, outcomes = train_in(tmp_path, recipes, workers=2)
+    folders, outcomes = train_in(tmp_path, recipes)
     assert outcomes == [Outcome("finished")] * 3
     for folder in folders:
         summary = read_summary(folder)
@@ -222,27 +208,20 @@ def test_every_member_has_its_wandb_run(tmp_path: Path) -> None:
         assert fragments(folder, fragment.name.split("-", 4)[-1]) == [fragment]
 
 
-def test_progress_is_told_at_probe_steps(tmp_path: Path) -> None:
-    told: list[tuple[int, Progress]] = []
-    train_in(tmp_path, various()[:2], on_progress=lambda *what: told.append(what))
-    steps = [row["train/step"] for row in read_metrics(tmp_path / "member1")]
-    assert [progress.step for number, progress in told if number == 1] == steps
-
-
 # --- Interrupted, failed ---
 
 
-def stop_after(count: int) -> Callable[[], bool]:
-    """Say stop when asked for that many times."""
+def stop_after(count: int) -> PolledStop:
+    """Says stop when it has been asked that many times."""
     asked = iter(range(10**6))
-    return lambda: next(asked) >= count
+    return PolledStop(lambda: next(asked) >= count)
 
 
-@pytest.mark.parametrize("asked", [3, 9, 13])
+@pytest.mark.parametrize("asked", [4, 15, 23])
 def test_an_interrupted_member_is_resumed_to_its_single_run(
     batch: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
-    monkeypatch.setattr("mechcausal.sweeps.batched._POLL_SECONDS", 0.0)
+    monkeypatch.setattr("mechcausal.sweeps.member.POLL_SECONDS", 0.0)
     recipes = various()[:2]
     folders, outcomes = train_in(tmp_path, recipes, stop=stop_after(asked))
     assert {outcome.state for outcome in outcomes} == {"interrupted"}
@@ -268,7 +247,7 @@ def test_a_killed_member_is_resumed_to_its_single_run(batch: Folders, tmp_path: 
 
 
 def test_members_that_were_not_begun_leave_nothing(tmp_path: Path) -> None:
-    folders, outcomes = train_in(tmp_path, various()[:2], stop=lambda: True)
+    folders, outcomes = train_in(tmp_path, various()[:2], stop=PolledStop(lambda: True))
     assert outcomes == [Outcome("interrupted")] * 2
     assert not any(folder.exists() for folder in folders)
 
@@ -279,7 +258,7 @@ def test_a_member_that_fails_does_not_disturb_the_others(batch: Folders, tmp_pat
     taken = tmp_path / "member2"
     taken.mkdir()
     (taken / "metrics.jsonl").write_text("")
-    several = tiny(graph={"preset": "two_parents", "sequence_length": 8})
+    several = tiny(graph={"preset": "two_parents", "sequence_length": 8})  # no simplified model
     company = [recipes[0], diverging, recipes[1], several, recipes[3]]
     folders, outcomes = train_in(tmp_path, company)
     assert [outcome.state for outcome in outcomes] == [
@@ -302,7 +281,7 @@ def test_a_batch_that_breaks_fails_its_members_and_lets_go_of_them(
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(BatchedTask, "sample", full)
+    monkeypatch.setattr("mechcausal.training.experiments.causal_graph.sample_each", full)
     folders, outcomes = train_in(tmp_path, various()[:2])
     assert {outcome.state for outcome in outcomes} == {"failed"}
     assert "out of memory" in outcomes[0].error
@@ -312,31 +291,29 @@ def test_a_batch_that_breaks_fails_its_members_and_lets_go_of_them(
 # --- What can be batched ---
 
 
-def test_recipes_are_grouped_by_their_shape() -> None:
+def test_recipes_are_grouped_by_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     other = tiny(graph__sequence_length=9)
-    assert groups([tiny(), other, tiny(seed=3, task__alpha=2.0), tiny(task__vocab_size=4)]) == [
+    assert batches([tiny(), other, tiny(seed=3, task__alpha=2.0), tiny(task__vocab_size=4)]) == [
         [0, 2],
         [1],
         [3],
     ]
-    for change in ("training__batch_size", "training__stage1__steps", "evaluation__n_sequences"):
-        assert len(groups([tiny(), tiny(**{change: 32})])) == 2
-    assert groups([]) == []
+    for change in (
+        *("training__batch_size", "training__stage1__steps", "evaluation__n_sequences"),
+        *("threads", "probing__every"),
+    ):
+        assert len(batches([tiny(), tiny(**{change: 32})])) == 2
+    assert batches([]) == []
+    # About equal parts: one for each worker, or as many as the largest batch asks for.
+    assert batches([tiny()] * 5, n_workers=2) == [[0, 1, 2], [3, 4]]
+    monkeypatch.setattr("mechcausal.sweeps.batch.MAX_BATCH", 4)
+    assert batches([tiny()] * 5) == [[0, 1, 2], [3, 4]]
 
 
-def test_other_models_are_refused() -> None:
+def test_simplified_models_alone_train_in_batches() -> None:
     assert batchable(tiny())
-    assert obstacle(tiny()) == ""
     for kind in ("disentangled", "standard"):
-        recipe = tiny(model__kind=kind, training__algorithm="joint")
-        assert not batchable(recipe)
-        assert kind in obstacle(recipe)
-
-
-def test_shapes_of_all_kinds_in_one_call(tmp_path: Path) -> None:
-    recipes = [tiny(), tiny(graph__sequence_length=5), tiny(seed=1), tiny(threads=2)]
-    _, outcomes = train_in(tmp_path, recipes)
-    assert outcomes == [Outcome("finished")] * 4
+        assert not batchable(tiny(model__kind=kind, training__algorithm="joint"))
 
 
 # --- The parts ---
@@ -348,9 +325,8 @@ def test_sequences_are_those_of_each_task(n_sequences: int) -> None:
     priors = [DirichletPrior.symmetric(alpha, 4) for alpha in (0.1, 1.0, 5.0)]
     tasks = [SingleParentTask(g, p) for g, p in zip(graphs, priors, strict=True)]
     together, alone = ([torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
-    task = BatchedTask(tasks, together)
     for _ in range(3):
-        batch = task.sample(n_sequences)
+        batch = sample_each(tasks, n_sequences, generators=together)
         for run, (one, generator) in enumerate(zip(tasks, alone, strict=True)):
             expected = one.sample(n_sequences, generator=generator)
             # A draw within rounding of a threshold may give another token: one sequence at most.
@@ -364,58 +340,60 @@ def test_tasks_of_unequal_size_are_refused() -> None:
     fixed = FixedTransition(((0.5, 0.25, 0.25),) * 3)
     tasks = [SingleParentTask(chain(4), prior), SingleParentTask(chain(4), fixed)]
     with pytest.raises(ValueError, match="one vocabulary, length and kind of prior"):
-        BatchedTask(tasks, [torch.Generator() for _ in tasks])
+        sample_each(tasks, 1, generators=[torch.Generator() for _ in tasks])
 
 
-@pytest.mark.parametrize(("vocab", "length"), [(2, 2), (3, 8), (10, 20), (5, 60)])
-def test_gradients_are_those_of_autograd(vocab: int, length: int) -> None:
+def random_start(vocab: int, length: int) -> list[SimplifiedTransformer]:
     generator = torch.Generator().manual_seed(0)
     models = [SimplifiedTransformer(vocab, length) for _ in range(3)]
-    for model in models:
-        with torch.no_grad():
-            for block in (model.A1, model.A2):
-                block.copy_(torch.randn(block.shape, generator=generator))
-    tokens = torch.randint(vocab, (3, 48, length), generator=generator)
-    target = torch.rand(3, 48, vocab, generator=generator).softmax(-1)
-    epsilons = [1e-3, 0.01, 0.5]
-    expected = []
-    for model, x, y, epsilon in zip(models, tokens, target, epsilons, strict=True):
-        loss = soft_cross_entropy(model(x), y, epsilon=epsilon)
-        parameters = list(model.parameters_by_name.values())
-        expected.append((loss.item(), torch.autograd.grad(loss, parameters)))
-    batched, batch = BatchedSimplified(models), RunsBatch(tokens, target)
-    found = batched.closed_form(batch, epsilon=torch.tensor(epsilons))
-    batched.add_gradients(found, batch, ("A1", "A2"))
-    for model, loss, (wanted, gradients) in zip(models, found.loss, expected, strict=True):
-        assert loss.item() == pytest.approx(wanted, abs=1e-6)
-        for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient)
+    with torch.no_grad():
+        for block in (block for model in models for block in (model.A1, model.A2)):
+            block.copy_(torch.randn(block.shape, generator=generator))
+    return models
 
 
-def test_gradients_are_those_of_autograd_where_nothing_is_given_to_what_never_comes() -> None:
-    """Epsilon 0, attention that underflows, labels with zeros: 0 / 0 in the derivative."""
-    models = [SimplifiedTransformer(4, 10) for _ in range(2)]
+def saturated_start() -> list[SimplifiedTransformer]:
+    """Attention that underflows: 0 / 0 in the derivative where labels have zeros."""
+    models = [SimplifiedTransformer(4, 10) for _ in range(3)]
     for model in models:
         model.initialise(beta0=1e4)
-    tokens = torch.randint(4, (2, 48, 10), generator=torch.Generator().manual_seed(0))
-    predictions = torch.stack([m(x).detach() for m, x in zip(models, tokens, strict=True)])
-    target = (predictions > 0) / (predictions > 0).sum(-1, keepdim=True)
-    absent = (predictions == 0).gather(2, tokens)
-    assert absent.any()
-    assert not absent.all()
+    return models
+
+
+@pytest.mark.parametrize(
+    ("models", "epsilons"),
+    [
+        *((random_start(*size), [1e-3, 0.01, 0.5]) for size in [(2, 2), (3, 8), (10, 20), (5, 60)]),
+        (saturated_start(), [0.0, 0.0, 0.0]),
+    ],
+    ids=["2, 2", "3, 8", "10, 20", "5, 60", "saturated"],
+)
+def test_losses_and_gradients_are_those_of_each_model(
+    models: list[SimplifiedTransformer], epsilons: list[float]
+) -> None:
+    vocab, length = models[0].vocab_size, models[0].sequence_length
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab, (3, 48, length), generator=generator)
+    target = torch.rand(3, 48, vocab, generator=generator).softmax(-1)
+    if 0.0 in epsilons:  # labels for what is predicted alone, else the loss is infinite
+        predicted = torch.stack([m(x).detach() > 0 for m, x in zip(models, tokens, strict=True)])
+        target = predicted / predicted.sum(-1, keepdim=True)
+        absent = ~predicted.gather(2, tokens)
+        assert absent.any()
+        assert not absent.all()
+    parameters = [list(model.parameters_by_name.values()) for model in models]
     expected = []
-    for model, x, y in zip(models, tokens, target, strict=True):
-        loss = soft_cross_entropy(model(x), y)
-        parameters = list(model.parameters_by_name.values())
-        expected.append((loss.item(), torch.autograd.grad(loss, parameters)))
-    batched, batch = BatchedSimplified(models), RunsBatch(tokens, target)
-    found = batched.closed_form(batch, epsilon=torch.zeros(2))
-    batched.add_gradients(found, batch, ("A1", "A2"))
-    assert batched.gradients_are_finite()
-    for model, loss, (wanted, gradients) in zip(models, found.loss, expected, strict=True):
-        assert math.isfinite(wanted)
-        assert loss.item() == pytest.approx(wanted, abs=1e-6)
-        for parameter, gradient in zip(model.parameters_by_name.values(), gradients, strict=True):
+    for number, model in enumerate(models):
+        loss = soft_cross_entropy(model(tokens[number]), target[number], epsilon=epsilons[number])
+        expected.append((loss.item(), torch.autograd.grad(loss, parameters[number])))
+    together = SimplifiedTransformer.predict_each(models, tokens)
+    losses = soft_cross_entropy(together, target, epsilon=torch.tensor(epsilons))
+    losses.sum().backward()
+    for loss, own, (alone, gradients) in zip(losses, parameters, expected, strict=True):
+        assert math.isfinite(alone)
+        assert loss.item() == pytest.approx(alone, abs=1e-6)
+        for parameter, gradient in zip(own, gradients, strict=True):
+            assert parameter.grad is not None
             assert gradient.isfinite().all()
             torch.testing.assert_close(parameter.grad, gradient)
 
