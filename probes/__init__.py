@@ -26,7 +26,6 @@ from probes.heads.head_scores import score_heads
 from probes.heads.head_table import HeadScores
 from probes.heads.in_context import PositionLoss, loss_by_position
 from probes.heads.induction import AttentionTo, InductionScores
-from probes.heads.repeated import repeated_tokens
 from probes.heads.scores import (
     above_chance,
     attention_to,
@@ -35,6 +34,7 @@ from probes.heads.scores import (
     previous_token_score,
     uniform_baseline,
 )
+from probes.heads.stimuli import repeated_tokens
 
 # Intervene: what changes without it.
 from probes.intervening.ablation import AblationEffect, ablation_effects, mean_ablate
@@ -49,9 +49,10 @@ from probes.intervening.attention_edits import (
 )
 
 # Read: hooks in, numbers out.
+from probes.reading.activation import Activation, AttentionPattern
 from probes.reading.attach import Probe, attach
-from probes.reading.attention import AttentionGradient, AttentionPattern
 from probes.reading.attention_check import AttentionCheck, check_attention
+from probes.reading.attention_gradient import AttentionGradient
 from probes.reading.errors import ProbeError, ProbeWarning
 from probes.reading.labelled import LabelledTensor
 
@@ -84,6 +85,7 @@ _DISCOVERY = {
 __all__ = [
     "PAG",
     "AblationEffect",
+    "Activation",
     "AttentionCheck",
     "AttentionEffect",
     "AttentionGradient",

@@ -28,10 +28,10 @@ from probes.causal_discovery.discovery import discover_attention
 from probes.causal_discovery.independence import largest_given
 from probes.causal_discovery.options import SearchKeywords
 from probes.causal_discovery.pag import PAG
-from probes.reading import hook_names
+from probes.reading.activation import AttentionPattern
 from probes.reading.attach import attach
-from probes.reading.attention import AttentionPattern
 from probes.reading.errors import ProbeError
+from probes.reading.hook_names import layers_with
 from probes.reading.passes import checked_tokens, run, undisturbed
 
 Method: TypeAlias = Literal["causal", "attention", "occlusion", "random", "exhaustive"]
@@ -247,7 +247,7 @@ def _own_logits(model: nn.Module, node: int | None) -> Logits:
 
 
 def _own_attention(model: nn.Module, layer: int | None) -> ReadAttention:
-    layer = hook_names.attention_layers(model, layer)[-1]
+    layer = layers_with(model, "pattern", layer)[-1]
 
     def read(tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "head query key"]:
         with attach(model, AttentionPattern(layer)) as (pattern,):

@@ -10,9 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.heads.head_table import Head
-from probes.reading.errors import ProbeError
-from probes.reading.hook_names import attention_layers, config_of
+from probes.reading.hook_names import Head, check_head, config_of, layers_with
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +86,7 @@ def k_composition(
         last = max((layer for layer, _ in later), default=0)
         earlier = [
             (layer, head)
-            for layer in attention_layers(model)
+            for layer in layers_with(model, "pattern")
             if layer < last
             for head in range(config.n_heads)
         ]
@@ -108,18 +106,13 @@ def k_composition(
 
 def _factors(model: nn.Module, head: Head, first: str, second: str) -> tuple[Tensor, Tensor]:
     """The head's two named weights, `[d_model d_head]` or `[d_head d_model]`, in float32."""
+    check_head(model, head)
     layer, index = head
-    attention_layers(model, layer)
     blocks: Any = model.blocks
     attention = blocks[layer].attn
-    n_heads = len(attention.W_O)
-    if not 0 <= index < n_heads:
-        raise ProbeError(
-            f"head {layer}.{index} does not exist: the layer has {n_heads} heads, "
-            f"0 to {n_heads - 1}"
-        )
     # Grouped-query attention: several heads share one W_K and one W_V.
     weights = (getattr(attention, name).detach() for name in (first, second))
+    n_heads = config_of(model).n_heads
     first_weight, second_weight = (w[index * len(w) // n_heads].float() for w in weights)
     return first_weight, second_weight
 

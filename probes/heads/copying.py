@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import Layers, attention_layers
+from probes.reading.hook_names import Layers, layers_with
 
 
 def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
@@ -70,7 +70,7 @@ def copying_scores(
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     weights: Any = model
     with torch.no_grad():
-        chosen = attention_layers(model, layers)
+        chosen = layers_with(model, "pattern", layers)
         embed, unembed = weights.W_E, weights.W_U
         if embed.shape[0] != unembed.shape[1]:
             raise ProbeError(

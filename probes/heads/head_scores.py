@@ -6,8 +6,7 @@ every distance between query and key.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from probes.heads.scores import (
     uniform_pattern,
 )
 from probes.heads.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
-from probes.reading import hook_names
-from probes.reading.attach import ForwardHook, attach
+from probes.reading.activation import Activation
+from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import attention_layers
+from probes.reading.hook_names import layers_with
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import pairs_of
 from probes.reading.passes import (
@@ -39,7 +38,6 @@ from probes.reading.passes import (
     split,
     undisturbed,
 )
-from probes.reading.records import LayerProbe, Sum
 
 COPYING_TOKENS = 4096
 """`copying` uses at most this many tokens, evenly spaced in the vocabulary."""
@@ -105,7 +103,7 @@ def score_heads(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1")
-    layers = attention_layers(model)
+    layers = layers_with(model, "pattern")
     config: Any = model.cfg
     if tokens is None:
         stimuli = draw_stimuli(
@@ -149,6 +147,13 @@ def score_heads(
     )
 
 
+_MASKS = {
+    "induction": prefix_matching_mask,
+    "previous_token": previous_token_mask,
+    "duplicate_token": duplicate_token_mask,
+}
+
+
 class _Scan:
     """Accumulates the readings of all stimuli.
 
@@ -167,7 +172,13 @@ class _Scan:
 
     def add(self, model: nn.Module, stimulus: Stimulus, max_batch_bytes: int) -> None:
         """Run the model over a stimulus and its control, and add the readings."""
-        offsets = _OffsetSums(None, Sum)
+        real: Tensor | None = None
+
+        def by_offset(pattern: Tensor) -> Tensor:
+            # One row a pass; `real` is the mask of the batch that the pass runs on.
+            return _by_offset(_without_first(pattern, real).sum(0)).unsqueeze(0)
+
+        offsets = Activation("pattern", reduce=by_offset, axes=("head", "offset"))
         rows = batch_rows(model, stimulus.tokens.shape[1], max_batch_bytes)
         for tokens, control, real in split(rows, stimulus.tokens, stimulus.control, stimulus.real):
             # Random tokens hold no padding, even where one equals the tokenizer's PAD token.
@@ -187,12 +198,12 @@ class _Scan:
                 AttentionTo(None, mask(tokens, real) & ~mask(control, real), attention_mask=text)
                 for mask in (prefix_matching_mask, duplicate_token_mask)
             )
-            offsets.real = real
             with attach(model, induction, duplicate, offsets):
                 run(model, control, real)
             self._add("positional_control", induction.reading())
             self._add("duplicate_control", duplicate.reading())
-        self.offsets.append((offsets.reading().values, *self._reference(stimulus)))
+        sums = offsets.reading().values * offsets.batches
+        self.offsets.append((sums, *self._reference(stimulus)))
 
     def _reference(
         self, stimulus: Stimulus
@@ -210,37 +221,6 @@ class _Scan:
 
     def _add(self, name: str, reading: LabelledTensor) -> None:
         self.readings.setdefault(name, []).append(reading)
-
-
-_MASKS = {
-    "induction": prefix_matching_mask,
-    "previous_token": previous_token_mask,
-    "duplicate_token": duplicate_token_mask,
-}
-
-
-class _OffsetSums(LayerProbe[Sum]):
-    """Attention by distance, `Σ_b Σ_q A[b, q, q-d]`, without the first key of each sequence.
-
-    Attributes:
-        real: False at padding of the next pass; None if there is no padding.
-    """
-
-    real: Tensor | None = None
-
-    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        return {
-            hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
-        }
-
-    def _read(self, layer: int, pattern: Tensor) -> None:
-        attention = _without_first(pattern, self.real).sum(0)
-        self._records[layer].add(_by_offset(attention).unsqueeze(0))
-
-    def reading(self) -> LabelledTensor:
-        records = self._complete_records()
-        sums = self._stack({layer: record.sum() for layer, record in records.items()})
-        return LabelledTensor("attention_by_offset", sums, ("layer", "head", "offset"))
 
 
 def _without_first(

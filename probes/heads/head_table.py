@@ -12,9 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.heads.scores import above_chance
-
-Head: TypeAlias = tuple[int, int]
-"""A head as (layer, head)."""
+from probes.reading.hook_names import Head
 
 Verdict: TypeAlias = Literal["induction", "previous_token", "duplicate_token", "positional"]
 

@@ -15,10 +15,9 @@ from probes.heads.scores import (
     previous_token_mask,
     weighted_attention,
 )
-from probes.reading import hook_names
 from probes.reading.attach import ForwardHook
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import Layers
+from probes.reading.hook_names import ATTENTION_MASK, TOKENS, Layers, hook_name
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import pairs_of, real_positions
 from probes.reading.records import Concatenated, LayerProbe
@@ -51,11 +50,11 @@ class _MaskedAttention(LayerProbe[Concatenated]):
         """
         layers = self._layers(model)
         hooks: dict[str, ForwardHook] = {
-            hook_names.TOKENS: partial(self._at_tokens, model, layers),
-            hook_names.ATTENTION_MASK: self._at_mask,
+            TOKENS: partial(self._at_tokens, model, layers),
+            ATTENTION_MASK: self._at_mask,
         }
         for layer in layers:
-            hooks[hook_names.pattern(layer)] = partial(self._at_pattern, layer)
+            hooks[hook_name("pattern", layer)] = partial(self._at_pattern, layer)
         return hooks
 
     def begin_pass(self) -> None:

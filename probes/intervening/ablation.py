@@ -1,6 +1,6 @@
 """Replace heads by their mean and measure how the loss rises: whether the model needs a head."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from probes.heads.head_table import Head
 from probes.heads.in_context import repeated_pairs, standard_error
 from probes.heads.stimuli import Bos, longest_stimulus
-from probes.reading import hook_names
-from probes.reading.attach import ForwardHook, attach
+from probes.reading.activation import Activation
+from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import attention_layers, config_of, hook_points
-from probes.reading.hooking import Hooks, converted, reverted
+from probes.reading.hook_names import Head, check_head, hook_name, hook_points
+from probes.reading.hooking import Hooks
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import real_positions
 from probes.reading.passes import (
@@ -29,7 +28,6 @@ from probes.reading.passes import (
     token_losses,
     undisturbed,
 )
-from probes.reading.records import LayerProbe, Sum
 
 NEGLIGIBLE = 0.05
 """A head is removable if the loss rises, with two standard errors, by less than this, in nats."""
@@ -176,7 +174,7 @@ def ablation_effects(
     loss_before = loss()
     effects = []
     for layer, head in heads:
-        with _replaced(model, {layer: (head,)}, means):
+        with _replaced(model, {layer: [head]}, means):
             rises = loss() - loss_before
         rise, stderr = rises.mean().item(), standard_error(rises).item()
         removable = rise + 2 * stderr < negligible
@@ -195,85 +193,54 @@ def _tokens_and_real(
     return tokens, real_positions(model, tokens, attention_mask)
 
 
-class _MeanZ(LayerProbe[Sum]):
-    """Mean over sequences and positions of every head's mixed values.
-
-    Attributes:
-        real: False at positions of the next pass to skip; None to skip none.
-    """
-
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        super().__init__(layers, Sum)
-        self.real: Tensor | None = None
-
-    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        return {hook_names.z(layer): partial(self._read, layer) for layer in self._layers(model)}
-
-    def _read(self, layer: int, z: Tensor) -> None:
-        positions = z.flatten(0, 1)
-        if self.real is not None:
-            positions = positions[self.real.flatten().to(z.device)]
-        self._records[layer].add(positions)
-
-    def reading(self) -> LabelledTensor:
-        records = self._complete_records()
-        values = self._stack({layer: record.mean() for layer, record in records.items()})
-        axes = ("layer", "head", "d_head")
-        return LabelledTensor("mean_z", values, axes, {"layer": tuple(records)})
-
-
-def _by_layer(model: nn.Module, heads: Sequence[Head]) -> dict[int, tuple[int, ...]]:
+def _by_layer(model: nn.Module, heads: Sequence[Head]) -> dict[int, list[int]]:
     """The heads of each layer.
 
     Raises:
         ProbeError: a head does not exist.
     """
-    config = config_of(model)
-    by_layer: dict[int, tuple[int, ...]] = {}
+    by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
-        attention_layers(model, layer)
-        if not 0 <= head < config.n_heads:
-            raise ProbeError(
-                f"head {layer}.{head} does not exist: layers have {config.n_heads} heads, "
-                f"0 to {config.n_heads - 1}"
-            )
-        by_layer[layer] = (*by_layer.get(layer, ()), head)
+        check_head(model, (layer, head))
+        by_layer.setdefault(layer, []).append(head)
     return by_layer
 
 
 def _mean_z(
     model: nn.Module,
     layers: tuple[int, ...],
-    tokens: Tensor,
-    real: Tensor | None,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"] | None,
     max_batch_bytes: int,
 ) -> LabelledTensor:
+    """Mean over sequences and positions of every head's mixed values, without padding."""
+    batch_real: Tensor | None = None
+
+    def text_positions(z: Tensor) -> Tensor:
+        return z.flatten(0, 1) if batch_real is None else z[batch_real.to(z.device)]
+
+    mean = Activation("z", layers, reduce=text_positions, axes=("head", "d_head"))
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes)
-    with undisturbed(model), attach(model, _MeanZ(layers)) as (mean,):
+    with undisturbed(model), attach(model, mean):
         for batch, batch_real in split(rows, tokens, real):
-            mean.real = batch_real
             run(model, batch, batch_real)
     return mean.reading()
 
 
 @contextmanager
 def _replaced(
-    model: nn.Module, by_layer: Mapping[int, tuple[int, ...]], means: LabelledTensor
+    model: nn.Module, by_layer: Mapping[int, list[int]], means: LabelledTensor
 ) -> Iterator[None]:
+    """Replace the mixed values of heads by their means inside the block."""
     points = hook_points(model)
     with Hooks() as hooks:
         for layer, heads in by_layer.items():
-            hook = _replacing_hook(heads, means.sel(layer=layer).values[list(heads)])
-            hooks.add(points[hook_names.z(layer)], hook)
+            replace = partial(_with_values, heads, means.sel(layer=layer).values[heads])
+            hooks.edit(points[hook_name("z", layer)], replace)
         yield
 
 
-def _replacing_hook(
-    heads: tuple[int, ...], values: Float[Tensor, "head d_head"]
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def replace(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor:
-        z = converted(point, activation).clone()
-        z[:, :, list(heads)] = values.to(z)
-        return reverted(point, z)
-
-    return replace
+def _with_values(heads: list[int], values: Float[Tensor, "head d_head"], z: Tensor) -> Tensor:
+    replaced = z.clone()
+    replaced[:, :, heads] = values.to(z)
+    return replaced

@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.heads.in_context import standard_error
-from probes.reading import hook_names
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import attention_layers, hook_points
-from probes.reading.hooking import Hooks, converted, reverted
+from probes.reading.hook_names import hook_name, hook_points, layers_with
+from probes.reading.hooking import Hooks
 from probes.reading.passes import undisturbed
 
 Edit: TypeAlias = Callable[
@@ -79,11 +78,11 @@ def edit_attention(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None
     points = hook_points(model)
     with Hooks() as hooks:
         for layer, edit in edits.items():
-            attention_layers(model, layer)
-            order = _HookOrder(layer)
-            hooks.add(points[hook_names.pattern(layer)], _editing_hook(layer, edit, order))
-            if (z_point := points.get(hook_names.z(layer))) is not None:
-                hooks.add(z_point, order.check)
+            layers_with(model, "pattern", layer)
+            checked = _CheckedEdit(layer, edit)
+            hooks.edit(points[hook_name("pattern", layer)], checked)
+            if (z_point := points.get(hook_name("z", layer))) is not None:
+                hooks.add(z_point, checked.at_z)
         yield
 
 
@@ -264,37 +263,33 @@ def replace_pattern(pattern: Float[Tensor, "*batch_head query key"]) -> Edit:
     return edit
 
 
-class _HookOrder:
-    """Checks in every pass that the layer runs its pattern hook before it computes z."""
+class _CheckedEdit:
+    """An edit of one layer that fails in a pass where it cannot have an effect."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, edit: Edit) -> None:
         self._layer = layer
-        self.edited = False
+        self._edit = edit
+        self._done = False
 
-    def check(self, point: nn.Module, inputs: tuple[Any, ...], z: Tensor) -> None:
-        if not self.edited:
+    def __call__(self, before: Tensor) -> Tensor:
+        """The edited pattern."""
+        after = self._edit(before)
+        if after.shape != before.shape:
+            raise ProbeError(
+                f"the edit of layer {self._layer} changes the pattern's shape from "
+                f"{tuple(before.shape)} to {tuple(after.shape)}"
+            )
+        self._done = True
+        return after.to(before)
+
+    def at_z(self, point: nn.Module, inputs: Any, z: Tensor) -> None:
+        """Check that the layer has run its pattern hook before it computes z."""
+        if not self._done:
             raise ProbeError(
                 f"layer {self._layer} computes z before it runs its hook_pattern, or never runs "
                 "it: an edit would change nothing"
             )
-        self.edited = False
-
-
-def _editing_hook(
-    layer: int, edit: Edit, order: _HookOrder
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def replace(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor:
-        before = converted(point, activation)
-        after = edit(before)
-        if after.shape != before.shape:
-            raise ProbeError(
-                f"the edit of layer {layer} changes the pattern's shape from {tuple(before.shape)} "
-                f"to {tuple(after.shape)}"
-            )
-        order.edited = True
-        return reverted(point, after.to(before))
-
-    return replace
+        self._done = False
 
 
 def _on_rows(rows: Sequence[int], head: int | None, change: Callable[[Tensor], Tensor]) -> Edit:

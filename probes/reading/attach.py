@@ -9,6 +9,7 @@ would turn every activation into a view, which other hooks could no longer chang
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVarTuple, cast
 
@@ -36,7 +37,7 @@ class Probe(ABC):
     they must not write to them.
     """
 
-    _session: "_Session | None" = None
+    _block: "_Block | None" = None
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
@@ -104,98 +105,79 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
     >>> gradient.reading().sel(layer=0, head=0, query=0).values.tolist()
     [0.0, 0.0, 0.0, 0.0, 0.0]
     """
-    return _Attachment(model, cast(tuple[Probe, ...], probes))  # type: ignore[return-value]
+    return cast(AbstractContextManager[tuple[*Probes]], _Attachment(model, probes))
 
 
-class _Attachment(AbstractContextManager[tuple[Probe, ...]]):
-    """The block. A class, because Ctrl-C may hit a generator-based block outside its `finally`."""
+@dataclass
+class _Block:
+    """Whether a block is open: a backward pass may run after it and must not be read."""
 
-    def __init__(self, model: nn.Module, probes: tuple[Probe, ...]) -> None:
+    is_open: bool = True
+
+
+class _Attachment(Hooks):
+    """The hooks of one `attach`.
+
+    A class with `__exit__`, because Ctrl-C may hit a generator-based block outside its `finally`.
+    """
+
+    def __init__(self, model: nn.Module, probes: tuple[Any, ...]) -> None:
+        super().__init__()
         self._model = model
         self._probes = probes
-        self._hooks = Hooks()
+        self._block = _Block()
         self._check: FirstPassCheck | None = None
 
     def __enter__(self) -> tuple[Probe, ...]:
         try:
             self._attach()
         except BaseException:
-            self._hooks.__exit__(None, None, None)
+            super().__exit__()
             raise
         return self._probes
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(None, None, None)
+        super().__exit__(*error)
         # A user may turn warnings into errors: warn after the passes, and never replace an error.
         if self._check is not None and error[0] is None:
             self._check.conclude(stacklevel=2)
 
+    def remove(self) -> None:
+        """Remove the hooks; the probes may then be attached again."""
+        self._block.is_open = False
+        super().remove()
+
     def _attach(self) -> None:
-        session = _Session()
-        self._hooks.finally_call(session.end)
         points = hook_points(self._model)
-        self._check = FirstPassCheck(self._model, points, self._hooks)
+        self._check = FirstPassCheck(self._model, points, self)
         for probe in self._probes:
-            if probe._session is not None:
+            if probe._block is not None and probe._block.is_open:
                 raise ProbeError(
                     f"this {type(probe).__name__} is already attached: use a second one"
                 )
-            self._hooks.finally_call(partial(_release, probe, session))
-            probe._session = session
-            self._hooks.add_before(self._model, _pass_start_hook(probe))
+            probe._block = self._block
+            self.add_before(self._model, partial(_begin_pass, probe))
             for name, hook in probe.hooks(self._model).items():
-                self._add(points, name, hook, session)
+                self._add_named(points, name, hook)
 
-    def _add(
-        self, points: Mapping[str, nn.Module], name: str, hook: ForwardHook, session: "_Session"
-    ) -> None:
+    def _add_named(self, points: Mapping[str, nn.Module], name: str, hook: ForwardHook) -> None:
         kind = type(self._model).__name__
         if name == TOKENS:
             embed = getattr(self._model, TOKENS, None)
             if not isinstance(embed, nn.Module):
                 raise ProbeError(f"{kind} has no token embedding ({TOKENS!r})")
-            self._hooks.add_before(embed, _tokens_hook(hook))
+            self.add_before(embed, partial(_read_tokens, hook))
             return
         if name == ATTENTION_MASK:
-            self._hooks.add_before(_module_with_mask(self._model), _mask_hook(hook))
+            self.add_before(_module_with_mask(self._model), partial(_read_mask, hook))
             return
         point, before_hooks = split_incoming(name)
         if point not in points:
             raise ProbeError(f"{kind} has no hook point {point!r}")
         if before_hooks:
-            self._hooks.add_before(points[point], _incoming_hook(hook, session))
+            self.add_before(points[point], partial(_read_incoming, hook, self._block))
         else:
-            self._hooks.add(points[point], _activation_hook(hook, session))
-
-
-class _Session:
-    """Whether the block is still open: a backward pass may run after it and must not be read."""
-
-    def __init__(self) -> None:
-        self.open = True
-
-    def end(self) -> None:
-        self.open = False
-
-
-def _release(probe: Probe, session: _Session) -> None:
-    if probe._session is session:
-        probe._session = None
-
-
-def _tokens_hook(hook: ForwardHook) -> Callable[..., None]:
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        hook(tokens.detach())
-
-    return read
-
-
-def _pass_start_hook(probe: Probe) -> Callable[..., None]:
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        probe.begin_pass()
-
-    return begin
+            self.add(points[point], partial(_read_activation, hook, self._block))
 
 
 def _module_with_mask(model: nn.Module) -> nn.Module:
@@ -210,37 +192,39 @@ def _module_with_mask(model: nn.Module) -> nn.Module:
     return first
 
 
-def _mask_hook(hook: ForwardHook) -> Callable[..., None]:
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if inputs is None or inputs.ndim < 2:
-                return
-            mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        hook(mask.detach())
-
-    return read
+def _begin_pass(probe: Probe, module: nn.Module, args: Any, kwargs: Any) -> None:
+    probe.begin_pass()
 
 
-def _activation_hook(hook: ForwardHook, session: _Session) -> Callable[..., Tensor | None]:
-    def read(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> Tensor | None:
-        return _call_hook(point, activation, hook, session)
-
-    return read
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _incoming_hook(hook: ForwardHook, session: _Session) -> Callable[..., Any]:
-    def read(point: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        (activation,) = args  # a hook point takes one tensor
-        replacement = _call_hook(point, activation, hook, session)
-        return None if replacement is None else ((replacement,), kwargs)
-
-    return read
+def _read_tokens(hook: ForwardHook, module: nn.Module, args: Any, kwargs: Any) -> None:
+    tokens = _first_tensor(args, kwargs)
+    assert tokens is not None
+    hook(tokens.detach())
 
 
-def _call_hook(
-    point: nn.Module, activation: Tensor, hook: ForwardHook, session: _Session
+def _read_mask(hook: ForwardHook, module: nn.Module, args: Any, kwargs: Any) -> None:
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        inputs = _first_tensor(args, kwargs)
+        if inputs is None or inputs.ndim < 2:
+            return
+        mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    hook(mask.detach())
+
+
+def _read_incoming(
+    hook: ForwardHook, block: _Block, point: nn.Module, args: tuple[Tensor], kwargs: Any
+) -> Any:
+    replacement = _read_activation(hook, block, point, None, args[0])
+    return None if replacement is None else ((replacement,), kwargs)
+
+
+def _read_activation(
+    hook: ForwardHook, block: _Block, point: nn.Module, inputs: Any, activation: Tensor
 ) -> Tensor | None:
     """Call the hook, and its backward hook once the gradient arrives.
 
@@ -254,7 +238,7 @@ def _call_hook(
 
     def on_gradient(gradient: Tensor | None) -> None:
         # The gradient is None where compiled code computes with another copy of the activation.
-        if session.open and gradient is not None:
+        if block.is_open and gradient is not None:
             with torch.no_grad():
                 backward(converted(point, gradient.detach()))
 

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,10 @@ from probes.reading.errors import ProbeError, ProbeWarning
 from probes.reading.hook_names import (
     EMBEDDED,
     Layers,
-    attention_layers,
     config_of,
+    hook_name,
     hook_points,
-    pattern,
-    z,
+    layers_with,
 )
 from probes.reading.hooking import Hooks
 from probes.reading.passes import checked_tokens, undisturbed
@@ -90,23 +90,17 @@ class PassCheck:
     def watch(self, points: Mapping[str, nn.Module], hooks: Hooks) -> None:
         """Add the checking hooks to a block of hooks."""
         for layer in self._layers:
-            hooks.add_before(points[pattern(layer)], self._pattern_hook(layer))
-            if (z_point := points.get(z(layer))) is not None:
-                hooks.add(z_point, self._z_hook(layer))
+            hooks.add_before(points[hook_name("pattern", layer)], partial(self._at_pattern, layer))
+            if (z_point := points.get(hook_name("z", layer))) is not None:
+                hooks.add(z_point, partial(self._at_z, layer))
 
-    def _pattern_hook(self, layer: int) -> Any:
-        def hook(point: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer not in self._sums:
-                with torch.no_grad():
-                    self._sums[layer] = (*row_sums(args[0]), row_sum_tolerance(args[0]))
+    def _at_pattern(self, layer: int, point: nn.Module, args: Any, kwargs: Any) -> None:
+        if layer not in self._sums:
+            with torch.no_grad():
+                self._sums[layer] = (*row_sums(args[0]), row_sum_tolerance(args[0]))
 
-        return hook
-
-    def _z_hook(self, layer: int) -> Any:
-        def hook(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
-            self._z_came_first.setdefault(layer, layer not in self._sums)
-
-        return hook
+    def _at_z(self, layer: int, point: nn.Module, inputs: Any, z: Tensor) -> None:
+        self._z_came_first.setdefault(layer, layer not in self._sums)
 
     def result(self, unread: tuple[int, ...] | None = None) -> AttentionCheck | None:
         """The result for the pass; None if no attention hook ran in it."""
@@ -138,7 +132,8 @@ class FirstPassCheck:
 
     def __init__(self, model: nn.Module, points: Mapping[str, nn.Module], hooks: Hooks) -> None:
         # Count layers by hook point: a model without attention may have no configuration.
-        layers = tuple(layer for layer in range(len(points)) if pattern(layer) in points)
+        candidates = range(len(points))
+        layers = tuple(i for i in candidates if hook_name("pattern", i) in points)
         self._model = model
         self._pass = PassCheck(() if model in _CHECKED else layers)
         self._pass.watch(points, hooks)
@@ -182,7 +177,7 @@ def check_attention(
     >>> check_attention(model).problems()
     ()
     """
-    points, chosen = hook_points(model), attention_layers(model, layers)
+    points, chosen = hook_points(model), layers_with(model, "pattern", layers)
     config = config_of(model)
     if tokens is None:
         source = torch.Generator().manual_seed(0)
@@ -196,7 +191,7 @@ def check_attention(
         unused = []
         for layer in chosen:
             with Hooks() as hooks:
-                hooks.add(points[pattern(layer)], lambda point, inputs, weights: weights / 2)
+                hooks.edit(points[hook_name("pattern", layer)], lambda weights: weights / 2)
                 if torch.equal(model(tokens, return_type="logits"), output):
                     unused.append(layer)
         unread = _unread(model, points, chosen, tokens) if EMBEDDED in points else None
@@ -226,21 +221,18 @@ def _unread(
     reached: set[int] = set()
     starts: list[Tensor] = []
 
-    def start(point: nn.Module, inputs: tuple[Any, ...], embedded: Tensor) -> Tensor:
+    def start(embedded: Tensor) -> Tensor:
         starts.append(embedded.detach().requires_grad_())
         return starts[-1]
 
-    def pattern_hook(layer: int) -> Any:
-        def hook(point: nn.Module, inputs: tuple[Any, ...], weights: Tensor) -> None:
-            if weights.requires_grad:
-                weights.register_hook(lambda gradient: reached.add(layer))
-
-        return hook
+    def at_pattern(layer: int, point: nn.Module, inputs: Any, weights: Tensor) -> None:
+        if weights.requires_grad:
+            weights.register_hook(lambda gradient: reached.add(layer))
 
     with torch.enable_grad(), Hooks() as hooks:
-        hooks.add(points[EMBEDDED], start)
+        hooks.edit(points[EMBEDDED], start)
         for layer in layers:
-            hooks.add(points[pattern(layer)], pattern_hook(layer))
+            hooks.add(points[hook_name("pattern", layer)], partial(at_pattern, layer))
         output = model(tokens, return_type="logits")
         # Differentiate with respect to the embeddings only: every parameter keeps its .grad.
         torch.autograd.grad(output.float().square().sum(), starts, allow_unused=True)

@@ -1,6 +1,7 @@
-"""Names of TransformerLens hook points, which no other module spells out.
+"""Names of TransformerLens hook points, and checks that a model has what a probe asks for.
 
-HookedTransformer and TransformerBridge share these names (a bridge by alias).
+No other module spells these names out. HookedTransformer and TransformerBridge share them (a bridge
+by alias).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,12 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from probes.reading.errors import ProbeError
+
+Head: TypeAlias = tuple[int, int]
+"""A head as (layer, head)."""
+
+Layers: TypeAlias = int | Sequence[int] | None
+"""One layer, several, or None for every layer that has the hook point."""
 
 TOKENS = "embed"
 """The embedding module. Its input is always the token batch, even if the user passed text."""
@@ -21,41 +28,46 @@ ATTENTION_MASK = "attention_mask"
 
 _INCOMING = ".incoming"
 
-Layers: TypeAlias = int | Sequence[int] | None
-"""One layer, several, or None for every layer that has attention."""
+_STREAM = ("batch", "pos", "d_model")
+_BY_HEAD = ("batch", "pos", "head", "d_head")
+_WEIGHTS = ("batch", "head", "query", "key")
+_NEURONS = ("batch", "pos", "d_mlp")
+
+LAYER_HOOKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "resid_pre": ("hook_resid_pre", _STREAM),
+    "resid_mid": ("hook_resid_mid", _STREAM),
+    "resid_post": ("hook_resid_post", _STREAM),
+    "attn_out": ("hook_attn_out", _STREAM),
+    "mlp_out": ("hook_mlp_out", _STREAM),
+    "q": ("attn.hook_q", _BY_HEAD),
+    "k": ("attn.hook_k", _BY_HEAD),
+    "v": ("attn.hook_v", _BY_HEAD),
+    "z": ("attn.hook_z", _BY_HEAD),
+    "attn_scores": ("attn.hook_attn_scores", _WEIGHTS),
+    "pattern": ("attn.hook_pattern", _WEIGHTS),
+    "pre": ("mlp.hook_pre", _NEURONS),
+    "post": ("mlp.hook_post", _NEURONS),
+}
+"""The hook points of a layer: TransformerLens's short name, the name in the block, and the axes.
+
+`attn_scores` and `pattern` are attention before and after the softmax; `z` holds each head's mixed
+values, before W_O.
+"""
 
 
-def attn_scores(layer: int) -> str:
-    """Name of the masked scores before the softmax, `[batch head query key]`.
+def hook_name(hook: str, layer: int) -> str:
+    """The full name of one of the `LAYER_HOOKS`.
 
-    >>> attn_scores(0)
-    'blocks.0.attn.hook_attn_scores'
-    """
-    return f"blocks.{layer}.attn.hook_attn_scores"
-
-
-def pattern(layer: int) -> str:
-    """Name of the attention pattern after the softmax, `[batch head query key]`.
-
-    >>> pattern(3)
+    >>> hook_name("pattern", 3)
     'blocks.3.attn.hook_pattern'
     """
-    return f"blocks.{layer}.attn.hook_pattern"
-
-
-def z(layer: int) -> str:
-    """Name of each head's mixed values before W_O, `[batch pos head d_head]`.
-
-    >>> z(1)
-    'blocks.1.attn.hook_z'
-    """
-    return f"blocks.{layer}.attn.hook_z"
+    return f"blocks.{layer}.{LAYER_HOOKS[hook][0]}"
 
 
 def incoming(name: str) -> str:
     """Name of the activation that enters a hook point, before hooks there can change it.
 
-    >>> incoming(pattern(3))
+    >>> incoming(hook_name("pattern", 3))
     'blocks.3.attn.hook_pattern.incoming'
     """
     return f"{name}{_INCOMING}"
@@ -64,7 +76,7 @@ def incoming(name: str) -> str:
 def split_incoming(name: str) -> tuple[str, bool]:
     """The hook point of a name, and whether `incoming` made the name.
 
-    >>> split_incoming(incoming(pattern(3)))
+    >>> split_incoming(incoming("blocks.3.attn.hook_pattern"))
     ('blocks.3.attn.hook_pattern', True)
     """
     return name.removesuffix(_INCOMING), name.endswith(_INCOMING)
@@ -102,6 +114,11 @@ def hook_points(model: nn.Module) -> Mapping[str, nn.Module]:
     return points
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)`, which wraps it, or `module.compile()` compiled a module."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 def config_of(model: nn.Module) -> Any:
     """A model's configuration.
 
@@ -115,32 +132,30 @@ def config_of(model: nn.Module) -> Any:
     return config
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile(module)`, which wraps it, or `module.compile()` compiled a module."""
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]:
-    """The layers to read, each checked to exist and to have attention.
+def layers_with(model: nn.Module, hook: str, layers: Layers = None) -> tuple[int, ...]:
+    """The layers to read, each checked to exist and to have a hook point.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        layers: one layer, several, or None for every layer that has attention.
+        hook: one of the `LAYER_HOOKS`; "pattern" for the layers that have attention.
+        layers: one layer, several, or None for every layer that has the hook point.
 
     Returns:
         The layer numbers in the given order, without repeats.
 
     Raises:
-        ProbeError: a layer does not exist or has no attention, or no layer of the model has.
+        ProbeError: a layer does not exist or lacks the hook point, or every layer lacks it.
     """
     points = hook_points(model)
-    config = config_of(model)
-    n_layers: int = config.n_layers
-    with_attention = [layer for layer in range(n_layers) if pattern(layer) in points]
-    if not with_attention:
-        raise ProbeError(f"{type(model).__name__} has no attention layer ({pattern(0)} not found)")
+    n_layers: int = config_of(model).n_layers
+    having = [layer for layer in range(n_layers) if hook_name(hook, layer) in points]
+    missing = "attention" if hook == "pattern" else f"hook point {hook!r}"
+    if not having:
+        raise ProbeError(
+            f"{type(model).__name__} has no {missing} ({hook_name(hook, 0)} not found)"
+        )
     if layers is None:
-        return tuple(with_attention)
+        return tuple(having)
     wanted = tuple(dict.fromkeys([layers] if isinstance(layers, int) else layers))
     if not wanted:
         raise ProbeError("layers is empty: pass layer numbers, or None for all")
@@ -150,6 +165,21 @@ def attention_layers(model: nn.Module, layers: Layers = None) -> tuple[int, ...]
                 f"layer {layer} does not exist: the model has {n_layers} layers, "
                 f"0 to {n_layers - 1}"
             )
-        if layer not in with_attention:
-            raise ProbeError(f"layer {layer} has no attention; layers that have: {with_attention}")
+        if layer not in having:
+            raise ProbeError(f"layer {layer} has no {missing}; layers that have: {having}")
     return wanted
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """Check that a head exists.
+
+    Raises:
+        ProbeError: it does not.
+    """
+    layer, index = head
+    layers_with(model, "pattern", layer)
+    n_heads = config_of(model).n_heads
+    if not 0 <= index < n_heads:
+        raise ProbeError(
+            f"head {index} does not exist: layer {layer} has {n_heads} heads, 0 to {n_heads - 1}"
+        )

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import config_of, hook_points, modules_of, pattern
+from probes.reading.hook_names import config_of, hook_name, hook_points, modules_of
 from probes.reading.hooking import Hooks, converted
 from probes.reading.padding import real_positions
 
@@ -123,19 +123,18 @@ def attends_ahead(model: nn.Module) -> bool:
 
     Such a model reads the next token before predicting it: its next-token loss has no meaning.
     """
-    points = hook_points(model)
-    config: Any = model.cfg
+    points, config = hook_points(model), config_of(model)
     ahead: list[bool] = []
 
-    def check(point: nn.Module, inputs: tuple[Any, ...], activation: Tensor) -> None:
-        ahead.append(bool(converted(point, activation).triu(1).any()))
+    def check(point: nn.Module, inputs: Any, weights: Tensor) -> None:
+        ahead.append(bool(converted(point, weights).triu(1).any()))
 
     length = min(3, config.n_ctx)
     tokens = torch.arange(length, device=device_of(model)).unsqueeze(0) % config.d_vocab
     with undisturbed(model), Hooks() as hooks:
         for layer in range(config.n_layers):
-            if pattern(layer) in points:
-                hooks.add(points[pattern(layer)], check)
+            if (point := points.get(hook_name("pattern", layer))) is not None:
+                hooks.add(point, check)
         run(model, tokens)
     return any(ahead)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probes.reading.attach import Probe
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import Layers, attention_layers
+from probes.reading.hook_names import Layers, layers_with
 
 
 class Record(ABC):
@@ -97,19 +97,26 @@ R = TypeVar("R", bound=Record)
 
 
 class LayerProbe(Probe, Generic[R]):
-    """A probe that keeps one record per layer."""
+    """A probe that keeps one record per layer.
+
+    Args:
+        layers: one layer, several, or None for every layer that has the hook point.
+        record: makes an empty record.
+        hook: the hook point that a layer must have, one of `hook_names.LAYER_HOOKS`.
+    """
 
     _pass_kind = "forward pass"
     """The kind of pass that fills the records, for error messages."""
 
-    def __init__(self, layers: Layers, record: Callable[[], R]) -> None:
+    def __init__(self, layers: Layers, record: Callable[[], R], hook: str = "pattern") -> None:
         self._requested_layers = layers
+        self._hook = hook
         self._new_record = record
         self._records: dict[int, R] = {}
 
     def _layers(self, model: nn.Module) -> tuple[int, ...]:
         """The layers to hook; each gets a record."""
-        layers = attention_layers(model, self._requested_layers)
+        layers = layers_with(model, self._hook, self._requested_layers)
         if self._records and tuple(self._records) != layers:
             if any(record.batches for record in self._records.values()):
                 raise ProbeError(

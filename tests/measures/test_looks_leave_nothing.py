@@ -26,7 +26,7 @@ from mechcausal.studies.targets import Target
 from mechcausal.tasks import SingleParentTask, Task, build_task
 from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import pairwise_theory, parent_information
-from probes.reading import attention, records
+from probes.reading import activation, records
 from tests.left_as_found import fingerprint, interrupted, left_as_found
 
 PRIOR = DirichletPrior.symmetric(0.5, vocab_size=3)
@@ -177,7 +177,7 @@ def test_nothing_is_left_after_a_fault_in_the_model(
         ("observe", observer_module, "soft_cross_entropy"),
         ("observe", observer_module, "matching_figures"),
         ("observe", records, "_wide"),
-        ("observe", attention, "partial"),
+        ("observe", activation, "partial"),
         ("edge_effects", interventions, "cross_entropies"),
         ("patch_ideal", interventions, "cross_entropies"),
         ("evaluate_ood", evaluation, "cross_entropies"),

@@ -28,7 +28,7 @@ from probes import (
     score_heads,
 )
 from probes.reading.attach import ForwardHook
-from probes.reading.hook_names import pattern as pattern_name
+from probes.reading.hook_names import hook_name
 
 
 def hooks_of(model: nn.Module) -> dict[str, tuple[int, int, int]]:
@@ -59,7 +59,7 @@ class Broken(Probe):
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
         if self.moment == "hooks":
             raise self.error
-        return {pattern_name(0): self.forward}
+        return {hook_name("pattern", 0): self.forward}
 
     def forward(self, pattern: Tensor) -> Any:
         if self.moment == "forward":
@@ -154,10 +154,10 @@ def test_foreign_hooks_survive_and_still_act(model: HookedTransformer, tokens: T
     def count(name: str) -> Any:
         return lambda x, hook: calls.append(name)
 
-    model.add_hook(pattern_name(0), count("before"))
+    model.add_hook(hook_name("pattern", 0), count("before"))
     with attach(model, AttentionPattern(), AttentionGradient("pattern")):
-        model.add_hook(pattern_name(0), count("inside"))
-        model.add_hook(pattern_name(1), count("backward"), dir="bwd")
+        model.add_hook(hook_name("pattern", 0), count("inside"))
+        model.add_hook(hook_name("pattern", 1), count("backward"), dir="bwd")
         model(tokens, return_type="loss").backward()
     model(tokens, return_type="loss").backward()
     assert sorted(calls) == ["backward"] * 2 + ["before"] * 2 + ["inside"] * 2
@@ -170,8 +170,8 @@ def test_resetting_the_models_hooks_inside_the_block_does_not_blind_a_probe(
     with unchanged(model), attach(model, pattern):
         model.reset_hooks(including_permanent=True)
         model.run_with_cache(tokens)
-        model.run_with_hooks(tokens, fwd_hooks=[(pattern_name(0), lambda x, hook: None)])
-        with model.hooks(fwd_hooks=[(pattern_name(0), lambda x, hook: None)]):
+        model.run_with_hooks(tokens, fwd_hooks=[(hook_name("pattern", 0), lambda x, hook: None)])
+        with model.hooks(fwd_hooks=[(hook_name("pattern", 0), lambda x, hook: None)]):
             model(tokens)
     assert pattern.batches == 3
 
@@ -182,7 +182,7 @@ def test_a_hook_that_ablates_in_place_still_works(model: HookedTransformer, toke
         return pattern
 
     probes = AttentionPattern(), AttentionGradient("pattern")
-    with attach(model, *probes), model.hooks(fwd_hooks=[(pattern_name(0), ablate)]):
+    with attach(model, *probes), model.hooks(fwd_hooks=[(hook_name("pattern", 0), ablate)]):
         model(tokens, return_type="loss").backward()
     assert not probes[1].reading().sel(layer=0, head=0).values.any()
 
@@ -198,7 +198,7 @@ def test_a_hook_that_ablates_in_place_still_works_on_a_frozen_model(
     for frozen in (False, True):
         model.requires_grad_(not frozen)
         probes = AttentionGradient(), AttentionGradient("pattern")
-        with attach(model, *probes), model.hooks(fwd_hooks=[(pattern_name(0), ablate)]):
+        with attach(model, *probes), model.hooks(fwd_hooks=[(hook_name("pattern", 0), ablate)]):
             model(tokens, return_type="loss").backward()
         readings.append([probe.reading().values for probe in probes])
     for trained, frozen in zip(*readings, strict=True):
@@ -216,11 +216,11 @@ def test_the_gradient_on_scores_reaches_through_what_others_make_of_the_pattern(
     kept: list[Tensor] = []
     keep = ("blocks.0.attn.hook_attn_scores", lambda scores, hook: kept.append(scores))
     loss = model.run_with_hooks(
-        tokens, return_type="loss", fwd_hooks=[keep, (pattern_name(0), halve)]
+        tokens, return_type="loss", fwd_hooks=[keep, (hook_name("pattern", 0), halve)]
     )
     (true,) = torch.autograd.grad(loss, kept)
     with (
-        model.hooks(fwd_hooks=[(pattern_name(0), halve)]),
+        model.hooks(fwd_hooks=[(hook_name("pattern", 0), halve)]),
         attach(model, AttentionGradient(layers=0)) as (gradient,),
     ):
         model(tokens, return_type="loss").backward()
@@ -312,7 +312,8 @@ class TestModelsThatHideTheirHooks:
             wrapper = nn.parallel.DistributedDataParallel(model)
             self.refuses(wrapper, "attach", "DistributedDataParallel wraps a HookedTransformer")
             probes = AttentionPattern(), AttentionGradient()
-            with attach(wrapper.module, *probes):  # as the line says
+            # An all-reduce that is still running can deadlock torch when the wrapper is deleted.
+            with attach(wrapper.module, *probes), wrapper.no_sync():  # as the line says
                 wrapper(tokens, return_type="loss").backward()
             assert [probe.batches for probe in probes] == [1, 1]
         finally:
@@ -372,7 +373,7 @@ def test_no_graph_outlives_the_loss(model: HookedTransformer, tokens: Tensor):
         marked: Tensor = Marker.apply(tensor)
         return marked
 
-    model.add_hook(pattern_name(0), mark)
+    model.add_hook(hook_name("pattern", 0), mark)
     with attach(model, AttentionPattern(), AttentionGradient("pattern"), InductionScores()):
         model(tokens, return_type="loss")
         assert freed == [True]

@@ -67,7 +67,7 @@ def test_chosen_earlier_heads_and_bad_ones(model: HookedTransformer):
     assert k_composition(model, [(0, 0)]).partners((0, 0)) == []
     with pytest.raises(ValueError, match="no scores for head"):
         composition.partners((1, 1))
-    with pytest.raises(ProbeError, match=r"head 1\.7 does not exist"):
+    with pytest.raises(ProbeError, match="head 7 does not exist: layer 1"):
         k_composition(model, [(1, 7)])
     with pytest.raises(ProbeError, match="layer 9 does not exist"):
         k_composition(model, [(9, 0)])

@@ -33,7 +33,7 @@ from probes import (
 from probes.heads import composition, head_scores
 from probes.reading import hooking, passes, records
 from probes.reading.attach import Probe
-from probes.reading.hook_names import pattern, z
+from probes.reading.hook_names import hook_name
 from tests.left_as_found import fingerprint, interrupted, left_as_found
 from tests.probes.test_attach import Broken
 
@@ -101,8 +101,8 @@ WORKS: dict[str, Work] = {
 @pytest.fixture
 def used(model: HookedTransformer, tokens: Tensor) -> HookedTransformer:
     """A model in use: with hooks and gradients of others, some frozen, and of mixed modes."""
-    model.add_hook(z(0), lambda x, hook: None)
-    model.add_perma_hook(pattern(1), lambda x, hook: None)
+    model.add_hook(hook_name("z", 0), lambda x, hook: None)
+    model.add_perma_hook(hook_name("pattern", 1), lambda x, hook: None)
     model(tokens, return_type="loss").backward()
     model.embed.W_E.requires_grad_(False)
     model.blocks[0].attn.W_Q.grad = None
@@ -137,10 +137,10 @@ def test_nothing_is_left_after_a_work_that_ends_well(
     ("place", "n", "error"),
     [
         ("embed", 0, KeyboardInterrupt()),
-        (pattern(0), 0, RuntimeError("in the model")),
-        (z(1), 1, KeyboardInterrupt()),
+        (hook_name("pattern", 0), 0, RuntimeError("in the model")),
+        (hook_name("z", 1), 1, KeyboardInterrupt()),
         ("unembed", 1, RuntimeError("in the model")),
-        (z(1), 3, KeyboardInterrupt()),
+        (hook_name("z", 1), 3, KeyboardInterrupt()),
     ],
 )
 @pytest.mark.parametrize("name", WORKS)
@@ -161,8 +161,8 @@ def test_nothing_is_left_after_a_fault_in_the_model(
         (records.Sum, "add"),
         (records.Concatenated, "values"),
         (InductionScores, "reading"),
-        (hooking, "_remove_hook"),
-        (sys.modules["probes.reading.attach"], "_activation_hook"),
+        (hooking.Hooks, "remove"),
+        (sys.modules["probes.reading.attach"], "_read_activation"),
         (head_scores, "run"),
         (passes, "checked_tokens"),
         (torch.nn.functional, "cross_entropy"),

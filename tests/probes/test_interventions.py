@@ -95,7 +95,7 @@ def test_no_heads_is_no_change(model: HookedTransformer, tokens: Tensor):
 
 
 def test_bad_input_is_one_line(model: HookedTransformer):
-    with pytest.raises(ProbeError, match=r"head 1\.2 does not exist: layers have 2 heads"):
+    with pytest.raises(ProbeError, match="head 2 does not exist: layer 1 has 2 heads, 0 to 1"):
         ablation_effects(model, [(1, 2)])
     with (
         pytest.raises(ProbeError, match="layer 5 does not exist"),

@@ -1,4 +1,4 @@
-"""Read attention patterns, and the gradient of a loss with respect to them."""
+"""Read the gradient of a loss with respect to attention."""
 
 import math
 import warnings
@@ -9,60 +9,12 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from probes.reading import hook_names
 from probes.reading.attach import BackwardHook, ForwardHook
 from probes.reading.attention_check import row_sum_tolerance, row_sums
 from probes.reading.errors import ProbeError, ProbeWarning
-from probes.reading.hook_names import Layers
+from probes.reading.hook_names import EMBEDDED, Layers, hook_name, hook_points, incoming
 from probes.reading.labelled import LabelledTensor
-from probes.reading.records import Concatenated, LayerProbe, Moments, Sum
-
-
-class AttentionPattern(LayerProbe[Concatenated | Sum]):
-    """The attention pattern `softmax(scores)` of every head.
-
-    The reading has axes `("layer", "batch", "head", "query", "key")`; several batches are
-    concatenated along `batch`. With `reduce="mean"` it is the mean over all sequences, without a
-    `batch` axis; only a running sum is kept, so memory does not grow.
-
-    Args:
-        layers: one layer, several, or None for every layer that has attention.
-        reduce: None keeps the sequences apart, "mean" averages them.
-
-    Raises:
-        ValueError: `reduce` is neither None nor "mean".
-    """
-
-    def __init__(self, layers: Layers = None, *, reduce: Literal["mean"] | None = None) -> None:
-        if reduce not in (None, "mean"):
-            raise ValueError(f'reduce is {reduce!r}; allowed: None, "mean"')
-        super().__init__(layers, Concatenated if reduce is None else Sum)
-
-    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        """One hook on the pattern of every chosen layer."""
-        return {
-            hook_names.pattern(layer): partial(self._read, layer) for layer in self._layers(model)
-        }
-
-    def _read(self, layer: int, pattern: Tensor) -> None:
-        self._records[layer].add(pattern)
-
-    def reading(self) -> LabelledTensor:
-        """Attention from each query to each key; rows sum to 1.
-
-        Raises:
-            ProbeError: there was no forward pass yet.
-        """
-        records = self._complete_records()
-        values = self._stack(
-            {
-                layer: record.mean() if isinstance(record, Sum) else record.values()
-                for layer, record in records.items()
-            }
-        )
-        batch = ("batch",) if values.ndim == 5 else ()
-        axes = ("layer", *batch, "head", "query", "key")
-        return LabelledTensor("attention_pattern", values, axes, {"layer": tuple(records)})
+from probes.reading.records import LayerProbe, Moments
 
 
 @runtime_checkable
@@ -134,23 +86,25 @@ class AttentionGradient(LayerProbe[Moments]):
 
     def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
         """Hooks that read the gradient at every chosen layer, and which entries are masked."""
-        points = hook_names.hook_points(model)
+        points = hook_points(model)
         self._scores.clear()
         self._scores_come_late.clear()
         hooks: dict[str, ForwardHook] = {}
-        if hasattr(model, "original_model") and hook_names.EMBEDDED in points:
+        if hasattr(model, "original_model") and EMBEDDED in points:
             # A bridge may run the pattern hook after it uses the pattern: if its parameters are
-            # frozen, the graph must begin before.
-            hooks[hook_names.EMBEDDED] = lambda _: _ignore
+            # frozen, the graph must begin before. A backward hook makes it begin there.
+            hooks[EMBEDDED] = lambda _: lambda gradient: None
         for layer in self._layers(model):
-            scores, pattern = hook_names.attn_scores(layer), hook_names.pattern(layer)
+            scores, pattern, z = (
+                hook_name(hook, layer) for hook in ("attn_scores", "pattern", "z")
+            )
             if scores in points:
                 hooks[scores] = partial(self._at_scores, layer)
             if self._wrt == "scores":  # the softmax's own output, before edits of the pattern
-                pattern = hook_names.incoming(pattern)
+                pattern = incoming(pattern)
             hooks[pattern] = partial(self._at_pattern, layer)
-            if hook_names.z(layer) in points:
-                hooks[hook_names.z(layer)] = partial(self._at_z, layer)
+            if z in points:
+                hooks[z] = partial(self._at_z, layer)
         return hooks
 
     def _at_scores(self, layer: int, scores: Tensor) -> None:
@@ -281,7 +235,3 @@ def _before_dropout(pattern: Tensor, scores: Tensor) -> Tensor | None:
     if factors.numel() and factors.max() > factors.min() * (1 + tolerance):
         return None
     return softmax
-
-
-def _ignore(gradient: Tensor) -> None:
-    """A backward hook that does nothing: its presence makes the graph begin at its activation."""
