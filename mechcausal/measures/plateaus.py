@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -214,13 +215,13 @@ def _by_cells(steps: Points, losses: Points) -> tuple[Int[np.ndarray, " point"],
 
 def _strategy(history: History, start: int, stop: int) -> str | None:
     """The strategy with the smallest mean divergence; None if all are infinite."""
-    divergences = defaultdict(list)
+    divergences: defaultdict[str, list[float]] = defaultdict(list)
     for row in history:
         step = row.get("train/step")
         for name, value in row.items() if step is not None and start <= step <= stop else ():
             if name.startswith(_STRATEGY):
-                finite = value is not None and math.isfinite(value)
-                divergences[name.removeprefix(_STRATEGY)].append(value if finite else math.inf)
-    means = {name: float(np.mean(values)) for name, values in divergences.items()}
+                finite = value if value is not None and math.isfinite(value) else math.inf
+                divergences[name.removeprefix(_STRATEGY)].append(finite)
+    means = {name: fmean(values) for name, values in divergences.items()}
     nearest = min(means, key=means.__getitem__, default=None)
     return nearest if nearest is not None and math.isfinite(means[nearest]) else None

@@ -36,6 +36,7 @@ from mechcausal.graphs import (
 )
 from mechcausal.graphs.edge_list import MAX_FILE_BYTES
 from mechcausal.graphs.faults import MAX_POSITIONS
+from tests.oracles import seeded
 
 PRESET_OPTIONS: dict[str, dict[str, object]] = {
     "lag_chain": {"lag": 2},
@@ -43,10 +44,6 @@ PRESET_OPTIONS: dict[str, dict[str, object]] = {
     "interleaved_chains": {"n_chains": 3},
     "k_gram": {"k": 1},
 }
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def preset(name: str, n: int, seed: int = 0) -> CausalGraph:
@@ -110,23 +107,16 @@ def test_several_parents_take_the_longest_path_and_the_query_from_the_graph() ->
     assert "position 2 has 2 parents" in refusal(graph.parent_array)
 
 
-def test_a_query_with_parents_is_not_the_single_parent_task() -> None:
-    assert not manual([-1, 0], query_parents=[1]).is_single_parent
-
-
-def test_order_of_writing_does_not_matter_for_equality_and_hash() -> None:
+def test_equal_graphs_compare_and_hash_equal_and_hold_plain_integers() -> None:
     first = CausalGraph(((), (), (0, 1)), query_parents=(0, 2))
     assert {first} == {CausalGraph(((), (), (1, 0)), query_parents=(2, 0))}
-
-
-def test_integers_of_numpy_become_plain_ones() -> None:
     graph = CausalGraph.from_networkx(nx.DiGraph([(np.int64(0), np.int64(1))]))
     assert graph == chain(2)
     assert all(type(end) is int for edge in graph.edges for end in edge)
 
 
 @given(descriptions())
-def test_depths_levels_and_roots_agree(description: dict[str, Any]) -> None:
+def test_depths_levels_rows_and_adjacency_agree(description: dict[str, Any]) -> None:
     graph = manual(**description)
     longest = {node: 0 for node in range(graph.n_positions)}
     for child in range(graph.n_positions):
@@ -137,84 +127,66 @@ def test_depths_levels_and_roots_agree(description: dict[str, Any]) -> None:
     assert sorted(position for level in graph.levels for position in level) == list(longest)
     assert all(graph.depths[i] == depth for depth, row in enumerate(graph.levels) for i in row)
     assert sorted((*graph.roots, *graph.non_roots)) == list(longest)
-
-
-@given(descriptions())
-def test_adjacency_is_the_transpose_of_networkx(description: dict[str, Any]) -> None:
-    graph = manual(**description)
-    adjacency = graph.adjacency()
+    last = graph.n_positions - 1
+    serving = {i for i in graph.non_roots if graph.query_parents is None or i != last}
+    assert graph.child_rows == {i: graph.parents[i] for i in serving}
+    single = graph.query_parents is None and max(map(len, graph.parents)) <= 1
+    assert graph.is_single_parent == single
     digraph = graph.to_networkx().subgraph(range(graph.n_positions))
     oracle = nx.to_numpy_array(digraph, nodelist=range(graph.n_positions)).T
-    assert adjacency.dtype == torch.float32
-    assert np.array_equal(adjacency.numpy(), oracle)
-    assert bool((adjacency.triu() == 0).all())
+    assert graph.adjacency().dtype == torch.float32
+    assert np.array_equal(graph.adjacency().numpy(), oracle)
+    assert not graph.adjacency().triu().any()
 
 
-# --- Round trips -------------------------------------------------------------------------------
-
-
-@given(descriptions())
-def test_round_trip_through_networkx(description: dict[str, Any]) -> None:
-    graph = manual(**description)
-    assert CausalGraph.from_networkx(graph.to_networkx()) == graph
-
-
-@given(descriptions())
-def test_round_trip_through_an_edge_list(
-    tmp_path_factory: pytest.TempPathFactory, description: dict[str, Any]
+@given(descriptions(), parent_rows(most=1))
+def test_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, description: dict[str, Any], single: list[list[int]]
 ) -> None:
     graph = manual(**description)
-    path = tmp_path_factory.mktemp("edges") / "graph.txt"
+    assert CausalGraph.from_networkx(graph.to_networkx()) == graph
+    path = tmp_path_factory.getbasetemp() / "graph.txt"
     graph.to_edge_list(path)
     assert CausalGraph.from_edge_list(path) == graph
-
-
-@given(parent_rows(most=1))
-def test_round_trip_through_a_parent_array(rows: list[list[int]]) -> None:
-    graph = CausalGraph.from_parents(rows)
-    assert CausalGraph.from_parents(graph.parent_array()) == graph
+    forest = CausalGraph.from_parents(single)
+    assert CausalGraph.from_parents(forest.parent_array()) == forest
 
 
 # --- Refused graphs ----------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("parents", "message"),
-    [
-        ([], "the graph is empty: it needs at least one position"),
-        ([-1, 2, 1], "cycle 1 → 2 → 1: every parent must come before its child"),
-        ([-1, 1], "cycle 1 → 1: every parent must come before its child"),
-        ([-1, 3, 1, 2], "cycle 1 → 2 → 3 → 1: every parent must come before its child"),
-        (
-            [-1, 0, 1, 5, -1, -1],
-            "parent 5 of position 3 does not come before it: every parent must be < 3",
-        ),
-        ([-1, 9], "parent 9 of position 1 does not come before it: every parent must be < 1"),
-        ([-1, [0, 0]], "parent 0 of position 1 is given twice"),
-        (
-            [-1, -2],
-            "parent -2 of position 1 is out of range: positions start at 0, a root has no parents",
-        ),
-        (
-            [-1, [0, -1]],
-            "parent -1 of position 1 is out of range: positions start at 0, a root has no parents",
-        ),
-    ],
-)
-def test_a_graph_that_cannot_be_is_refused_by_name(parents: list[Any], message: str) -> None:
-    assert refusal(lambda: CausalGraph.from_parents(parents)) == message
+TOO_LOW = "is out of range: positions start at 0, a root has no parents"
+FROM_PARENTS: list[tuple[list[Any], str]] = [
+    ([], "the graph is empty: it needs at least one position"),
+    ([-1, 2, 1], "cycle 1 → 2 → 1: every parent must come before its child"),
+    ([-1, 1], "cycle 1 → 1: every parent must come before its child"),
+    ([-1, 3, 1, 2], "cycle 1 → 2 → 3 → 1: every parent must come before its child"),
+    (
+        [-1, 0, 1, 5, -1, -1],
+        "parent 5 of position 3 does not come before it: every parent must be < 3",
+    ),
+    ([-1, 9], "parent 9 of position 1 does not come before it: every parent must be < 1"),
+    ([-1, [0, 0]], "parent 0 of position 1 is given twice"),
+    ([-1, -2], f"parent -2 of position 1 {TOO_LOW}"),
+    ([-1, [0, -1]], f"parent -1 of position 1 {TOO_LOW}"),
+]
+QUERY_PARENTS: list[tuple[list[int], str]] = [
+    ([2], "parent 2 of the query does not come before it: every parent must be < 2"),
+    ([0, 0], "parent 0 of the query is given twice"),
+    ([], "the query has no parents: name at least one or pass None"),
+]
 
 
-@pytest.mark.parametrize(
-    ("query_parents", "message"),
-    [
-        ([2], "parent 2 of the query does not come before it: every parent must be < 2"),
-        ([0, 0], "parent 0 of the query is given twice"),
-        ([], "the query has no parents: name at least one or pass None"),
-    ],
-)
-def test_query_parents_are_checked_like_the_others(query_parents: list[int], message: str) -> None:
-    assert refusal(lambda: manual([-1, 0], query_parents=query_parents)) == message
+def test_a_graph_that_cannot_be_is_refused_by_name() -> None:
+    for parents, message in FROM_PARENTS:
+        assert refusal(lambda p=parents: CausalGraph.from_parents(p)) == message
+    for query_parents, message in QUERY_PARENTS:
+        assert refusal(lambda q=query_parents: manual([-1, 0], query_parents=q)) == message
+    endless = range(-1, 10**12)
+    message = refusal(lambda: CausalGraph.from_parents(endless))
+    assert f"more than {MAX_POSITIONS} positions" in message
+    n = MAX_POSITIONS
+    message = refusal(lambda: CausalGraph.from_parents([n - 1, *range(n - 1)]))
+    assert message.startswith(f"cycle 0 → 1 → 2 → 3 → 4 → 5 → 6 → 7 → … → {n - 1} → 0:")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +197,6 @@ def test_anything_but_integers_is_refused(parents: Any) -> None:
     # Where annotations are checked at run time, the checker may speak before the graph does.
     with pytest.raises((GraphError, jaxtyping.TypeCheckError)):
         CausalGraph.from_parents(parents)
-
-
-def test_a_graph_without_end_is_refused() -> None:
-    many = range(-1, 10**12)
-    assert f"more than {MAX_POSITIONS} positions" in refusal(lambda: CausalGraph.from_parents(many))
 
 
 @given(parent_rows(), st.data())
@@ -247,12 +214,6 @@ def test_an_edge_that_closes_a_loop_names_a_true_cycle(
     nodes = [int(node) for node in named[1].split(" → ")]
     assert nodes[0] == nodes[-1] == min(nodes)
     assert all(digraph.has_edge(*edge) for edge in pairwise(nodes))
-
-
-def test_a_long_cycle_is_abridged() -> None:
-    n = MAX_POSITIONS
-    message = refusal(lambda: CausalGraph.from_parents([n - 1, *range(n - 1)]))
-    assert message.startswith(f"cycle 0 → 1 → 2 → 3 → 4 → 5 → 6 → 7 → … → {n - 1} → 0:")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +355,7 @@ def test_interleaved_chains_are_chains_and_none_is_empty(n: int, n_chains: int, 
 
 @pytest.mark.parametrize(("draw", "lowest"), [(random_tree, 0), (random_parents, -1)])
 def test_random_parents_are_uniform(draw: Callable[..., CausalGraph], lowest: int) -> None:
-    generator, draws = seeded(), 3_000
+    generator, draws = seeded(), 1_000
     last = [draw(6, generator=generator).parent_array()[-1] for _ in range(draws)]
     support = range(lowest, 5)
     assert set(last) == set(support)
@@ -419,41 +380,43 @@ def test_presets_depend_on_nothing_but_the_generator(name: str) -> None:
         (lambda: lag_chain(5, 0), "lag must be a whole number from 1 to 10000, got 0"),
         (lambda: k_gram(3, 4), "k must be a whole number from 1 to 3, got 4"),
         (lambda: interleaved_chains(3, 0, generator=seeded()), "n_chains must be a whole number"),
-        (
-            lambda: random_forest(3, edge_probability=1.5, generator=seeded()),
-            "edge_probability must be a number from 0 to 1, got 1.5",
+        *(
+            (
+                lambda p=p: random_forest(3, edge_probability=p, generator=seeded()),
+                f"edge_probability must be a number from 0 to 1, got {p}",
+            )
+            for p in (1.5, float("nan"))
         ),
         (
-            lambda: random_forest(3, edge_probability=float("nan"), generator=seeded()),
-            "edge_probability must be a number from 0 to 1, got nan",
+            lambda: build_preset("chian", 5),
+            "unknown graph preset 'chian' (did you mean 'chain'?): allowed are chain, ",
+        ),
+        (
+            lambda: build_preset("zzz", 5),
+            "unknown graph preset 'zzz': allowed are chain, lag_chain, ",
+        ),
+        (lambda: build_preset("lag_chain", 5), "preset 'lag_chain' needs the option 'lag'"),
+        (lambda: build_preset("lag_chain", 5, lag=0), "lag must be a whole number from 1 to"),
+        (
+            lambda: build_preset("chain", 5, lag=2),
+            "option 'lag' does not apply to preset 'chain': it takes no options",
+        ),
+        (
+            lambda: build_preset("k_gram", 5, lag=2, k=2),
+            "option 'lag' does not apply to preset 'k_gram': it takes k",
+        ),
+        (
+            lambda: build_preset("k_gram", 5, **{"n": 2, "k": 2}),
+            "option 'n' does not apply to preset 'k_gram': it takes k",
+        ),
+        (
+            lambda: build_preset("random_tree", 5),
+            "preset 'random_tree' is random: it needs a generator",
         ),
     ],
 )
 def test_bad_arguments_of_presets_are_refused(make: Callable[[], object], message: str) -> None:
     assert message in refusal(make)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("chian", {}, "unknown graph preset 'chian' (did you mean 'chain'?): allowed are chain, "),
-        ("zzz", {}, "unknown graph preset 'zzz': allowed are chain, lag_chain, "),
-        ("lag_chain", {}, "preset 'lag_chain' needs the option 'lag'"),
-        ("lag_chain", {"lag": 0}, "lag must be a whole number from 1 to 10000, got 0"),
-        ("chain", {"lag": 2}, "option 'lag' does not apply to preset 'chain': it takes no options"),
-        (
-            "k_gram",
-            {"lag": 2, "k": 2},
-            "option 'lag' does not apply to preset 'k_gram': it takes k",
-        ),
-        ("k_gram", {"n": 2, "k": 2}, "option 'n' does not apply to preset 'k_gram': it takes k"),
-        ("random_tree", {}, "preset 'random_tree' is random: it needs a generator"),
-    ],
-)
-def test_build_preset_refuses_what_does_not_apply(
-    name: str, options: dict[str, Any], message: str
-) -> None:
-    assert message in refusal(lambda: build_preset(name, 5, **options))
 
 
 def test_build_preset_leaves_the_generator_alone_where_nothing_is_random() -> None:

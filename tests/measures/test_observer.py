@@ -1,4 +1,4 @@
-"""One look at a model: what it reads, and that it leaves no trace."""
+"""One look at a model: what it reads. (That it leaves no trace: `test_looks_leave_nothing`.)"""
 
 import math
 
@@ -23,40 +23,31 @@ from tests.oracles import forest, pattern_gradient, seeded
 S, T = 4, 12
 
 FIGURES = {
-    "loss/eval",
-    "loss/bayes",
-    "loss/gap",
-    "loss/construction",
-    "loss/construction_gap",
-    "graph/recovered",
-    "graph/parent_attention",
-    "graph/f1",
-    "gradient/edge_hits",
-    "gradient/theory_correlation",
-    "gradient/chi2_correlation",
-    "gradient/shannon_correlation",
-    "induction/score",
-    "induction/attention",
-    "induction/prefix_matching",
-    "induction/copying",
-    "strategy/kl_uniform",
-    "strategy/kl_unigram",
-    "strategy/kl_bigram",
+    *("loss/eval", "loss/bayes", "loss/gap", "loss/construction", "loss/construction_gap"),
+    *("graph/recovered", "graph/parent_attention", "graph/f1", "gradient/edge_hits"),
+    *(f"gradient/{name}_correlation" for name in ("theory", "chi2", "shannon")),
+    *(f"induction/{name}" for name in ("score", "attention", "prefix_matching", "copying")),
+    *(f"strategy/kl_{name}" for name in ("uniform", "unigram", "bigram")),
 }
 
 
 def observe_with(
-    model: GraphModel, graph: CausalGraph | None = None, n_sequences: int = 300
+    model: GraphModel,
+    graph: CausalGraph | None = None,
+    kind: type[Observer] = Observer,
+    *,
+    n_sequences: int = 300,
 ) -> Observer:
-    task = SingleParentTask(graph or chain(T - 1), DirichletPrior.symmetric(0.3, S))
+    """An observer of a graph of single parents."""
+    task = SingleParentTask(graph or chain(T - 1), DirichletPrior.symmetric(0.3, model.vocab_size))
     theory = pairwise_theory(task.graph, task.prior, n_priors=100, generator=seeded(1))
-    return Observer(
+    return kind(
         model,
         task,
         theory,
         n_sequences=n_sequences,
         epsilon=1e-3,
-        bayes_draws=64,
+        bayes_draws=8,
         generator=seeded(2),
     )
 
@@ -67,6 +58,17 @@ def random_model() -> SimplifiedTransformer:
         model.A1.copy_(torch.randn(T, T, generator=seeded(3)))
         model.A2.copy_(2 * torch.randn(S, S, generator=seeded(4)))
     return model
+
+
+Look = tuple[SimplifiedTransformer, Observer, Observation]
+
+
+@pytest.fixture(scope="module")
+def look() -> Look:
+    """A model of random weights, its observer and what that saw."""
+    model = random_model()
+    watcher = observe_with(model)
+    return model, watcher, watcher.observe()
 
 
 @pytest.mark.parametrize("observer_type", [Observer, ClosedFormObserver])
@@ -98,46 +100,18 @@ def test_a_fixed_matrix_with_zeros_has_finite_figures(
         assert math.isfinite(figures[name])
 
 
-def test_it_leaves_no_hooks_no_gradients_and_no_change() -> None:
-    model = random_model()
-    model.parameters_by_name["A2"].requires_grad_(False)
-    wanted = {name: p.requires_grad for name, p in model.hooked.named_parameters()}
-    values = {name: p.detach().clone() for name, p in model.hooked.named_parameters()}
-    watcher, state = observe_with(model), torch.get_rng_state()
-    watcher.observe()
-    watcher.losses()
-    assert torch.equal(torch.get_rng_state(), state)
-    for name, parameter in model.hooked.named_parameters():
-        assert parameter.requires_grad == wanted[name]
-        assert parameter.grad is None
-        assert torch.equal(parameter, values[name])
-    for point in model.hooked.hook_dict.values():
-        assert not point.fwd_hooks
-        assert not point.bwd_hooks
-        assert not point._forward_hooks
-        assert not point._backward_hooks
-
-
-def test_it_keeps_gradients_that_were_there() -> None:
-    model = random_model()
-    gradient = torch.ones_like(model.parameters_by_name["A1"])
-    model.parameters_by_name["A1"].grad = gradient.clone()
-    observe_with(model).observe()
-    assert torch.equal(model.parameters_by_name["A1"].grad, gradient)
-
-
-def test_it_names_the_figures_of_the_design() -> None:
-    observation = observe_with(random_model()).observe()
-    assert observation.figures.keys() >= FIGURES
-    assert all(math.isfinite(observation.figures[name]) for name in FIGURES)
-    assert observation.matrices.keys() >= {
-        "attention/layer0",
-        "gradient/scores",
-        "gradient/pattern",
-    }
+def test_it_names_the_figures_of_the_design(look: Look) -> None:
+    _, watcher, observation = look
+    figures = observation.figures
+    assert figures.keys() >= FIGURES
+    assert all(math.isfinite(figures[name]) for name in FIGURES)
     shapes = {name: matrix.shape for name, matrix in observation.matrices.items()}
     assert shapes.pop("attention/examples") == (4, 1, T)
+    assert shapes.keys() == {"attention/layer0", "gradient/scores", "gradient/pattern"}
     assert set(shapes.values()) == {(T, T)}
+    losses = watcher.losses()
+    assert losses == pytest.approx({name: figures[name] for name in losses}, rel=1e-5)
+    assert losses["loss/gap"] == pytest.approx(losses["loss/eval"] - losses["loss/bayes"])
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (1, 2)])
@@ -152,13 +126,11 @@ def test_examples_are_the_first_sequences_seen_by_the_last_layer(heads: tuple[in
     torch.testing.assert_close(found, expected)
 
 
-def test_the_gradient_of_the_scores_is_that_of_a1() -> None:
-    model = random_model()
-    watcher = observe_with(model)
+def test_the_gradient_of_the_scores_is_that_of_a1(look: Look) -> None:
+    model, watcher, observation = look
     loss = soft_cross_entropy(model(watcher.batch.tokens), watcher.batch.target, epsilon=1e-3)
     (gradient,) = torch.autograd.grad(loss, model.parameters_by_name["A1"])
     expected = -gradient[0, S : S + T, :T]
-    observation = watcher.observe()
     found = observation.matrices["gradient/scores"].to(expected.dtype)
     assert (found - expected).norm() < 1e-6 * expected.norm()
     assert observation.figures["loss/eval"] == pytest.approx(loss.item(), rel=1e-6)
@@ -174,42 +146,16 @@ def test_the_gradient_of_the_pattern_is_that_of_a_free_pattern() -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_attention_and_prediction_are_those_of_the_closed_form() -> None:
-    model = random_model()
-    watcher = observe_with(model)
-    observation = watcher.observe()
-    with torch.no_grad():
-        pattern, prediction = model.attention1(), model(watcher.batch.tokens)
-    assert (observation.matrices["attention/layer0"] - pattern).abs().max() < 1e-6
-    assert observation.prediction is not None
-    assert (observation.prediction - prediction).abs().max() < 1e-6
-
-
-def test_parts_of_the_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    watcher = observe_with(random_model())
-    whole = watcher.observe()
+def test_parts_of_the_batch_add_up(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, watcher, full = look
     monkeypatch.setattr(observer_module, "_MAX_ENTRIES", 70 * T**2)  # 300 = 4 * 70 + 20
     parts = watcher.observe()
-    assert parts.figures == pytest.approx(whole.figures, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert parts.figures == pytest.approx(full.figures, rel=1e-4, abs=1e-6, nan_ok=True)
     assert parts.prediction is not None
-    assert whole.prediction is not None
-    assert (parts.prediction - whole.prediction).abs().max() < 1e-6
-    for name, matrix in whole.matrices.items():
+    assert full.prediction is not None
+    assert (parts.prediction - full.prediction).abs().max() < 1e-6
+    for name, matrix in full.matrices.items():
         assert (parts.matrices[name] - matrix).norm() < 1e-5 * matrix.norm()
-
-
-def test_losses_are_those_of_a_full_look() -> None:
-    watcher = observe_with(random_model())
-    figures = watcher.observe().figures
-    losses = watcher.losses()
-    assert losses == pytest.approx({name: figures[name] for name in losses}, rel=1e-5)
-    assert losses["loss/gap"] == pytest.approx(losses["loss/eval"] - losses["loss/bayes"])
-
-
-def test_a_second_look_sees_the_same() -> None:
-    watcher = observe_with(random_model())
-    first, second = watcher.observe(), watcher.observe()
-    assert first.figures == pytest.approx(second.figures, nan_ok=True)
 
 
 def test_the_ideal_solution_looks_ideal() -> None:
@@ -244,12 +190,9 @@ def test_a_graph_without_edges_can_be_watched() -> None:
 @pytest.mark.parametrize("vocab_size", [2, 3, 5])
 def test_uniform_attention_scores_no_induction(vocab_size: int) -> None:
     """What a query with uniform attention finds by chance, most of it when tokens are few."""
-    model, graph = SimplifiedTransformer(vocab_size, T), chain(T - 1)
-    task = SingleParentTask(graph, DirichletPrior.symmetric(0.1, vocab_size))
-    theory = pairwise_theory(graph, task.prior, n_priors=10, generator=seeded(1))
-    options = {"n_sequences": 300, "epsilon": 1e-3, "bayes_draws": 2}
+    model = SimplifiedTransformer(vocab_size, T)
     for observer in (Observer, ClosedFormObserver):
-        watcher = observer(model, task, theory, **options, generator=seeded(2))
+        watcher = observe_with(model, chain(T - 1), observer)
         figures = watcher.observe().figures
         shares = [
             sum(row[i] == row[-1] for i in range(T - 2)) / T
@@ -433,53 +376,29 @@ def test_the_ideal_solution_of_two_parents_looks_ideal() -> None:
     assert min(reads) > 0
 
 
-@pytest.mark.parametrize("make", [of_heads, None], ids=["disentangled", "standard"])
-def test_looking_at_the_other_models_leaves_no_trace(make: type | None) -> None:
-    model: GraphModel = (
-        StandardTransformer(standard_config(S, LENGTH, n_heads=2, d_model=16, d_mlp=8))
-        if make is None
-        else of_heads(2, 1)
-    )
-    values = {name: p.detach().clone() for name, p in model.hooked.named_parameters()}
-    wanted = {name: p.requires_grad for name, p in model.hooked.named_parameters()}
-    watcher = watch(model, two_parents(LENGTH))
-    first, second = watcher.observe(), watcher.observe()
-    assert first.figures == pytest.approx(second.figures, nan_ok=True)
-    for name, parameter in model.hooked.named_parameters():
-        assert parameter.grad is None
-        assert parameter.requires_grad == wanted[name]
-        assert torch.equal(parameter, values[name])
-    for point in model.hooked.hook_dict.values():
-        assert not point.fwd_hooks
-        assert not point.bwd_hooks
-    with torch.no_grad():
-        prediction = model(watcher.batch.tokens)
-        pattern = model.layer1_attention(watcher.batch.tokens).mean(0)
-    assert first.prediction is not None
-    torch.testing.assert_close(first.prediction, prediction, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(first.matrices["attention/layer0"], pattern)
+def test_every_look_sees_the_models_own_attention_and_prediction(look: Look) -> None:
+    standard = StandardTransformer(standard_config(S, LENGTH, n_heads=2, d_model=16, d_mlp=8))
+    watchers = [look[1], *(watch(m, two_parents(LENGTH)) for m in (of_heads(2, 1), standard))]
+    for watcher in watchers:
+        first, second = watcher.observe(), watcher.observe()
+        assert first.figures == pytest.approx(second.figures, nan_ok=True)
+        with torch.no_grad():
+            prediction = watcher.model(watcher.batch.tokens)
+            pattern = watcher.model.layer1_attention(watcher.batch.tokens).mean(0)
+        assert first.prediction is not None
+        torch.testing.assert_close(first.prediction, prediction, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(first.matrices["attention/layer0"], pattern.squeeze(0))
 
 
 def test_long_sequences_are_summed_to_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where the order of additions cannot show."""
     model, graph = random_model(), icl_pairs(T - 1)
-    task = SingleParentTask(graph, DirichletPrior.symmetric(0.3, S))
-    theory = pairwise_theory(graph, task.prior, n_priors=100, generator=seeded(1))
 
-    def look(most: int) -> Observation:
+    def look_with(most: int) -> Observation:
         monkeypatch.setattr("mechcausal.measures.closed_form_observer._MOST_ENTRIES", most)
-        watcher = ClosedFormObserver(
-            model,
-            task,
-            theory,
-            n_sequences=300,
-            epsilon=1e-3,
-            bayes_draws=4,
-            generator=seeded(2),
-        )
-        return watcher.observe()
+        return observe_with(model, graph, ClosedFormObserver).observe()
 
-    long, short = look(0), look(10**9)
+    long, short = look_with(0), look_with(10**9)
     assert long.figures.keys() == short.figures.keys()
     for name, value in short.figures.items():
         assert long.figures[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name

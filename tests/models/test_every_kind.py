@@ -322,9 +322,12 @@ def test_heads_that_are_not_the_saved_ones_are_refused(saved: Path, heads: objec
 
 def test_loading_builds_two_models_at_most(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
-    monkeypatch.setattr(
-        adapter, "build_hooked", lambda *args, **kw: built.append(args) or build_hooked(*args, **kw)
-    )
+
+    def counted(*args: Any, **options: Any) -> HookedTransformer:
+        built.append(args)
+        return build_hooked(*args, **options)
+
+    monkeypatch.setattr(adapter, "build_hooked", counted)
     load_graph_model(saved)
     assert len(built) == 2  # one of them on the meta device, for the sizes
 
