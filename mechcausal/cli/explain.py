@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,9 +13,10 @@ from mechcausal.cli.parsing import RefusedError, parse
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
-    from mechcausal.studies.explanations.bridge import Bridge
-    from mechcausal.studies.explanations.driver import Result
-    from mechcausal.studies.explanations.hugging_face import TextExplanation
+    from rich.table import Table
+
+    from mechcausal.studies.explanations.recording import Comparison
+    from mechcausal.studies.explanations.text_classifier import TextExplanation
 
 APPLICATIONS = ("recommender", "sentiment", "bridge")
 
@@ -62,13 +63,11 @@ def main(arguments: list[str]) -> int:
     _check(options)
     import torch
 
-    from mechcausal.graphs import GraphError
     from mechcausal.recipes import RecipeError
     from mechcausal.records.run_folder import RunFolderError
     from mechcausal.records.wandb_runs import TrackingError
     from mechcausal.studies.explanations.movielens import RatingsError
     from mechcausal.studies.targets import TargetError
-    from mechcausal.tasks.priors import PriorError
     from mechcausal.training.run import TrainingError
 
     # With several threads the order of summation varies, and equal seeds give other figures.
@@ -82,7 +81,7 @@ def main(arguments: list[str]) -> int:
         return _compare(options)
     except (RatingsError, RecipeError, RunFolderError, TargetError, TrackingError) as error:
         raise RefusedError(str(error)) from None
-    except (GraphError, PriorError, ValueError) as error:
+    except ValueError as error:
         raise RefusedError(f"{options.application}: {error}") from None
     except (FloatingPointError, TrainingError) as error:
         print(f"mechcausal: {error}", file=sys.stderr)
@@ -135,30 +134,19 @@ def _check(options: Explain) -> None:
 
 def _compare(options: Explain) -> int:
     from mechcausal.recipes.devices import device_named
-    from mechcausal.studies.explanations import catalogue
+    from mechcausal.studies.explanations.applications import Application, Recommendation, Sentiment
     from mechcausal.studies.explanations.driver import run_application
     from mechcausal.studies.explanations.movielens import load_ratings
-    from mechcausal.studies.explanations.recommender import RecommenderSettings
     from mechcausal.studies.explanations.recording import new_folder
-    from mechcausal.studies.explanations.reviews import ReviewRule
-    from mechcausal.studies.explanations.sentiment import ClassifierSettings
-    from mechcausal.studies.explanations.sessions import SessionSource, ThemeRule
+    from mechcausal.studies.explanations.sessions import ThemeRule
 
     device = str(device_named(options.device))
-    application: catalogue.Recommendation | catalogue.Sentiment
+    application: Application = Sentiment(device=device)
     if options.application == "recommender":
-        source: SessionSource = ThemeRule() if options.data is None else load_ratings(options.data)
-        settings = RecommenderSettings()
-        if options.quick:
-            settings = replace(settings, steps=300)
-        application = catalogue.Recommendation(source, settings, device)
-    else:
-        classifier = ClassifierSettings()
-        if options.quick:
-            classifier = replace(classifier, steps=600)
-        application = catalogue.Sentiment(ReviewRule(), classifier, device)
+        source = ThemeRule() if options.data is None else load_ratings(options.data)
+        application = Recommendation(source, device=device)
     result = run_application(
-        application,
+        application.quick() if options.quick else application,
         seeds=options.seeds or (2 if options.quick else 5),
         n_sequences=options.sequences or (20 if options.quick else 60),
         budget=options.budget or 300,
@@ -167,7 +155,7 @@ def _compare(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    return _print_result(options, result, _print_comparison)
+    return _print_result(options, result, _comparison_table)
 
 
 def _bridge(options: Explain) -> int:
@@ -186,12 +174,12 @@ def _bridge(options: Explain) -> int:
         wandb_mode=options.wandb_mode,
         on_progress=_report,
     )
-    return _print_result(options, result, _print_bridge)
+    return _print_result(options, result, _bridge_table)
 
 
 def _explain_texts(options: Explain, folder: Path) -> int:
     from mechcausal.recipes.devices import device_named
-    from mechcausal.studies.explanations.hugging_face import TextClassifier
+    from mechcausal.studies.explanations.text_classifier import TextClassifier
     from probes.causal_discovery.explanation import METHODS
 
     classifier = TextClassifier(folder, device=str(device_named(options.device)))
@@ -211,17 +199,25 @@ def _report(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def _print_result(options: Explain, result: Any, print_table: Callable[[Any], None]) -> int:
+def _print_result(
+    options: Explain, result: "Comparison", make_table: "Callable[[Comparison], Table]"
+) -> int:
+    from rich.console import Console
+
     for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     if options.json:
         print(json.dumps(result.as_json(), indent=2, allow_nan=False))
-    else:
-        print_table(result)
+        return 0
+    console = Console()
+    console.print(make_table(result))
+    for label, location in (("picture", result.picture), ("W&B", result.wandb)):
+        if location is not None:
+            console.out(f"{label + ':':9}{location}", highlight=False)
     return 0
 
 
-def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> Any:
+def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -231,61 +227,49 @@ def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> Any:
     return table
 
 
-def _print_comparison(result: "Result") -> None:
-    from rich.console import Console
-
+def _comparison_table(result: "Comparison") -> "Table":
     from mechcausal.studies.explanations.comparison import LABELS
-    from mechcausal.studies.explanations.driver import PICTURE_FILE
 
     settings = result.settings
     table = _table(
-        f"{result.application}: {settings['seeds']} seeds, {settings['sequences']} predictions "
-        f"each, at most {settings['budget']} model runs for one; accuracy "
-        f"{_number(*result.accuracy)}",
+        f"{settings['application']}: {settings['seeds']} seeds, {settings['sequences']} "
+        f"predictions each, at most {settings['budget']} model runs for one; accuracy "
+        f"{_number(settings['accuracy'], settings['accuracy_stderr'])}",
         ("method", "tokens", "excess", "explained", "verified", "in rule", "model runs"),
     )
     for row in result.rows:
         mean, stderr = row.mean, row.stderr
         table.add_row(
-            LABELS[row.method],
+            LABELS[row.labels["method"]],
             _number(mean["size"], stderr["size"]),
-            *(_number(mean[name], None) for name in ("above_minimum", "found")),
-            *(_number(mean[name], None) for name in ("verified", "causes")),
+            *(_number(mean[name]) for name in ("above_minimum", "found", "verified", "causes")),
             _number(mean["calls"], stderr["calls"], 1),
         )
-    console = Console()
-    console.print(table)
-    _print_locations(console, result.folder / PICTURE_FILE, result.wandb)
+    return table
 
 
-def _print_bridge(result: "Bridge") -> None:
-    from rich.console import Console
-
-    from mechcausal.studies.explanations.bridge import PICTURE_FILE
+def _bridge_table(result: "Comparison") -> "Table":
     from mechcausal.studies.explanations.skeletons import READINGS
 
     settings = result.settings
     table = _table(
-        f"{result.recipe}: pairs found against the true graph; {settings['seeds']} seeds, "
+        f"{settings['recipe']}: pairs found against the true graph; {settings['seeds']} seeds, "
         f"{settings['sequences']} sequences each, n_eff {settings['n_eff']:g}",
         ("model", "read from", "precision", "recall", "F1"),
         n_left=2,
     )
     previous = ""
     for row in result.rows:
-        if previous not in ("", row.model):
+        model = row.labels["model"]
+        if previous not in ("", model):
             table.add_section()
         table.add_row(
-            row.model if row.model != previous else "",
-            READINGS[row.reading],
-            _number(row.precision, row.precision_stderr),
-            _number(row.recall, row.recall_stderr),
-            _number(row.f1, row.f1_stderr),
+            model if model != previous else "",
+            READINGS[row.labels["reading"]],
+            *(_number(row.mean[name], row.stderr[name]) for name in ("precision", "recall", "f1")),
         )
-        previous = row.model
-    console = Console()
-    console.print(table)
-    _print_locations(console, result.folder / PICTURE_FILE, result.wandb)
+        previous = model
+    return table
 
 
 def _print_texts(texts: "list[TextExplanation]") -> None:
@@ -310,14 +294,8 @@ def _print_texts(texts: "list[TextExplanation]") -> None:
     Console().print(table)
 
 
-def _print_locations(console: Any, picture: Path, wandb: str | None) -> None:
-    for label, location in (("picture", picture), ("W&B", wandb)):
-        if location is not None:
-            console.out(f"{label + ':':9}{location}", highlight=False)
-
-
-def _number(mean: float | None, stderr: float | None, digits: int = 2) -> str:
-    if mean is None or mean != mean:
+def _number(mean: float | None, stderr: float | None = None, digits: int = 2) -> str:
+    if mean is None:
         return "–"
-    error = "" if stderr is None or stderr != stderr else f" ± {stderr:.{digits}f}"
+    error = "" if stderr is None else f" ± {stderr:.{digits}f}"
     return f"{mean:.{digits}f}{error}"

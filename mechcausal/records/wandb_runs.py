@@ -158,7 +158,7 @@ class WandbRun:
         """Start a W&B run, or resume one with the same id.
 
         Args:
-            mode: online or offline.
+            mode: with "disabled" the run does nothing.
             folder: the run folder; W&B's files go below it.
             warn: called with each warning.
             kept: for the warning: where the data can be found if W&B fails.
@@ -169,13 +169,20 @@ class WandbRun:
         self._data = folder.resolve()
         warnings: list[str] = []
         self._artifacts = True
-        self._run, self.mode = start_wandb(mode, folder, warnings, resume="allow", **options)
+        self._run, self.mode = None, mode
+        if mode != "disabled":
+            self._run, self.mode = start_wandb(mode, folder, warnings, resume="allow", **options)
         for warning in warnings:
             warn(warning)
         self.folder = Path(self._run.settings.sync_dir).resolve() if self._run else None
         is_online = self._run is not None and self.mode == "online"
         self.url = self._run.url if self._run and is_online else None
         self.first_step = int(self._run.starting_step) if self._run and is_online else 0
+
+    @property
+    def location(self) -> str | None:
+        """The page of an online run, else its folder; None without a run."""
+        return None if self.folder is None else self.url or str(self.folder)
 
     def log(
         self,

@@ -12,7 +12,7 @@ import torch
 from mechcausal.pictures.static.run_figures import head_heatmap
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import WandbMode
-from mechcausal.records.wandb_runs import WandbRun
+from mechcausal.studies.study_runs import start_run
 from mechcausal.studies.targets import Target
 from probes import (
     AblationEffect,
@@ -159,13 +159,12 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
     import wandb
 
     content = detection.to_dict()
-    run = WandbRun(
+    run = start_run(
         mode,
         detection.target.folder or Path.cwd(),
-        warnings.append,
+        warnings,
         kept="the scores are in its output",
-        project="mechcausal",
-        job_type="detect",
+        kind="detect",
         name=f"detect-{Path(detection.target.name).name}-{secrets.token_hex(2)}",
         config={key: value for key, value in content.items() if not isinstance(value, list)},
     )
@@ -188,4 +187,4 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
         rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
     run.log(0, rows, pictures)
     run.finish({}, exit_code=0)
-    return run.url or str(run.folder)
+    return run.location

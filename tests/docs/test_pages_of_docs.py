@@ -138,7 +138,7 @@ def test_command_exists_with_its_options(
     monkeypatch.setattr("mechcausal.studies.replication.driver.replicate", reach)
     monkeypatch.setattr("mechcausal.studies.explanations.driver.run_application", reach)
     monkeypatch.setattr("mechcausal.studies.explanations.bridge.bridge", reach)
-    monkeypatch.setattr("mechcausal.studies.explanations.hugging_face.TextClassifier", reach)
+    monkeypatch.setattr("mechcausal.studies.explanations.text_classifier.TextClassifier", reach)
     monkeypatch.setattr("mechcausal.studies.explanations.movielens.load_ratings", reach)
     monkeypatch.setattr("mechcausal.cli.runs.find_runs", reach)
     monkeypatch.setattr("mechcausal.cli.sync.find_runs", reach)

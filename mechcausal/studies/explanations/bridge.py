@@ -11,13 +11,11 @@ which also contains the token itself. The readings "with residual" therefore run
 mean of attention and identity.
 """
 
-import json
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +23,12 @@ from jaxtyping import Float
 from mechcausal.pictures.static.style import ATTENTION_COLOURS, CYCLE, new_figure
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.records.wandb_runs import resolve_mode
-from mechcausal.studies.explanations.recording import location_of, make_folder, start_run, table_of
+from mechcausal.studies.explanations.recording import (
+    Comparison,
+    TableRow,
+    make_folder,
+    write_result,
+)
 from mechcausal.studies.explanations.skeletons import (
     READINGS,
     ModelSkeletons,
@@ -33,8 +36,8 @@ from mechcausal.studies.explanations.skeletons import (
     read_skeletons,
     scores,
 )
+from mechcausal.studies.study_runs import log_table, start_run
 from mechcausal.support.signals import StopRequested
-from mechcausal.support.statistics import mean_and_stderr
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.training.run import train
 from probes.causal_discovery.independence import largest_given
@@ -42,63 +45,10 @@ from probes.causal_discovery.independence import largest_given
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RESULT_FILE = "bridge.json"
-PICTURE_FILE = "bridge.png"
+NAME = "bridge"
 _JOINT_STEPS = 900
 """Training steps of the disentangled model that is compared with a simplified one."""
-
-
-@dataclass(frozen=True)
-class BridgeRow:
-    """How well one reading of one kind of model recovers the skeleton of the graph.
-
-    Attributes:
-        model: kind of the model.
-        reading: a key of `READINGS`.
-        precision: mean share of recovered pairs that are edges; empty skeletons are left out.
-        precision_stderr: standard error over seeds, or over sequences for a single seed; None for
-            a single value.
-        recall: mean share of edges recovered; None if the gradient is 0, as at the start of a
-            disentangled model.
-        recall_stderr: its standard error, as above.
-        f1: mean of `2 |found ∩ true| / (|found| + |true|)`.
-        f1_stderr: its standard error, as above.
-    """
-
-    model: str
-    reading: str
-    precision: float | None
-    precision_stderr: float | None
-    recall: float | None
-    recall_stderr: float | None
-    f1: float | None
-    f1_stderr: float | None
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """The comparison of all readings on a recipe's models.
-
-    Attributes:
-        recipe: name of the recipe.
-        rows: a row for each kind of model and reading.
-        settings: seeds, sequences, n_eff, alpha.
-        folder: folder of runs, table and picture.
-        wandb: page or folder of the comparison's W&B run; None without one.
-        warnings: problems with recording.
-    """
-
-    recipe: str
-    rows: list[BridgeRow]
-    settings: dict[str, Any]
-    folder: Path
-    wandb: str | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-        rows = [dict(row.__dict__) for row in self.rows]
-        return {"recipe": self.recipe, **self.settings, "rows": rows, "folder": str(self.folder)}
+_CAPTION = "pairs with an edge in single sequences (yellow: in all)"
 
 
 def bridge(
@@ -113,7 +63,7 @@ def bridge(
     quick: bool = False,
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
-) -> Bridge:
+) -> Comparison:
     """Train a recipe's model for several seeds and compare recovered skeletons with its graph.
 
     A recipe with a simplified model also trains a disentangled one, all parameters jointly.
@@ -130,6 +80,12 @@ def bridge(
         wandb_mode: W&B mode of every training run and of the comparison.
         on_progress: called with a line for every model.
 
+    Returns:
+        Precision, recall and F1 by kind of model and reading, also written to `bridge.json` and
+        drawn to `bridge.png`. The standard errors are over seeds, or over sequences for a single
+        seed. Precision leaves out empty skeletons; a reading is None if the gradient is 0, as at
+        the start of a disentangled model.
+
     Raises:
         ValueError: `n_eff` is not above 3 and finite.
         RecipeError: the recipe has no causal graph, or a standard model.
@@ -142,7 +98,7 @@ def bridge(
         raise ValueError(f"n_eff is {n_eff:g}; it must be above 3 and finite")
     max_cond = min(max_cond, largest_given(n_eff))
     mode = resolve_mode(wandb_mode)
-    make_folder(folder, RESULT_FILE)
+    make_folder(folder, NAME)
     by_kind: dict[str, list[ModelSkeletons]] = {}
     warnings: list[str] = []
     for kind, variant in variants.items():
@@ -165,7 +121,7 @@ def bridge(
             by_kind.setdefault(kind, []).append(skeletons)
             on_progress(
                 f"{kind}, seed {chosen.seed}: layer 1's largest attention finds "
-                f"{scores(skeletons, 'argmax')[0][1]:.2f} of the edges"
+                f"{scores(skeletons, 'argmax')[0]['recall']:.2f} of the edges"
             )
     rows = [_row(kind, reading, by_kind[kind]) for kind in variants for reading in READINGS]
     settings = {
@@ -175,13 +131,31 @@ def bridge(
         "alpha": alpha,
         "max_cond": max_cond,
     }
-    result = Bridge(recipe.name, rows, settings, folder, warnings=warnings)
-    (folder / RESULT_FILE).write_text(
-        json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8"
+    result = write_result(
+        folder,
+        NAME,
+        rows,
+        {"recipe": recipe.name, **settings},
+        lambda path: _draw(rows, by_kind, f"{recipe.name}: {_CAPTION}, n_eff {n_eff:g}", path),
+        warnings,
     )
-    _draw(result, by_kind, folder / PICTURE_FILE)
-    location = _log(result, mode)
-    return Bridge(recipe.name, rows, settings, folder, location, result.warnings)
+    group = f"bridge-{recipe.name}"
+    table_run = start_run(
+        mode,
+        folder,
+        warnings,
+        kept=f"the result is in {NAME}.json",
+        kind="bridge",
+        group=group,
+        name=f"{group}-table",
+        tags=["bridge", recipe.name],
+        config=settings,
+    )
+    table = [row.as_json() for row in rows]
+    log_table(table_run, 0, NAME, table, {"skeletons": result.picture})
+    f1 = {f"{row['model']}/{row['reading']}/f1": row["f1"] for row in table}
+    table_run.finish(f1, exit_code=0)
+    return replace(result, wandb=table_run.location)
 
 
 def _variants(recipe: Recipe, quick: bool) -> dict[str, Recipe]:
@@ -213,58 +187,42 @@ def _variants(recipe: Recipe, quick: bool) -> dict[str, Recipe]:
     return {"simplified": shortened, "disentangled": disentangled}
 
 
-def _row(kind: str, reading: str, models: Sequence[ModelSkeletons]) -> BridgeRow:
+def _row(kind: str, reading: str, models: Sequence[ModelSkeletons]) -> TableRow:
     by_model = [scores(skeletons, reading) for skeletons in models]
     # Sequences of one model share its weights and are not independent; seeds are.
-    if len(by_model) > 1:
-        columns = [[_mean(score[i] for score in values) for values in by_model] for i in range(3)]
-    else:
-        columns = [[score[i] for score in by_model[0]] for i in range(3)]
-    precision, recall, f1 = (_mean_and_stderr(column) for column in columns)
-    return BridgeRow(kind, reading, *precision, *recall, *f1)
+    means = [TableRow.over(values).mean for values in by_model]
+    return TableRow.over(means if len(models) > 1 else by_model[0], model=kind, reading=reading)
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = [value for value in values if value == value]
-    return fmean(numbers) if numbers else float("nan")
-
-
-def _mean_and_stderr(values: Sequence[float]) -> tuple[float | None, float | None]:
-    numbers = [value for value in values if value == value]
-    return mean_and_stderr(numbers) if numbers else (None, None)
-
-
-def _draw(result: Bridge, by_kind: dict[str, list[ModelSkeletons]], path: Path) -> None:
+def _draw(
+    rows: Sequence[TableRow], by_kind: dict[str, list[ModelSkeletons]], title: str, path: Path
+) -> None:
     """Draw the first seed's graph beside discovery's, and the F1 of every reading."""
     figure, axes = new_figure(len(by_kind), 4)
-    for row, (kind, models) in enumerate(by_kind.items()):
-        first, panels = models[0], axes[4 * row : 4 * row + 4]
+    for line, (kind, models) in enumerate(by_kind.items()):
+        first, panels = models[0], axes[4 * line : 4 * line + 4]
         _pairs(panels[0], [first.true], first.n_positions, "the true graph")
         for axis, reading in ((panels[1], "layer1"), (panels[2], "layer1_residual")):
-            title = f"discovery, layer 1{' with residual' if axis is panels[2] else ''}"
-            _pairs(axis, first.by_reading[reading], first.n_positions, title)
+            heading = f"discovery, layer 1{' with residual' if axis is panels[2] else ''}"
+            _pairs(axis, first.by_reading[reading], first.n_positions, heading)
         panels[0].set_ylabel(f"{kind}\nlater position")
-        rows = [r for r in result.rows if r.model == kind]
-        heights = range(len(rows))
+        own = {row.labels["reading"]: row for row in rows if row.labels["model"] == kind}
+        heights = range(len(own))
         panels[3].barh(
             heights,
-            [r.f1 or 0.0 for r in rows],
-            xerr=[r.f1_stderr or 0.0 for r in rows],
-            color=[CYCLE[0] if r.reading.startswith(("layer", "deep")) else CYCLE[1] for r in rows],
+            [row.mean["f1"] or 0.0 for row in own.values()],
+            xerr=[row.stderr["f1"] or 0.0 for row in own.values()],
+            color=[CYCLE[0] if name.startswith(("layer", "deep")) else CYCLE[1] for name in own],
             height=0.6,
         )
-        panels[3].set_yticks(heights, [READINGS[r.reading] for r in rows], fontsize=7)
+        panels[3].set_yticks(heights, [READINGS[name] for name in own], fontsize=7)
         panels[3].invert_yaxis()
         panels[3].set(title="F1 of the skeleton", xlim=(0, 1.05))
         panels[3].grid(axis="x", alpha=0.25)
-    for row in range(len(by_kind)):  # make room for the names of the readings
-        box = axes[4 * row + 3].get_position()
-        axes[4 * row + 3].set_position((box.x0 + 0.035, box.y0, box.width - 0.035, box.height))
-    figure.suptitle(
-        f"{result.recipe}: pairs with an edge in single sequences (yellow: in all), n_eff "
-        f"{result.settings['n_eff']:g}",
-        fontsize=12,
-    )
+    for axis in axes[3::4]:  # make room for the names of the readings
+        box = axis.get_position()
+        axis.set_position((box.x0 + 0.035, box.y0, box.width - 0.035, box.height))
+    figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=110)
 
 
@@ -280,23 +238,3 @@ def _pairs(axis: "Axes", skeletons: Sequence[Skeleton], n: int, title: str) -> N
     axis.set(xlabel="earlier position")
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(MaxNLocator(integer=True))
-
-
-def _log(result: Bridge, mode: WandbMode) -> str | None:
-    """Log table and picture as a W&B run; return its page or folder."""
-    run = start_run(
-        mode,
-        result.folder / RESULT_FILE,
-        result.warnings,
-        kind="bridge",
-        subject=result.recipe,
-        name="table",
-        settings=result.settings,
-    )
-    if run is None:
-        return None
-    table = table_of([row.__dict__ for row in result.rows])
-    run.log(0, {"bridge": table}, {"skeletons": result.folder / PICTURE_FILE})
-    f1 = {f"{row.model}/{row.reading}/f1": row.f1 for row in result.rows}
-    run.finish(f1, exit_code=0)
-    return location_of(run)

@@ -1,16 +1,16 @@
 """Compare the methods of `probes.explain` on many predictions with equal budgets."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from mechcausal.studies.explanations.applications import Application
+from mechcausal.studies.explanations.examples import PAD, Examples
 from probes.causal_discovery.explanation import METHODS, Explanation, Method, explain
 
 MINIMUM = "minimum"
@@ -47,144 +47,79 @@ class MethodFigures:
     calls: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """Means of `MethodFigures` over seeds, with standard errors; NaN if undefined.
-
-    Attributes:
-        method: a method of `probes.explain`, or "minimum".
-        mean: means over seeds, by field of `MethodFigures`.
-        stderr: their standard errors.
-    """
-
-    method: str
-    mean: dict[str, float]
-    stderr: dict[str, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """`{"method", "size", "size_stderr", …}` with None for NaN."""
-        content: dict[str, Any] = {"method": self.method}
-        for name, value in self.mean.items():
-            content[name] = _finite(value)
-            content[f"{name}_stderr"] = _finite(self.stderr[name])
-        return content
-
-
 def compare(
+    application: Application,
     model: HookedTransformer,
-    sequences: Int[Tensor, "batch pos"],
+    examples: Examples,
     *,
-    causes: Bool[Tensor, "batch pos"] | None,
-    replacement: int,
-    node: int,
-    fill: bool,
     budget: int,
     n_eff: float | int | None,
     seed: int,
-    on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, MethodFigures]:
-    """Explain the model's predictions on the sequences by every method.
+    """Explain the model's predictions on the examples by every method.
 
     Args:
-        model: predicts at `node`.
-        sequences: one sequence per row.
-        causes: True at the causes by the known rule; None without a rule.
-        replacement: see `probes.explain`.
-        node: see `probes.explain`.
-        fill: see `probes.explain`.
+        application: tells how the model predicts.
+        model: the application's model.
+        examples: what to explain.
         budget: model runs per method and prediction.
         n_eff: see `probes.explain`.
         seed: seed of the random candidates.
-        on_done: called after every sequence.
     """
-    generator = torch.Generator(device=sequences.device).manual_seed(seed)
+    generator = torch.Generator(device=examples.tokens.device).manual_seed(seed)
     explanations: dict[str, list[Explanation]] = {name: [] for name in (*METHODS, MINIMUM)}
-    for tokens in sequences:
-
-        def explained(method: Method, calls: int, tokens: Tensor = tokens) -> Explanation:
-            return explain(
-                model,
-                tokens,
-                replacement=replacement,
-                method=method,
-                node=node,
-                fill=fill,
-                budget=calls,
-                n_eff=n_eff,
-                generator=generator,
-            )
-
+    for tokens in examples.tokens:
+        options: dict[str, Any] = {
+            "replacement": PAD,
+            "node": application.node,
+            "fill": application.fill,
+            "n_eff": n_eff,
+            "generator": generator,
+        }
         for method in METHODS:
-            explanations[method].append(explained(method, budget))
+            explanation = explain(model, tokens, method=method, budget=budget, **options)
+            explanations[method].append(explanation)
         minimum = explanations["exhaustive"][-1]
         if not minimum.found and minimum.calls >= budget:
-            minimum = explained("exhaustive", _MOST_CALLS)
+            exhaustive: Method = "exhaustive"
+            minimum = explain(model, tokens, method=exhaustive, budget=_MOST_CALLS, **options)
         explanations[MINIMUM].append(minimum)
-        on_done()
     smallest = [explanation.size for explanation in explanations[MINIMUM]]
     return {
-        method: _figures(
-            of_method,
-            smallest,
-            verified=[
-                changes(model, tokens, explanation, replacement=replacement, node=node)
-                for tokens, explanation in zip(sequences, of_method, strict=True)
-                if explanation.found
-            ],
-            causes=None if causes is None else causes.tolist(),
-        )
+        method: _figures(model, application.node, examples, of_method, smallest)
         for method, of_method in explanations.items()
     }
 
 
 @torch.no_grad()
 def changes(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "pos"],
-    explanation: Explanation,
-    *,
-    replacement: int,
-    node: int,
+    model: HookedTransformer, tokens: torch.Tensor, explanation: Explanation, *, node: int
 ) -> bool:
     """Whether replacing the explanation's tokens changes the prediction, in a separate run."""
     replaced = tokens.clone()
-    replaced[list(explanation.positions)] = replacement
+    replaced[list(explanation.positions)] = PAD
     predicted = int(model(replaced.unsqueeze(0))[0, node].argmax())
     return predicted == explanation.new_prediction != explanation.prediction
 
 
-def over_seeds(by_seed: Sequence[Mapping[str, MethodFigures]]) -> list[Row]:
-    """Means over seeds, with standard errors."""
-    rows = []
-    for method in LABELS:
-        values = [asdict(figures[method]) for figures in by_seed]
-        columns = {name: [value[name] for value in values] for name in values[0]}
-        # A figure is NaN for a seed without any set: average over the other seeds.
-        finite = {name: [v for v in column if math.isfinite(v)] for name, column in columns.items()}
-        mean = {name: _mean(column) for name, column in finite.items()}
-        stderr = {
-            name: stdev(column) / math.sqrt(len(column)) if len(column) > 1 else math.nan
-            for name, column in finite.items()
-        }
-        rows.append(Row(method, mean, stderr))
-    return rows
-
-
 def _figures(
+    model: HookedTransformer,
+    node: int,
+    examples: Examples,
     explanations: Sequence[Explanation],
     smallest: Sequence[int],
-    *,
-    verified: Sequence[bool],
-    causes: Sequence[Sequence[bool]] | None,
 ) -> MethodFigures:
     successes = [(i, e) for i, e in enumerate(explanations) if e.found]
-    is_cause = [float(causes[i][p]) for i, e in successes for p in e.positions] if causes else []
+    verified = [changes(model, examples.tokens[i], e, node=node) for i, e in successes]
+    is_cause: list[bool] = []
+    if examples.causes is not None:
+        is_cause = [bool(examples.causes[i, p]) for i, e in successes for p in e.positions]
     return MethodFigures(
         size=_mean([e.size for _, e in successes]),
         # The minimum is unknown (0) where even the search with the larger budget failed.
         above_minimum=_mean([e.size - smallest[i] for i, e in successes if smallest[i]]),
         found=len(successes) / len(explanations),
-        verified=_mean([float(value) for value in verified]),
+        verified=_mean(verified),
         causes=_mean(is_cause),
         calls=_mean([e.calls for e in explanations]),
     )
@@ -192,7 +127,3 @@ def _figures(
 
 def _mean(values: Sequence[float | int]) -> float:
     return float(fmean(values)) if values else math.nan
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

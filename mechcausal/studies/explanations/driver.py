@@ -1,121 +1,26 @@
 """For every seed train an application's model and explain its predictions; record and draw."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-from jaxtyping import Bool, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import Any
 
 from mechcausal.models.adapter import save_model
 from mechcausal.pictures.static.style import CYCLE, new_figure
 from mechcausal.recipes import WandbMode
 from mechcausal.records.wandb_runs import resolve_mode
-from mechcausal.studies.explanations.comparison import (
-    LABELS,
-    MethodFigures,
-    Row,
-    compare,
-    over_seeds,
+from mechcausal.studies.explanations.applications import Application
+from mechcausal.studies.explanations.comparison import LABELS, MethodFigures, compare
+from mechcausal.studies.explanations.recording import (
+    Comparison,
+    TableRow,
+    make_folder,
+    write_result,
 )
-from mechcausal.studies.explanations.recording import location_of, make_folder, start_run, table_of
+from mechcausal.studies.study_runs import log_table, start_run
 from mechcausal.support.statistics import mean_and_stderr
 
-RESULT_FILE = "explanations.json"
-PICTURE_FILE = "explanations.png"
-_HELD_OUT_SEED = 10_000
-"""Added to a seed for evaluation data; training data uses the seed itself."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Sequences whose predictions are explained.
-
-    Attributes:
-        tokens: one sequence per row.
-        causes: True at the causes by the known rule; None without a rule.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    causes: Bool[Tensor, "batch pos"] | None
-
-
-@runtime_checkable
-class Application(Protocol):
-    """Data and model of one application."""
-
-    @property
-    def name(self) -> str:
-        """Name of the application."""
-        ...
-
-    @property
-    def replacement(self) -> int:
-        """The token that replaces others."""
-        ...
-
-    @property
-    def node(self) -> int:
-        """The position at which the model predicts."""
-        ...
-
-    @property
-    def fill(self) -> bool:
-        """Whether the prediction is written to `node` before attention is read."""
-        ...
-
-    def train(self, seed: int) -> HookedTransformer:
-        """Train a model."""
-        ...
-
-    def accuracy(self, model: HookedTransformer, seed: int) -> float:
-        """Share of correct predictions on held-out data."""
-        ...
-
-    def inputs(self, n_sequences: int, seed: int) -> Inputs:
-        """Held-out sequences to explain."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Settings of data and model, for the record."""
-        ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """The comparison of all methods on one application.
-
-    Attributes:
-        application: name of the application.
-        rows: one row per method.
-        accuracy: the models' mean accuracy over seeds, and standard error (None for one seed).
-        settings: seeds, sequences, budget, and the application's settings.
-        folder: folder of models, table and picture.
-        wandb: page or folder of the W&B run; None without one.
-        warnings: problems with recording.
-    """
-
-    application: str
-    rows: list[Row]
-    accuracy: tuple[float, float | None]
-    settings: dict[str, Any]
-    folder: Path
-    wandb: str | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "application": self.application,
-            **self.settings,
-            "accuracy": self.accuracy[0],
-            "accuracy_stderr": self.accuracy[1],
-            "rows": [row.as_json() for row in self.rows],
-            "folder": str(self.folder),
-        }
+NAME = "explanations"
 
 
 def run_application(
@@ -128,7 +33,7 @@ def run_application(
     n_eff: float | int | None = None,
     wandb_mode: WandbMode | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
-) -> Result:
+) -> Comparison:
     """Train, explain and compare for seeds 0, 1, …; record everything.
 
     Args:
@@ -141,13 +46,16 @@ def run_application(
         wandb_mode: see `wandb_runs.resolve_mode`.
         on_progress: called with a line for every seed.
 
+    Returns:
+        The table by method, also written to `explanations.json` and drawn to `explanations.png`.
+
     Raises:
         RunFolderError: the folder cannot be written, or holds a result.
         TrackingError: WANDB_MODE is not a W&B mode.
     """
     mode = resolve_mode(wandb_mode)
-    make_folder(folder, RESULT_FILE)
-    settings = {
+    make_folder(folder, NAME)
+    settings: dict[str, Any] = {
         "seeds": seeds,
         "sequences": n_sequences,
         "budget": budget,
@@ -157,73 +65,65 @@ def run_application(
     warnings: list[str] = []
     run = start_run(
         mode,
-        folder / RESULT_FILE,
+        folder,
         warnings,
+        kept=f"the result is in {NAME}.json",
         kind="explain",
-        subject=application.name,
-        name=folder.name,
-        settings=settings,
+        group=f"explain-{application.name}",
+        name=f"explain-{application.name}-{folder.name}",
+        tags=["explain", application.name],
+        config=settings,
     )
     by_seed: list[dict[str, MethodFigures]] = []
     accuracies: list[float] = []
     summary: dict[str, Any] = {}
-    finished = False
+    exit_code = 1
     try:
         for seed in range(seeds):
             model = application.train(seed)
             save_model(model, folder / f"seed-{seed}" / "model")
-            accuracies.append(application.accuracy(model, seed + _HELD_OUT_SEED))
-            inputs = application.inputs(n_sequences, seed + _HELD_OUT_SEED)
-            figures = compare(
-                model,
-                inputs.tokens,
-                causes=inputs.causes,
-                replacement=application.replacement,
-                node=application.node,
-                fill=application.fill,
-                budget=budget,
-                n_eff=n_eff,
-                seed=seed,
-            )
+            accuracies.append(application.accuracy(model, seed))
+            examples = application.inputs(n_sequences, seed)
+            figures = compare(application, model, examples, budget=budget, n_eff=n_eff, seed=seed)
             by_seed.append(figures)
-            if run is not None:
-                run.log(seed, _history_row(seed, accuracies[-1], figures))
+            run.log(seed, _history_row(seed, accuracies[-1], figures))
             causal = figures["causal"]
             on_progress(
                 f"seed {seed}: accuracy {accuracies[-1]:.3f}, {causal.size:.2f} tokens, "
                 f"found {causal.found:.2f}"
             )
-        rows = over_seeds(by_seed)
-        result = Result(
-            application.name,
-            rows,
-            mean_and_stderr(accuracies),
-            settings,
+        rows = [
+            TableRow.over([asdict(figures[method]) for figures in by_seed], method=method)
+            for method in LABELS
+        ]
+        accuracy, stderr = mean_and_stderr(accuracies)
+        header = {"application": application.name, **settings}
+        result = write_result(
             folder,
-            location_of(run),
+            NAME,
+            rows,
+            {**header, "accuracy": accuracy, "accuracy_stderr": stderr},
+            lambda path: draw(rows, application.name, path),
             warnings,
         )
-        text = json.dumps(result.as_json(), indent=2) + "\n"
-        (folder / RESULT_FILE).write_text(text, encoding="utf-8")
-        draw(rows, application.name, folder / PICTURE_FILE)
-        content = [row.as_json() for row in rows]
-        if run is not None:
-            table = table_of(content)
-            run.log(seeds, {"explanations": table}, {"comparison": folder / PICTURE_FILE})
+        table = [row.as_json() for row in rows]
+        log_table(run, seeds, NAME, table, {"comparison": result.picture})
         summary = {
-            f"{row['method']}/{k}": v for row in content for k, v in row.items() if k != "method"
+            f"{row['method']}/{name}": value
+            for row in table
+            for name, value in row.items()
+            if name != "method"
         }
-        finished = True
+        exit_code = 0
     finally:
-        if run is not None:
-            run.finish(summary, exit_code=0 if finished else 1)
-    return result
+        run.finish(summary, exit_code=exit_code)
+    return replace(result, wandb=run.location)
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+def draw(rows: Sequence[TableRow], title: str, path: Path) -> None:
     """Draw sizes, success and calls by method, as a PNG file."""
     figure, axes = new_figure(1, 3)
-    labels = [LABELS[row.method] for row in rows]
+    labels = [LABELS[row.labels["method"]] for row in rows]
     heights = range(len(rows))
     panels = (
         ("size", "tokens in a set"),
@@ -231,18 +131,18 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         ("calls", "model runs for one"),
     )
     for axis, (name, heading), colour in zip(axes, panels, CYCLE, strict=False):
-        values = [row.mean[name] for row in rows]
-        errors = [row.stderr[name] if row.stderr[name] == row.stderr[name] else 0 for row in rows]
+        values = [row.mean[name] or 0.0 for row in rows]
+        errors = [row.stderr[name] or 0.0 for row in rows]
         axis.barh(heights, values, xerr=errors, color=colour, height=0.6, error_kw={"lw": 1})
         axis.set_yticks(heights, labels if axis is axes[0] else ["" for _ in labels])
         axis.invert_yaxis()
         axis.set_title(heading)
         axis.grid(axis="x", alpha=0.25)
-        for y, value, error in zip(heights, values, errors, strict=True):
-            if value == value:
+        for y, row in zip(heights, rows, strict=True):
+            if row.mean[name] is not None:
                 axis.annotate(
-                    f"{value:.3g}",
-                    (value + error, y),
+                    f"{values[y]:.3g}",
+                    (values[y] + errors[y], y),
                     xytext=(4, 0),
                     textcoords="offset points",
                     va="center",

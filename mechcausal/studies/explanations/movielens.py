@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from mechcausal.studies.explanations.sessions import FIRST_ITEM, PAD, SessionBatch
+from mechcausal.studies.explanations.examples import PAD, Examples
+from mechcausal.studies.explanations.sessions import FIRST_ITEM
 
 _CSV_HEADER = ("userId", "movieId", "rating", "timestamp")
 _FORMATS = "UserID::MovieID::Rating::Timestamp, comma-separated with a header, or tab-separated"
@@ -37,7 +36,7 @@ class RatedSessions:
         """Number of tokens: PAD, MASK and the items."""
         return FIRST_ITEM + len(self.item_ids)
 
-    def sample(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def sample(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Sessions that end at a random item before a random user's last item."""
         users = self._draw(len(self.histories), n_sessions, generator)
         rows = []
@@ -47,7 +46,7 @@ class RatedSessions:
             rows.append((user, 1 + self._draw(len(history) - 2, 1, generator)[0]))
         return self._batch(rows, generator.device)
 
-    def held_out(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def held_out(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Sessions with the last item of random users as target, at most one for each user."""
         order = torch.randperm(
             len(self.histories), generator=generator, device=generator.device
@@ -55,15 +54,14 @@ class RatedSessions:
         rows = [(user, len(self.histories[user]) - 1) for user in order[:n_sessions]]
         return self._batch(rows, generator.device)
 
-    def _batch(self, rows: list[tuple[int, int]], device: torch.device) -> SessionBatch:
+    def _batch(self, rows: list[tuple[int, int]], device: torch.device) -> Examples:
         items, targets = [], []
         for user, target in rows:
             history = self.histories[user]
             session = history[max(0, target - self.length) : target]
             items.append([PAD] * (self.length - len(session)) + list(session))
             targets.append(history[target])
-        tokens: Int[Tensor, "batch pos"] = torch.tensor(items, device=device)
-        return SessionBatch(tokens, torch.tensor(targets, device=device), None)
+        return Examples(torch.tensor(items, device=device), torch.tensor(targets, device=device))
 
     @staticmethod
     def _draw(below: int, n: int, generator: torch.Generator) -> list[int]:

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-PAD, CLS, NOT = 0, 1, 2
+from mechcausal.studies.explanations.examples import Examples
+
+CLS, NOT = 1, 2
 FIRST_CUE = 3
 CLASSES = ("negative", "neutral", "positive")
 _POSITIVE = ("good", "great", "fine", "lovely", "fun", "superb", "warm", "clever")
@@ -16,21 +18,6 @@ _PLAIN = (
     *("that", "we", "saw", "it", "with", "a", "of", "on", "screen", "night", "city", "they"),
 )
 WORDS = ("[PAD]", "[CLS]", "not", *_POSITIVE, *_NEGATIVE, *_PLAIN)
-
-
-@dataclass(frozen=True)
-class ReviewBatch:
-    """Reviews with their sentiment.
-
-    Attributes:
-        tokens: CLS and the words.
-        label: sentiment, an index into `CLASSES`.
-        causes: True at cue words and at each `not` in front of one.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    label: Int[Tensor, "batch"]
-    causes: Bool[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class ReviewRule:
         """PAD, CLS and the words."""
         return len(WORDS)
 
-    def sample(self, n_reviews: int, generator: torch.Generator) -> ReviewBatch:
+    def sample(self, n_reviews: int, generator: torch.Generator) -> Examples:
         """Draw reviews."""
         device = generator.device
 
@@ -93,7 +80,7 @@ class ReviewRule:
             old_words = words.gather(1, positions)
             words = words.scatter(1, positions, torch.where(is_set, new_words, old_words))
         tokens = torch.nn.functional.pad(words, (1, 0), value=CLS)
-        return ReviewBatch(tokens, self.label(tokens), self.causes(tokens))
+        return Examples(tokens, self.label(tokens), self.causes(tokens))
 
     def label(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
         """The sentiment of any text, as an index into `CLASSES`."""

@@ -4,32 +4,18 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-PAD, MASK = 0, 1
-"""Special tokens; items start at `FIRST_ITEM`."""
+from mechcausal.studies.explanations.examples import Examples
+
+MASK = 1
 FIRST_ITEM = 2
-
-
-@dataclass(frozen=True)
-class SessionBatch:
-    """Sessions, each with its next item.
-
-    Attributes:
-        items: items in order; PAD fills the front of short sessions.
-        target: the next item.
-        causes: True at the items that determine the next one; None if unknown.
-    """
-
-    items: Int[Tensor, "batch pos"]
-    target: Int[Tensor, "batch"]
-    causes: Bool[Tensor, "batch pos"] | None
+"""Items are the tokens from here on, after PAD and MASK."""
 
 
 @runtime_checkable
 class SessionSource(Protocol):
-    """A source of sessions for a recommender."""
+    """A source of sessions, whose target is the next item; PAD fills the front of short ones."""
 
     @property
     def length(self) -> int:
@@ -41,11 +27,11 @@ class SessionSource(Protocol):
         """Number of tokens: PAD, MASK and the items."""
         ...
 
-    def sample(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def sample(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Sessions for training."""
         ...
 
-    def held_out(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def held_out(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Sessions for evaluation, at most `n_sessions`."""
         ...
 
@@ -73,7 +59,7 @@ class ThemeRule:
     Example:
         >>> rule = ThemeRule()
         >>> batch = rule.sample(2, torch.Generator().manual_seed(0))
-        >>> batch.items.shape, rule.vocab_size
+        >>> batch.tokens.shape, rule.vocab_size
         (torch.Size([2, 12]), 66)
     """
 
@@ -99,7 +85,7 @@ class ThemeRule:
         """Number of tokens: PAD, MASK, members by theme, sequels, items of no theme."""
         return FIRST_ITEM + self.themes * (self.members + 1) + self.others
 
-    def sample(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def sample(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Draw sessions."""
         device = generator.device
 
@@ -119,12 +105,12 @@ class ThemeRule:
             theme >= 0, FIRST_ITEM + theme * self.members + member, sequels + self.themes + other
         )
         order = uniform(self.length).argsort(1)
-        return SessionBatch(
+        return Examples(
             items.gather(1, order),
             (sequels + leader).squeeze(1),
             (theme == leader).gather(1, order),
         )
 
-    def held_out(self, n_sessions: int, generator: torch.Generator) -> SessionBatch:
+    def held_out(self, n_sessions: int, generator: torch.Generator) -> Examples:
         """Fresh sessions, as many as asked for."""
         return self.sample(n_sessions, generator)

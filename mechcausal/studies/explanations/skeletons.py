@@ -58,7 +58,8 @@ def read_skeletons(
     n = graph.n_positions - (graph.query_parents is not None)
     true = frozenset(edge for edge in graph.edges if edge[1] < n)
     device = device_named(recipe.device)
-    generator = torch.Generator(device=device).manual_seed(recipe.seed)
+    generators = Generators.from_seed(recipe.seed, device)
+    generator = torch.Generator(device=device).manual_seed(generators.probes)
     tokens = experiment.task.sample(n_sequences, generator=generator).tokens
     layers = {"layer1": 0, "deepest": len(model.heads) - 1}
     with torch.no_grad(), attach(model.hooked, AttentionPattern()) as (pattern,):
@@ -77,7 +78,7 @@ def read_skeletons(
             ]
         if name == "layer1":
             by_reading["argmax"] = [largest(heads[:, :n, :n]) for heads in attention]
-    start = build_experiment(recipe, Generators.from_seed(recipe.seed, device))
+    start = build_experiment(recipe, generators)
     assert isinstance(start, CausalGraphExperiment)
     by_reading["gradient_start"] = named(start, n)
     by_reading["gradient_end"] = named(experiment, n)
@@ -135,18 +136,23 @@ def named(experiment: CausalGraphExperiment, n: int) -> list[Skeleton]:
     return [frozenset(edge for edges in by_head for edge in edges)]
 
 
-def scores(skeletons: ModelSkeletons, reading: str) -> list[tuple[float, float, float]]:
-    """Precision (NaN for an empty skeleton), recall and F1, by sequence."""
+def scores(skeletons: ModelSkeletons, reading: str) -> list[dict[str, float]]:
+    """Precision (NaN for an empty skeleton), recall and F1 of every skeleton.
+
+    All are NaN for a reading without skeletons. F1 is `2 |found ∩ true| / (|found| + |true|)`.
+    """
     true = skeletons.true
+    if not skeletons.by_reading[reading]:
+        return [dict.fromkeys(("precision", "recall", "f1"), float("nan"))]
     values = []
     for skeleton in skeletons.by_reading[reading]:
         n_correct = len(skeleton & true)
         total = len(skeleton) + len(true)
         values.append(
-            (
-                n_correct / len(skeleton) if skeleton else float("nan"),
-                n_correct / len(true) if true else 1.0,
-                2 * n_correct / total if total else 1.0,
-            )
+            {
+                "precision": n_correct / len(skeleton) if skeleton else float("nan"),
+                "recall": n_correct / len(true) if true else 1.0,
+                "f1": 2 * n_correct / total if total else 1.0,
+            }
         )
     return values

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mechcausal.recipes import Recipe, WandbMode
-from mechcausal.records.wandb_runs import WandbRun, resolve_mode
+from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.studies.replication.figures import FIGURES, Figure
 from mechcausal.studies.replication.page import write_page, write_table
 from mechcausal.studies.replication.result import Replication
 from mechcausal.studies.replication.runs import Run, run_all
 from mechcausal.studies.rows import Row
+from mechcausal.studies.study_runs import log_table, start_run
 from mechcausal.support.messages import first_line
 
 TABLE_FILE = "replication.json"
@@ -126,23 +127,17 @@ def _draw(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[st
 
 def _log(replication: Replication, mode: WandbMode, group: str) -> None:
     """Log the table and the pictures as another W&B run of the group."""
-    if mode == "disabled":
-        return
-    import wandb
-
-    run = WandbRun(
+    run = start_run(
         mode,
         replication.folder,
-        replication.warnings.append,
+        replication.warnings,
         kept=f"the table is in {TABLE_FILE}",
-        project="mechcausal",
+        kind="replication",
         group=group,
-        job_type="replication",
         name=f"{group}-table",
         tags=["replication"],
     )
-    columns: list[str | int] = list(Row.__dataclass_fields__)
-    data = [list(row.as_json().values()) for row in replication.rows]
-    run.log(0, {"replication": wandb.Table(columns=columns, data=data)}, replication.pictures)
+    rows = [row.as_json() for row in replication.rows]
+    log_table(run, 0, "replication", rows, replication.pictures)
     holds = [row.holds for row in replication.rows]
     run.finish({"holds": holds.count(True), "does_not_hold": holds.count(False)}, exit_code=0)

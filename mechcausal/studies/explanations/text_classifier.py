@@ -3,8 +3,6 @@
 Only safetensors are read, a model's own code is never run, and nothing is downloaded.
 """
 
-import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechcausal.studies.targets import TOKENIZER_FILES, TargetError, check_weights
+from mechcausal.models.adapter import ModelFileError
+from mechcausal.studies.hugging_face import (
+    TOKENIZER_FILES,
+    TargetError,
+    load_complete,
+    loading,
+    read_model_config,
+)
+from mechcausal.support.messages import first_line
 from probes import ProbeError
 from probes.causal_discovery.explanation import Explanation, Method, explain
 
@@ -71,51 +77,25 @@ class TextClassifier:
             TargetError: one of them is missing, or the weights are not safetensors.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        from transformers.utils import logging
 
         path = Path(folder)
-        config_path = path / "config.json"
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or "not readable as JSON"
-            raise TargetError(f"{config_path}: {reason}") from None
-        if not isinstance(config, dict) or "model_type" not in config:
-            raise TargetError(f"{config_path}: not written by Hugging Face")
-        check_weights(path, config)
+            read_model_config(path)
+        except ModelFileError as error:
+            raise TargetError(str(error)) from None
         # Without these files transformers creates a tokenizer with no words.
         if not any((path / name).is_file() for name in (*TOKENIZER_FILES, *_MORE_TOKENIZERS)):
             raise TargetError(f"{path}: no tokenizer in it, such as {TOKENIZER_FILES[0]}")
-        hf_logging: Any = logging
-        hf_logging.set_verbosity_error()
-        shows_progress = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-        auto_model: Any = AutoModelForSequenceClassification
         auto_tokenizer: Any = AutoTokenizer
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model, loading_info = auto_model.from_pretrained(
-                    str(path),
-                    use_safetensors=True,
-                    attn_implementation="eager",  # the only one that returns its pattern
-                    output_loading_info=True,
-                    **options,
-                )
-                tokenizer = auto_tokenizer.from_pretrained(str(path), **options)
-        except Exception as error:  # the library may raise anything: give the user one line
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(error).__name__
-            raise TargetError(f"{path}: not loaded by transformers: {reason}") from None
-        finally:
-            if shows_progress:
-                hf_logging.enable_progress_bar()
-        if missing := sorted(loading_info["missing_keys"]):
-            raise TargetError(
-                f"{path}: no classifier: {len(missing)} of its weights are missing: "
-                f"{missing[0]}, ..."
+        with loading(f"{path}: not loaded by transformers"):
+            model = load_complete(
+                AutoModelForSequenceClassification,
+                str(path),
+                attn_implementation="eager",  # the only one that returns its pattern
+                **options,
             )
+            tokenizer = auto_tokenizer.from_pretrained(str(path), **options)
         if model.config.num_labels < 2:
             raise TargetError(f"{path}: the classifier has {model.config.num_labels} label; not 2")
         self.model: nn.Module = model.to(device).eval()
@@ -174,9 +154,9 @@ class TextClassifier:
                 **options,
             )
         except (IndexError, RuntimeError, ProbeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise TargetError(
-                f"{self._path}: cannot take a text of {len(ids)} tokens: {first}"
+                f"{self._path}: cannot take a text of {len(ids)} tokens: {reason}"
             ) from None
         words = self.tokenizer.convert_ids_to_tokens(list(explanation.tokens))
         new = explanation.new_prediction

@@ -2,46 +2,59 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.models.adapter import build_hooked
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Size and training of a model.
+
+    Attributes:
+        d_model: width.
+        n_heads: heads in each of the two layers, of width `d_model / n_heads`.
+        steps: steps of AdamW.
+        batch_size: sequences per step.
+        lr: peak learning rate.
+        dropped: largest share of tokens replaced by PAD; the share is drawn for each sequence.
+    """
+
+    d_model: int
+    n_heads: int = 2
+    steps: int
+    batch_size: int
+    lr: float
+    dropped: float = 0.5
+
+
 def build_bidirectional(
-    vocab_size: int,
-    n_ctx: int,
-    *,
-    d_model: int,
-    n_heads: int,
-    seed: int,
-    device: str,
-    n_classes: int | None = None,
+    settings: Settings, *, vocab_size: int, n_ctx: int, n_classes: int, seed: int, device: str
 ) -> HookedTransformer:
     """Two layers with bidirectional attention, LayerNorm, and MLPs of width `2 * d_model`.
 
     Args:
+        settings: the size.
         vocab_size: number of tokens.
         n_ctx: longest sequence.
-        d_model: width.
-        n_heads: heads per layer, of width `d_model / n_heads`.
+        n_classes: outputs per position.
         seed: seed of the initial weights.
         device: device of the model.
-        n_classes: outputs per position; `vocab_size` if None.
     """
     config = HookedTransformerConfig(
         n_layers=2,
-        n_heads=n_heads,
-        d_model=d_model,
-        d_head=d_model // n_heads,
-        d_mlp=2 * d_model,
+        n_heads=settings.n_heads,
+        d_model=settings.d_model,
+        d_head=settings.d_model // settings.n_heads,
+        d_mlp=2 * settings.d_model,
         act_fn="gelu",
         n_ctx=n_ctx,
         d_vocab=vocab_size,
-        d_vocab_out=n_classes or vocab_size,
+        d_vocab_out=n_classes,
         normalization_type="LN",
         attention_dir="bidirectional",
         positional_embedding_type="standard",
@@ -52,20 +65,6 @@ def build_bidirectional(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build_hooked(config)
-
-
-def hidden_mask(
-    tokens: Int[Tensor, "batch pos"], most: float, generator: torch.Generator
-) -> Bool[Tensor, "batch pos"]:
-    """Random mask of tokens to hide in a training step, so that hidden tokens are in distribution.
-
-    Args:
-        tokens: one sequence per row.
-        most: largest share of hidden tokens; the share is drawn for each sequence.
-        generator: generator on the tokens' device.
-    """
-    share = most * torch.rand(len(tokens), 1, generator=generator, device=tokens.device)
-    return torch.rand(tokens.shape, generator=generator, device=tokens.device) < share
 
 
 def fit(model: HookedTransformer, loss: Callable[[], Tensor], *, steps: int, lr: float) -> None:
