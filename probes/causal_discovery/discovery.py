@@ -13,8 +13,11 @@ from probes.causal_discovery.independence import PartialCorrelationTest, largest
 from probes.causal_discovery.linear_model import LATER_TOLERANCE, checked_attention, without_sink
 from probes.causal_discovery.options import Engine, SearchKeywords, SearchOptions, Sink
 from probes.causal_discovery.pag import PAG
-from probes.causal_discovery.reading import read_head
 from probes.causal_discovery.search import SearchResult, icd
+from probes.reading.activation import Activation
+from probes.reading.attach import attach
+from probes.reading.hook_names import check_head, layers_with
+from probes.reading.passes import checked_tokens, run, undisturbed
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,22 @@ def discover(
 
     Source: Rohekar, Gurwicz and Nisimov 2023 (arXiv 2310.20307).
     """
-    reading = read_head(model, tokens, layer=layer, head=head, values=values)
+    tokens = checked_tokens(model, tokens[None] if tokens.ndim == 1 else tokens)
+    if len(tokens) != 1:
+        raise ValueError(f"tokens hold {len(tokens)} sequences; discovery reads one at a time")
+    layer = layers_with(model, "pattern", layer)[-1]
+    check_head(model, (layer, head))
+    pattern, z = Activation("pattern", layer), Activation("z", layer)
+    with undisturbed(model), attach(model, pattern, *([z] if values else [])):
+        run(model, tokens)
+    mixed_values = z.reading().values[0, 0, :, head].cpu().double().numpy() if values else None
     config: Any = model.cfg
     if options.get("n_eff") is None:
         options["n_eff"] = int(config.d_head)
     return discover_attention(
-        reading.attention,
-        mixed_values=reading.mixed_values,
-        layer=reading.layer,
+        pattern.reading().values[0, 0, head],
+        mixed_values=mixed_values,
+        layer=layer,
         head=head,
         **options,
     )

@@ -19,6 +19,7 @@ RECOMMENDER = Settings(d_model=32, steps=500, batch_size=256, lr=2e-3)
 CLASSIFIER = Settings(d_model=48, steps=1500, batch_size=128, lr=3e-3)
 REVIEWS = ReviewRule()
 _HELD_OUT = 2000
+_HELD_OUT_SEED = 10_000
 
 
 class Application(ABC):
@@ -65,13 +66,12 @@ class Application(ABC):
 
     def train(self, seed: int) -> HookedTransformer:
         """Train a model; the same seed gives the same model on one thread."""
-        generators = self._generators(seed)
-        model = build_bidirectional(
-            self.settings, **self.sizes, seed=generators.init, device=self.device
-        )
+        generator = torch.Generator(self.device).manual_seed(seed)
+        init = Generators.from_seed(seed, torch.device(self.device)).init
+        model = build_bidirectional(self.settings, **self.sizes, seed=init, device=self.device)
 
         def loss() -> Tensor:
-            examples = self.training_examples(generators.data)
+            examples = self.training_examples(generator)
             logits: Tensor = model(examples.tokens)[:, self.node]
             return cross_entropy(logits, examples.target)
 
@@ -81,19 +81,16 @@ class Application(ABC):
     @torch.no_grad()
     def accuracy(self, model: HookedTransformer, seed: int) -> float:
         """Share of held-out examples whose class the model ranks first."""
-        examples = self.held_out(_HELD_OUT, self._generators(seed).evaluation)
+        examples = self.inputs(_HELD_OUT, seed)
         predicted = torch.cat(
             [model(part)[:, self.node].argmax(-1) for part in examples.tokens.split(256)]
         )
         return (predicted == examples.target).double().mean().item()
 
     def inputs(self, n_sequences: int, seed: int) -> Examples:
-        """Held-out examples to explain."""
-        generator = torch.Generator(self.device).manual_seed(self._generators(seed).probes)
+        """Held-out examples, drawn with another seed than the training data."""
+        generator = torch.Generator(self.device).manual_seed(seed + _HELD_OUT_SEED)
         return self.held_out(n_sequences, generator)
-
-    def _generators(self, seed: int) -> Generators:
-        return Generators.from_seed(seed, torch.device(self.device))
 
 
 @dataclass(frozen=True)
