@@ -58,8 +58,7 @@ def read_skeletons(
     n = graph.n_positions - (graph.query_parents is not None)
     true = frozenset(edge for edge in graph.edges if edge[1] < n)
     device = device_named(recipe.device)
-    generators = Generators.from_seed(recipe.seed, device)
-    generator = torch.Generator(device=device).manual_seed(generators.probes)
+    generator = torch.Generator(device=device).manual_seed(recipe.seed)
     tokens = experiment.task.sample(n_sequences, generator=generator).tokens
     layers = {"layer1": 0, "deepest": len(model.heads) - 1}
     with torch.no_grad(), attach(model.hooked, AttentionPattern()) as (pattern,):
@@ -78,7 +77,7 @@ def read_skeletons(
             ]
         if name == "layer1":
             by_reading["argmax"] = [largest(heads[:, :n, :n]) for heads in attention]
-    start = build_experiment(recipe, generators)
+    start = build_experiment(recipe, Generators.from_seed(recipe.seed, device))
     assert isinstance(start, CausalGraphExperiment)
     by_reading["gradient_start"] = named(start, n)
     by_reading["gradient_end"] = named(experiment, n)
