@@ -29,18 +29,21 @@ def main(arguments: list[str]) -> int:
     if not options.runs:
         raise RefusedError("report needs a run: its folder, or a folder of runs")
     from mechcausal.pictures.pages import write_comparison, write_report
-    from mechcausal.records.run_data import RunData, RunDataError, find_runs, is_run
+    from mechcausal.records.run_data import RunData, RunDataError
+    from mechcausal.records.run_folder import find_runs
     from mechcausal.sweeps.sweep import COPY_FILE
 
     out: Path | None = options.out
     if out is not None and out.is_dir():
         raise RefusedError(f"--out {out}: a folder; give the file to write")
     try:
-        if len(options.runs) == 1 and is_run(options.runs[0]):
+        # A path without a run stands for itself, so that reading it says what is wrong.
+        folders = [run for path in options.runs for run in find_runs(path) or [path]]
+        if len(folders) == 1 and folders[0] == options.runs[0]:
             path = write_report(options.runs[0], out)
             print(f"page: {path}")
             return 0
-        folders = dict.fromkeys(folder for path in options.runs for folder in find_runs(path))
+        folders = list(dict.fromkeys(folders))
         runs: list[RunData] = []
         notes: list[str] = []
         pictures: dict[str, bytes] = {}
@@ -48,7 +51,7 @@ def main(arguments: list[str]) -> int:
             pictures, notes = _sweep(options.runs[0])
             if len(folders) > _MOST_RUNS:
                 notes.append(f"Curves and table: the first {_MOST_RUNS} of {len(folders)} members.")
-                folders = dict.fromkeys(list(folders)[:_MOST_RUNS])
+                folders = folders[:_MOST_RUNS]
         for folder in folders:
             try:
                 runs.append(RunData.load(folder))

@@ -7,7 +7,16 @@ from pathlib import Path
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.records.run_folder import find_runs, is_held, read_process
+from mechcausal.recipes import load_recipe
+from mechcausal.records.run_folder import (
+    RECIPE_FILE,
+    find_runs,
+    hold,
+    is_held,
+    read_metrics,
+    read_process,
+    read_summary,
+)
 from mechcausal.support.messages import shell_command
 
 
@@ -35,7 +44,6 @@ def main(arguments: list[str]) -> int:
 
 def _sync_run(run: Path, *, dry_run: bool) -> bool:
     """Upload one run's fragments, stopping at the first failure; return whether all arrived."""
-    from mechcausal.records.tracking import send_again
     from mechcausal.records.wandb_fragments import (
         fragments,
         is_uploaded,
@@ -57,7 +65,7 @@ def _sync_run(run: Path, *, dry_run: bool) -> bool:
             print(f"{run}: went online: the rows that have not arrived are sent again")
             return True
         try:
-            return _report(run, send_again(run))
+            return _report(run, _send_again(run))
         except (OSError, ValueError) as error:
             return _report(run, str(error))
     for fragment in run_fragments:
@@ -70,6 +78,26 @@ def _sync_run(run: Path, *, dry_run: bool) -> bool:
         elif not _report(fragment, sync(fragment)):
             return False  # uploading a later fragment first would put its rows in the wrong order
     return True
+
+
+def _send_again(folder: Path) -> str:
+    """Send the server of an online run the rows that it lacks; return the warnings, or "".
+
+    `wandb sync` would upload the rows that have arrived a second time.
+
+    Raises:
+        RunFolderError, RecipeError, OSError, ValueError: the run cannot be read or written.
+    """
+    from mechcausal.records.tracking import RunRecord
+
+    with hold(folder):
+        summary, rows = read_summary(folder), read_metrics(folder)
+        recipe = load_recipe(folder / RECIPE_FILE)
+        environment = read_process(folder).get("environment")
+        record = RunRecord(folder, recipe, "online", rows=rows, environment=environment)
+        sent = record.mode == "online"
+        record.finish(summary, summary.get("state", "interrupted"))
+        return "" if sent and not record.warnings else "; ".join(record.warnings)
 
 
 def _report(path: Path, problem: str) -> bool:

@@ -15,21 +15,21 @@ from jaxtyping import Bool, Float, Int
 
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.measures.figures import STEP, Value
-from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_dict
+from mechcausal.recipes import Recipe, load_recipe, recipe_to_dict
 from mechcausal.recipes.stages import stages
-from mechcausal.records import run_folder
-from mechcausal.records.run_files import (
-    Frames,
-    Matrices,
-    RunDataError,
-    find_matrices,
-    read_history,
-    read_json,
+from mechcausal.records.matrices import Frames, Matrices, RunDataError, find_matrices
+from mechcausal.records.run_folder import (
+    METRICS_FILE,
+    PROCESS_FILE,
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    read_metrics,
+    read_object,
+    read_summary,
 )
-from mechcausal.records.run_folder import METRICS_FILE, PROCESS_FILE, RECIPE_FILE, SUMMARY_FILE
 from mechcausal.support.nested import flat
 
-__all__ = ["Frames", "Matrices", "RunData", "RunDataError", "find_runs", "is_run"]
+__all__ = ["Frames", "Matrices", "RunData", "RunDataError"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,24 +66,31 @@ class RunData:
             RunDataError: the folder holds no run, or one of its files cannot be read.
         """
         folder = Path(folder)
-        if not is_run(folder):
-            raise RunDataError(f"{folder}: {_why_no_run(folder)}")
+        _check_is_run(folder)
+        metrics = folder / METRICS_FILE
         try:
             recipe = load_recipe(folder / RECIPE_FILE)
-        except RecipeError as error:
+            is_torn = metrics.read_bytes()[-1:] not in (b"", b"\n")
+            history = read_metrics(folder)
+            summary = read_summary(folder) if (folder / SUMMARY_FILE).exists() else {}
+            facts = read_object(folder / PROCESS_FILE) if (folder / PROCESS_FILE).exists() else {}
+        except OSError as error:
+            raise RunDataError(f"{error.filename}: {error.strerror or error}") from None
+        except ValueError as error:
             raise RunDataError(str(error)) from None
-        sources, references, notes = find_matrices(folder)
-        history, torn = read_history(folder / METRICS_FILE)
+        frames, references, notes = find_matrices(folder)
+        if is_torn:
+            notes.append(f"{METRICS_FILE}: the last line is torn, and left out")
         return cls(
             name=folder.resolve().name,
             recipe=recipe,
             history=history,
-            frames=Frames(sources),
+            frames=frames,
             references=references,
-            summary=read_json(folder / SUMMARY_FILE),
-            facts=read_json(folder / PROCESS_FILE),
+            summary=summary,
+            facts=facts,
             folder=folder,
-            notes=(*notes, *torn),
+            notes=tuple(notes),
         )
 
     @property
@@ -216,27 +223,11 @@ class RunData:
 _WITHOUT_EFFECT = ("name", "probing.images", "probing.report", "probing.frames")
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run: a recipe and rows of figures."""
-    return (folder / RECIPE_FILE).is_file() and (folder / METRICS_FILE).is_file()
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder if it is a run, else all runs below it, sorted by path.
-
-    Raises:
-        RunDataError: there is none.
-    """
-    runs = [path for path in run_folder.find_runs(folder) if is_run(path)]
-    if not runs:
-        raise RunDataError(f"{folder}: {_why_no_run(folder)}, nor is there any below it")
-    return runs
-
-
-def _why_no_run(folder: Path) -> str:
+def _check_is_run(folder: Path) -> None:
     if not folder.exists():
-        return "no such folder"
+        raise RunDataError(f"{folder}: no such folder")
     if not folder.is_dir():
-        return "not a folder"
+        raise RunDataError(f"{folder}: not a folder")
     missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
-    return f"not a run folder (no {' and no '.join(missing)})"
+    if missing:
+        raise RunDataError(f"{folder}: not a run folder (no {' and no '.join(missing)})")

@@ -231,6 +231,23 @@ def write_process(folder: Path, values: Mapping[str, Any]) -> None:
     write_atomically(folder / PROCESS_FILE, json.dumps({**values, **owner}, indent=2) + "\n")
 
 
+def write_summary(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write summary.json, with null for numbers that are not finite.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_atomically(folder / SUMMARY_FILE, json.dumps(_json_ready(values), indent=2) + "\n")
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """State and last figures of a run.

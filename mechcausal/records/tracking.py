@@ -1,9 +1,7 @@
 """The record of a run: a W&B run, and plain files as a safeguard when W&B loses rows."""
 
-import json
 import re
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,23 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechcausal.measures.figures import STEP, Value
-from mechcausal.recipes import Recipe, WandbMode, load_recipe, recipe_to_dict
+from mechcausal.recipes import Recipe, WandbMode, recipe_to_dict
 from mechcausal.records.run_folder import (
     METRICS_FILE,
     PROCESS_FILE,
-    RECIPE_FILE,
     SUMMARY_FILE,
     State,
     finite,
-    hold,
     read_metrics,
     read_process,
-    read_summary,
     write_process,
+    write_summary,
 )
-from mechcausal.records.wandb_fragments import fragments, settle, sync_command, wandb_steps
+from mechcausal.records.wandb_fragments import (
+    fragments,
+    settle,
+    steps_when_written,
+    sync_command,
+    wandb_steps,
+)
 from mechcausal.records.wandb_runs import WandbRun
-from mechcausal.support.files import JsonLines, write_atomically
+from mechcausal.support.files import JsonLines
 from mechcausal.support.messages import shell_command
 from mechcausal.support.nested import flat
 
@@ -226,8 +228,7 @@ class RunRecord:
             self._compare_rows()
         try:
             with writing(self.folder / SUMMARY_FILE):
-                text = json.dumps(_json_ready(self.closing(summary, state)), indent=2) + "\n"
-                write_atomically(self.folder / SUMMARY_FILE, text)
+                write_summary(self.folder, self.closing(summary, state))
         except RecordError as error:
             self.warn(str(error))
 
@@ -301,21 +302,16 @@ class RunRecord:
         newest, first_step = self._wandb.folder, self._wandb.first_step
         is_online = not newest.name.startswith("offline-")
         folders = {newest} | (set() if is_online else {*fragments(self.folder.resolve(), self._id)})
-        # Steps before the first one of an online fragment are on the server.
-        on_server = [step for step in self._in_wandb if step < first_step]
         # Once W&B has failed, no more rows arrive: do not wait.
-        patience = COUNT_SECONDS if self.mode != "disabled" else 0
-        deadline = time.monotonic() + patience
-        while True:  # W&B's service may write the last rows a moment after it has finished
-            steps_by_folder = {folder: wandb_steps(folder) for folder in sorted(folders)}
-            local = [step for steps in steps_by_folder.values() for step in steps or ()]
-            logged = Counter(on_server + local)
-            if len(logged) >= self.rows or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
+        seconds = COUNT_SECONDS if self.mode != "disabled" else 0
+        # Steps before the first one of an online fragment are on the server.
+        logged = Counter(step for step in self._in_wandb if step < first_step)
+        steps_by_folder = steps_when_written(folders, self.rows - len(logged), seconds=seconds)
         if steps_by_folder[newest] is None:
             self.warn(f"the rows of the W&B run in {newest} could not be counted")
             return
+        for steps in steps_by_folder.values():
+            logged.update(steps or ())
         if len(logged) < self.rows:
             self.warn(
                 f"W&B kept {len(logged)} of {self.rows} rows in {newest}; "
@@ -323,26 +319,8 @@ class RunRecord:
             )
         repeated = sorted(step for step, count in logged.items() if count > 1)
         if repeated:
-            steps = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
-            self.warn(f"W&B has these steps in more than one fragment: {steps}")
-
-
-def send_again(folder: Path) -> str:
-    """Send the server of an online run the rows that it lacks; return the warnings, or "".
-
-    `wandb sync` would upload the rows that have arrived a second time.
-
-    Raises:
-        RunFolderError, RecipeError, OSError, ValueError: the run cannot be read or written.
-    """
-    with hold(folder):
-        summary, rows = read_summary(folder), read_metrics(folder)
-        recipe = load_recipe(folder / RECIPE_FILE)
-        environment = read_process(folder).get("environment")
-        record = RunRecord(folder, recipe, "online", rows=rows, environment=environment)
-        sent = record.mode == "online"
-        record.finish(summary, summary.get("state", "interrupted"))
-        return "" if sent and not record.warnings else "; ".join(record.warnings)
+            listed = ", ".join(map(str, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
+            self.warn(f"W&B has these steps in more than one fragment: {listed}")
 
 
 def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:
@@ -353,11 +331,3 @@ def table_row(step: int, metrics: Mapping[str, Value]) -> dict[str, Value]:
 def _run_id(folder: Path) -> str:
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.resolve().name)[:100]
     return f"{name}-{secrets.token_hex(2)}"
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return finite(value) if isinstance(value, float) else value

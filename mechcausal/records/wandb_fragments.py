@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 _ORPHAN_SECONDS = 2.0
@@ -49,6 +50,22 @@ def wandb_steps(fragment: Path) -> list[int] | None:
         return [int(json.loads(line)["history"]["step"].get("num", 0)) for line in lines]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return None
+
+
+def steps_when_written(
+    fragments: Collection[Path], n_steps: int, *, seconds: int
+) -> dict[Path, list[int] | None]:
+    """`wandb_steps` of each fragment, once they hold so many different steps or time is up.
+
+    W&B's service may write the last rows a moment after it has finished.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        steps = {fragment: wandb_steps(fragment) for fragment in fragments}
+        n_written = len({step for written in steps.values() for step in written or ()})
+        if n_written >= n_steps or time.monotonic() > deadline:
+            return steps
+        time.sleep(0.1)
 
 
 def settle(fragment: Path) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from mechcausal.measures.figures import STEP, Value
+from mechcausal.records.matrices import find_matrices
 from mechcausal.records.run_folder import MATRICES_FILE, MATRICES_FOLDER
 from mechcausal.records.tracking import RecordError, RunRecord, table_row, writing
 from mechcausal.support.files import write_atomically
-from mechcausal.support.messages import excerpt, first_line
+from mechcausal.support.messages import first_line
 from mechcausal.training.experiments import Experiment
 
 FORMATION_THRESHOLD = 0.5
@@ -77,7 +78,7 @@ class ProbeLog:
         self._formation_step = next((step for step in formed if step is not None), None)
         self._matrices: dict[int, dict[str, Tensor]] = {}
         if start:
-            frames = read_frames(record.folder, record.warn)
+            frames = _kept_frames(record.folder, record.warn)
             self._matrices = {step: frames[step] for step in frames if step < start}
         self.latest_matrices: dict[str, Tensor] = self._matrices.get(
             max(self._matrices, default=0), {}
@@ -200,32 +201,15 @@ class ProbeLog:
             return {}
 
 
-def read_frames(run: Path, warn: Callable[[str], None]) -> dict[int, dict[str, Tensor]]:
-    """The kept matrices of a run, finished or not, by step and name.
-
-    Args:
-        run: the run folder.
-        warn: receives a message for each damaged file, which is skipped.
-    """
-    frames: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _load(run / MATRICES_FILE, warn).items():
-        step, _, name = key.partition("/")
-        if step.isdecimal():
-            frames.setdefault(int(step), {})[name] = tensor
-    for path in (run / MATRICES_FOLDER).glob("[0-9]*.safetensors"):
-        if path.stem.isdecimal() and (matrices := _load(path, warn)):
-            frames[int(path.stem)] = matrices
-    return dict(sorted(frames.items()))
-
-
-def _load(path: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
-    if not path.exists():
-        return {}
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        warn(f"{path}: damaged, its matrices are left out: {excerpt(error)}")
-        return {}
+def _kept_frames(run: Path, warn: Callable[[str], None]) -> dict[int, dict[str, Tensor]]:
+    """The kept matrices of a run, finished or not; files that cannot be read become warnings."""
+    frames, _, notes = find_matrices(run, lenient=True)
+    for note in notes:
+        warn(note)
+    return {
+        step: {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
+        for step, matrices in frames.items()
+    }
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,18 +77,16 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     """The first gradient of the long chain beside the predicted one."""
     import torch
-    from safetensors.torch import load_file
 
-    from mechcausal.records.run_folder import MATRICES_FILE
+    from mechcausal.records.matrices import find_matrices
 
     del quick
     (run,) = (run for run in runs if run.member.label)
-    stored = load_file(run.folder / MATRICES_FILE)
-    steps: dict[int, dict[str, torch.Tensor]] = {}
-    for name, matrix in stored.items():
-        step, _, kind = name.partition("/")
-        if step.isdigit():
-            steps.setdefault(int(step), {})[kind] = matrix
+    frames, _, _ = find_matrices(run.folder)
+    steps = {
+        step: {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
+        for step, matrices in frames.items()
+    }
     theory = pairwise_theory(
         run.graph,
         run.recipe.build_prior(),

@@ -1,22 +1,15 @@
-"""Read the files of a run folder; errors are one line."""
+"""Read the matrices of a run's probe steps.
 
-import re
+While a run trains, each step has a file; a finished run has one file with keys `<step>/<name>`.
+"""
+
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechcausal.measures.figures import Value
-from mechcausal.records.run_folder import (
-    MATRICES_FILE,
-    MATRICES_FOLDER,
-    SUMMARY_FILE,
-    read_metrics,
-    read_object,
-    read_summary,
-)
+from mechcausal.records.run_folder import MATRICES_FILE, MATRICES_FOLDER
 
 Matrices = Mapping[str, np.ndarray]
 
@@ -53,55 +46,41 @@ class Frames(Mapping[int, Matrices]):
         return len(self.sources)
 
 
-def read_history(path: Path) -> tuple[list[dict[str, Value]], list[str]]:
-    """Rows of metrics.jsonl, and a note if a kill cut the last line short."""
-    try:
-        is_torn = path.read_bytes()[-1:] not in (b"", b"\n")
-        rows = read_metrics(path.parent)
-    except OSError as error:
-        raise RunDataError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise RunDataError(str(error)) from None
-    return rows, [f"{path.name}: the last line is torn, and left out"] if is_torn else []
+def find_matrices(run: Path, *, lenient: bool = False) -> tuple[Frames, Matrices, list[str]]:
+    """The matrices of every step, the references, and notes on files that cannot be read.
 
+    Args:
+        run: the run folder.
+        lenient: also only note it if the one file of a finished run cannot be read.
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in summary.json or run.json; empty without the file."""
-    try:
-        return read_summary(path.parent) if path.name == SUMMARY_FILE else read_object(path)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise RunDataError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise RunDataError(str(error)) from None
-
-
-def find_matrices(folder: Path) -> tuple[dict[int, tuple[Path, str]], Matrices, list[str]]:
-    """File and key prefix of each step's matrices, the references, and notes on failures."""
+    Raises:
+        RunDataError: that file cannot be read.
+    """
     sources: dict[int, tuple[Path, str]] = {}
     references: dict[str, np.ndarray] = {}
     notes: list[str] = []
-    for path in sorted((folder / MATRICES_FOLDER).glob("*.safetensors")):
+    for path in sorted((run / MATRICES_FOLDER).glob("*.safetensors")):
         try:
-            if path.stem.isdigit():
+            if path.stem.isdecimal():
                 _names(path)
                 sources[int(path.stem)] = (path, "")
             else:
-                references |= _read(path, "")
+                references |= _read(path)
         except RunDataError:
             if path.exists():  # else the run has just finished and merged its files
                 notes.append(f"{path.parent.name}/{path.name} cannot be read, and is left out")
-    merged = folder / MATRICES_FILE
-    if merged.is_file():
-        prefixes = {match[0] for name in _names(merged) if (match := re.match(r"\d+/", name))}
-        sources |= {int(prefix[:-1]): (merged, prefix) for prefix in prefixes}
-        references |= {
-            name: matrix
-            for name, matrix in _read(merged, "", steps=False).items()
-            if not re.match(r"\d+/", name)
-        }
-    return sources, references, notes
+    merged = run / MATRICES_FILE
+    if not merged.is_file():
+        return Frames(sources), references, notes
+    try:
+        steps = {step for step in map(_step_of, _names(merged)) if step}
+        sources |= {int(step): (merged, f"{step}/") for step in steps}
+        references |= _read(merged, of_steps=False)
+    except RunDataError as error:
+        if not lenient:
+            raise
+        notes.append(str(error))
+    return Frames(sources), references, notes
 
 
 def _names(path: Path) -> list[str]:
@@ -112,13 +91,20 @@ def _names(path: Path) -> list[str]:
         raise RunDataError(f"{path}: not a readable safetensors file") from None
 
 
-def _read(path: Path, prefix: str, *, steps: bool = True) -> Matrices:
+def _read(path: Path, prefix: str = "", *, of_steps: bool = True) -> dict[str, np.ndarray]:
+    """The matrices whose names start with a prefix, which is cut off."""
     try:
         with safe_open(path, framework="numpy") as tensors:
             return {
                 name.removeprefix(prefix): tensors.get_tensor(name)
                 for name in tensors.keys()  # noqa: SIM118 (no mapping)
-                if name.startswith(prefix) and (steps or not name[:1].isdigit())
+                if name.startswith(prefix) and (of_steps or not _step_of(name))
             }
     except (OSError, SafetensorError):
         raise RunDataError(f"{path}: not a readable safetensors file") from None
+
+
+def _step_of(name: str) -> str:
+    """The step that a name begins with, or ""."""
+    step, separator, _ = name.partition("/")
+    return step if separator and step.isdecimal() else ""
