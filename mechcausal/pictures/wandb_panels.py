@@ -36,10 +36,10 @@ _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
         "gradient/pattern",
     ),
     ("heads", interactive.heads, "heads/induction"),
-    ("loss", interactive.loss, None),
-    ("recovery", interactive.recovery, None),
-    ("correlations", interactive.correlations, None),
-    ("formation", interactive.formation, None),
+    *(
+        (name, getattr(interactive, name), None)
+        for name in ("loss", "recovery", "correlations", "formation")
+    ),
 )
 
 

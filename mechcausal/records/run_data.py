@@ -154,23 +154,31 @@ class RunData:
         rows = [row for row in self.history if key in row]
         return [int(row[STEP] or 0) for row in rows], [row[key] for row in rows]
 
-    def frame(self, step: int | None = None) -> tuple[int, Matrices]:
+    def frame(self, step: int | None = None, *, needs: str | None = None) -> tuple[int, Matrices]:
         """The step and its matrices; the last kept step if None is given.
 
+        Args:
+            step: one of `steps`.
+            needs: name of a matrix that the step must have.
+
         Raises:
-            RunDataError: no matrices were kept, or none at that step.
+            RunDataError: no matrices were kept, none at that step, or not the needed one.
         """
-        steps = self.steps
+        run, steps = self.folder or self.name, self.steps
         if not steps:
-            raise RunDataError(f"{self.folder or self.name}: no matrices were kept")
+            raise RunDataError(f"{run}: no matrices were kept")
         if step is None:
             step = steps[-1]
         if step not in self.frames:
             raise RunDataError(
-                f"{self.folder or self.name}: no matrices of step {step} were kept; "
+                f"{run}: no matrices of step {step} were kept; "
                 f"there are {len(steps)} steps from {steps[0]} to {steps[-1]}"
             )
-        return step, self.frames[step]
+        matrices = self.frames[step]
+        if needs is not None and needs not in matrices:
+            listed = ", ".join(sorted(matrices))
+            raise RunDataError(f"{run}: step {step} has no matrix {needs}; there are {listed}")
+        return step, matrices
 
     @cached_property
     def truth(self) -> Float[np.ndarray, "query key"]:

@@ -69,10 +69,9 @@ def test_heads_are_drawn_for_repeated_tokens() -> None:
     figure = plot.heads(run, 13)
     assert np.array_equal(figure.data[0].z, run.frames[13]["heads/induction"])
     assert len(plot.head_scores(run).data) == 2
-    with pytest.raises(RunDataError, match="no attention"):
-        plot.causal_graph(run)
-    with pytest.raises(RunDataError, match="no matrix attention/layer0"):
-        plot.attention(run)
+    for draw in (plot.causal_graph, plot.attention):
+        with pytest.raises(RunDataError, match="no matrix attention/layer0"):
+            draw(run)
 
 
 def heatmaps(figure: go.Figure) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from mechcausal.pictures.interactive.style import WRONG_COLOUR, by_head, new_figure
 from mechcausal.pictures.static.style import EDGE_COLOUR, REFERENCE_GREY
-from mechcausal.records.run_data import RunData, RunDataError
+from mechcausal.records.run_data import RunData
 
 WIDTHS = (0.6, 1.5, 2.6, 3.8, 5.2, 7.0)
 """Line widths in pixels, for equal intervals of attention; Plotly allows one width per trace."""
@@ -36,9 +36,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: the run has no matrices, or none at this step.
     """
-    found_step, matrices = run.frame(step)
-    if "attention/layer0" not in matrices:
-        raise RunDataError(f"{run.folder or run.name}: step {found_step} has no attention")
+    _, matrices = run.frame(step, needs="attention/layer0")
     attention = by_head(matrices, "attention/layer0").max(0)
     true, wrong = _pairs(run)
     visible = [(row, key, node) for row, key, node in wrong if attention[row, key] >= WRONG]

@@ -25,7 +25,7 @@ from mechcausal.pictures.interactive.style import (
     side_by_side,
 )
 from mechcausal.pictures.static.style import HEAD_SCORES
-from mechcausal.records.run_data import Matrices, RunData, RunDataError
+from mechcausal.records.run_data import RunData, RunDataError
 
 
 def attention(run: RunData, step: int | None = None) -> go.Figure:
@@ -117,7 +117,7 @@ def examples(run: RunData, step: int | None = None) -> go.Figure:
 
 def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     """The last layer's attention in example sequences, one figure per head."""
-    _, matrices = _frame(run, step, "attention/examples")
+    _, matrices = run.frame(step, needs="attention/examples")
     values, tokens = matrices["attention/examples"], run.examples
     if tokens is None:
         raise RunDataError(f"{run.folder or run.name}: the tokens of its examples were not kept")
@@ -187,7 +187,7 @@ def heads(run: RunData, step: int | None = None) -> go.Figure:
 
 def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     """One figure per score of `HEAD_SCORES`."""
-    _, matrices = _frame(run, step, "heads/induction")
+    _, matrices = run.frame(step, needs="heads/induction")
     figures = []
     for kind in HEAD_SCORES:
         values = matrices[f"heads/{kind}"]
@@ -218,7 +218,7 @@ def _of_heads(
     run: RunData, step: int | None, name: str, title: str, *, signed: bool = False, **settings: Any
 ) -> list[go.Figure]:
     """A matrix of layer 1, one figure per head."""
-    values = by_head(_frame(run, step, name)[1], name)
+    values = by_head(run.frame(step, needs=name)[1], name)
     choices = head_choices(len(values), name)
     return [
         draw_matrix(
@@ -230,13 +230,3 @@ def _of_heads(
         )
         for head in choices
     ]
-
-
-def _frame(run: RunData, step: int | None, name: str) -> tuple[int, Matrices]:
-    found_step, matrices = run.frame(step)
-    if name not in matrices:
-        raise RunDataError(
-            f"{run.folder or run.name}: step {found_step} has no matrix {name}; "
-            f"there are {', '.join(sorted(matrices))}"
-        )
-    return found_step, matrices

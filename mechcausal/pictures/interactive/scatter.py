@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 
 from mechcausal.pictures.interactive.style import by_head, new_figure, side_by_side
 from mechcausal.pictures.static.style import EDGE_COLOUR, OTHER_COLOUR
-from mechcausal.records.run_data import RunData, RunDataError
+from mechcausal.records.run_data import RunData
 
 _MOST_POINTS = 1500  # browsers animate more points too slowly
 
@@ -25,9 +25,7 @@ def gradient_scatter(run: RunData, step: int | None = None) -> go.Figure:
 
 def scatters(run: RunData, step: int | None = None) -> list[go.Figure]:
     """One figure per reference; only chi-squared information if there is no prediction."""
-    found_step, matrices = run.frame(step)
-    if "gradient/pattern" not in matrices:
-        raise RunDataError(f"{run.folder or run.name}: step {found_step} has no gradient")
+    _, matrices = run.frame(step, needs="gradient/pattern")
     n = run.n_graph_rows
     measured = by_head(matrices, "gradient/pattern").sum(0)
     visible = np.tril(np.ones((n, n), dtype=bool))

@@ -192,14 +192,9 @@ def _film_panels(
 def _curve_panels(
     run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
 ) -> str:
+    names = ("loss", "gap", "recovery", "correlations", "formation", "strategies", "composition")
     drawings: dict[str, Callable[[RunData], go.Figure]] = {
-        "loss": interactive.loss,
-        "gap": interactive.gap,
-        "recovery": interactive.recovery,
-        "correlations": interactive.correlations,
-        "formation": interactive.formation,
-        "strategies": interactive.strategies,
-        "composition": interactive.composition,
+        name: getattr(interactive, name) for name in names
     }
     if run.kind == "repeated_tokens":
         drawings |= {kind: partial(interactive.head_scores, kind=kind) for kind in HEAD_SCORES}
