@@ -15,11 +15,13 @@ from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.picture import draw
 from mechcausal.sweeps.plan import Member, shortest_ends
-from mechcausal.sweeps.sweep import Picture, Sweep
+from mechcausal.sweeps.sweep import Picture, Sweep, SweepError
 from mechcausal.sweeps.table import results_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TABLE_FILE = "results.csv"
 
 
 def write_results(
@@ -30,7 +32,7 @@ def write_results(
     *,
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Path]:
-    """Write results.csv, results.parquet and figures/*.png; return the paths by name.
+    """Write results.csv and figures/*.png; return the paths by name.
 
     Args:
         sweep: the sweep, which names the pictures.
@@ -43,9 +45,8 @@ def write_results(
         OSError: the table cannot be written.
     """
     table = results_table(members, outcomes)
-    files = {"table": folder / "results.csv", "parquet": folder / "results.parquet"}
+    files = {"table": folder / TABLE_FILE}
     write_atomically(files["table"], table.to_csv(index=False))
-    write_atomically(files["parquet"], table.to_parquet(index=False))
 
     def save(name: str, figure: "Figure") -> None:
         path = folder / "figures" / f"{name}.png"
@@ -94,8 +95,15 @@ def describe_results(folder: Path) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _read(folder: str | Path) -> tuple[Sweep, pd.DataFrame]:
-    table = pd.read_parquet(Path(folder) / "results.parquet")
-    return load_sweep(folder), table
+    path = Path(folder) / TABLE_FILE
+    sweep = load_sweep(folder)
+    try:
+        table = pd.read_csv(path, dtype={"member": str, "state": str, "error": str})
+    except ValueError as error:
+        raise SweepError(f"{path}: not a table: {first_line(error)}") from None
+    if missing := {"member", "state", "error"} - {*table.columns}:
+        raise SweepError(f"{path}: not a sweep's table: no column {min(missing)}")
+    return sweep, table
 
 
 def _draw_each(

@@ -3,10 +3,10 @@
 https://docs.wandb.ai/guides/sweeps/define-sweep-configuration
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mechcausal.recipes import recipe_to_toml
 from mechcausal.support.files import write_atomically
@@ -70,35 +70,8 @@ def write_wandb_sweep(sweep: Sweep, file: Path) -> list[Path]:
     if not sweep.recipe_source:
         write_atomically(recipe, recipe_to_toml(sweep.base))
         written.append(recipe)
-    write_atomically(file, to_yaml(config))
+    write_atomically(file, yaml.safe_dump(config, sort_keys=False))
     return written
-
-
-def to_yaml(values: Mapping[str, Any], indent: str = "") -> str:
-    """Nested plain data as YAML, with each list on one line.
-
-    Example:
-        >>> print(to_yaml({"a": {"b": [1e-05, "x", True]}}), end="")
-        a:
-          b: [1.0e-05, "x", true]
-    """
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:\n", to_yaml(value, f"{indent}  ")]
-        elif isinstance(value, list):
-            lines.append(f"{indent}{key}: [{', '.join(map(_scalar, value))}]\n")
-        else:
-            lines.append(f"{indent}{key}: {_scalar(value)}\n")
-    return "".join(lines)
-
-
-def _scalar(value: Any) -> str:
-    text = json.dumps(value)
-    # YAML 1.1 reads 1e-05 without a dot as a string.
-    if isinstance(value, float) and "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return text
 
 
 def _parameter(path: str, axis: "tuple[Any, ...] | Range", sweep: Sweep) -> dict[str, Any]:

@@ -312,10 +312,6 @@ def test_every_member_is_an_ordinary_run_and_a_row_of_the_table(
     assert table["loss/eval"][3] == pytest.approx(summary["loss/eval"])
     key = "gradient/theory_correlation"
     assert table[f"first/{key}"][3] == pytest.approx(summary["first"][key])
-    parquet = pd.read_parquet(result.files["parquet"])
-    pd.testing.assert_frame_equal(
-        parquet[["loss/eval", "task.alpha"]], table[["loss/eval", "task.alpha"]]
-    )
     pictures = [path for name, path in result.files.items() if path.suffix == ".png"]
     assert len(pictures) == 2
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
@@ -412,7 +408,7 @@ def test_a_failing_member_is_reported_and_stops_no_other(
         page.count('<figure class="card"><img alt=') == len(list((out / "figures").iterdir())) > 0
     )
     assert "the loss became inf at step 0" in page
-    (out / "results.parquet").write_bytes(b"no table")
+    (out / "results.csv").write_bytes(b"no table")
     assert main(["report", str(out)]) == 0
     assert "the sweep has no pictures: " in (out / "comparison.html").read_text(encoding="utf-8")
 
@@ -450,33 +446,33 @@ def test_members_that_were_sent_back_are_as_if_written_here(
     assert sent.finished == 2
 
 
-def test_archives_with_paths_that_lead_out_are_not_unpacked(tmp_path: Path) -> None:
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "a").write_text("1")
-    (tmp_path / "run" / "link").symlink_to("/etc/passwd")
-    unpack(pack(tmp_path / "run"), tmp_path / "copy")
-    assert [
-        p.relative_to(tmp_path / "copy").as_posix() for p in (tmp_path / "copy").rglob("*")
-    ] == [
-        "model",
-        "model/a",
-    ]
-    link = tarfile.TarInfo("inside")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    for entry in (tarfile.TarInfo("../out"), tarfile.TarInfo("/tmp/out"), link):
+def test_archives_hold_regular_files_below_their_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copy, bad = tmp_path / "run", tmp_path / "copy", tmp_path / "bad"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "a").write_text("1")
+    (run / "link").symlink_to("/etc/passwd")
+    copy.mkdir()
+    (copy / "model").symlink_to(tmp_path)  # replaced, not followed
+    unpack(pack(run), copy)
+    assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*")) == ["model", "model/a"]
+    assert not (tmp_path / "a").exists()
+    link, folder = tarfile.TarInfo("inside"), tarfile.TarInfo("folder")
+    link.type, link.linkname, folder.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.DIRTYPE
+    for entry in (tarfile.TarInfo("../out"), link, folder):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            archive.addfile(tarfile.TarInfo("good"))
             archive.addfile(entry)
         with pytest.raises(RunFolderError, match="not unpacked"):
-            unpack(buffer.getvalue(), tmp_path / "bad")
-        assert not (tmp_path / "bad").exists()
-    # A link that lies there already leads out as well.
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "model").symlink_to(tmp_path / "run")
-    with pytest.raises(RunFolderError, match="not unpacked"):
-        unpack(pack(tmp_path / "run"), tmp_path / "there")
+            unpack(buffer.getvalue(), bad)
+    monkeypatch.setattr("mechcausal.sweeps.archive.MAX_BYTES", 0)
+    with pytest.raises(RunFolderError, match="not unpacked: more than 0 bytes"):
+        unpack(pack(run), bad)
     with pytest.raises(RunFolderError, match="cannot be read"):
-        unpack(b"no archive", tmp_path / "bad")
+        unpack(b"no archive", bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "run"]
 
 
 def schema() -> object:
