@@ -50,7 +50,7 @@ def matrices_of(recipe: Recipe, seed: int) -> dict[str, np.ndarray]:
     """Random attention and gradients, or scores of heads, of the right shapes."""
     generator = np.random.default_rng(seed)
     if recipe.task.kind == "repeated_tokens":
-        kinds = ("induction", "previous_token", "duplicate_token")
+        kinds = ("prefix_matching", "previous_token", "duplicate_token")
         return {f"heads/{kind}": generator.random((2, 2), dtype=np.float32) for kind in kinds}
     length = recipe.build_graph().sequence_length
     n_heads = recipe.model.heads[0] if recipe.model.kind == "disentangled" else 1
@@ -99,7 +99,7 @@ def history_of(steps: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:
         }
         if recipe.task.kind == "repeated_tokens":
             row |= {"loss/chance": 2.0, "loss/second_copy": 1.0 - share / 2}
-            row |= {f"heads/L0H{head}/induction": share * head for head in range(2)}
+            row |= {f"heads/L0H{head}/prefix_matching": share * head for head in range(2)}
         else:
             row |= {"loss/bayes": 1.0, "loss/gap": 0.9 - share, "graph/recovered": share}
             row |= {"loss/construction": 1.2, "loss/construction_gap": 0.7 - share}

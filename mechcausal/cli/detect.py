@@ -139,7 +139,7 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     )
     table.add_column("head", no_wrap=True)
     for heading in (
-        "induction",
+        "prefix",
         "control",
         "previous",
         "dupl.",
@@ -152,7 +152,7 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
     for row in listed:
         table.add_row(
             f"{row['layer']}.{row['head']}",
-            f"{_number(row['induction'])} ±{_number(row['induction_stderr'])}",
+            f"{_number(row['prefix_matching'])} ±{_number(row['prefix_matching_stderr'])}",
             _number(row["positional_control"]),
             _number(row["previous_token"]),
             _number(row["duplicate_token"]),
@@ -163,7 +163,7 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
         )
     console.print(table)
     uniform = _number(rows[0]["uniform_baseline"])
-    console.print(f"uniform attention scores {uniform} as induction")
+    console.print(f"uniform attention scores {uniform} as prefix matching")
     if len(listed) < len(rows):
         console.print(f"{len(rows) - len(listed)} more heads without a verdict: --all shows them")
     if detection.in_context is not None:

@@ -131,7 +131,7 @@ class Watched:
             )
 
     def _heads(self, height: int) -> Iterator[Part]:
-        """The heads with the largest induction scores."""
+        """The heads with the most prefix matching."""
         matrices = [self.progress.matrices.get(f"heads/{kind}") for kind in HEAD_SCORES]
         if matrices[0] is None:
             return

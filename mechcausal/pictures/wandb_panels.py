@@ -35,7 +35,7 @@ _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
         lambda r: interactive.gradient_scatter(r, _first(r)),
         "gradient/pattern",
     ),
-    ("heads", interactive.heads, "heads/induction"),
+    ("heads", interactive.heads, "heads/prefix_matching"),
     *(
         (name, getattr(interactive, name), None)
         for name in ("loss", "recovery", "correlations", "formation")
@@ -61,7 +61,7 @@ def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:
             panels[f"panels/{name}"] = portable(figure)
     if "attention/layer0" in matrices and run.truth.any():
         panels["panels/edges"] = edge_table(run)
-    if "heads/induction" in matrices:
+    if "heads/prefix_matching" in matrices:
         panels["panels/head_scores"] = head_table(run)
     if page is not None and page.is_file():
         panels["panels/page"] = page
@@ -114,7 +114,7 @@ def head_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
         run: a run on repeated tokens.
         most_rows: maximum number of rows; steps are thinned evenly to fit.
     """
-    shape = run.frame()[1]["heads/induction"].shape
+    shape = run.frame()[1]["heads/prefix_matching"].shape
     layers, heads = (index.ravel() for index in np.indices(shape))
     tables = []
     for step in thinned(run.steps, max(2, most_rows // max(layers.size, 1))):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechcausal.records.run_folder import MATRICES_FILE, MATRICES_FOLDER
+from mechcausal.records.run_folder import MATRICES_FILE, MATRICES_FOLDER, current_name
 
 Matrices = Mapping[str, np.ndarray]
 
@@ -96,7 +96,7 @@ def _read(path: Path, prefix: str = "", *, of_steps: bool = True) -> dict[str, n
     try:
         with safe_open(path, framework="numpy") as tensors:
             return {
-                name.removeprefix(prefix): tensors.get_tensor(name)
+                current_name(name.removeprefix(prefix)): tensors.get_tensor(name)
                 for name in tensors.keys()  # noqa: SIM118 (no mapping)
                 if name.startswith(prefix) and (of_steps or not _step_of(name))
             }

@@ -12,6 +12,7 @@ wandb/             the W&B run, one fragment for the start and for every resume
 
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -135,8 +136,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Value]]:
     for number, values in enumerate(read_json_lines(path), start=1):
         if not _is_count(values.get(STEP)):
             raise ValueError(f"{path}, line {number}: not a row of figures")
-        rows.append({name: finite(value) for name, value in values.items() if _is_figure(value)})
+        figures = {name: value for name, value in values.items() if _is_figure(value)}
+        rows.append({current_name(name): finite(value) for name, value in figures.items()})
     return rows
+
+
+def current_name(name: str) -> str:
+    """Today's name of a figure or matrix: older runs called a head's prefix matching `induction`.
+
+    >>> current_name("heads/L0H1/induction")
+    'heads/L0H1/prefix_matching'
+    """
+    return re.sub(r"^(heads/(?:\w+/)?)induction$", r"\1prefix_matching", name)
 
 
 def _is_figure(value: object) -> bool:

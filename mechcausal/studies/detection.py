@@ -142,7 +142,7 @@ def detect(
 
 
 def draw_heatmap(detection: Detection, path: Path) -> None:
-    """Induction, previous-token and duplicate-token scores by layer and head, as a PNG file."""
+    """The scores of all heads by layer and head, as a PNG file."""
     scores = detection.scores
     panels = {
         name.replace("_", " "): getattr(scores, name).float().cpu().numpy() for name in HEAD_SCORES
@@ -180,7 +180,7 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
     frame["verdict"] = [", ".join(names) for names in frame["verdict"]]
     rows: dict[str, Any] = {"heads": wandb.Table(dataframe=frame)}
     best = content["heads"][0]
-    rows |= {f"best/{key}": best[key] for key in ("layer", "head", "induction")}
+    rows |= {f"best/{key}": best[key] for key in ("layer", "head", "prefix_matching")}
     if detection.in_context is not None:
         rows["in_context_gain"] = detection.in_context.in_context_gain
     for effect in detection.ablations or ():

@@ -73,7 +73,7 @@ class Formation:
 def track_formation(
     checkpoints: Iterable[tuple[int, nn.Module | HeadScores]],
     *,
-    score: str = "induction",
+    score: str = "prefix_matching",
     threshold: float = 0.4,
     axis: Axis = "step",
     confidence: float = 0.95,

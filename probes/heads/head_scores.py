@@ -60,7 +60,7 @@ def score_heads(
     By default the tokens are random blocks repeated twice, of about five repeat lengths R, and
     controls of the same shape do not repeat. With attention A and q over the second copy:
 
-    - induction: `mean_q A[q, q-R+1]`; positional control: the same entries on the controls;
+    - prefix matching: `mean_q A[q, q-R+1]`; positional control: the same entries on the controls;
     - duplicate token: `mean_q A[q, q-R]`, with the same kind of control;
     - previous token: mean of `A[q, q-1]` over all q >= 1;
     - positional: `max over d >= 2 of mean_q A[q, q-d]` on the controls, without keys at position 0.
@@ -98,7 +98,7 @@ def score_heads(
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> scores = score_heads(model, n_sequences=8)
-    >>> scores.induction.shape, scores.heads("induction")
+    >>> scores.prefix_matching.shape, scores.heads("induction")
     (torch.Size([1, 2]), [])
     """
     if not 0 < threshold <= 1:
@@ -120,7 +120,7 @@ def score_heads(
         for stimulus in stimuli:
             scan.add(model, stimulus, max_batch_bytes)
     uniform = {name: torch.cat(values).nanmean() for name, values in scan.uniform.items()}
-    if uniform["induction"].isnan():
+    if uniform["prefix_matching"].isnan():
         raise ProbeError("no token recurs in the sequences given: there is nothing to score")
     results: dict[str, Tensor] = {}
     for name, readings in scan.readings.items():
@@ -130,25 +130,25 @@ def score_heads(
         results[f"{name}_stderr"] = scores.stderr("batch").values
     by_offset = _positional(scan.offsets, threshold)
     results["positional"], results["positional_offset"], results["positional_uniform"] = by_offset
-    induction = results["induction"]
+    prefix_matching = results["prefix_matching"]
     for name, field in (
-        ("induction", "uniform_baseline"),
+        ("prefix_matching", "uniform_baseline"),
         ("previous_token", "previous_token_uniform"),
         ("duplicate_token", "duplicate_token_uniform"),
     ):
-        results[field] = uniform[name].to(induction).expand_as(induction).clone()
+        results[field] = uniform[name].to(prefix_matching).expand_as(prefix_matching).clone()
     return HeadScores(
         layers=layers,
         n_layers=config.n_layers,
         sequences=sum(len(stimulus.tokens) for stimulus in stimuli),
         threshold=threshold,
-        copying=_copying(model, induction),
+        copying=_copying(model, like=prefix_matching),
         **results,
     )
 
 
 _MASKS = {
-    "induction": prefix_matching_mask,
+    "prefix_matching": prefix_matching_mask,
     "previous_token": previous_token_mask,
     "duplicate_token": duplicate_token_mask,
 }
@@ -185,22 +185,19 @@ class _Scan:
             text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
             with attach(model, InductionScores(attention_mask=text)) as (scores,):
                 run(model, tokens, real)
-            reading = scores.reading()
-            self._add("induction", reading.sel(score="prefix_matching"))
-            self._add("previous_token", reading.sel(score="previous_token"))
-            self._add("duplicate_token", reading.sel(score="duplicate_token"))
             for name, mask in _MASKS.items():
+                self._add(name, scores.reading().sel(score=name))
                 by_chance = uniform_baseline(
                     mask(tokens, real), causal=self._causal, attention_mask=real
                 )
                 self.uniform.setdefault(name, []).append(by_chance)
-            induction, duplicate = (
+            prefix_matching, duplicate = (
                 AttentionTo(None, mask(tokens, real) & ~mask(control, real), attention_mask=text)
                 for mask in (prefix_matching_mask, duplicate_token_mask)
             )
-            with attach(model, induction, duplicate, offsets):
+            with attach(model, prefix_matching, duplicate, offsets):
                 run(model, control, real)
-            self._add("positional_control", induction.reading())
+            self._add("positional_control", prefix_matching.reading())
             self._add("duplicate_control", duplicate.reading())
         sums = offsets.reading().values * offsets.batches
         self.offsets.append((sums, *self._reference(stimulus)))
@@ -263,9 +260,9 @@ def _positional(
     return values, best + 2, (uniform / count)[best + 2]
 
 
-def _copying(model: nn.Module, induction: Tensor) -> Float[Tensor, "layer head"]:
+def _copying(model: nn.Module, *, like: Tensor) -> Float[Tensor, "layer head"]:
     """Copying scores; NaN if the model has none, as when it predicts another vocabulary."""
     try:
-        return copying_scores(model, max_tokens=COPYING_TOKENS).to(induction)
+        return copying_scores(model, max_tokens=COPYING_TOKENS).to(like)
     except ProbeError:
-        return torch.full_like(induction, torch.nan)
+        return torch.full_like(like, torch.nan)

@@ -17,8 +17,8 @@ from probes.reading.hook_names import Head
 Verdict: TypeAlias = Literal["induction", "previous_token", "duplicate_token", "positional"]
 
 COLUMNS = (
-    "induction",
-    "induction_stderr",
+    "prefix_matching",
+    "prefix_matching_stderr",
     "positional_control",
     "previous_token",
     "duplicate_token",
@@ -42,7 +42,7 @@ _MORE_COLUMNS = (
 
 # The field with the score of uniform attention, by score.
 _UNIFORM = {
-    "induction": "uniform_baseline",
+    "prefix_matching": "uniform_baseline",
     "positional_control": "uniform_baseline",
     "previous_token": "previous_token_uniform",
     "duplicate_token": "duplicate_token_uniform",
@@ -63,8 +63,8 @@ class HeadScores:
     attention on the same sequences. (At 0.4 the second condition matters only if `uniform` exceeds
     1/4: in short sequences, or with few different tokens.) The verdict is
 
-    - `induction` if `induction` reaches the threshold, is at least twice `positional_control`, and
-      exceeds it by more than three standard errors;
+    - `induction` if `prefix_matching` reaches the threshold, is at least twice
+      `positional_control`, and exceeds it by more than three standard errors;
     - `duplicate_token` likewise, with `duplicate_control`;
     - `previous_token` if `previous_token` reaches the threshold;
     - `positional` if `positional` reaches the threshold: the head attends a fixed number of
@@ -76,7 +76,7 @@ class HeadScores:
         n_layers: number of layers of the model.
         sequences: number of repeated sequences scored; the controls were as many.
         threshold: the score at which a head gets a verdict.
-        induction: attention to the position after the token's earlier occurrence.
+        prefix_matching: attention to the position after the token's earlier occurrence.
         positional_control: attention to the same positions in sequences that do not repeat.
         previous_token: attention to the position before.
         duplicate_token: attention to the token's earlier occurrence.
@@ -85,7 +85,7 @@ class HeadScores:
             that do not repeat; NaN if the sequences are too short. It has no standard error.
         positional_offset: that offset, in positions back (0 if `positional` is NaN).
         copying: `copying_score` of the head's OV circuit, in [-1, 1]; depends on weights alone.
-        uniform_baseline: the `induction` score of uniform attention.
+        uniform_baseline: the `prefix_matching` score of uniform attention.
         previous_token_uniform: the `previous_token` score of uniform attention.
         duplicate_token_uniform: the `duplicate_token` score of uniform attention.
         positional_uniform: mean uniform attention at `positional_offset`.
@@ -100,7 +100,8 @@ class HeadScores:
     >>> scores = score_heads(HookedTransformer({**sizes, "attn_only": True, "device": "cpu"}))
     >>> scores
     HeadScores(1 layers × 2 heads, 32 sequences: no head reaches 0.4)
-    >>> scores.top("induction", 1) == [max(scores.verdicts, key=lambda h: scores.induction[h])]
+    >>> best = scores.top("prefix_matching", 1)[0]
+    >>> bool(scores.prefix_matching[best] == scores.prefix_matching.max())
     True
     """
 
@@ -108,8 +109,8 @@ class HeadScores:
     n_layers: int
     sequences: int
     threshold: float
-    induction: Float[Tensor, "layer head"]
-    induction_stderr: Float[Tensor, "layer head"]
+    prefix_matching: Float[Tensor, "layer head"]
+    prefix_matching_stderr: Float[Tensor, "layer head"]
     positional_control: Float[Tensor, "layer head"]
     positional_control_stderr: Float[Tensor, "layer head"]
     previous_token: Float[Tensor, "layer head"]
@@ -129,13 +130,13 @@ class HeadScores:
     @property
     def n_heads(self) -> int:
         """Number of heads of a layer."""
-        return self.induction.shape[1]
+        return self.prefix_matching.shape[1]
 
     @cached_property
     def verdicts(self) -> Mapping[Head, tuple[Verdict, ...]]:
         """The verdicts on every (layer, head); empty for a head that reaches no threshold."""
         applies: dict[Verdict, Tensor] = {
-            "induction": self._above_control("induction", "positional_control"),
+            "induction": self._above_control("prefix_matching", "positional_control"),
             "previous_token": self.reaches("previous_token", self.threshold),
             "duplicate_token": self._above_control("duplicate_token", "duplicate_control"),
             "positional": self.reaches("positional", self.threshold),
@@ -171,8 +172,9 @@ class HeadScores:
 
     def heads(self, verdict: Verdict) -> list[Head]:
         """The heads with this verdict, as (layer, head), the highest score first."""
-        named = [head for head, verdicts in self.verdicts.items() if verdict in verdicts]
-        return [head for head in self.top(verdict, len(self.verdicts)) if head in named]
+        score = "prefix_matching" if verdict == "induction" else verdict
+        ranked = self.top(score, len(self.verdicts))
+        return [head for head in ranked if verdict in self.verdicts[head]]
 
     def top(self, score: str, n: int) -> list[Head]:
         """The n heads that are highest in a score, as (layer, head); NaN comes last.
@@ -187,7 +189,7 @@ class HeadScores:
         return [(self.layers[i // self.n_heads], i % self.n_heads) for i in order]
 
     def to_dict(self, model: str = "") -> dict[str, Any]:
-        """Plain numbers, ready for JSON; heads sorted by induction score, the highest first.
+        """Plain numbers, ready for JSON; heads sorted by prefix matching, the highest first.
 
         Keys: `model`, `n_layers`, `n_heads`, `sequences`, `threshold`, `heads`; each head has
         `layer`, `head`, the scores in `COLUMNS`, `verdict`. NaN becomes None.
@@ -212,7 +214,7 @@ class HeadScores:
         return json.dumps(self.to_dict(model), indent=2, allow_nan=False)
 
     def to_frame(self) -> Any:
-        """A pandas frame with one row per head, the highest induction score first.
+        """A pandas frame with one row per head, the highest prefix matching first.
 
         Columns: those of a head in `to_dict`, then the remaining scores; `verdict` is a list.
         """
@@ -229,7 +231,7 @@ class HeadScores:
                 **{name: rows[self.layers.index(layer)][head] for name, rows in values.items()},
                 "verdict": list(self.verdicts[layer, head]),
             }
-            for layer, head in self.top("induction", len(self.verdicts))
+            for layer, head in self.top("prefix_matching", len(self.verdicts))
         ]
 
     def __repr__(self) -> str:

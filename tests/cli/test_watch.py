@@ -140,7 +140,7 @@ def test_all_heads_where_there_is_room_else_the_largest() -> None:
 def test_repeated_tokens_show_their_best_heads() -> None:
     recipe = heads_recipe()
     scores = torch.tensor([[0.1, 0.9], [0.4, float("nan")]])
-    matrices = {"heads/induction": scores, "heads/previous_token": 1 - scores}
+    matrices = {"heads/prefix_matching": scores, "heads/previous_token": 1 - scores}
     lines = lines_of(recipe, progress_of(recipe, matrices=matrices))
     start = next(i for i, line in enumerate(lines) if line.startswith("head"))
     assert [line.split()[0] for line in lines[start + 1 : start + 5]] == [
@@ -151,7 +151,7 @@ def test_repeated_tokens_show_their_best_heads() -> None:
     ]
     assert "0.90" in lines[start + 1]
     assert "0.10" in lines[start + 1]
-    many = {"heads/induction": torch.rand(10, 12)}
+    many = {"heads/prefix_matching": torch.rand(10, 12)}
     assert "the best 8 of 120 heads" in "\n".join(
         lines_of(recipe, progress_of(recipe, matrices=many))
     )

@@ -67,7 +67,7 @@ def test_every_picture_is_drawn_for_every_graph(recipe: Recipe) -> None:
 def test_heads_are_drawn_for_repeated_tokens() -> None:
     run = run_of(heads_recipe())
     figure = plot.heads(run, 13)
-    assert np.array_equal(figure.data[0].z, run.frames[13]["heads/induction"])
+    assert np.array_equal(figure.data[0].z, run.frames[13]["heads/prefix_matching"])
     assert len(plot.head_scores(run).data) == 2
     for draw in (plot.causal_graph, plot.attention):
         with pytest.raises(RunDataError, match="no matrix attention/layer0"):

@@ -139,7 +139,7 @@ def test_tables_leave_out_steps_before_they_grow_too_large() -> None:
     assert len(heads) == 8
     assert set(heads.columns) == {
         *("step", "layer", "head"),
-        *("induction", "previous token", "duplicate token"),
+        *("prefix matching", "previous token", "duplicate token"),
     }
 
 

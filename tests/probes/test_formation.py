@@ -21,9 +21,9 @@ def along(model: HookedTransformer) -> Callable[[list[int], Tensor], list[tuple[
     def along(steps: list[int], curve: Tensor) -> list[tuple[int, HeadScores]]:
         checkpoints = []
         for step, value in zip(steps, curve, strict=True):
-            induction = torch.full((2, 2), 0.1)
-            induction[1, 0] = value
-            checkpoints.append((step, dataclasses.replace(template, induction=induction)))
+            scores = torch.full((2, 2), 0.1)
+            scores[1, 0] = value
+            checkpoints.append((step, dataclasses.replace(template, prefix_matching=scores)))
         return checkpoints
 
     return along
@@ -114,7 +114,7 @@ def test_the_frame_is_long(along):
     assert len(frame) == 4 * len(steps)
     head = frame[(frame["layer"] == 1) & (frame["head"] == 0)]
     assert list(head["step"]) == steps
-    assert head["induction"].iloc[-1] > 0.8
+    assert head["prefix_matching"].iloc[-1] > 0.8
     assert (head["first_crossing"] == 500).all()
 
 

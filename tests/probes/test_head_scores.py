@@ -30,7 +30,7 @@ class TestWiredModels:
         scores = score_heads(wiring.model, n_sequences=10)
         assert {head: v for head, v in scores.verdicts.items() if v} == wiring.verdicts
         assert scores.positional_offset[wiring.positional] == wiring.offset
-        assert scores.induction[wiring.induction] > 0.8
+        assert scores.prefix_matching[wiring.induction] > 0.8
         assert scores.copying[wiring.induction] == pytest.approx(1.0, abs=1e-4)
 
     @pytest.mark.parametrize("seed", range(5))
@@ -49,7 +49,7 @@ class TestWiredModels:
         look_back(model, (1, 2), 5)
         look_back(model, (0, 1), 6)
         scores = score_heads(model, repeat_lengths=(6,))
-        close(scores.induction[1, 2], torch.tensor(1.0))
+        close(scores.prefix_matching[1, 2], torch.tensor(1.0))
         close(scores.positional_control[1, 2], torch.tensor(1.0))
         close(scores.duplicate_token[0, 1], torch.tensor(1.0))
         close(scores.duplicate_control[0, 1], torch.tensor(1.0))
@@ -96,7 +96,7 @@ class TestWiredModels:
     def test_uniform_heads_score_the_baseline(self):
         model = blank(1, 3, noise=0.0)
         scores = score_heads(model)
-        close(scores.induction, scores.uniform_baseline)
+        close(scores.prefix_matching, scores.uniform_baseline)
         close(scores.positional_control, scores.uniform_baseline)
 
 
@@ -126,7 +126,7 @@ def test_every_number_against_a_loop(build: Build, bos: int | None):
         assert stimulus.tokens.shape == stimulus.control.shape
         assert all(len(set(row)) == len(row) for row in stimulus.control.tolist())
         for name, values in {
-            "induction": _at(repeated, second, length - 1),
+            "prefix_matching": _at(repeated, second, length - 1),
             "positional_control": _at(control, second, length - 1),
             "duplicate_token": _at(repeated, second, length),
             "duplicate_control": _at(control, second, length),
@@ -156,15 +156,15 @@ def test_batches_do_not_change_the_result(model: HookedTransformer):
     model.double()  # float32 products depend on the size of the batch
     whole = score_heads(model, n_sequences=11)
     one_by_one = score_heads(model, n_sequences=11, max_batch_bytes=1)
-    close(whole.induction, one_by_one.induction)
+    close(whole.prefix_matching, one_by_one.prefix_matching)
     close(whole.positional, one_by_one.positional)
-    close(whole.induction_stderr, one_by_one.induction_stderr)
+    close(whole.prefix_matching_stderr, one_by_one.prefix_matching_stderr)
 
 
 def test_the_generator_decides(model: HookedTransformer):
     def score(seed: int | None) -> Tensor:
         source = None if seed is None else torch.Generator().manual_seed(seed)
-        return score_heads(model, generator=source).induction
+        return score_heads(model, generator=source).prefix_matching
 
     assert torch.equal(score(1), score(1))
     assert torch.equal(score(None), score(None))
@@ -217,8 +217,8 @@ class TestExport:
         assert list(heads[0]) == [
             "layer",
             "head",
-            "induction",
-            "induction_stderr",
+            "prefix_matching",
+            "prefix_matching_stderr",
             "positional_control",
             "previous_token",
             "duplicate_token",
@@ -230,8 +230,8 @@ class TestExport:
             "verdict",
         ]
         assert sorted((head["layer"], head["head"]) for head in heads) == list(scores.verdicts)
-        inductions = [head["induction"] for head in heads]
-        assert inductions == sorted(inductions, reverse=True)
+        ranked = [head["prefix_matching"] for head in heads]
+        assert ranked == sorted(ranked, reverse=True)
         for head in heads:
             place = head.pop("layer"), head.pop("head")
             assert head.pop("verdict") == list(scores.verdicts[place])
@@ -243,7 +243,7 @@ class TestExport:
         scores = score_heads(model)
         frame = scores.to_frame()
         assert len(frame) == 4
-        assert frame["induction"].is_monotonic_decreasing
+        assert frame["prefix_matching"].is_monotonic_decreasing
         row = frame.set_index(["layer", "head"]).loc[(1, 0)]
         assert row["positional_offset"] == scores.positional_offset[1, 0]
         assert row["verdict"] == list(scores.verdicts[1, 0])
@@ -251,18 +251,18 @@ class TestExport:
     def test_what_cannot_be_measured_is_null(self, build: Build):
         scores = score_heads(build(d_vocab_out=5), n_sequences=1)
         row = scores.to_dict()["heads"][0]
-        assert row["induction_stderr"] is None
+        assert row["prefix_matching_stderr"] is None
         assert row["copying"] is None
-        assert math.isfinite(row["induction"])
+        assert math.isfinite(row["prefix_matching"])
         json.loads(scores.to_json())
 
     def test_top_and_heads_are_sorted_and_checked(self):
         wiring = planted(0)
         scores = score_heads(wiring.model, n_sequences=5)
-        assert set(scores.top("induction", 2)) == {wiring.induction, wiring.useless}
+        assert set(scores.top("prefix_matching", 2)) == {wiring.induction, wiring.useless}
         assert set(scores.heads("previous_token")) == {wiring.partner, wiring.previous}
         assert f"{wiring.positional[0]}.{wiring.positional[1]} positional" in repr(scores)
-        with pytest.raises(ValueError, match="no score 'fame'; there are induction, "):
+        with pytest.raises(ValueError, match="no score 'fame'; there are prefix_matching, "):
             scores.top("fame", 1)
 
 
@@ -283,7 +283,7 @@ class TestStimuli:
     def test_a_small_vocabulary_leaves_coincidences_out_of_the_control(self, build: Build):
         for vocab in (2, 3, 4):
             scores = score_heads(build(d_vocab=vocab), n_sequences=5)
-            assert scores.induction.isfinite().all()
+            assert scores.prefix_matching.isfinite().all()
 
     def test_bos_is_what_the_tokenizer_says(self, build: Build):
         model: Any = build()
@@ -373,7 +373,7 @@ def test_a_bridge_scores_as_the_hooked_transformer_with_the_same_weights(tmp_pat
     ):
         assert ours.pop("verdict") == theirs.pop("verdict")
         assert ours == pytest.approx(theirs, abs=1e-4)
-    assert direct.induction.std() > 1e-3
+    assert direct.prefix_matching.std() > 1e-3
     assert modes == [module.training for module in bridge.original_model.modules()]
     bridge.tokenizer = None
     assert bos_token(bridge) == 7

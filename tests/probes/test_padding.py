@@ -150,9 +150,9 @@ def test_a_bos_that_is_the_padding_token_stays(model: Any) -> None:
 
 def same(left: Any, right: Any) -> None:
     for name in (
-        *("induction", "positional_control", "previous_token", "duplicate_token"),
+        *("prefix_matching", "positional_control", "previous_token", "duplicate_token"),
         *("duplicate_control", "positional", "positional_offset", "uniform_baseline"),
-        *("induction_stderr", "duplicate_control_stderr"),
+        *("prefix_matching_stderr", "duplicate_control_stderr"),
     ):
         close(getattr(left, name), getattr(right, name), equal_nan=True)
 
@@ -176,7 +176,7 @@ def test_sequences_of_several_lengths_score_alike_on_both_sides(unknowing: Any) 
     )
     same(left, right)
     expected = alone(unknowing, SOMETHING_RECURS)
-    close(left.induction, expected[0].mean(1))
+    close(left.prefix_matching, expected[0].mean(1))
     close(left.previous_token, expected[1].mean(1))
     close(left.duplicate_token, expected[2].mean(1))
 

@@ -27,7 +27,14 @@ from tests.studies.test_targets import LEAN
 
 KEYS = ["model", "n_layers", "n_heads", "sequences", "threshold", "heads"]
 HEAD_KEYS = [
-    *("layer", "head", "induction", "induction_stderr", "positional_control", "previous_token"),
+    *(
+        "layer",
+        "head",
+        "prefix_matching",
+        "prefix_matching_stderr",
+        "positional_control",
+        "previous_token",
+    ),
     *("duplicate_token", "copying", "uniform_baseline"),
     *("duplicate_control", "positional", "positional_offset", "verdict"),
 ]
@@ -145,7 +152,7 @@ def test_every_kind_of_target_is_scored(as_json, target: str) -> None:
     content = as_json(target)
     assert content["model"] == target
     assert len(content["heads"]) == content["n_layers"] * content["n_heads"]
-    assert all(0 <= row["induction"] <= 1 for row in content["heads"])
+    assert all(0 <= row["prefix_matching"] <= 1 for row in content["heads"])
 
 
 def test_a_checkpoint_of_a_run_is_scored(as_json) -> None:
@@ -164,7 +171,7 @@ def test_json_has_the_keys_of_the_documentation(as_json) -> None:
     assert set(content["in_context"]) == {"loss", "repeat_length", "gain"}
     for row in content["heads"]:
         assert list(row) == HEAD_KEYS
-    scores = [row["induction"] for row in content["heads"]]
+    scores = [row["prefix_matching"] for row in content["heads"]]
     assert scores == sorted(scores, reverse=True)
     assert (content["sequences"], content["threshold"]) == (32, 0.4)
 
@@ -184,7 +191,7 @@ def test_json_has_more_keys_only_where_they_were_asked_for(as_json) -> None:
 
 def test_one_sequence_has_no_standard_error(as_json) -> None:
     content = as_json("wired", "--sequences", "1", "--ablate")
-    assert {row["induction_stderr"] for row in content["heads"]} == {None}
+    assert {row["prefix_matching_stderr"] for row in content["heads"]} == {None}
     assert {row["stderr"] for row in content["ablations"]} <= {None}
 
 
@@ -197,7 +204,7 @@ def test_csv_has_a_row_for_every_head(command: Command, as_json) -> None:
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected, strict=True):
         assert (int(row["layer"]), int(row["head"])) == (other["layer"], other["head"])
-        assert float(row["induction"]) == pytest.approx(other["induction"])
+        assert float(row["prefix_matching"]) == pytest.approx(other["prefix_matching"])
         for verdict in other["verdict"]:
             assert verdict in row["verdict"]
 
@@ -222,8 +229,8 @@ def test_every_verdict_has_the_columns_it_rests_on(
     command: Command, as_json, wiring: Planted
 ) -> None:
     _, output, _ = command("wired")
-    heading = next(line for line in output.splitlines() if "induction" in line and "head" in line)
-    for column in ("induction", "previous", "dupl.", "positional", "copying", "verdict"):
+    heading = next(line for line in output.splitlines() if "prefix" in line)
+    for column in ("prefix", "previous", "dupl.", "positional", "copying", "verdict"):
         assert column in heading
     assert heading.count("control") == 2
     rows = {(row["layer"], row["head"]): row for row in as_json("wired")["heads"]}
@@ -285,7 +292,7 @@ def test_wandb_gets_a_run_inside_the_run_folder(command: Command, folder: Path) 
     assert count_wandb_rows(run) == 1
     (table,) = (run / "files" / "media" / "table").rglob("*.table.json")
     content = json.loads(table.read_text())
-    assert content["columns"][:3] == ["layer", "head", "induction"]
+    assert content["columns"][:3] == ["layer", "head", "prefix_matching"]
     assert len(content["data"]) == 4
     assert list((run / "files" / "media" / "images").rglob("*.png"))
 

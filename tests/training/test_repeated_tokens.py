@@ -34,7 +34,7 @@ FIGURES = {
     *("induction/score", "induction/prefix_matching", "induction/positional_control"),
     *("induction/copying", "induction/formation_step"),
 }
-KINDS = ("induction", "previous_token", "duplicate_token")
+KINDS = ("prefix_matching", "previous_token", "duplicate_token")
 
 
 def tiny(**overrides: Any) -> Recipe:
@@ -233,7 +233,7 @@ def test_observation_has_the_figures_of_the_charts() -> None:
         matrix = observation.matrices[f"heads/{kind}"]
         assert matrix.shape == (2, 2)
         assert matrix[1, 0].item() == observation.figures[f"heads/L1H0/{kind}"]
-    best = observation.matrices["heads/induction"].max().item()
+    best = observation.matrices["heads/prefix_matching"].max().item()
     assert observation.figures["induction/prefix_matching"] == best
 
 
@@ -275,7 +275,7 @@ def test_the_run_holds_rows_figures_and_matrices(run: RunResult) -> None:
     assert set(read_summary(run.folder)) >= FIGURES
     assert (run.folder / "figures" / "heads.png").is_file()
     saved = load_file(run.folder / MATRICES_FILE)
-    assert saved["00000004/heads/induction"].shape == (2, 2)
+    assert saved["00000004/heads/prefix_matching"].shape == (2, 2)
     assert load_recipe(run.folder / "recipe.toml") == tiny()
 
 
@@ -318,7 +318,7 @@ def test_the_recipe_grows_an_induction_circuit(tmp_path: Path) -> None:
 
     best = found.scores.heads("induction")[0]
     row = found.scores.layers.index(best[0]), best[1]
-    assert found.scores.induction[row] >= 0.8
+    assert found.scores.prefix_matching[row] >= 0.8
     assert found.scores.positional_control[row] < 0.1
     assert found.in_context is not None
     assert found.in_context.in_context_gain > 2

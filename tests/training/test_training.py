@@ -544,8 +544,8 @@ def test_a_standard_model_with_an_mlp_trains_and_is_looked_at_afterwards(tmp_pat
         assert not target.predicts_every_token
         assert target.bos is None
         detection = detect(target, n_sequences=4, compose=True)
-        assert detection.scores.induction.shape == (2, 1)
-        assert bool(detection.scores.induction.isfinite().all())
+        assert detection.scores.prefix_matching.shape == (2, 1)
+        assert bool(detection.scores.prefix_matching.isfinite().all())
     with pytest.raises(ValueError, match="needs next-token predictions"):
         detect(target, n_sequences=4, ablate=True)
 

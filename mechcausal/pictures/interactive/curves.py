@@ -59,7 +59,7 @@ def composition(run: RunData) -> go.Figure:
     return _picture(run, "composition")
 
 
-def head_scores(run: RunData, kind: str = "induction") -> go.Figure:
+def head_scores(run: RunData, kind: str = "prefix_matching") -> go.Figure:
     """One score of every head of a run on repeated tokens.
 
     Args:

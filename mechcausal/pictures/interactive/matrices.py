@@ -187,7 +187,7 @@ def heads(run: RunData, step: int | None = None) -> go.Figure:
 
 def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
     """One figure per score of `HEAD_SCORES`."""
-    _, matrices = run.frame(step, needs="heads/induction")
+    _, matrices = run.frame(step, needs="heads/prefix_matching")
     figures = []
     for kind in HEAD_SCORES:
         values = matrices[f"heads/{kind}"]

@@ -27,7 +27,7 @@ def frame_captions(run: RunData, step: int) -> dict[str, str]:
         captions["scatter"] = _scatter(row)
     if "attention/examples" in matrices and run.examples is not None:
         captions["examples"] = _examples(run, matrices)
-    if "heads/induction" in matrices:
+    if "heads/prefix_matching" in matrices:
         captions["heads"] = _heads(matrices)
     return captions
 

@@ -170,7 +170,7 @@ def _film_panels(
             lambda r: examples_of_heads(r) if r.examples is not None else [],
             "wide",
         ),
-        ("heads", "Scores of every head", "heads/induction", scores_of_heads, "square"),
+        ("heads", "Scores of every head", "heads/prefix_matching", scores_of_heads, "square"),
     ]
     per_step = [frame_captions(run, step) for step in frames["steps"]]
     html = []

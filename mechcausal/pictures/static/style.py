@@ -20,7 +20,7 @@ REFERENCE_GREY = "#8a94a0"
 REFERENCE_DASHES = {"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"}
 """Line styles of losses to compare with, as Plotly names them."""
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-HEAD_SCORES = ("induction", "previous_token", "duplicate_token")
+HEAD_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
 """The scores of a head that pictures show."""
 
 

@@ -89,10 +89,10 @@ class RepeatedTokens(Experiment):
         """Score every head; `induction/score` is the best head's score above chance."""
         scores = self._scores()
         figures = self.losses()
-        best = divmod(int(scores.induction.argmax()), scores.induction.shape[1])
-        score = above_chance(scores.induction, scores.uniform_baseline)[best]
+        best = divmod(int(scores.prefix_matching.argmax()), scores.n_heads)
+        score = above_chance(scores.prefix_matching, scores.uniform_baseline)[best]
         figures["induction/score"] = score.item()
-        figures["induction/prefix_matching"] = scores.induction[best].item()
+        figures["induction/prefix_matching"] = scores.prefix_matching[best].item()
         figures["induction/positional_control"] = scores.positional_control[best].item()
         figures["induction/copying"] = scores.copying[best].item()
         matrices = {}
