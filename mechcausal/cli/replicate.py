@@ -75,9 +75,9 @@ def main(arguments: list[str]) -> int:
         )
     except (ReplicationError, RecipeError, RunFolderError, TrackingError) as error:
         raise RefusedError(str(error)) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("mechcausal: interrupted; finished runs are kept and reused", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "number", 2)
     except OSError as error:
         raise RefusedError(f"{folder}: {error.strerror or error}") from None
     if options.page is not None:

@@ -128,7 +128,7 @@ def run_sweep(
                     lambda lot: _job(lot, wandb_mode, collect),
                     outcomes,
                     progress,
-                    on_progress,
+                    on_progress=on_progress,
                 )
         else:
             write_copy(folder, sweep)
@@ -139,13 +139,40 @@ def run_sweep(
     return SweepResult(folder, members, outcomes, signal, problem, files, warnings)
 
 
+def train_members(
+    members: Sequence[Member],
+    *,
+    workers: int | None = None,
+    on_end: Callable[[Member, Outcome], None] = lambda member, outcome: None,
+) -> int | None:
+    """Train or resume members in processes of this machine, without a sweep around them.
+
+    Args:
+        members: the members; none of them has finished.
+        workers: number of processes; default: as many as the cores allow.
+        on_end: called with each member that ends and its outcome.
+
+    Returns:
+        The signal that stopped the training, or None.
+    """
+    if not members:
+        return None
+    engine = _engine("local", members, workers, None)
+    with engine:
+        lots = _lots(members, engine.n_workers, batch=False)
+        progress = SweepProgress(total=len(members), skipped=0)
+        signal, _ = _run(engine, lots, lambda lot: _job(lot, None, False), {}, progress, on_end)
+    return signal
+
+
 def _run(
     engine: Engine,
     lots: Sequence[list[Member]],
     make_job: Callable[[list[Member]], Job],
     outcomes: dict[str, Outcome],
     progress: SweepProgress,
-    on_progress: Callable[[SweepProgress], None],
+    on_end: Callable[[Member, Outcome], None] = lambda member, outcome: None,
+    on_progress: Callable[[SweepProgress], None] = lambda progress: None,
 ) -> tuple[int | None, str]:
     """Run the lots, up to two per worker at a time; return the stop signal and the problem."""
     pending: dict[Future[Done], list[Member]] = {}
@@ -180,7 +207,9 @@ def _run(
                     continue
                 except Exception as error:  # Dask gives a job up after several tries
                     results = [Outcome("failed", one_line(error))] * len(lot)
-                outcomes |= {m.name: o for m, o in zip(lot, results, strict=True)}
+                for member, outcome in zip(lot, results, strict=True):
+                    outcomes[member.name] = outcome
+                    on_end(member, outcome)
             if engine.is_lost and not any(future.done() for future in pending):
                 problem = problem or engine.problem()
                 break

@@ -1,7 +1,10 @@
 """Every figure of the paper in miniature: the machinery, not the science."""
 
 import json
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -10,9 +13,11 @@ from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.studies.replication import FIGURES, Replication, replicate
 from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
 from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
+from mechcausal.studies.replication.figures import forests
 from mechcausal.studies.replication.page import measured, number, publish
-from mechcausal.studies.replication.runs import Member, run_all
-from mechcausal.studies.rows import Row
+from mechcausal.studies.replication.result import Row
+from mechcausal.studies.replication.runs import Member, Run, run_all
+from mechcausal.support.signals import StopRequested
 from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 from mechcausal.tasks import SingleParentTask
 from tests.oracles import seeded
@@ -38,6 +43,14 @@ def miniature(recipe: Recipe) -> Recipe:
     return recipe.with_overrides(**changes)
 
 
+def quickly(folder: Path, figures: Sequence[str] = (), **options: Any) -> Replication:
+    """A quick replication of miniatures, with two forests."""
+    options = {"workers": 2, "adjust": miniature, **options}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(forests, "N_GRAPHS_QUICK", 2)
+        return replicate(figures, folder=folder, quick=True, wandb_mode="disabled", **options)
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> list[tuple[str, str]]:
     return []
@@ -47,17 +60,15 @@ def outcomes() -> list[tuple[str, str]]:
 def everything(
     tmp_path_factory: pytest.TempPathFactory, outcomes: list[tuple[str, str]]
 ) -> Replication:
-    return replicate(
-        folder=tmp_path_factory.mktemp("replication") / "all",
-        quick=True,
-        workers=2,
-        wandb_mode="disabled",
-        adjust=miniature,
+    return quickly(
+        tmp_path_factory.mktemp("replication") / "all",
         on_done=lambda name, outcome: outcomes.append((name, outcome)),
     )
 
 
-def test_every_figure_has_rows_and_pictures(everything: Replication) -> None:
+def test_every_figure_has_rows_and_pictures(
+    everything: Replication, outcomes: list[tuple[str, str]]
+) -> None:
     assert everything.failed == {}
     for figure in FIGURES:
         assert [row for row in everything.rows if row.figure == figure]
@@ -65,6 +76,8 @@ def test_every_figure_has_rows_and_pictures(everything: Replication) -> None:
         assert pictures
         for path in pictures:
             assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    trained = [name for name, outcome in outcomes if outcome == "trained"]
+    assert len(trained) == len(set(trained))
 
 
 def test_untrained_models_do_not_pass_for_the_paper(everything: Replication) -> None:
@@ -73,99 +86,76 @@ def test_untrained_models_do_not_pass_for_the_paper(everything: Replication) -> 
     assert {"figure2", "figure5", "figure7", "figure8", "figure9", "theory"} <= set(judged)
 
 
-def test_the_table_and_the_page_say_the_same(everything: Replication) -> None:
+def test_table_and_pages_agree(everything: Replication, tmp_path: Path) -> None:
     stored = json.loads((everything.folder / TABLE_FILE).read_text(encoding="utf-8"))
     assert stored == [row.as_json() for row in everything.rows]
     keys = ["figure", "quantity", "paper", "ours", "stderr", "theory", "holds"]
     assert all(list(row) == keys for row in stored)
-    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
-    for row in everything.rows:
-        assert f"| {row.quantity} |" in page
-    for path in everything.pictures.values():
-        assert f"(figures/{path.name})" in page
+    publish(everything, tmp_path / "docs" / "published.md", quick=False)
+    for page, pictures, options in (
+        (everything.folder / PAGE_FILE, "figures", " --quick"),
+        (tmp_path / "docs" / "published.md", "published", ""),
+    ):
+        text = page.read_text(encoding="utf-8")
+        assert f"Made by `mechcausal replicate all{options}`" in text
+        assert all(f"| {row.quantity} |" in text for row in everything.rows)
+        for path in everything.pictures.values():
+            assert f"({pictures}/{path.name})" in text
+            assert (page.parent / pictures / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_published_page_has_its_pictures_beside_it(
-    everything: Replication, tmp_path: Path
-) -> None:
-    publish(everything, tmp_path / "docs" / "replication.md", quick=True)
-    page = (tmp_path / "docs" / "replication.md").read_text(encoding="utf-8")
-    for path in everything.pictures.values():
-        copy = tmp_path / "docs" / "replication" / path.name
-        assert f"(replication/{path.name})" in page
-        assert copy.read_bytes() == path.read_bytes()
-
-
-def test_the_page_names_the_command_that_makes_its_figures(
-    everything: Replication, tmp_path: Path
-) -> None:
-    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
-    assert "Made by `mechcausal replicate all --quick`" in page
-    parts = {("figure2",): "figure2", ("theory", "figure6"): "figure6 theory"}
-    for asked, named in parts.items():
-        part = replicate(
-            asked,
-            folder=everything.folder,
-            quick=True,
-            wandb_mode="disabled",
-            adjust=miniature,
-        )
-        page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
-        assert f"Made by `mechcausal replicate {named} --quick`" in page
-        publish(part, tmp_path / "page.md", quick=False)
-        copy = (tmp_path / "page.md").read_text(encoding="utf-8")
-        assert f"Made by `mechcausal replicate {named}`" in copy
-
-
-def test_a_picture_that_fails_is_a_warning(
+def test_runs_are_found_again_and_a_picture_that_fails_is_a_warning(
     everything: Replication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise ValueError("no such colour")
 
     monkeypatch.setattr("mechcausal.studies.replication.driver._draw", broken)
-    found = replicate(
-        ["theory"], folder=everything.folder, quick=True, wandb_mode="disabled", adjust=miniature
+    progress: list[tuple[str, str]] = []
+    again = quickly(
+        everything.folder,
+        ["figure6", "figure2"],
+        on_done=lambda name, outcome: progress.append((name, outcome)),
     )
-    assert found.warnings == ["theory: not drawn: ValueError: no such colour"]
-    assert found.rows
-    assert not found.failed
+    assert {outcome for _, outcome in progress} == {"reused", "measured"}
+    assert again.rows == [r for r in everything.rows if r.figure in ("figure2", "figure6")]
+    assert not again.failed
+    assert again.warnings == [
+        f"{name}: not drawn: ValueError: no such colour" for name in ("figure2", "figure6")
+    ]
+    page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
+    assert "Made by `mechcausal replicate figure2 figure6 --quick`" in page
 
 
-def test_runs_are_trained_once_and_found_again(
-    everything: Replication, outcomes: list[tuple[str, str]]
-) -> None:
-    trained = [name for name, outcome in outcomes if outcome == "trained"]
-    assert len(trained) == len(set(trained))
-    again: list[tuple[str, str]] = []
-    second = replicate(
-        ["figure2", "figure6"],
-        folder=everything.folder,
-        quick=True,
-        wandb_mode="disabled",
-        adjust=miniature,
-        on_done=lambda name, outcome: again.append((name, outcome)),
-    )
-    assert {outcome for _, outcome in again} == {"reused", "measured"}
-    assert second.rows == [r for r in everything.rows if r.figure in ("figure2", "figure6")]
-
-
-def test_a_run_of_another_recipe_is_left_alone(everything: Replication) -> None:
+def run_of(folder: Path, **changes: object) -> Run:
+    """The run of one member, trained only if the folder has none of this recipe."""
     member = Member("figure2_manual", changes={"training__joint__steps": 2000}, label="short")
-    other = everything.folder / "figure2_manual-short-seed0"
-    before = {path: path.read_bytes() for path in other.glob("*.json*")}
     runs, failed = run_all(
         [member],
-        everything.folder,
+        folder,
         workers=1,
-        adjust=lambda recipe: miniature(recipe).with_overrides(
-            training__joint__lr=0.5, wandb__mode="disabled"
-        ),
+        adjust=lambda recipe: miniature(recipe).with_overrides(wandb__mode="disabled", **changes),
         on_done=lambda name, outcome: None,
     )
     assert failed == {}
-    assert runs[member.name].folder == everything.folder / "figure2_manual-short-seed0-2"
+    return runs[member.name]
+
+
+def test_a_run_of_another_recipe_is_left_alone(everything: Replication) -> None:
+    other = everything.folder / "figure2_manual-short-seed0"
+    before = {path: path.read_bytes() for path in other.glob("*.json*")}
+    changed = run_of(everything.folder, training__joint__lr=0.5)
+    assert changed.folder == everything.folder / "figure2_manual-short-seed0-2"
     assert {path: path.read_bytes() for path in other.glob("*.json*")} == before
+
+
+def test_losses_of_fresh_sequences_name_the_predictors(everything: Replication) -> None:
+    run = run_of(everything.folder)
+    assert run.folder == everything.folder / "figure2_manual-short-seed0"
+    values = losses(run, 20)
+    assert set(values) == {"model", "bayes", "miscounted", "counted"}
+    excess, stderr = sequence_mean(values["miscounted"] - values["bayes"])
+    assert excess > -4 * stderr
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -174,19 +164,25 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
         wild = {"training__joint__lr": 1e9, "training__epsilon": 0.0}
         return small.with_overrides(**wild) if recipe.seed == 1 else small
 
-    found = replicate(
-        ["figure9"],
-        folder=tmp_path,
-        quick=True,
-        workers=2,
-        wandb_mode="disabled",
-        adjust=diverges,
-    )
-    assert "lr 1e+09" in found.failed["figure9_forest-seed1"]
-    assert "a run that it needs failed" in found.failed["figure9"]
-    assert not found.holds
-    assert found.rows == []
+    outcomes: dict[str, str] = {}
+    replication = quickly(tmp_path, ["figure9"], adjust=diverges, on_done=outcomes.__setitem__)
+    assert outcomes["figure9_forest-seed0"] == "trained"
+    assert "lr 1e+09" in replication.failed["figure9_forest-seed1"]
+    assert "a run that it needs failed" in replication.failed["figure9"]
+    assert not replication.holds
+    assert replication.rows == []
     assert "figure9_forest-seed1" in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+
+
+def test_a_stopped_training_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "mechcausal.studies.replication.runs.train_members"
+    monkeypatch.setattr(module, lambda *_, **__: signal.SIGTERM)
+    with pytest.raises(StopRequested, match="finished runs are kept") as caught:
+        quickly(tmp_path, ["figure9"])
+    assert caught.value.number == signal.SIGTERM
+    assert not (tmp_path / TABLE_FILE).exists()
 
 
 def test_an_unknown_figure_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -199,31 +195,15 @@ def test_the_authors_count_treats_roots_as_children_of_the_last_position() -> No
     recipe = load_recipe("manual")
     task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
     tokens = task.sample(200, generator=seeded()).tokens
-    found = miscounted_prediction(task, tokens)
+    predictions = miscounted_prediction(task, tokens)
     parents = task.graph.parent_array()
-    for sequence, prediction in zip(tokens.tolist(), found, strict=True):
+    for sequence, prediction in zip(tokens.tolist(), predictions, strict=True):
         counts = [0.1] * 3
         for position, parent in enumerate(parents):
             if sequence[:-1][parent] == sequence[-1]:  # -1 is the last position of the graph
                 counts[sequence[position]] += 1
         expected = [count / sum(counts) for count in counts]
         assert prediction.tolist() == pytest.approx(expected)
-
-
-def test_losses_of_fresh_sequences_name_the_predictors(everything: Replication) -> None:
-    member = Member("figure2_manual", changes={"training__joint__steps": 2000}, label="short")
-    runs, _ = run_all(
-        [member],
-        everything.folder,
-        workers=1,
-        adjust=lambda recipe: miniature(recipe).with_overrides(wandb__mode="disabled"),
-        on_done=lambda name, outcome: None,
-    )
-    run = runs[member.name]
-    values = losses(run, 20)
-    assert set(values) == {"model", "bayes", "miscounted", "counted"}
-    excess, stderr = sequence_mean(values["miscounted"] - values["bayes"])
-    assert excess > -4 * stderr
 
 
 def test_rows_and_numbers() -> None:

@@ -7,7 +7,6 @@ numbers that the paper only plots were read off the plot.
 
 from mechcausal.studies.replication.driver import replicate
 from mechcausal.studies.replication.figures import FIGURES
-from mechcausal.studies.replication.result import Replication
-from mechcausal.studies.rows import Row
+from mechcausal.studies.replication.result import Replication, Row
 
 __all__ = ["FIGURES", "Replication", "Row", "replicate"]

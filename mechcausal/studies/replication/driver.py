@@ -1,6 +1,5 @@
 """`replicate`: train missing runs, measure, draw, record."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,9 +7,8 @@ from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.studies.replication.figures import FIGURES, Figure
 from mechcausal.studies.replication.page import write_page, write_table
-from mechcausal.studies.replication.result import Replication
+from mechcausal.studies.replication.result import Replication, Row
 from mechcausal.studies.replication.runs import Run, run_all
-from mechcausal.studies.rows import Row
 from mechcausal.studies.study_runs import log_table, start_run
 from mechcausal.support.messages import first_line
 
@@ -53,6 +51,7 @@ def replicate(
     Raises:
         ReplicationError: an unknown figure.
         TrackingError: WANDB_MODE is not a W&B mode.
+        StopRequested: a signal stopped the training.
         OSError: the folder cannot be written.
     """
     chosen = _chosen(figures)
@@ -74,7 +73,7 @@ def replicate(
     runs, failed = run_all(
         needed,
         folder,
-        workers=workers or os.cpu_count() or 1,
+        workers=workers,
         adjust=prepared,
         on_done=on_done,
     )

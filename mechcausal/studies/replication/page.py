@@ -6,8 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from mechcausal.studies.replication.result import Replication
-from mechcausal.studies.rows import Row
+from mechcausal.studies.replication.result import Replication, Row
 from mechcausal.support.messages import shell_command
 
 VERDICTS = {True: "holds", False: "does not hold", None: ""}

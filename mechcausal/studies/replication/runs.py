@@ -1,7 +1,6 @@
 """The runs that figures are measured on: trained in parallel, or reused from their folders."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,11 @@ from mechcausal.measures.figures import Value
 from mechcausal.models.base import GraphModel
 from mechcausal.models.loading import load_graph_model
 from mechcausal.recipes import Recipe, load_recipe, recipe_to_dict
-from mechcausal.records.run_folder import read_metrics, read_summary, run_info
-from mechcausal.sweeps.engines import LocalEngine
-from mechcausal.sweeps.member import Job
+from mechcausal.records.run_folder import MODEL_FOLDER, read_metrics, read_summary, run_info
+from mechcausal.support.signals import StopRequested
+from mechcausal.sweeps.driver import train_members
+from mechcausal.sweeps.outcome import Outcome
+from mechcausal.sweeps.plan import Member as SweepMember
 from mechcausal.tasks import Task, build_task
 
 
@@ -51,7 +52,6 @@ class Run:
     member: Member
     folder: Path
     recipe: Recipe
-    reused: bool
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -76,8 +76,6 @@ class Run:
     @cached_property
     def model(self) -> GraphModel:
         """The trained model."""
-        from mechcausal.records.run_folder import MODEL_FOLDER
-
         return load_graph_model(self.folder / MODEL_FOLDER, device=self.recipe.device)
 
 
@@ -85,7 +83,7 @@ def run_all(
     members: Sequence[Member],
     folder: Path,
     *,
-    workers: int,
+    workers: int | None,
     adjust: Callable[[Recipe], Recipe],
     on_done: Callable[[str, str], None],
 ) -> tuple[dict[str, Run], dict[str, str]]:
@@ -95,47 +93,38 @@ def run_all(
         members: the runs needed; equal ones are trained once.
         folder: a run's folder is `folder/<member's name>`, with `-2`, `-3`, ... appended if that
             holds a run of another recipe. Nothing is deleted; an unfinished run is resumed.
-        workers: processes, one thread each.
+        workers: processes, one thread each; None: as many as the cores allow.
         adjust: applied last to every recipe (device, W&B group).
         on_done: called with a member's name and its outcome.
 
     Returns:
         Runs by member's name, and the error of every member that failed.
+
+    Raises:
+        StopRequested: a signal stopped the training.
     """
-    recipes = {member.name: adjust(member.build()) for member in members}
-    by_name = {member.name: member for member in members}
     runs: dict[str, Run] = {}
-    missing: dict[str, Path] = {}
-    for name, recipe in recipes.items():
-        run_folder, finished = _run_folder(folder, name, recipe)
-        if finished:
-            runs[name] = Run(by_name[name], run_folder, recipe, reused=True)
-            on_done(name, "reused")
-        else:
-            missing[name] = run_folder
     failed: dict[str, str] = {}
-    if not missing:
-        return runs, failed
-    # Longest runs first, so that workers finish at about the same time.
-    order = sorted(missing, key=lambda name: -recipes[name].n_training_sequences)
-    uses_cuda = any(recipes[name].device.startswith("cuda") for name in missing)
-    # The models are small: parallel runs of one thread each beat one run with several threads.
-    with LocalEngine(min(workers, len(missing)), uses_cuda=uses_cuda) as engine:
-        futures = {
-            engine.submit(
-                Job([recipe_to_dict(recipes[name])], [str(missing[name].resolve())])
-            ): name
-            for name in order
-        }
-        for future in as_completed(futures):
-            name = futures[future]
-            (outcome,) = future.result().outcomes
-            if outcome.state != "finished":
-                failed[name] = outcome.error or f"the run was {outcome.state}"
-                on_done(name, f"failed: {failed[name]}")
-            else:
-                runs[name] = Run(by_name[name], missing[name], recipes[name], reused=False)
-                on_done(name, "trained")
+    missing: dict[str, Run] = {}
+    for name, member in {member.name: member for member in members}.items():
+        recipe = adjust(member.build())
+        run_folder, finished = _run_folder(folder, name, recipe)
+        (runs if finished else missing)[name] = Run(member, run_folder, recipe)
+        if finished:
+            on_done(name, "reused")
+
+    def end(member: SweepMember, outcome: Outcome) -> None:
+        if outcome.state == "finished":
+            runs[member.name] = missing[member.name]
+            on_done(member.name, "trained")
+        else:
+            failed[member.name] = outcome.error or f"the run was {outcome.state}"
+            on_done(member.name, f"failed: {failed[member.name]}")
+
+    jobs = [SweepMember(name, run.folder, run.recipe, {}) for name, run in missing.items()]
+    stopped = train_members(jobs, workers=workers, on_end=end)
+    if stopped is not None:
+        raise StopRequested("interrupted; finished runs are kept and reused", stopped)
     return runs, failed
 
 

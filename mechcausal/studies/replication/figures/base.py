@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from mechcausal.measures.figures import History
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

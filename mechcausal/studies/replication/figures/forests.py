@@ -10,8 +10,8 @@ import numpy as np
 
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 from mechcausal.support.statistics import mean_and_stderr
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mechcausal.pictures.static.run_figures import draw_gradient
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 from mechcausal.support.statistics import mean_and_stderr
 from mechcausal.theory import pairwise_theory
 

@@ -12,8 +12,8 @@ from mechcausal.measures.interventions import (
 )
 from mechcausal.pictures.static.effect_figures import draw_edge_effects
 from mechcausal.studies.replication.evaluation import fresh_batch
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -16,8 +16,8 @@ from mechcausal.measures.generalisation import (
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static.generalisation_figures import draw_generalisation, draw_ood
 from mechcausal.studies.replication.evaluation import SEED
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 from mechcausal.tasks import SingleParentTask
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch, losses, precise
 from mechcausal.studies.replication.figures.base import by_recipe, loss_curves
+from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.studies.rows import Row
 from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 
 if TYPE_CHECKING:
