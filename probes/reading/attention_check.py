@@ -132,10 +132,10 @@ class FirstPassCheck:
 
     def __init__(self, model: nn.Module, points: Mapping[str, nn.Module], hooks: Hooks) -> None:
         # Count layers by hook point: a model without attention may have no configuration.
-        candidates = range(len(points))
+        candidates = range(0 if model in _CHECKED else len(points))
         layers = tuple(i for i in candidates if hook_name("pattern", i) in points)
         self._model = model
-        self._pass = PassCheck(() if model in _CHECKED else layers)
+        self._pass = PassCheck(layers)
         self._pass.watch(points, hooks)
 
     def conclude(self, stacklevel: int) -> None:

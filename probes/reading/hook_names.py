@@ -106,17 +106,16 @@ def hook_points(model: nn.Module) -> Mapping[str, nn.Module]:
         raise ProbeError(
             f"{kind} has no hook points: probes need a HookedTransformer or a TransformerBridge"
         )
-    if any(_is_compiled(module) for module in modules_of(model)):
+    # `torch.compile(module)` wraps a module; `module.compile()` changes how it is called.
+    if any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in modules_of(model)
+    ):
         raise ProbeError(
             f"this {kind} was compiled with torch.compile, and compiled code may skip hooks that "
             "are added later: attach to the uncompiled model and run that"
         )
     return points
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile(module)`, which wraps it, or `module.compile()` compiled a module."""
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def config_of(model: nn.Module) -> Any:

@@ -1,8 +1,7 @@
 """Whatever happens inside the block, exactly our hooks are gone after it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from probes import (
     AttentionGradient,
     AttentionPattern,
     InductionScores,
-    LabelledTensor,
-    Probe,
     ProbeError,
     attach,
     check_attention,
@@ -29,94 +26,12 @@ from probes import (
 )
 from probes.reading.attach import ForwardHook
 from probes.reading.hook_names import hook_name
-
-
-def hooks_of(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """How many forward, forward-pre and backward hooks sit on every module."""
-    return {
-        name: (
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._backward_hooks),
-        )
-        for name, module in model.named_modules()
-    }
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    before = hooks_of(model)
-    yield
-    assert hooks_of(model) == before
-
-
-class Broken(Probe):
-    """Fails at the chosen moment."""
-
-    def __init__(self, moment: str, error: BaseException) -> None:
-        self.moment, self.error = moment, error
-
-    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
-        if self.moment == "hooks":
-            raise self.error
-        return {hook_name("pattern", 0): self.forward}
-
-    def forward(self, pattern: Tensor) -> Any:
-        if self.moment == "forward":
-            raise self.error
-        return self.backward
-
-    def backward(self, gradient: Tensor) -> None:
-        raise self.error
-
-    def reset(self) -> None: ...
-
-    def reading(self) -> LabelledTensor:
-        return LabelledTensor("nothing", torch.zeros(()), ())
-
-
-@pytest.mark.parametrize("moment", ["hooks", "forward", "backward"])
-@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
-def test_detaches_when_a_probe_fails(
-    model: HookedTransformer, tokens: Tensor, moment: str, error: BaseException
-):
-    pattern = AttentionPattern()
-    with (
-        unchanged(model),
-        pytest.raises(type(error)),
-        attach(model, pattern, InductionScores(), Broken(moment, error)),
-    ):
-        model(tokens, return_type="loss").backward()
-    with attach(model, pattern):  # no longer marked as attached either
-        pass
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_detaches_when_the_model_fails(
-    model: HookedTransformer, tokens: Tensor, error: type[BaseException]
-):
-    def fail(tensor: Tensor, *, hook: Any) -> None:
-        raise error
-
-    model.add_hook("blocks.1.attn.hook_z", fail)
-    with unchanged(model), pytest.raises(error), attach(model, AttentionPattern()):
-        model(tokens)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_detaches_when_the_loss_fails(
-    model: HookedTransformer, tokens: Tensor, error: type[BaseException]
-):
-    def loss(logits: Tensor) -> Tensor:
-        raise error
-
-    with unchanged(model), pytest.raises(error), attach(model, AttentionGradient()):
-        loss(model(tokens)).backward()
+from tests.left_as_found import left_as_found
 
 
 def test_a_missing_layer_leaves_nothing_behind(model: HookedTransformer):
     with (
-        unchanged(model),
+        left_as_found(model),
         pytest.raises(ProbeError, match="layer 9"),
         attach(model, AttentionPattern(), InductionScores(), AttentionGradient(layers=9)),
     ):
@@ -125,8 +40,8 @@ def test_a_missing_layer_leaves_nothing_behind(model: HookedTransformer):
 
 def test_nested_blocks_each_remove_their_own(model: HookedTransformer, tokens: Tensor):
     outer, inner = AttentionPattern(), AttentionPattern()
-    with unchanged(model), attach(model, outer):
-        with unchanged(model), attach(model, inner):
+    with left_as_found(model), attach(model, outer):
+        with left_as_found(model), attach(model, inner):
             model(tokens)
         model(tokens)
     model(tokens)
@@ -137,7 +52,7 @@ def test_one_probe_is_attached_once_at_a_time(model: HookedTransformer, tokens: 
     pattern = AttentionPattern()
     with attach(model, pattern):
         with (
-            unchanged(model),
+            left_as_found(model),
             pytest.raises(ProbeError, match="already attached"),
             attach(model, pattern),
         ):
@@ -167,7 +82,7 @@ def test_resetting_the_models_hooks_inside_the_block_does_not_blind_a_probe(
     model: HookedTransformer, tokens: Tensor
 ):
     pattern = AttentionPattern()
-    with unchanged(model), attach(model, pattern):
+    with left_as_found(model), attach(model, pattern):
         model.reset_hooks(including_permanent=True)
         model.run_with_cache(tokens)
         model.run_with_hooks(tokens, fwd_hooks=[(hook_name("pattern", 0), lambda x, hook: None)])
@@ -176,18 +91,7 @@ def test_resetting_the_models_hooks_inside_the_block_does_not_blind_a_probe(
     assert pattern.batches == 3
 
 
-def test_a_hook_that_ablates_in_place_still_works(model: HookedTransformer, tokens: Tensor):
-    def ablate(pattern: Tensor, hook: Any) -> Tensor:
-        pattern[:, 0] = 0.0
-        return pattern
-
-    probes = AttentionPattern(), AttentionGradient("pattern")
-    with attach(model, *probes), model.hooks(fwd_hooks=[(hook_name("pattern", 0), ablate)]):
-        model(tokens, return_type="loss").backward()
-    assert not probes[1].reading().sel(layer=0, head=0).values.any()
-
-
-def test_a_hook_that_ablates_in_place_still_works_on_a_frozen_model(
+def test_a_hook_that_ablates_in_place_still_works_also_on_a_frozen_model(
     model: HookedTransformer, tokens: Tensor
 ):
     def ablate(pattern: Tensor, hook: Any) -> Tensor:
@@ -238,7 +142,7 @@ def test_any_module_with_hook_points_can_be_probed():
             doubled: Tensor = self.hook_out(2 * x)
             return doubled
 
-    class Out(Broken):
+    class Out(AttentionPattern):
         def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
             return {"hook_out": self.forward}
 
@@ -246,101 +150,92 @@ def test_any_module_with_hook_points_can_be_probed():
             self.seen = activation.tolist()
 
     model = Doubler()
-    with attach(model, Out("never", ValueError())) as (probe,):
+    with attach(model, Out()) as (probe,):
         model(torch.ones(2))
     assert probe.seen == [2.0, 2.0]
 
 
-class TestModelsThatHideTheirHooks:
-    """One line names the cause."""
+NEED_HOOKS: dict[str, Any] = {
+    "attach": lambda model: attach(model, AttentionPattern()),
+    "edit_attention": lambda model: edit_attention(model, {0: make_uniform([1])}),
+    "mean_ablate": lambda model: mean_ablate(model, [(0, 0)]),
+    "score_heads": score_heads,
+    "check_attention": check_attention,
+}
+NEED_WEIGHTS: dict[str, Any] = {
+    "loss_by_position": loss_by_position,
+    "k_composition": lambda model: k_composition(model, [(1, 0)]),
+    "copying_score": lambda model: copying_score(model, 0),
+}
 
-    instruments: ClassVar[dict[str, Any]] = {
-        "attach": lambda model: attach(model, AttentionPattern()),
-        "edit_attention": lambda model: edit_attention(model, {0: make_uniform([1])}),
-        "mean_ablate": lambda model: mean_ablate(model, [(0, 0)]),
-        "score_heads": score_heads,
-        "check_attention": check_attention,
-    }
-    without_hooks: ClassVar[dict[str, Any]] = {
-        "loss_by_position": loss_by_position,
-        "k_composition": lambda model: k_composition(model, [(1, 0)]),
-        "copying_score": lambda model: copying_score(model, 0),
-    }
 
-    @pytest.mark.parametrize("instrument", instruments)
-    def test_compiled(self, model: HookedTransformer, instrument: str):
-        compiled = torch.compile(model, backend="eager")
-        self.refuses(compiled, instrument, "compiled with torch.compile")
-        with attach(model, AttentionPattern()):  # the model itself stays as it was
-            pass
+def refuses(model: nn.Module, instrument: str, line: str) -> None:
+    with pytest.raises(ProbeError, match=line) as error:
+        (NEED_HOOKS | NEED_WEIGHTS)[instrument](model).__enter__()
+    assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("instrument", instruments)
-    def test_compiled_in_place(self, model: HookedTransformer, instrument: str):
-        model.compile(backend="eager")
-        self.refuses(model, instrument, "compiled with torch.compile")
 
-    def test_a_part_of_it_compiled(self, model: HookedTransformer):
-        model.blocks[1].compile(backend="eager")
-        self.refuses(model, "attach", "compiled with torch.compile")
+@pytest.mark.parametrize("instrument", NEED_HOOKS)
+def test_a_compiled_model_is_refused_in_one_line(model: HookedTransformer, instrument: str):
+    compiled = torch.compile(model, backend="eager")
+    refuses(compiled, instrument, "compiled with torch.compile")
+    with attach(model, AttentionPattern()):  # the model itself stays as it was
+        pass
+    model.blocks[1].compile(backend="eager")
+    refuses(model, instrument, "compiled with torch.compile")
 
-    @pytest.mark.slow
-    def test_a_compiled_copy_is_read_rightly_or_not_at_all(
-        self, model: HookedTransformer, tokens: Tensor
-    ):
-        compiled = torch.compile(model, backend="eager")
+
+@pytest.mark.parametrize("instrument", [*NEED_HOOKS, *NEED_WEIGHTS])
+def test_a_wrapped_model_is_refused_in_one_line(model: HookedTransformer, instrument: str):
+    wrapped = nn.DataParallel(model)
+    refuses(wrapped, instrument, "DataParallel wraps a HookedTransformer: attach to its")
+
+
+@pytest.mark.slow
+def test_a_compiled_copy_is_read_rightly_or_not_at_all(model: HookedTransformer, tokens: Tensor):
+    compiled = torch.compile(model, backend="eager")
+    compiled(tokens).sum().backward()
+    plain, through_copy = AttentionGradient("pattern"), AttentionGradient("pattern")
+    with attach(model, plain):
+        model(tokens).sum().backward()
+    with attach(model, through_copy):
         compiled(tokens).sum().backward()
-        plain, through_copy = AttentionGradient("pattern"), AttentionGradient("pattern")
-        with attach(model, plain):
-            model(tokens).sum().backward()
-        with attach(model, through_copy):
-            compiled(tokens).sum().backward()
-        if through_copy.batches:
-            torch.testing.assert_close(through_copy.reading().values, plain.reading().values)
-        else:
-            with pytest.raises(ProbeError, match="a compiled copy of the model do not count"):
-                through_copy.reading()
-
-    @pytest.mark.parametrize("instrument", [*instruments, *without_hooks])
-    def test_wrapped(self, model: HookedTransformer, instrument: str):
-        wrapped = nn.DataParallel(model)
-        self.refuses(wrapped, instrument, "DataParallel wraps a HookedTransformer: attach to its")
-
-    def test_ddp(self, model: HookedTransformer, tokens: Tensor):
-        group: Any = torch.distributed
-        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
-        try:
-            wrapper = nn.parallel.DistributedDataParallel(model)
-            self.refuses(wrapper, "attach", "DistributedDataParallel wraps a HookedTransformer")
-            probes = AttentionPattern(), AttentionGradient()
-            # An all-reduce that is still running can deadlock torch when the wrapper is deleted.
-            with attach(wrapper.module, *probes), wrapper.no_sync():  # as the line says
-                wrapper(tokens, return_type="loss").backward()
-            assert [probe.batches for probe in probes] == [1, 1]
-        finally:
-            group.destroy_process_group()
-
-    def refuses(self, model: nn.Module, instrument: str, line: str) -> None:
-        with pytest.raises(ProbeError, match=line) as error:
-            (self.instruments | self.without_hooks)[instrument](model).__enter__()
-        assert "\n" not in str(error.value)
+    if through_copy.batches:
+        torch.testing.assert_close(through_copy.reading().values, plain.reading().values)
+    else:
+        with pytest.raises(ProbeError, match="a compiled copy of the model do not count"):
+            through_copy.reading()
 
 
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+def test_the_module_of_a_ddp_wrapper_can_be_probed(model: HookedTransformer, tokens: Tensor):
+    group: Any = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        refuses(wrapper, "attach", "DistributedDataParallel wraps a HookedTransformer")
+        probes = AttentionPattern(), AttentionGradient()
+        # An all-reduce that is still running can deadlock torch when the wrapper is deleted.
+        with attach(wrapper.module, *probes), wrapper.no_sync():  # as the line says
+            wrapper(tokens, return_type="loss").backward()
+        assert [probe.batches for probe in probes] == [1, 1]
+    finally:
+        group.destroy_process_group()
 
 
-def test_probes_change_neither_outputs_nor_gradients(model: HookedTransformer, tokens: Tensor):
-    given = tokens.clone()
-    alone = model(tokens, return_type="loss")
-    alone.backward()
-    before = gradients_of(model)
-    model.zero_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probes_change_neither_outputs_nor_gradients(build: Any, tokens: Tensor, dtype: Any):
+    model, given = build(dtype=dtype), tokens.clone()
+    parameters = list(model.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        loss = model(tokens, return_type="loss")
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    alone = run()
     with attach(model, AttentionPattern(), AttentionGradient(), InductionScores()):
-        probed = model(tokens, return_type="loss")
-        assert all(p.grad is None for p in model.parameters())
-        probed.backward()
-    assert torch.equal(alone, probed)
-    assert all(map(torch.equal, before, gradients_of(model)))
+        probed = run()
+    assert all(map(torch.equal, alone, probed))
+    assert all(parameter.grad is None for parameter in parameters)
     assert torch.equal(tokens, given)
 
 

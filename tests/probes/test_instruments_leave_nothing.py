@@ -1,15 +1,14 @@
 """Every instrument leaves a model as it found it, wherever it was broken off."""
 
-import contextlib
 import gc
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from probes import (
@@ -17,6 +16,8 @@ from probes import (
     AttentionPattern,
     AttentionTo,
     InductionScores,
+    LabelledTensor,
+    Probe,
     ablation_effects,
     attach,
     attention_effects,
@@ -30,13 +31,13 @@ from probes import (
     score_heads,
     track_formation,
 )
-from probes.heads import composition, head_scores
+from probes.heads import composition, copying, head_scores
+from probes.intervening import attention_edits
 from probes.reading import hooking, passes, records
-from probes.reading.attach import Probe
-from probes.reading.hook_names import hook_name
+from probes.reading.attach import ForwardHook
 from tests.left_as_found import fingerprint, interrupted, left_as_found
-from tests.probes.test_attach import Broken
 
+SCORES, PATTERN, VALUES = (f"blocks.0.attn.hook_{name}" for name in ("attn_scores", "pattern", "z"))
 Work = Callable[[HookedTransformer, Tensor], Any]
 
 
@@ -101,8 +102,8 @@ WORKS: dict[str, Work] = {
 @pytest.fixture
 def used(model: HookedTransformer, tokens: Tensor) -> HookedTransformer:
     """A model in use: with hooks and gradients of others, some frozen, and of mixed modes."""
-    model.add_hook(hook_name("z", 0), lambda x, hook: None)
-    model.add_perma_hook(hook_name("pattern", 1), lambda x, hook: None)
+    model.add_hook(VALUES, lambda x, hook: None)
+    model.add_perma_hook("blocks.1.attn.hook_pattern", lambda x, hook: None)
     model(tokens, return_type="loss").backward()
     model.embed.W_E.requires_grad_(False)
     model.blocks[0].attn.W_Q.grad = None
@@ -111,9 +112,9 @@ def used(model: HookedTransformer, tokens: Tensor) -> HookedTransformer:
 
 
 class Fault:
-    """Raises once, at the n-th pass through a place."""
+    """Raises once, at the n-th call."""
 
-    def __init__(self, error: BaseException, n: int) -> None:
+    def __init__(self, error: BaseException, n: int = 0) -> None:
         self.error, self.n = error, n
 
     def __call__(self, *arguments: Any) -> None:
@@ -133,45 +134,39 @@ def test_nothing_is_left_after_a_work_that_ends_well(
             WORKS[name](used, tokens)
 
 
+@pytest.mark.parametrize("n", [0, 1])
 @pytest.mark.parametrize(
-    ("place", "n", "error"),
-    [
-        ("embed", 0, KeyboardInterrupt()),
-        (hook_name("pattern", 0), 0, RuntimeError("in the model")),
-        (hook_name("z", 1), 1, KeyboardInterrupt()),
-        ("unembed", 1, RuntimeError("in the model")),
-        (hook_name("z", 1), 3, KeyboardInterrupt()),
-    ],
+    "module",
+    ["embed", "hook_embed", "blocks.0", SCORES, PATTERN, VALUES, "blocks.1.attn", "unembed"],
 )
-@pytest.mark.parametrize("name", WORKS)
-def test_nothing_is_left_after_a_fault_in_the_model(
-    used: HookedTransformer, tokens: Tensor, name: str, place: str, n: int, error: BaseException
+def test_nothing_is_left_after_a_fault_at_any_hook_of_a_pass(
+    used: HookedTransformer, tokens: Tensor, module: str, n: int
 ) -> None:
-    handle = used.get_submodule(place).register_forward_hook(Fault(error, n))
-    with left_as_found(used), contextlib.suppress(type(error)):
-        WORKS[name](used, tokens)
+    handle = used.get_submodule(module).register_forward_hook(Fault(KeyboardInterrupt(), n))
+    with left_as_found(used), pytest.raises(KeyboardInterrupt):
+        probed(used, tokens)
     handle.remove()
 
 
-@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("n", [0, 1])
 @pytest.mark.parametrize(
-    ("owner", "function"),
+    ("name", "owner", "function"),
     [
-        (records.Concatenated, "add"),
-        (records.Sum, "add"),
-        (records.Concatenated, "values"),
-        (InductionScores, "reading"),
-        (hooking.Hooks, "remove"),
-        (sys.modules["probes.reading.attach"], "_read_activation"),
-        (head_scores, "run"),
-        (passes, "checked_tokens"),
-        (torch.nn.functional, "cross_entropy"),
-        (torch.linalg, "eigvals"),
-        (composition, "_ratio"),
+        ("attach", records.Concatenated, "add"),
+        ("attach", sys.modules["probes.reading.attach"], "_read_activation"),
+        ("mean_ablate", records.Sum, "add"),
+        ("edit_attention", hooking.Hooks, "remove"),
+        ("attention_effects", attention_edits, "edit_attention"),
+        ("score_heads", InductionScores, "reading"),
+        ("score_heads of tokens", head_scores, "uniform_baseline"),
+        ("ablation_effects", torch.nn.functional, "cross_entropy"),
+        ("loss_by_position", passes, "converted"),
+        ("track_formation", head_scores, "run"),
+        ("k_composition", composition, "_factors"),
+        ("copying_score", copying, "_wide"),
     ],
 )
-@pytest.mark.parametrize("name", WORKS)
-def test_nothing_is_left_after_a_fault_in_a_probe(
+def test_nothing_is_left_after_a_fault_in_any_kind_of_work(
     used: HookedTransformer,
     tokens: Tensor,
     monkeypatch: pytest.MonkeyPatch,
@@ -180,31 +175,64 @@ def test_nothing_is_left_after_a_fault_in_a_probe(
     function: str,
     n: int,
 ) -> None:
-    whole, fault = getattr(owner, function), Fault(KeyboardInterrupt(), n)
+    original, fault = getattr(owner, function), Fault(KeyboardInterrupt(), n)
 
     def faulty(*arguments: Any, **options: Any) -> Any:
         fault()
-        return whole(*arguments, **options)
+        return original(*arguments, **options)
 
     with left_as_found(used):
         monkeypatch.setattr(owner, function, faulty)
-        with contextlib.suppress(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
             WORKS[name](used, tokens)
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("moment", ["hooks", "forward", "backward"])
-def test_nothing_is_left_after_a_fault_in_a_users_probe(
-    used: HookedTransformer, tokens: Tensor, moment: str
+class Broken(Probe):
+    """Fails at the chosen moment."""
+
+    def __init__(self, moment: str, error: BaseException) -> None:
+        self.moment, self.error = moment, error
+
+    def hooks(self, model: nn.Module) -> Mapping[str, ForwardHook]:
+        if self.moment == "hooks":
+            raise self.error
+        return {PATTERN: self.forward}
+
+    def forward(self, pattern: Tensor) -> Any:
+        if self.moment == "forward":
+            raise self.error
+        return self.backward
+
+    def backward(self, gradient: Tensor) -> None:
+        if self.moment == "backward":
+            raise self.error
+
+    def reset(self) -> None: ...
+
+    def reading(self) -> LabelledTensor:
+        return LabelledTensor("nothing", torch.zeros(()), ())
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["hooks", "forward", "backward", "the user's own line"])
+def test_nothing_is_left_after_a_users_fault(
+    used: HookedTransformer, tokens: Tensor, moment: str, error: BaseException
 ) -> None:
     probes = all_probes()
     used.requires_grad_(False)
-    with (
-        left_as_found(used),
-        pytest.raises(KeyboardInterrupt),
-        attach(used, *probes, Broken(moment, KeyboardInterrupt()), AttentionPattern()),
-    ):
-        used(tokens, return_type="loss").backward()
+
+    def work() -> None:
+        with (
+            edit_attention(used, {0: make_uniform([2])}),
+            mean_ablate(used, [(1, 0)], tokens=tokens),
+            attach(used, *probes, Broken(moment, error), AttentionPattern()),
+        ):
+            used(tokens, return_type="loss").backward()
+            raise error
+
+    with left_as_found(used), pytest.raises(type(error)):
+        work()
     with left_as_found(used), attach(used, *probes):  # no longer marked as attached
         pass
 
