@@ -19,7 +19,6 @@ from probes import (
     make_uniform,
 )
 from probes.reading import attention_check
-from tests.docs.test_pages_of_docs import blocks
 from tests.left_as_found import left_as_found
 from tests.probes import families
 from tests.probes.families import FAMILIES, examined, random_loss, some_tokens, tiny
@@ -105,13 +104,6 @@ def test_what_is_found_of_every_family(family: str):
 def test_the_documented_table_is_what_the_models_show(repository: Path):
     documented = (repository / "docs" / "models.md").read_text(encoding="utf-8")
     assert families.table() in documented, "python -m tests.probes.families prints the table"
-
-
-def test_the_documented_example_runs(repository: Path):
-    text = (repository / "docs" / "models.md").read_text(encoding="utf-8")
-    ((_, example, marked),) = blocks(text, "python")
-    assert marked
-    exec(example, {})
 
 
 @pytest.mark.parametrize("wrt", ["scores", "pattern"])

@@ -25,6 +25,7 @@ from probes import (
     uniform_baseline,
 )
 from probes.heads.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
+from tests.probes.families import tiny
 
 close = torch.testing.assert_close
 
@@ -222,15 +223,19 @@ class TestCopying:
         score = copying_score(self.with_ov(build, matrix), 0).item()
         assert score == pytest.approx(4 / (2 * math.sqrt(2) + 2), rel=1e-6)
 
-    def test_equals_the_eigenvalues_of_the_vocabulary_sized_circuit(self, model: HookedTransformer):
+    @pytest.mark.parametrize("family", ["HookedTransformer", "GPT-2", "Llama"])
+    def test_equals_the_eigenvalues_of_the_vocabulary_sized_circuit(self, family: str):
+        model = tiny(family)
         attention = model.blocks[1].attn
         scores = copying_score(model, 1)
         assert not scores.requires_grad
-        for head in range(2):
-            circuit = model.W_E @ attention.W_V[head] @ attention.W_O[head] @ model.W_U
-            values = torch.linalg.eigvals(circuit.double())
-            expected = values.sum().real / values.abs().sum()
-            assert scores[head].item() == pytest.approx(expected.item(), abs=1e-5)
+        share = len(scores) // len(attention.W_V)  # heads that share one W_V: grouped queries
+        for head, score in enumerate(scores.tolist()):
+            value = attention.W_V[head // share]
+            circuit = model.W_E @ value @ attention.W_O[head] @ model.W_U
+            eigenvalues = torch.linalg.eigvals(circuit.double())
+            expected = eigenvalues.sum().real / eigenvalues.abs().sum()
+            assert score == pytest.approx(expected.item(), abs=1e-4)
 
     def test_two_vocabularies_cannot_be_compared(self, build: Any):
         with pytest.raises(ProbeError, match="7 tokens go in, 3 come out"):
