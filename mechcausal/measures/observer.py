@@ -69,12 +69,12 @@ class Observer:
 
     Attributes:
         batch: the evaluation sequences.
-        examples: the first few of them, whose attention is kept sequence by sequence.
+        examples: the first few of them, whose attention is recorded individually.
         bayes: the Bayes loss on them.
         construction: the hand-built solution of the model's kind on them; None if it has none.
         strategy_losses: cross entropy of every strategy on them, nats.
-        uniform_induction: what uniform attention of the last layer's query scores on them as
-            `induction/attention`; NaN where no query has anything to find.
+        uniform_induction: `induction/attention` of a last-layer query with uniform attention; NaN
+            if no query has a target.
         repeated: sequences of random tokens, repeated.
     """
 
@@ -101,8 +101,9 @@ class Observer:
             epsilon: smoothing of predictions, as in training.
             bayes_draws: see `predictors.bayes_loss`.
             generator: of the evaluation alone.
-            max_seconds: for the Bayes loss, see there.
-            on_progress: told how far the Bayes loss is.
+            max_seconds: limit for the Bayes loss, see `predictors.bayes_loss`.
+            on_progress: called with the number of sequences done for the Bayes loss, and their
+                total.
         """
         self.model = model
         self.task = task

@@ -1,22 +1,22 @@
-"""How many draws of the prior an average can afford.
+"""How many draws of the prior fit into a time limit.
 
-The cost of a draw is counted in operations. Nothing is timed, so that a recipe averages over the
-same draws on every machine, and again when a run is resumed.
+The cost of a draw is counted in operations, not timed, so that a recipe averages over the same
+draws on every machine and after a resume.
 """
 
 from collections.abc import Callable
 
 Report = Callable[[int, int], None]
-"""Told how many draws have been averaged over, and of how many."""
+"""Called with the number of draws done and their total."""
 
-# What one core of a busy machine does in a second: multiplications in products of float64
-# matrices, and entries of joint tables from which information is summed.
+# Speed of one core of a busy machine: multiplications in products of float64 matrices, and entries
+# of joint tables whose information is summed.
 PRODUCTS_PER_SECOND = 5e9
 TABLE_ENTRIES_PER_SECOND = 2e7
 
 
 def affordable(n_priors: int, *, max_seconds: float | None, seconds_each: float) -> int:
-    """That many draws, or as many as fit into the time, but at least two.
+    """The number of draws that fit into the time: at most `n_priors`, at least two.
 
     Example:
         >>> affordable(1000, max_seconds=60.0, seconds_each=0.5)

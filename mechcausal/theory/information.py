@@ -41,7 +41,7 @@ class ParentInformation:
         graph: the causal graph.
         method: for given transition tensors, "exact" or "monte carlo".
         n_priors: sets of transition tensors averaged over.
-        n_wanted: sets that were asked for, more where time was limited.
+        n_wanted: sets asked for; more than `n_priors` if time was limited.
         n_sequences: sequences for each of them; 0 for the exact method.
         chi2: chi-squared information of each pair of positions, symmetric; the diagonal is the
             number of tokens with positive probability minus one: S - 1 under a Dirichlet prior.
@@ -101,9 +101,9 @@ def parent_information(
         generator: source of tensors and sequences.
         n_sequences: for each set of tensors, if the method is Monte Carlo.
         max_states: the largest joint table, S^`elimination_width`, for the exact method.
-        max_seconds: average over fewer sets where these would take longer, by the number of
-            operations; as long as it takes when absent.
-        on_progress: told from time to time how many sets are done.
+        max_seconds: averages over fewer sets if more would take longer; counted in operations, not
+            timed. No limit when absent.
+        on_progress: called now and then with the number of sets done and their total.
 
     Raises:
         PriorError: the transition tensors are too large.
@@ -178,15 +178,15 @@ def theory_notes(theory: Information, remedy: str) -> list[str]:
 
 
 def _seconds_each(task: SeveralParentsTask, states: int | None, n_sequences: int) -> float:
-    """About what one set of tensors takes on a busy core.
+    """Estimate of the seconds that one set of tensors takes on a busy core.
 
     Args:
         task: graph and prior.
-        states: of the largest joint table, where the method is exact.
-        n_sequences: where it is not.
+        states: entries of the largest joint table; None for the Monte Carlo method.
+        n_sequences: sequences drawn by the Monte Carlo method.
     """
     n, size = task.sequence_length + 1, task.vocab_size
-    if states is not None:  # summed over again and again: a tenth of the work of a logarithm
+    if states is not None:  # mostly sums, a tenth of the work of a logarithm
         return n * n / 2 * states / (10 * TABLE_ENTRIES_PER_SECOND)
     products = (n * size) ** 2 * n_sequences
     entries = (N_GROUPS + 1) * (n * size) ** 2 + n_sequences * n * size

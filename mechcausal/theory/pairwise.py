@@ -90,10 +90,10 @@ class PairwiseTheory:
     Attributes:
         graph: the causal graph.
         n_priors: transition matrices averaged over.
-        n_wanted: transition matrices that were asked for, more where time was limited.
+        n_wanted: transition matrices asked for; more than `n_priors` if time was limited.
         chi2: chi-squared information `E sum P(x,y)^2 / (P(x)P(y)) - 1` over the states that
-            occur, symmetric; the diagonal is their number less one: S - 1, but for a fixed matrix
-            that leaves some states for good.
+            occur, symmetric; the diagonal is their number minus one: S - 1, except for a fixed
+            matrix with transient states.
         chi2_stderr: its standard error.
         shannon: Shannon information in nats, symmetric; the diagonal is the entropy of `mu`.
         shannon_stderr: its standard error.
@@ -152,9 +152,9 @@ def pairwise_theory(
         n_priors: transition matrices to average over.
         generator: source of the matrices; not needed for a fixed matrix.
         beta0: initial scale of A2, a factor of the predicted gradient.
-        max_seconds: average over fewer matrices where these would take longer, by the number of
-            operations that the first of them take; as long as it takes when absent.
-        on_progress: told from time to time how many matrices are done.
+        max_seconds: averages over fewer matrices if more would take longer; counted in operations,
+            not timed. No limit when absent.
+        on_progress: called now and then with the number of matrices done and their total.
 
     Raises:
         GraphError: a position with several parents.
@@ -256,10 +256,10 @@ def _visited(transition: Float[Tensor, "1 all all"]) -> Float[Tensor, "1 vocab v
 
 
 class _Powers:
-    """The deflated powers `C_m` of some matrices, and what follows at pairs of distances (m, n).
+    """The deflated powers `C_m` of some matrices, and quantities at pairs of distances (m, n).
 
     Attributes:
-        seconds: about what one of the matrices takes on a busy core.
+        seconds: estimate of the time for one of the matrices on a busy core.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class _Powers:
         near, far = self._near[self._kept], self._far[self._kept]
         n_priors, size = self._mu.shape
         root = self._mu.sqrt().unsqueeze(1)
-        found = self._mu.new_zeros(n_priors, len(self._kept))
+        information = self._mu.new_zeros(n_priors, len(self._kept))
         chunk = max(1, _MAX_ELEMENTS // (n_priors * size**2))
         parts = []
         for start in range(0, len(near), chunk):
@@ -337,5 +337,5 @@ class _Powers:
             excess = deviation / independent.clamp(min=1e-300)
             joint = independent * independent * (1 + excess).clamp(min=0)
             parts.append((joint * excess.clamp(min=-1).log1p()).nan_to_num(0.0).sum((2, 3)))
-        found[:, self._kept] = torch.cat(parts, dim=1)
-        return found
+        information[:, self._kept] = torch.cat(parts, dim=1)
+        return information

@@ -74,6 +74,26 @@ def name(value: object) -> str | None:
     return " ".join(value) if isinstance(value, list) else None
 
 
+# Where commands begin to work.
+WORKERS = (
+    "training.run.train",
+    "training.resuming.resume",
+    "theory.pairwise_theory",
+    "studies.targets.load_target",
+    "cli.discover._from_matrix",
+    "studies.replication.driver.replicate",
+    "studies.explanations.driver.run_application",
+    "studies.explanations.bridge.bridge",
+    "studies.explanations.text_classifier.TextClassifier",
+    "studies.explanations.movielens.load_ratings",
+    "cli.runs.find_runs",
+    "cli.sync.find_runs",
+    "records.run_folder.find_runs",
+    "sweeps.driver.run_sweep",
+    "sweeps.wandb_sweep.write_wandb_sweep",
+)
+
+
 class ReachedError(Exception):
     """A command that parsed and would now start to work."""
 
@@ -130,21 +150,8 @@ def test_command_exists_with_its_options(
         raise ReachedError
 
     monkeypatch.chdir(repository)
-    monkeypatch.setattr("mechcausal.training.run.train", reach)
-    monkeypatch.setattr("mechcausal.training.resuming.resume", reach)
-    monkeypatch.setattr("mechcausal.theory.pairwise_theory", reach)
-    monkeypatch.setattr("mechcausal.studies.targets.load_target", reach)
-    monkeypatch.setattr("mechcausal.cli.discover._from_matrix", reach)
-    monkeypatch.setattr("mechcausal.studies.replication.driver.replicate", reach)
-    monkeypatch.setattr("mechcausal.studies.explanations.driver.run_application", reach)
-    monkeypatch.setattr("mechcausal.studies.explanations.bridge.bridge", reach)
-    monkeypatch.setattr("mechcausal.studies.explanations.text_classifier.TextClassifier", reach)
-    monkeypatch.setattr("mechcausal.studies.explanations.movielens.load_ratings", reach)
-    monkeypatch.setattr("mechcausal.cli.runs.find_runs", reach)
-    monkeypatch.setattr("mechcausal.cli.sync.find_runs", reach)
-    monkeypatch.setattr("mechcausal.records.run_folder.find_runs", reach)
-    monkeypatch.setattr("mechcausal.sweeps.driver.run_sweep", reach)
-    monkeypatch.setattr("mechcausal.sweeps.wandb_sweep.write_wandb_sweep", reach)
+    for worker in WORKERS:
+        monkeypatch.setattr(f"mechcausal.{worker}", reach)
     try:
         code = main(arguments)
     except ReachedError:

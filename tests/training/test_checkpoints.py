@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_dict
 from mechcausal.training import checkpoints
@@ -102,32 +102,28 @@ def test_a_checkpoint_says_what_it_is(good: Path) -> None:
     assert not [path for path in good.parent.iterdir() if path.name.startswith(".")]
 
 
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "state.safetensors", "checkpoint.json"]
 )
-@pytest.mark.parametrize("damage", ["truncated", "empty", "bit", "foreign", "gone", "folder"])
-def test_a_damaged_file_is_named_and_refused(copied: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named_and_refused(copied: Path, name: str) -> None:
     path = copied / name
-    content = path.read_bytes()
-    match damage:
-        case "truncated":
-            path.write_bytes(content[:-7])
-        case "empty":
-            path.write_bytes(b"")
-        case "bit":
-            middle = len(content) // 2
-            flipped = bytes([content[middle] ^ 4])
-            path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
-        case "foreign":
-            save_file({"x": torch.zeros(3)}, path)
-        case _:
-            path.unlink()
-            if damage == "folder":
-                path.mkdir()
-    with pytest.raises(CheckpointError) as caught:
-        read_checkpoint(copied)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    content, foreign = path.read_bytes(), save({"x": torch.zeros(3)})
+    for damaged in (content[:-7], b"", flipped(content), foreign, None, "a folder"):
+        path.unlink()
+        if isinstance(damaged, bytes):
+            path.write_bytes(damaged)
+        elif damaged:
+            path.mkdir()
+        with pytest.raises(CheckpointError) as caught:
+            read_checkpoint(copied)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        path.touch(exist_ok=True)
 
 
 def test_every_single_bit_of_a_manifest_counts(copied: Path) -> None:
@@ -135,7 +131,7 @@ def test_every_single_bit_of_a_manifest_counts(copied: Path) -> None:
     content = path.read_bytes()
     before = read_checkpoint(copied)
     generator = torch.Generator().manual_seed(0)
-    for place in torch.randperm(len(content), generator=generator)[:300].tolist():
+    for place in torch.randperm(len(content), generator=generator)[:150].tolist():
         bit = 1 << int(torch.randint(8, (1,), generator=generator))
         path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
         try:

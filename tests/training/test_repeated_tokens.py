@@ -26,6 +26,7 @@ from mechcausal.training.experiments import Generators, build_experiment, repeat
 from mechcausal.training.experiments.repeated_tokens import BOS, RepeatedTokens
 from mechcausal.training.run import RunResult, train
 from probes import HeadScores, score_heads, track_formation
+from tests.left_as_found import left_as_found
 from tests.studies.test_targets import LEAN
 
 FIGURES = {
@@ -132,29 +133,25 @@ def batches(built: RepeatedTokens, count: int) -> list[torch.Tensor]:
     return seen
 
 
-def test_sequences_are_a_bos_and_a_block_twice() -> None:
-    for tokens in batches(experiment(), 20):
+def test_sequences_are_a_bos_and_a_block_twice_of_every_length_and_token() -> None:
+    seen = batches(experiment(), 60)
+    for tokens in seen:
         length = (tokens.shape[1] - 1) // 2
         assert tokens.shape == (4, 2 * length + 1)
         assert (tokens[:, 0] == BOS).all()
         assert torch.equal(tokens[:, 1 : 1 + length], tokens[:, 1 + length :])
         assert ((tokens[:, 1:] > BOS) & (tokens[:, 1:] < 12)).all()
-
-
-def test_lengths_vary_over_the_whole_range_and_every_token_is_used() -> None:
-    seen = batches(experiment(), 60)
     assert {(tokens.shape[1] - 1) // 2 for tokens in seen} == {3, 4, 5}
     assert set(torch.cat([tokens.flatten() for tokens in seen]).tolist()) == set(range(12))
 
 
-def test_one_length_and_blocks_longer_than_the_vocabulary_train(tmp_path: Path) -> None:
-    recipe = tiny(task__repeat_lengths=[3, 3], task__vocab_size=3)
-    assert train(recipe, out=tmp_path / "run").state == "finished"
-
-
 @pytest.mark.parametrize("lengths", [[2, 3], [3, 3], [2, 20]])
-def test_the_shortest_blocks_can_be_probed(lengths: list[int]) -> None:
-    figures = experiment(tiny(task__repeat_lengths=lengths)).observe().figures
+def test_short_blocks_and_blocks_longer_than_the_vocabulary_train_and_are_probed(
+    lengths: list[int],
+) -> None:
+    built = experiment(tiny(task__repeat_lengths=lengths, task__vocab_size=3))
+    built.training_loss(4).backward()
+    figures = built.observe().figures
     assert 0 <= figures["induction/prefix_matching"] <= 1
     assert figures["induction/score"] <= 1
 
@@ -193,23 +190,21 @@ def test_what_probes_are_shown_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyP
     assert seeds[0] not in {generators.init, *(other.initial_seed() for other in others)}
 
 
-def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
+def test_the_same_recipe_gives_the_same_run_and_leaves_the_global_generator_alone(
+    run: RunResult, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    train(tiny(), out=tmp_path / "run")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_same_recipe_gives_the_same_run(run: RunResult, tmp_path: Path) -> None:
     again = train(tiny(), out=tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), before)
     for name in ("metrics.jsonl", "model/model.safetensors", MATRICES_FILE):
         assert (again.folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"probing__enabled": False}, {"probing__every": 1}, {"evaluation__n_sequences": 9}],
-    ids=lambda value: next(iter(value)),
+    [{"probing__enabled": False}, {"probing__every": 1, "evaluation__n_sequences": 9}],
+    ids=["less", "more"],
 )
 def test_watching_does_not_change_what_is_learned(
     run: RunResult, tmp_path: Path, overrides: dict[str, Any]
@@ -218,6 +213,10 @@ def test_watching_does_not_change_what_is_learned(
     ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (run, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if not other.experiment.recipe.probing.enabled:  # the losses are kept
+        assert [row["train/step"] for row in other.history] == [0, 4]
+        assert {"loss/eval", "loss/second_copy"} <= set(other.summary)
+        assert "induction/score" not in other.summary
 
 
 # --- What is seen, and what is left behind ---
@@ -262,12 +261,9 @@ def test_losses_are_consistent() -> None:
 
 def test_looking_changes_nothing() -> None:
     built = experiment()
-    before = weights(built)
-    first, again = built.observe(), built.observe()
+    with left_as_found(built.hooked):
+        first, again = built.observe(), built.observe()
     assert first.figures == again.figures
-    assert all(torch.equal(value, before[name]) for name, value in weights(built).items())
-    assert all(parameter.grad is None for parameter in built.hooked.parameters())
-    assert not any(point.fwd_hooks for point in built.hooked.hook_dict.values())
 
 
 def test_the_run_holds_rows_figures_and_matrices(run: RunResult) -> None:
@@ -289,13 +285,6 @@ def test_every_probe_step_leaves_a_checkpoint_that_loads(run: RunResult) -> None
     with torch.no_grad():
         assert torch.equal(load_model(found[4])(tokens), run.experiment.hooked(tokens))
         assert not torch.equal(load_model(found[2])(tokens), run.experiment.hooked(tokens))
-
-
-def test_without_probes_the_losses_are_kept(tmp_path: Path) -> None:
-    result = train(tiny(probing__enabled=False), out=tmp_path / "run")
-    assert [row["train/step"] for row in result.history] == [0, 4]
-    assert {"loss/eval", "loss/second_copy"} <= set(result.summary)
-    assert "induction/score" not in result.summary
 
 
 def test_a_short_training_lowers_the_loss(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from mechcausal.training.experiments import Experiment
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, RunResult, TrainingError, train
 from tests import kill_runs
+from tests.studies.test_targets import LEAN
 
 COMPARED = kill_runs.COMPARED
 
@@ -92,6 +93,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(), out=tmp_path_factory.mktemp("whole") / "run").folder
 
 
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return killed(tmp_path_factory.mktemp("killed") / "run", 17)
+
+
+@pytest.fixture
+def killed_at_17(tmp_path: Path, killed_run: Path) -> Path:
+    """A run that was killed before the update of step 17: its newest checkpoint is that of 15."""
+    return Path(shutil.copytree(killed_run, tmp_path / "run"))
+
+
 def check_same(folder: Path, whole: Path) -> None:
     for name in COMPARED:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
@@ -104,7 +116,7 @@ def check_same(folder: Path, whole: Path) -> None:
 # --- It goes on as if it had never stopped ---
 
 
-@pytest.mark.parametrize("step", [0, 3, 5, 9, 11, 12, 13, 20, 23, 24])
+@pytest.mark.parametrize("step", [0, 5, 11, 12, 23, 24])
 def test_a_crashed_run_ends_as_if_nothing_had_happened(
     tmp_path: Path, whole: Path, step: int
 ) -> None:
@@ -118,36 +130,29 @@ def test_a_crashed_run_ends_as_if_nothing_had_happened(
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["disentangled", "standard"])
+JOINT = {
+    "training__algorithm": "joint",
+    "training__joint__steps": 8,
+    "training__joint__optimizer": "adamw",
+    "training__joint__schedule": "cosine",
+    "training__joint__warmup": 3,
+    "training__accumulation": 2,
+    "checkpoints__every": 3,
+}
+STANDARD = {"model__kind": "standard", "model__d_model": 16, "model__d_mlp": 8}
+REPEATED = {
+    "training__joint__steps": 8,
+    "checkpoints__schedule": "every",
+    "checkpoints__every": 3,
+}
+
+
+@pytest.mark.parametrize("kind", ["disentangled", "standard", "repeated_tokens"])
 def test_other_models_and_optimizers_go_on_bit_by_bit(tmp_path: Path, kind: str) -> None:
-    changes = {
-        "model__kind": kind,
-        "training__algorithm": "joint",
-        "training__joint__steps": 14,
-        "training__joint__optimizer": "adamw",
-        "training__joint__schedule": "cosine",
-        "training__joint__warmup": 3,
-        "training__accumulation": 2,
-    }
-    if kind == "standard":
-        changes |= {"model__d_model": 16, "model__d_mlp": 8}
-    whole = train(tiny(**changes), out=tmp_path / "whole").folder
-    folder = killed(tmp_path / "run", 13, **changes)
-    assert resume(folder).start == 10
-    check_same(folder, whole)
-
-
-def test_repeated_tokens_go_on_bit_by_bit(tmp_path: Path) -> None:
-    recipe = load_recipe("repeated_tokens").with_overrides(
-        model__d_model=16,
-        training__batch_size=8,
-        training__joint__steps=8,
-        evaluation__n_sequences=8,
-        probing__every=2,
-        checkpoints__schedule="every",
-        checkpoints__every=3,
-        wandb__mode="disabled",
-    )
+    if kind == "repeated_tokens":
+        recipe = parse_recipe(LEAN, source="test").with_overrides(**REPEATED)
+    else:
+        recipe = tiny(**JOINT, **(STANDARD if kind == "standard" else {"model__kind": kind}))
     whole = train(recipe, out=tmp_path / "whole").folder
     with pytest.raises(CrashError):
         train(recipe, out=tmp_path / "run", on_progress=crash_at(7))
@@ -177,24 +182,26 @@ def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path, whole: Path) -
     check_same(folder, whole)
 
 
-def test_a_torn_last_line_is_written_anew(tmp_path: Path, whole: Path) -> None:
-    folder = killed(tmp_path / "run", 16)
+def test_a_torn_last_line_is_written_anew(killed_at_17: Path, whole: Path) -> None:
+    folder = killed_at_17
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"train/step": 20, "loss/tr')
     resume(folder)
     check_same(folder, whole)
 
 
-def test_rows_lost_before_the_checkpoint_cannot_be_made_up(tmp_path: Path) -> None:
-    folder = killed(tmp_path / "run", 16)
+def test_rows_lost_before_the_checkpoint_cannot_be_made_up(killed_at_17: Path) -> None:
+    folder = killed_at_17
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]) + "nonsense\n" + lines[-1])
     with pytest.raises(RunFolderError, match=r"metrics.jsonl, line \d+: not a row"):
         resume(folder)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, whole: Path) -> None:
-    folder = killed(tmp_path / "run", 17)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    killed_at_17: Path, whole: Path
+) -> None:
+    folder = killed_at_17
     newest = folder / "checkpoints" / "00000015" / "model.safetensors"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -206,15 +213,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, whol
     check_same(folder, whole)
 
 
-def test_without_any_checkpoint_it_begins_again(tmp_path: Path, whole: Path) -> None:
-    folder = killed(tmp_path / "run", 17)
+def test_without_any_checkpoint_it_begins_again(killed_at_17: Path, whole: Path) -> None:
+    folder = killed_at_17
     shutil.rmtree(folder / "checkpoints")
     assert resume(folder).start == 0
     check_same(folder, whole)
 
 
-def test_a_row_that_comes_out_differently_is_said(tmp_path: Path) -> None:
-    folder = killed(tmp_path / "run", 17)
+def test_a_row_that_comes_out_differently_is_said(killed_at_17: Path) -> None:
+    folder = killed_at_17
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines[-1]["loss/eval"] += 1e-12
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -225,8 +232,8 @@ def test_a_row_that_comes_out_differently_is_said(tmp_path: Path) -> None:
 # --- When the run is not what it was ---
 
 
-def test_another_recipe_is_named_and_needs_leave(tmp_path: Path) -> None:
-    folder = killed(tmp_path / "run", 17)
+def test_another_recipe_is_named_and_needs_leave(killed_at_17: Path) -> None:
+    folder = killed_at_17
     rows = read_metrics(folder)
     other = tiny(training__stage2__lr=0.01, training__stage2__steps=20)
     with pytest.raises(RunFolderError) as caught:
@@ -266,28 +273,27 @@ def test_a_finished_run_is_left_alone_but_may_be_made_longer(tmp_path: Path, who
             assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("torch", "1.0"), ("threads", 7), ("device", "cuda (B9000)")]
-)
 def test_another_version_or_device_is_named_and_needs_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mechcausal.training import checkpoints
     from mechcausal.training import recorded_run as training
 
     real = checkpoints.environment
+    other = {"torch": "1.0", "threads": 7, "device": "cuda (B9000)"}
     for module in (training, checkpoints):
-        monkeypatch.setattr(module, "environment", lambda device: real(device) | {name: value})
+        monkeypatch.setattr(module, "environment", lambda device: real(device) | other)
     folder = killed(tmp_path / "run", 17)
     for module in (training, checkpoints):
         monkeypatch.setattr(module, "environment", real)
-    with pytest.raises(RunFolderError, match=f"{name} was .*, is "):
+    with pytest.raises(RunFolderError) as caught:
         resume(folder)
+    assert all(f"{name} was {value}, is " in str(caught.value) for name, value in other.items())
     assert resume(folder, allow_change=True).state == "finished"
 
 
-def test_a_change_that_the_checkpoint_cannot_follow_is_refused(tmp_path: Path) -> None:
-    folder = killed(tmp_path / "run", 17)
+def test_a_change_that_the_checkpoint_cannot_follow_is_refused(killed_at_17: Path) -> None:
+    folder = killed_at_17
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for changes in (
         {"training__stage1__steps": 16},  # step 15 would lie in stage 1
@@ -310,8 +316,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path, place: str) -> None:
 # --- Who writes ---
 
 
-def test_two_processes_never_write_one_folder(tmp_path: Path) -> None:
-    folder = killed(tmp_path / "run", 7)
+def test_two_processes_never_write_one_folder(killed_at_17: Path) -> None:
+    folder = killed_at_17
     with hold(folder):
         assert is_held(folder)
         assert run_info(folder).state == "running"
@@ -329,23 +335,21 @@ def test_two_new_runs_do_not_meet_in_one_folder(tmp_path: Path) -> None:
         train(tiny(), out=tmp_path / "run")
 
 
-def test_runs_are_found_with_their_states(tmp_path: Path, whole: Path) -> None:
+def test_runs_are_found_with_their_states(tmp_path: Path, whole: Path, killed_at_17: Path) -> None:
     shutil.copytree(whole, tmp_path / "deep" / "er" / "finished")
-    killed(tmp_path / "killed", 9)
-    crashed(tmp_path / "crashed", 9)
-    damaged = crashed(tmp_path / "damaged", 9)
-    (damaged / "recipe.toml").write_text("[")
+    shutil.copytree(crashed(tmp_path / "crashed", 9), tmp_path / "damaged")
+    (tmp_path / "damaged" / "recipe.toml").write_text("[")
     (tmp_path / "no run").mkdir()
     found = {path.relative_to(tmp_path).as_posix(): run_info(path) for path in find_runs(tmp_path)}
     assert {name: info.state for name, info in found.items()} == {
         "deep/er/finished": "finished",
-        "killed": "interrupted",
+        "run": "interrupted",
         "crashed": "failed",
         "damaged": "failed",
     }
-    assert (found["killed"].step, found["killed"].n_steps) == (8, 24)
+    assert (found["run"].step, found["run"].n_steps) == (16, 24)
     assert "not valid TOML" in found["damaged"].problem
-    assert not found["killed"].problem
+    assert not found["run"].problem
 
 
 # --- W&B stays one run ---
@@ -459,32 +463,19 @@ def test_checkpoints_are_taken_by_the_schedule(
         assert {0, 1, 4, 8, 12, 13, 16, 20, 24} <= set(found)
 
 
-def test_formation_is_kept_in_detail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.96, 0.97, 0.98, 0.99])
-    real = Experiment.__subclasses__()[0].observe
-
-    def observe(self: Any) -> Any:
-        observation = real(self)
-        observation.figures["induction/score"] = next(scores)
-        return observation
-
-    monkeypatch.setattr(Experiment.__subclasses__()[0], "observe", observe)
-    saved_steps(tmp_path, monkeypatch, checkpoints__schedule="formation", checkpoints__every=100)
-    rows = read_metrics(tmp_path / "run")
-    forming = {
-        row[STEP]
-        for row, before in zip(rows[1:], rows, strict=False)
-        if 0.1 < float(before["induction/score"] or 0) < 0.9
-    }
-    assert forming
-    assert set(checkpoint_folders(tmp_path / "run")) == forming | {24}
-
-
-def test_a_score_that_rests_is_no_formation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        # Every probe step after one with a score from 0.1 to 0.9.
+        ([0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.96, 0.97, 0.98, 0.99], (3, 4, 5, 6)),
+        # A score that rests within these bounds: one checkpoint of each level, and between them.
+        ([0.0, 0.05, 0.2, 0.21, 0.19, 0.2, 0.4, 0.62, 0.61, 0.63, 0.62], (3, 7, 8)),
+    ],
+    ids=["steady", "resting"],
+)
+def test_formation_is_kept_in_detail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], kept: tuple[int, ...]
 ) -> None:
-    """Between the bounds, but unmoved: one checkpoint of each level, and of the way between."""
-    scores = [0.0, 0.05, 0.2, 0.21, 0.19, 0.2, 0.4, 0.62, 0.61, 0.63, 0.62]
     left = iter(scores)
     real = Experiment.__subclasses__()[0].observe
 
@@ -495,8 +486,8 @@ def test_a_score_that_rests_is_no_formation(
 
     monkeypatch.setattr(Experiment.__subclasses__()[0], "observe", observe)
     saved_steps(tmp_path, monkeypatch, checkpoints__schedule="formation", checkpoints__every=100)
-    after = [int(row[STEP] or 0) for row in read_metrics(tmp_path / "run")][1:]
-    assert set(checkpoint_folders(tmp_path / "run")) == {after[i] for i in (2, 6, 7)} | {24}
+    steps = [int(row[STEP] or 0) for row in read_metrics(tmp_path / "run")]
+    assert set(checkpoint_folders(tmp_path / "run")) == {steps[i] for i in kept} | {24}
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:

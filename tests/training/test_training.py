@@ -225,7 +225,7 @@ def test_looks_that_would_take_too_long_read_the_closed_form(
     other = train(tiny(), out=tmp_path / "other")
     assert isinstance(graph_experiment(other).observer, ClosedFormObserver)
     (warning,) = other.warnings
-    assert warning.endswith("attention and gradients are read off the closed form instead")
+    assert warning.endswith("attention and gradients are computed in closed form instead")
     for ours, theirs in zip(other.history, run.history, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

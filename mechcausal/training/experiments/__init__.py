@@ -1,7 +1,4 @@
-"""Experiments: each one brings its data, model, probes and pictures.
-
-The training loop knows only the interface `Experiment`.
-"""
+"""Experiments: what differs between kinds of runs, behind the interface `Experiment`."""
 
 from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe, RecipeError
@@ -69,7 +66,7 @@ def build_experiment(
     Args:
         recipe: checked.
         generators: of the run.
-        tell: told what takes its time.
+        tell: called with what is being prepared.
         closed_form: probe a simplified model in closed form instead of through hooks.
 
     Raises:

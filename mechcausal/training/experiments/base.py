@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 Tell = Callable[[str], None]
-"""Told what an experiment is doing while it is built."""
+"""Called with one line on what is being prepared."""
 
 
 def tell_nobody(_: str) -> None:
-    """For who does not want to know."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Experiment(ABC):
 
     Attributes:
         recipe: what it was built from.
-        notes: what a reader of its figures should know, a line each.
+        notes: limits of its figures, one line each.
     """
 
     recipe: Recipe

@@ -37,7 +37,7 @@ from mechcausal.theory import (
 from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
 from mechcausal.training.experiments.models import build_model
 
-# Where hooks take longer for a look, on a busy core, the closed form is read if there is one.
+# If probing through hooks takes longer, on a busy core, a simplified model's closed form is read.
 _MOST_SECONDS = 20.0
 _MULTIPLICATIONS_PER_SECOND = 1e10  # float32
 
@@ -65,7 +65,7 @@ class CausalGraphExperiment(Experiment):
         Args:
             recipe: the recipe.
             generators: of the run.
-            tell: told what takes its time.
+            tell: called with what is being prepared.
             closed_form: probe a simplified model in closed form instead of through hooks.
         """
         training, evaluation = recipe.training, recipe.evaluation
@@ -216,7 +216,7 @@ def _theory(task: Task, recipe: Recipe, generators: Generators, tell: Tell) -> I
     if isinstance(task, SingleParentTask):
         beta0 = recipe.training.beta0
         return pairwise_theory(task.graph, task.prior, n_priors=n_priors, beta0=beta0, **options)
-    # A set of tensors costs more than a matrix, and says more: it holds S^k rows.
+    # A set of tensors costs more than a matrix, but holds S^k rows: a tenth is enough.
     return parent_information(task, n_priors=max(2, n_priors // 10), **options)
 
 
@@ -229,7 +229,7 @@ def _counted(tell: Tell, text: str) -> Callable[[int, int], None]:
 
 
 def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:
-    """About what the hooked model takes on a busy core for a look, forward and backward."""
+    """Estimate of the seconds for one probe step through hooks, forward and backward."""
     config = model.hooked.cfg
     width = config.n_heads * config.d_head
     layer = 4 * config.d_model * width + 2 * config.n_ctx * width
@@ -239,7 +239,7 @@ def hooked_look_seconds(model: GraphModel, n_sequences: int) -> float:
 
 
 def _look_note(seconds: float, n_sequences: int, *, closed: bool) -> str:
-    takes = f"with hooks on {n_sequences:,} sequences a look would take about {seconds:,.0f} s"
+    takes = f"probing {n_sequences:,} sequences through hooks would take about {seconds:,.0f} s"
     if closed:
-        return f"{takes}: attention and gradients are read off the closed form instead"
-    return takes.replace("would take", "takes") + ": reduce evaluation.n_sequences or the looks"
+        return f"{takes}: attention and gradients are computed in closed form instead"
+    return takes.replace("would take", "takes") + ": reduce evaluation.n_sequences or probe less"
