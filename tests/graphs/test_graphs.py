@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,9 @@ QUERY_PARENTS: list[tuple[list[int], str]] = [
 
 def test_a_graph_that_cannot_be_is_refused_by_name() -> None:
     for parents, message in FROM_PARENTS:
-        assert refusal(lambda p=parents: CausalGraph.from_parents(p)) == message
+        assert refusal(partial(CausalGraph.from_parents, parents)) == message
     for query_parents, message in QUERY_PARENTS:
-        assert refusal(lambda q=query_parents: manual([-1, 0], query_parents=q)) == message
+        assert refusal(partial(manual, [-1, 0], query_parents=query_parents)) == message
     endless = range(-1, 10**12)
     message = refusal(lambda: CausalGraph.from_parents(endless))
     assert f"more than {MAX_POSITIONS} positions" in message
