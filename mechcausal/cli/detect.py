@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.cli.tables import make_table
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import printable
 
@@ -119,36 +120,22 @@ def main(arguments: list[str]) -> int:
 
 
 def _print_tables(detection: "Detection", *, everything: bool) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     scores = detection.scores
     console = Console()
     rows = detection.to_dict()["heads"]
     listed = rows if everything else [r for i, r in enumerate(rows) if i < 5 or r["verdict"]]
-    table = Table(
-        # As Text: rich would read brackets in the name as markup.
-        title=Text(
-            f"{printable(detection.target.name)}: {len(rows)} heads, {scores.sequences} sequences, "
-            f"threshold {scores.threshold:g}"
-        ),
-        box=SIMPLE_HEAD,
-        padding=0,  # so that the table fits into 80 characters
+    scored = ("prefix", "control", "previous", "dupl.", "control", "positional", "copying")
+    table = make_table(
+        ("head", *scored, "verdict"),
+        title=f"{printable(detection.target.name)}: {len(rows)} heads, {scores.sequences} "
+        f"sequences, threshold {scores.threshold:g}",
     )
-    table.add_column("head", no_wrap=True)
-    for heading in (
-        "prefix",
-        "control",
-        "previous",
-        "dupl.",
-        "control",
-        "positional",
-        "copying",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=10)
+    table.padding = (0, 0, 0, 0)  # so that the table fits into 80 characters
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    table.columns[-1].justify, table.columns[-1].min_width = "left", 10
     for row in listed:
         table.add_row(
             f"{row['layer']}.{row['head']}",
@@ -179,17 +166,12 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
 
 
 def _print_ablations(console: Any, detection: "Detection") -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     effects: Sequence[Any] = detection.ablations or ()
     if not effects:
         console.print("ablation: no induction or previous-token head to take out")
         return
     console.print(f"loss of the second copy with all heads: {effects[0].loss:.3f} nats a token")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("without", "verdict", "rise (nats)", ""):
-        table.add_column(heading)
+    table = make_table(("without", "verdict", "rise (nats)", ""), n_left=4)
     for effect in effects:
         verdict = detection.scores.verdicts[effect.layer, effect.head]
         table.add_row(

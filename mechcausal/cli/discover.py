@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.cli.tables import make_table
 
 if TYPE_CHECKING:
     from mechcausal.studies.targets import Target
     from probes import Discovery
+    from probes.causal_discovery.options import SearchKeywords
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -22,8 +24,8 @@ class Discover:
     """A causal graph over the tokens of one input, from one head's attention.
 
     Edges: `a --> b`: a causes b; `a <-> b`: a hidden common cause; `a o-> b`: one of the two;
-    `a o-o b`: undecided. --n-eff controls sparsity and is no sample size, as one forward pass has
-    no samples. The larger it is, the more edges stay; try several (--n-eff 32,64,128).
+    `a o-o b`: undecided. --n-eff sets the sparsity and is no sample size: one forward pass has no
+    samples. The larger it is, the more edges stay; try several (--n-eff 32,64,128).
     """
 
     target: tyro.conf.Positional[str] = ""
@@ -40,8 +42,8 @@ class Discover:
     head: int | None = None
     """Head of that layer; 0 when absent."""
     n_eff: str | None = None
-    """How many samples the tests assume, or several, such as 32,64,128: a knob of sparsity, not a
-    sample size. d_head when absent."""
+    """How many samples the tests assume, or several numbers, such as 32,64,128. It sets the
+    sparsity and is no sample size. d_head when absent."""
     alpha: float = 0.01
     """Significance level of the independence tests; the smaller, the fewer edges."""
     ordered: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -168,15 +170,18 @@ def _check_input(options: Discover, *, is_matrix: bool) -> None:
         raise RefusedError("--text is empty: at least one token is needed")
 
 
-def _settings(options: Discover) -> dict[str, Any]:
-    names = ("alpha", "sink", "engine", "stable", "max_cond")
-    settings = {name: getattr(options, name) for name in (*names, "time_budget")}
-    ordered = True if options.ordered else False if options.no_ordered else None
+def _search_options(options: Discover, n_eff: float | int | None) -> "SearchKeywords":
     return {
-        **settings,
-        "ordered": ordered,
+        "n_eff": n_eff,
+        "alpha": options.alpha,
+        "ordered": True if options.ordered else False if options.no_ordered else None,
+        "sink": options.sink,
         "sink_position": options.sink_position or 0,
         "positions": options.positions or None,
+        "engine": options.engine,
+        "stable": options.stable,
+        "max_cond": options.max_cond,
+        "time_budget": options.time_budget,
     }
 
 
@@ -197,9 +202,8 @@ def _from_matrix(options: Discover) -> _Prepared:
         raise TargetError(f"{options.target}: not a .npy file with a matrix of numbers") from None
     if not isinstance(attention, np.ndarray):
         raise TargetError(f"{options.target}: an archive of arrays; one matrix is needed")
-    settings = _settings(options)
     return _Prepared(
-        lambda n_eff: discover_attention(attention, n_eff=n_eff or 0, **settings), words=None
+        lambda n_eff: discover_attention(attention, **_search_options(options, n_eff)), words=None
     )
 
 
@@ -213,7 +217,6 @@ def _from_model(options: Discover) -> _Prepared:
     )
     tokens = _tokens(options, target)
     model: Any = target.model
-    settings = _settings(options)
 
     def search(n_eff: float | int | None) -> "Discovery":
         with running(options.target):
@@ -222,9 +225,8 @@ def _from_model(options: Discover) -> _Prepared:
                 tokens,
                 layer=options.layer,
                 head=options.head or 0,
-                n_eff=n_eff,
                 values=options.values,
-                **settings,
+                **_search_options(options, n_eff),
             )
 
     words = None
@@ -266,20 +268,20 @@ def _title(target: str, discovery: "Discovery") -> str:
 
 
 def _print_graph(target: str, discovery: "Discovery", words: list[str] | None) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+
+    def node(position: int) -> str:
+        return str(position) if words is None else escape(f"{position} {words[position]!r}")
 
     console = Console()
-    edges = discovery.pag.edges()
     console.print(escape(_title(target, discovery)))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("from", justify="right")
-    table.add_column("edge", no_wrap=True)
-    table.add_column("to")
+    edges = discovery.pag.edges()
+    table = make_table(("from", "edge", "to"), n_left=3)
+    table.columns[0].justify = "right"
+    table.columns[1].no_wrap = True
     for edge in edges:
-        table.add_row(_node(edge.start, words), escape(edge.marks), _node(edge.end, words))
+        table.add_row(node(edge.start), escape(edge.marks), node(edge.end))
     if edges:
         console.print(table)
     console.print(f"edges: {len(edges)}, tests: {discovery.tests}, n_eff: {discovery.n_eff:g}")
@@ -291,23 +293,13 @@ def _print_graph(target: str, discovery: "Discovery", words: list[str] | None) -
         )
 
 
-def _node(position: int, words: list[str] | None) -> str:
-    from rich.markup import escape
-
-    return str(position) if words is None else escape(f"{position} {words[position]!r}")
-
-
 def _print_sweep(target: str, discoveries: "list[Discovery]") -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
     console.print(escape(_title(target, discoveries[0])))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("n_eff", "edges", "-->", "<->", "tests", "complete"):
-        table.add_column(heading, justify="right")
+    table = make_table(("n_eff", "edges", "-->", "<->", "tests", "complete"), n_left=0)
     for discovery in discoveries:
         marks = [edge.marks for edge in discovery.pag.edges()]
         counts = (len(marks), marks.count("-->"), marks.count("<->"), discovery.tests)

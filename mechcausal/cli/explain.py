@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.cli.tables import make_table
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
@@ -217,25 +218,15 @@ def _print_result(
     return 0
 
 
-def _table(title: str, headings: tuple[str, ...], n_left: int = 1) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if column < n_left else "right")
-    return table
-
-
 def _comparison_table(result: "Comparison") -> "Table":
     from mechcausal.studies.explanations.comparison import LABELS
 
     settings = result.settings
-    table = _table(
-        f"{settings['application']}: {settings['seeds']} seeds, {settings['sequences']} "
+    table = make_table(
+        ("method", "tokens", "excess", "explained", "verified", "in rule", "model runs"),
+        title=f"{settings['application']}: {settings['seeds']} seeds, {settings['sequences']} "
         f"predictions each, at most {settings['budget']} model runs for one; accuracy "
         f"{_number(settings['accuracy'], settings['accuracy_stderr'])}",
-        ("method", "tokens", "excess", "explained", "verified", "in rule", "model runs"),
     )
     for row in result.rows:
         mean, stderr = row.mean, row.stderr
@@ -252,10 +243,10 @@ def _bridge_table(result: "Comparison") -> "Table":
     from mechcausal.studies.explanations.skeletons import READINGS
 
     settings = result.settings
-    table = _table(
-        f"{settings['recipe']}: pairs found against the true graph; {settings['seeds']} seeds, "
-        f"{settings['sequences']} sequences each, n_eff {settings['n_eff']:g}",
+    table = make_table(
         ("model", "read from", "precision", "recall", "F1"),
+        title=f"{settings['recipe']}: pairs found against the true graph; {settings['seeds']} "
+        f"seeds, {settings['sequences']} sequences each, n_eff {settings['n_eff']:g}",
         n_left=2,
     )
     previous = ""
@@ -276,11 +267,9 @@ def _print_texts(texts: "list[TextExplanation]") -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    table = _table(
-        "the tokens without which the label changes",
-        ("text", "method", "tokens", "label", "model runs"),
-        n_left=4,
-    )
+    headings = ("text", "method", "tokens", "label", "model runs")
+    title = "the tokens without which the label changes"
+    table = make_table(headings, title=title, n_left=4)
     previous = ""
     for row in texts:
         table.add_row(

@@ -224,4 +224,4 @@ def test_a_model_that_cannot_be_run_is_one_line(
 def test_help_says_what_n_eff_is(command: Command) -> None:
     code, output, _ = command("--help")
     assert code == 0
-    assert "knob of sparsity" in " ".join(output.split())
+    assert "sets the sparsity" in " ".join(output.split())

@@ -210,10 +210,10 @@ def test_rows_and_numbers() -> None:
     mean, stderr = mean_and_stderr([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert stderr == pytest.approx(1 / 3**0.5)
-    row = Row("figure9", "x", 0.5, float("nan"), None, None, None)
+    row = Row("figure9", "x", float("nan"), paper=0.5)
     assert row.as_json()["ours"] is None
-    assert measured(Row("figure9", "x", None, 0.5, 0.01, None, True)) == "0.5 ± 0.01"
-    assert measured(Row("figure9", "x", None, None, None, None, False)) == "not found"
+    assert measured(Row("figure9", "x", 0.5, 0.01, holds=True)) == "0.5 ± 0.01"
+    assert measured(Row("figure9", "x", None, holds=False)) == "not found"
     assert [number(x) for x in (12345.6, 0.00012, float("nan"))] == ["12,346", "0.00012", ""]
 
 

@@ -1,7 +1,7 @@
 """The result of a replication."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,29 @@ class Row:
     Attributes:
         figure: the figure it belongs to.
         quantity: what is measured, with its unit and its condition.
-        paper: the paper's value; None if it gives none.
         ours: the mean of our runs; None if it could not be measured.
         stderr: standard error of `ours` over seeds, graphs or sequences; None for a single value.
+        paper: the paper's value; None if it gives none.
         theory: the theoretical value; None if there is none.
         holds: whether the condition holds; None without a condition.
     """
 
     figure: str
     quantity: str
-    paper: float | None
     ours: float | None
-    stderr: float | None
-    theory: float | None
-    holds: bool | None
+    stderr: float | None = None
+    _: KW_ONLY
+    paper: float | None = None
+    theory: float | None = None
+    holds: bool | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The attributes as a dict; non-finite numbers become None."""
+        names = ("figure", "quantity", "paper", "ours", "stderr", "theory", "holds")
+        values = {name: getattr(self, name) for name in names}
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
+            for key, value in values.items()
         }
 
 

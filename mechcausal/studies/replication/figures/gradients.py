@@ -46,7 +46,7 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
         ours, stderr = mean_and_stderr(values)
         label = quantity + ("" if least is None else f"; must be ≥ {least:g}, every run")
         holds = None if least is None else all(value >= least for value in values)
-        return Row("theory", label, None, ours, stderr, 1.0, holds)
+        return Row("theory", label, ours, stderr, theory=1.0, holds=holds)
 
     return [
         row("rows whose first gradient is largest at the parent", first, "gradient/edge_hits", 1.0),

@@ -45,18 +45,17 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
         ):
             rise, stderr = effects.means[name]
             quantity = f"{label}: rise of the loss, {intervention}, nats"
-            rows.append(Row("interventions", quantity, None, rise, stderr, None, None))
+            rows.append(Row("interventions", quantity, rise, stderr))
         rise, stderr = effects.means["edge_minus_non_edge"]
         quantity = (
             f"{label}: edge minus non-edge, nats; must be above 0 by 3 standard errors (paired)"
         )
-        rows.append(Row("interventions", quantity, None, rise, stderr, None, rise > 3 * stderr))
+        holds = rise > 3 * stderr
+        rows.append(Row("interventions", quantity, rise, stderr, holds=holds))
         joint = [effect for kind in ("all_edges", "query") for effect in effects.of(kind)]
         for effect in (*joint, *patches):
             quantity = f"{label}: rise of the loss, {effect.kind.replace('_', ' ')}, nats"
-            rows.append(
-                Row("interventions", quantity, None, effect.rise, effect.stderr, None, None)
-            )
+            rows.append(Row("interventions", quantity, effect.rise, effect.stderr))
     return rows
 
 

@@ -48,17 +48,19 @@ def measure_losses(runs: list[Run], quick: bool) -> list[Row]:
             means = [sequence_mean(value) for value in values]
             ours, over_seeds = mean_and_stderr([mean for mean, _ in means])
             stderr = max(over_seeds or 0.0, *(error for _, error in means))
-            has_condition = name == "loss above Bayes"
+            quantity, theory, holds = f"{label}: {name}, nats", None, None
+            if name == "loss above Bayes":
+                quantity += f"; must be ≤ {GAP}, every seed"
+                theory, holds = 0.0, all(mean <= GAP for mean, _ in means)
             rows.append(
                 Row(
                     "figure5",
-                    f"{label}: {name}, nats"
-                    + (f"; must be ≤ {GAP}, every seed" if has_condition else ""),
-                    paper if in_paper else None,
+                    quantity,
                     ours,
                     stderr,
-                    0.0 if has_condition else None,
-                    all(mean <= GAP for mean, _ in means) if has_condition else None,
+                    paper=paper if in_paper else None,
+                    theory=theory,
+                    holds=holds,
                 )
             )
         rows += _plateau_rows(label, group, in_paper)
@@ -71,18 +73,18 @@ def _plateau_rows(label: str, group: list[Run], in_paper: bool) -> list[Row]:
     condition = "; must be found in every seed" if in_paper else ""
     holds = len(drops) == len(group) if in_paper else None
     quantity = f"{label}: plateau (or shoulder) before the drop, nats{condition}"
+    paper_level, paper_step = (PLATEAU, 3500.0) if in_paper else (None, None)
     if not drops:
-        return [Row("figure5", quantity, PLATEAU if in_paper else None, None, None, None, holds)]
+        return [Row("figure5", quantity, None, paper=paper_level, holds=holds)]
     levels = [plateau.level for plateau, _ in drops]
     steps = [drop.middle for _, drop in drops]
     heights = [drop.height for _, drop in drops]
     level, step, height = (mean_and_stderr(values) for values in (levels, steps, heights))
     drop_label = f"{label}: step of the drop (the paper's of 65,536 steps of its own schedule)"
-    paper = (PLATEAU, 3500.0) if in_paper else (None, None)
     return [
-        Row("figure5", quantity, paper[0], *level, None, holds),
-        Row("figure5", drop_label, paper[1], *step, None, None),
-        Row("figure5", f"{label}: height of the drop, nats", None, *height, None, None),
+        Row("figure5", quantity, *level, paper=paper_level, holds=holds),
+        Row("figure5", drop_label, *step, paper=paper_step),
+        Row("figure5", f"{label}: height of the drop, nats", *height),
     ]
 
 
@@ -117,7 +119,8 @@ def measure_heads(runs: list[Run], quick: bool) -> list[Row]:
             if values:
                 ours, stderr = mean_and_stderr(values)
                 holds = all(value >= ROWS for value in values) if has_condition else None
-                rows.append(Row("figure7", f"{label}: {quantity}", None, ours, stderr, 1.0, holds))
+                row = Row("figure7", f"{label}: {quantity}", ours, stderr, theory=1.0, holds=holds)
+                rows.append(row)
     return rows
 
 

@@ -71,10 +71,10 @@ def measure_blocks(runs: list[Run], quick: bool) -> list[Row]:
                 f"{GRAPHS[recipe]}: rise of the loss without {description}, nats; must be the "
                 "largest of its matrix, every seed"
             )
-            rows.append(Row("figure6", quantity, None, rise, stderr, None, largest))
+            rows.append(Row("figure6", quantity, rise, stderr, holds=largest))
             share, spread = mean_and_stderr([share[name] for share in shares])
             quantity = f"{GRAPHS[recipe]}: share of the squared norm of its matrix in {description}"
-            rows.append(Row("figure6", quantity, None, share, spread, 1.0, None))
+            rows.append(Row("figure6", quantity, share, spread, theory=1.0))
     return rows
 
 
@@ -124,8 +124,10 @@ def measure_mlp(runs: list[Run], quick: bool) -> list[Row]:
     """Edges named by layer 1's mean pattern, loss, and loss above Bayes."""
     recovered, stderr = mean_and_stderr([run.summary["graph/recovered"] for run in runs])
     label = f"edges named by layer 1; must be ≥ {MLP_EDGES}"
-    rows = [Row("figure8", label, 1.0, recovered, stderr, 1.0, recovered >= MLP_EDGES)]
-    return rows + _loss_rows("figure8", "chain, MLP", runs, quick, gap=MLP_GAP, paper=MLP_LOSS)
+    row = Row(
+        "figure8", label, recovered, stderr, paper=1.0, theory=1.0, holds=recovered >= MLP_EDGES
+    )
+    return [row, *_loss_rows("figure8", "chain, MLP", runs, quick, gap=MLP_GAP, paper=MLP_LOSS)]
 
 
 def draw_mlp(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
@@ -147,19 +149,19 @@ def _measure_graph(
         Row(
             figure,
             f"{label}: share of edges recovered; must be 1",
-            1.0,
             recovered,
             stderr,
-            1.0,
-            recovered == 1.0,
+            paper=1.0,
+            theory=1.0,
+            holds=recovered == 1.0,
         ),
-        Row(figure, f"{label}: mean attention on the parent", None, attention, spread, 1.0, None),
+        Row(figure, f"{label}: mean attention on the parent", attention, spread, theory=1.0),
     ]
     gap = CHAIN_GAP if recipe == "figure2_chain" else None
     rows += _loss_rows(figure, label, group, quick, gap=gap, paper=None)
     values = losses(group[0], precise(quick))
     bayes, bayes_stderr = sequence_mean(values["bayes"])
-    rows.append(Row(figure, f"{label}: Bayes loss, nats", None, bayes, bayes_stderr, None, None))
+    rows.append(Row(figure, f"{label}: Bayes loss, nats", bayes, bayes_stderr))
     paper, corrected = BAYES.get(recipe, (None, None))
     for name, description, paper_value, theory in (
         ("miscounted", "loss of the authors' Bayes predictor, which miscounts roots", paper, None),
@@ -170,7 +172,8 @@ def _measure_graph(
         condition = "" if expected is None else "; must agree within 3 standard errors"
         holds = None if expected is None else abs(ours - expected) <= 3 * stderr
         quantity = f"{label}: {description}, nats{condition}"
-        rows.append(Row(figure, quantity, paper_value, ours, stderr, theory, holds))
+        row = Row(figure, quantity, ours, stderr, paper=paper_value, theory=theory, holds=holds)
+        rows.append(row)
     return rows
 
 
@@ -196,7 +199,9 @@ def _loss_rows(
         if gap is not None and index == 1:
             quantity += f"; must be ≤ {gap}, every seed"
             holds = all(pair[1][0] <= gap for pair in by_run)
-        rows.append(Row(figure, quantity, value, ours, stderr, 0.0 if index else None, holds))
+        theory = 0.0 if index else None
+        row = Row(figure, quantity, ours, stderr, paper=value, theory=theory, holds=holds)
+        rows.append(row)
     return rows
 
 
