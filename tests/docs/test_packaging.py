@@ -218,8 +218,19 @@ def test_installed_wheel_trains_a_recipe_from_an_unrelated_folder(
     assert "train" in run(command, "--help", cwd=elsewhere, env=env)
     out = tmp_path / "out"
     steps = ("--training.stage1.steps", "2", "--training.stage2.steps", "2")
+    draws = ("--evaluation.theory-priors", "10", "--evaluation.bayes-draws", "2")
     run(
-        *(command, "train", "markov_chain", *steps, "--wandb-mode", "offline", "--out", out),
+        *(
+            command,
+            "train",
+            "markov_chain",
+            *steps,
+            *draws,
+            "--wandb-mode",
+            "offline",
+            "--out",
+            out,
+        ),
         cwd=elsewhere,
         env=env,
     )

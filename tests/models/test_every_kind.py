@@ -300,6 +300,14 @@ def test_a_config_that_does_not_fit_is_refused(
     assert message in refusal(saved)
 
 
+def test_a_config_of_huge_buffers_is_refused(tmp_path: Path) -> None:
+    """Without positions among the weights, their shapes do not limit the context."""
+    save_model(small_hooked(positional_embedding_type="rotary", rotary_dim=8), tmp_path)
+    change_config(tmp_path, "config", {"n_ctx": 10**9})
+    with pytest.raises(ModelFileError, match="buffers of"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("extra", [5, ["kind"], "disentangled", None])
 def test_extra_that_is_no_table_is_refused(saved: Path, extra: object) -> None:
     change_config(saved, "extra", extra)

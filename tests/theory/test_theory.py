@@ -80,6 +80,7 @@ def check_against_enumeration(graph: CausalGraph, rows: tuple[tuple[float, ...],
     np.testing.assert_allclose(theory.g.numpy(), g, rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=50)
 @given(parents=parent_lists(most=5), rows=transition_rows())
 def test_information_and_g_equal_enumeration(
     parents: list[int], rows: tuple[tuple[float, ...], ...]
@@ -159,6 +160,7 @@ def test_g_stays_below_its_bound_and_that_below_the_direct_information(
     check_bounds(pairwise_theory(graph, FixedTransition.from_matrix(matrix)))
 
 
+@settings(max_examples=50)
 @given(parents=parent_lists(most=12))
 def test_pair_distances_are_those_to_the_lowest_common_ancestor(parents: list[int]) -> None:
     graph = forest(*parents)
