@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Where torch and TransformerLens keep hooks on a module.
-_TORCH = (
+# The attributes in which torch and TransformerLens keep the hooks of a module.
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -19,8 +19,9 @@ _TORCH = (
     "_forward_hooks_always_called",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "fwd_hooks",
+    "bwd_hooks",
 )
-_TRANSFORMER_LENS = ("fwd_hooks", "bwd_hooks")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -29,24 +30,29 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     original = getattr(model, "original_model", None)
     if isinstance(original, nn.Module):  # a bridge keeps it outside of its own tree
         modules |= {f"original.{name}": part for name, part in original.named_modules()}
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for name, module in modules.items():
-        for place in (*_TORCH, *_TRANSFORMER_LENS):
-            hooks = getattr(module, place, ())
-            found[f"{name}: {place}"] = list(hooks) if isinstance(hooks, dict) else len(hooks)
-        found[f"{name}: training"] = module.training
+        for attribute in _HOOKS:
+            hooks = getattr(module, attribute, ())
+            state[f"{name}: {attribute}"] = list(hooks) if isinstance(hooks, dict) else len(hooks)
+        state[f"{name}: training"] = module.training
     for name, parameter in model.named_parameters():
-        found[f"{name}: value"] = parameter.detach().double().sum().item()
-        found[f"{name}: trained"] = parameter.requires_grad
+        state[f"{name}: value"] = parameter.detach().double().sum().item()
+        state[f"{name}: trained"] = parameter.requires_grad
         gradient = parameter.grad
-        found[f"{name}: grad"] = None if gradient is None else gradient.double().sum().item()
-        found[f"{name}: hooks"] = len(parameter._backward_hooks or ())
+        state[f"{name}: grad"] = None if gradient is None else gradient.double().sum().item()
+        state[f"{name}: hooks"] = len(parameter._backward_hooks or ())
     config: Any = getattr(model, "cfg", None)
     if config is not None:
-        found["config"] = {key: str(value) for key, value in vars(config).items()}
-    found["grad enabled"] = torch.is_grad_enabled()
-    found["generator"] = torch.get_rng_state().sum().item()
-    return found
+        state["config"] = {key: str(value) for key, value in vars(config).items()}
+    state["grad enabled"] = torch.is_grad_enabled()
+    state["generator"] = torch.get_rng_state().sum().item()
+    return state
+
+
+def changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a fingerprint that an earlier one had otherwise."""
+    return {key: value for key, value in now.items() if value != before.get(key)}
 
 
 @contextmanager
@@ -56,9 +62,8 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for model, found in zip(models, before, strict=True):
-            now = fingerprint(model)
-            assert {key: now[key] for key in now if now[key] != found.get(key)} == {}
+        for model, earlier in zip(models, before, strict=True):
+            assert changed(fingerprint(model), earlier) == {}
 
 
 def interrupted(work: Callable[[], object], *, after: float) -> bool:

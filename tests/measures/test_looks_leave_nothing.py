@@ -28,7 +28,7 @@ from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import pairwise_theory, parent_information
 from probes import AttentionGradient
 from probes.reading import records
-from tests.left_as_found import fingerprint, interrupted, left_as_found
+from tests.left_as_found import changed, fingerprint, interrupted, left_as_found
 
 PRIOR = DirichletPrior.symmetric(0.5, vocab_size=3)
 EPSILON = 1e-3
@@ -208,6 +208,5 @@ def test_ctrl_c_at_random_moments_leaves_nothing(
         before = fingerprint(model.hooked)
         met += interrupted(observer.observe, after=source.uniform(0.001, 0.05))
         torch.set_grad_enabled(True)  # torch's own blocks are not safe from Ctrl-C
-        now = fingerprint(model.hooked)
-        assert {key: now[key] for key in now if now[key] != before[key]} == {}
+        assert changed(fingerprint(model.hooked), before) == {}
     assert met >= 10
