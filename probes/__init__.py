@@ -70,18 +70,6 @@ if TYPE_CHECKING:
         save_picture,
     )
 
-_DISCOVERY = {
-    "PAG",
-    "Discovery",
-    "Explanation",
-    "discover",
-    "discover_attention",
-    "explain",
-    "linear_edges",
-    "linear_effects",
-    "save_picture",
-}
-
 __all__ = [
     "PAG",
     "AblationEffect",
@@ -134,7 +122,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DISCOVERY:
+    if name in __all__:  # the names that no import above has set
         return getattr(import_module("probes.causal_discovery"), name)
     raise AttributeError(f"module 'probes' has no attribute {name!r}")
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.heads.in_context import standard_error
+from probes.reading.labelled import standard_error
 
 
 def sequence_mean(values: Float[Tensor, "batch"]) -> tuple[float, float]:

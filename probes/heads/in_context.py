@@ -1,6 +1,5 @@
 """How much lower the loss is when a sequence repeats: loss by position."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.heads.stimuli import Bos, longest_stimulus
+from probes.reading.labelled import standard_error
 from probes.reading.padding import pairs_of
 from probes.reading.passes import MAX_BATCH_BYTES, token_losses
 
@@ -118,14 +118,3 @@ def repeated_pairs(
         real = attention_mask.bool()
         same = same & pairs_of(real[:, :-1] & real[:, 1:])
     return same.tril(-1).any(-1)
-
-
-def standard_error(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, "*rest"]:
-    """`sqrt(Σ (x - mean)² / (n - 1) / n)` along the first axis; NaN for n = 1.
-
-    >>> standard_error(torch.tensor([1.0, 3.0]))
-    tensor(1.)
-    """
-    if len(values) < 2:
-        return torch.full_like(values[0], torch.nan)
-    return values.std(0) / math.sqrt(len(values))

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from probes.heads.in_context import repeated_pairs, standard_error
+from probes.heads.in_context import repeated_pairs
 from probes.heads.stimuli import Bos, longest_stimulus
 from probes.reading.activation import Activation
 from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import Head, check_head, hook_name, hook_points
 from probes.reading.hooking import Hooks
-from probes.reading.labelled import LabelledTensor
+from probes.reading.labelled import LabelledTensor, standard_error
 from probes.reading.padding import real_positions
 from probes.reading.passes import (
     MAX_BATCH_BYTES,

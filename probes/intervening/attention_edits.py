@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.heads.in_context import standard_error
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import hook_name, hook_points, layers_with
 from probes.reading.hooking import Hooks
+from probes.reading.labelled import standard_error
 from probes.reading.passes import undisturbed
 
 Edit: TypeAlias = Callable[

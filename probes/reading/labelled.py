@@ -10,6 +10,19 @@ from torch import Tensor
 Label: TypeAlias = int | str
 
 
+def standard_error(values: Tensor, dim: int = 0) -> Tensor:
+    """Standard error of the mean along a dimension, `sqrt(Σ (x - mean)² / (n - 1) / n)`.
+
+    The sums skip NaN; the result is NaN where fewer than two entries remain.
+
+    >>> standard_error(torch.tensor([1.0, 3.0, torch.nan]))
+    tensor(1.)
+    """
+    n = (~values.isnan()).sum(dim).to(values.dtype)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim)
+    return torch.where(n > 1, (squares / (n - 1).clamp(min=1) / n).sqrt(), torch.nan)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelledTensor:
     """Values with a name for the quantity and for every axis.
@@ -87,15 +100,8 @@ class LabelledTensor:
         return self._keep(self.values.nanmean(self._dim(axis)), drop=(axis,))
 
     def stderr(self, axis: str) -> "LabelledTensor":
-        """Standard error of `mean(axis)`, `sqrt(Σ (x - mean)² / (n - 1) / n)`.
-
-        The sum skips NaN; the result is NaN where fewer than two entries remain.
-        """
-        dim = self._dim(axis)
-        n = self.values.isfinite().sum(dim).to(self.values.dtype)
-        squares = (self.values - self.values.nanmean(dim, keepdim=True)).square().nansum(dim)
-        error = torch.where(n > 1, (squares / (n - 1).clamp(min=1) / n).sqrt(), torch.nan)
-        return self._keep(error, drop=(axis,))
+        """The `standard_error` of `mean(axis)`."""
+        return self._keep(standard_error(self.values, self._dim(axis)), drop=(axis,))
 
     def _dim(self, axis: str) -> int:
         if axis not in self.axes:

@@ -1,4 +1,4 @@
-"""The laboratory's looks at a model leave it as it was, wherever they were broken off."""
+"""The looks of the laboratory leave a model as it was, also when something interrupts them."""
 
 import itertools
 import random

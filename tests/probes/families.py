@@ -152,10 +152,10 @@ def some_tokens(batch: int = 2, pos: int = 7) -> Tensor:
 @contextmanager
 def softmaxes() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """What attention's softmax is given and gives, in the order of the layers, beyond doubt."""
-    whole, seen = torch.nn.functional.softmax, []
+    original, seen = torch.nn.functional.softmax, []
 
     def recording(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        result = whole(values, *arguments, **options)
+        result = original(values, *arguments, **options)
         if values.ndim == 4 and values.requires_grad:
             values.retain_grad()
             result.retain_grad()
@@ -166,7 +166,7 @@ def softmaxes() -> Iterator[list[tuple[Tensor, Tensor]]]:
     try:
         yield seen
     finally:
-        torch.nn.functional.softmax = whole
+        torch.nn.functional.softmax = original
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,13 @@ def examined(family: str) -> Examined:
     model, tokens = tiny(family), some_tokens()
     with warnings.catch_warnings(action="ignore"):
         check = check_attention(model)
-        shown: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
         with Hooks() as hooks:
             for name in ("attn_scores", "pattern"):
                 point = model.hook_dict[f"blocks.0.attn.hook_{name}"]
-                hooks.add(point, lambda _, __, output, name=name: shown.update({name: output}))
+                hooks.add(
+                    point, lambda _, __, output, name=name: activations.update({name: output})
+                )
             trained = measured(model, tokens)
         set_training(model, True)
         in_training: Measured | ProbeError
@@ -258,13 +260,13 @@ def examined(family: str) -> Examined:
         set_training(model, False)
         model.zero_grad()
     excess = pattern.reading().values.sum(-1).max().item() > 1.1
-    same = torch.equal(shown["attn_scores"], shown["pattern"])
+    same = torch.equal(activations["attn_scores"], activations["pattern"])
     return Examined(check, trained, in_training, excess, same)
 
 
-def right(found: Measured) -> bool:
+def right(measured: Measured) -> bool:
     """Whether the probe's gradient on scores is autograd's, but for rounding."""
-    return bool(((found.scores - found.true_scores).abs() <= found.rounding).all())
+    return bool(((measured.scores - measured.true_scores).abs() <= measured.rounding).all())
 
 
 def table() -> str:
@@ -279,19 +281,19 @@ def table() -> str:
     )
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for family in FAMILIES:
-        found = examined(family)
+        result = examined(family)
         dropout = "wrong"
-        if isinstance(found.in_training, ProbeError):
+        if isinstance(result.in_training, ProbeError):
             dropout = "not guaranteed: refused"
-        elif right(found.in_training):
-            dropout = "guaranteed" if found.has_attention_dropout else "has none"
+        elif right(result.in_training):
+            dropout = "guaranteed" if result.has_attention_dropout else "has none"
         row = (
             family,
-            "sum to less than 1 (sink)" if found.check.sink else "sum to 1",
-            "guaranteed" if right(found.trained) and found.check.unread == () else "wrong",
+            "sum to less than 1 (sink)" if result.check.sink else "sum to 1",
+            "guaranteed" if right(result.trained) and result.check.unread == () else "wrong",
             dropout,
-            "not guaranteed: refused" if found.check.late else "guaranteed",
-            "the pattern" if found.scores_hook_holds_pattern else "scores",
+            "not guaranteed: refused" if result.check.late else "guaranteed",
+            "the pattern" if result.scores_hook_holds_pattern else "scores",
         )
         lines.append(" | ".join(row))
     return "".join(f"| {line} |\n" for line in lines)

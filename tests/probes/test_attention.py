@@ -113,19 +113,19 @@ def test_batches_accumulate(model: HookedTransformer, tokens: Tensor):
         total: Tensor = model(batch).square().sum()
         return total
 
-    whole = AttentionPattern(), AttentionPattern(reduce="mean"), AttentionGradient()
+    at_once = AttentionPattern(), AttentionPattern(reduce="mean"), AttentionGradient()
     parts = AttentionPattern(), AttentionPattern(reduce="mean"), AttentionGradient()
-    with attach(model, *whole):
+    with attach(model, *at_once):
         loss(tokens).backward()
     for batch in (tokens[:1], tokens[1:]):
         with attach(model, *parts):
             loss(batch).backward()
     for i in range(3):
-        assert whole[i].reading().axes == parts[i].reading().axes
-        close(whole[i].reading().values, parts[i].reading().values)
-    close(whole[2].stderr().values, parts[2].stderr().values)
-    assert (whole[2].batches, parts[2].batches) == (1, 2)
-    close(whole[1].reading().values, whole[0].reading().mean("batch").values)
+        assert at_once[i].reading().axes == parts[i].reading().axes
+        close(at_once[i].reading().values, parts[i].reading().values)
+    close(at_once[2].stderr().values, parts[2].stderr().values)
+    assert (at_once[2].batches, parts[2].batches) == (1, 2)
+    close(at_once[1].reading().values, at_once[0].reading().mean("batch").values)
     parts[2].reset()
     with pytest.raises(ProbeError, match="no backward pass seen"):
         parts[2].reading()

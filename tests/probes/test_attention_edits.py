@@ -1,4 +1,4 @@
-"""Attention changed by hand: exact rows, exact outputs, and a model that is whole again."""
+"""Attention changed by hand: exact rows, exact outputs, and models that are the same afterwards."""
 
 from collections.abc import Callable
 from typing import Any

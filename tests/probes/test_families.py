@@ -53,27 +53,27 @@ def masked(family: str) -> torch.Tensor:
 
 
 def test_the_gradient_on_scores_is_autograds_before_the_softmax(family: str):
-    found = examined(family).trained
-    close(found.scores, found.true_scores, atol=found.rounding, rtol=0)
-    assert not (found.scores * masked(family)).any()
+    result = examined(family).trained
+    close(result.scores, result.true_scores, atol=result.rounding, rtol=0)
+    assert not (result.scores * masked(family)).any()
     if family not in SINKS:
-        assert found.scores.sum(-1).abs().max() <= found.rounding
-    assert found.scores.abs().max() > 1000 * found.rounding
+        assert result.scores.sum(-1).abs().max() <= result.rounding
+    assert result.scores.abs().max() > 1000 * result.rounding
 
 
 def test_the_gradient_on_patterns_is_autograds_and_zero_where_masked(family: str):
-    found, hidden = examined(family).trained, masked(family)
-    assert not (found.pattern * hidden).any()
-    close(found.pattern, found.true_pattern.masked_fill(hidden, 0.0))
+    result, hidden = examined(family).trained, masked(family)
+    assert not (result.pattern * hidden).any()
+    close(result.pattern, result.true_pattern.masked_fill(hidden, 0.0))
 
 
 def test_dropout_is_undone_or_refused_but_never_ignored(family: str):
-    found = examined(family)
-    if isinstance(found.in_training, ProbeError):
+    result = examined(family)
+    if isinstance(result.in_training, ProbeError):
         assert family in (*SHOWN_AFTER_USE, *SINKS)
-        assert "attention dropout was on in layers [0, 1]" in str(found.in_training)
+        assert "attention dropout was on in layers [0, 1]" in str(result.in_training)
     else:
-        training = found.in_training
+        training = result.in_training
         close(training.scores, training.true_scores, atol=training.rounding, rtol=0)
 
 
@@ -94,11 +94,11 @@ def test_a_frozen_model_gives_the_same_gradients(family: str):
 
 
 def test_what_is_found_of_every_family(family: str):
-    found, late = examined(family).check, family in SHOWN_AFTER_USE
-    assert found.late == ((0, 1) if late else ())
-    assert found.sink == (family in SINKS)
-    assert (found.excess, found.hidden, found.unread) == (False, (), ())
-    assert len(found.problems()) == late + found.sink
+    result, late = examined(family).check, family in SHOWN_AFTER_USE
+    assert result.late == ((0, 1) if late else ())
+    assert result.sink == (family in SINKS)
+    assert (result.excess, result.hidden, result.unread) == (False, (), ())
+    assert len(result.problems()) == late + result.sink
 
 
 def test_the_documented_table_is_what_the_models_show(repository: Path):
@@ -147,10 +147,10 @@ def test_the_first_pass_of_a_model_says_what_does_not_work(family: str):
         assert len(lines) == (times if expected else 0)
         for line in lines:
             assert "\n" not in line
-            name, _, found = line.partition(": ")
+            name, _, findings = line.partition(": ")
             assert name.startswith("TransformerBridge")
             # The same findings; sums of rows are those of other tokens.
-            assert without_numbers(found) == [without_numbers(p)[0] for p in expected]
+            assert without_numbers(findings) == [without_numbers(p)[0] for p in expected]
 
 
 def without_numbers(findings: str) -> list[str]:

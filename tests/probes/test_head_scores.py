@@ -150,11 +150,11 @@ def test_every_number_against_a_loop(build: Build, bos: int | None):
 
 def test_batches_do_not_change_the_result(model: HookedTransformer):
     model.double()  # float32 products depend on the size of the batch
-    whole = score_heads(model, n_sequences=11)
+    at_once = score_heads(model, n_sequences=11)
     one_by_one = score_heads(model, n_sequences=11, max_batch_bytes=1)
-    close(whole.prefix_matching, one_by_one.prefix_matching)
-    close(whole.positional, one_by_one.positional)
-    close(whole.prefix_matching_stderr, one_by_one.prefix_matching_stderr)
+    close(at_once.prefix_matching, one_by_one.prefix_matching)
+    close(at_once.positional, one_by_one.positional)
+    close(at_once.prefix_matching_stderr, one_by_one.prefix_matching_stderr)
 
 
 def test_the_generator_decides(model: HookedTransformer):
@@ -208,10 +208,10 @@ class TestExport:
         ranked = [head["prefix_matching"] for head in heads]
         assert ranked == sorted(ranked, reverse=True)
         for head in heads:
-            place = head.pop("layer"), head.pop("head")
-            assert head.pop("verdict") == list(scores.verdicts[place])
+            index = head.pop("layer"), head.pop("head")
+            assert head.pop("verdict") == list(scores.verdicts[index])
             for name, value in head.items():
-                assert value == getattr(scores, name)[place].item()
+                assert value == getattr(scores, name)[index].item()
                 assert math.isfinite(value)
 
     def test_the_frame_has_a_row_per_head_and_every_score(self, model: HookedTransformer):

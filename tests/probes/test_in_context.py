@@ -7,7 +7,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from probes import ProbeError, ablation_effects, loss_by_position
-from probes.heads.in_context import repeated_pairs, standard_error
+from probes.heads.in_context import repeated_pairs
+from probes.reading.labelled import standard_error
 from probes.reading.passes import token_losses
 from tests.probes.wired import VOCAB, blank, planted
 

@@ -1,4 +1,4 @@
-"""Every instrument leaves a model as it found it, wherever it was broken off."""
+"""Every instrument leaves a model as it was, also when an error or Ctrl-C interrupts it."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""Heads that carry the circuit, heads that do not, and a model that is whole again afterwards."""
+"""Heads that carry the circuit, heads that do not, and a model that is the same afterwards."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def test_the_circuit_is_needed_and_everything_else_is_not(seed: int):
 
 def test_rise_is_the_difference_of_the_losses(model: HookedTransformer):
     tokens = repeated_tokens(6, 5, 7, generator=torch.Generator().manual_seed(0), bos=2)
-    whole = token_losses(model, tokens)[:, 6:].mean(1)
+    intact = token_losses(model, tokens)[:, 6:].mean(1)
     with mean_ablate(model, [(1, 0)], tokens=tokens):
         without = token_losses(model, tokens)[:, 6:].mean(1)
     (effect,) = ablation_effects(model, [(1, 0)], tokens=tokens)
-    rise = without - whole
+    rise = without - intact
     assert effect.rise == pytest.approx(rise.mean().item(), abs=1e-4)
     assert effect.stderr == pytest.approx(rise.std().item() / 6**0.5, abs=1e-4)
-    assert effect.loss == pytest.approx(whole.mean().item(), abs=1e-4)
+    assert effect.loss == pytest.approx(intact.mean().item(), abs=1e-4)
 
 
 def test_the_mean_is_over_sequences_and_positions(model: HookedTransformer, tokens: Tensor):

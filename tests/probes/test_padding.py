@@ -1,4 +1,4 @@
-"""Padded text scores as the text alone, whichever side is padded and whoever says where."""
+"""Padded text scores as the text alone, whichever side is padded and whatever tells where."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -131,9 +131,9 @@ def test_the_mask_of_one_pass_is_not_that_of_the_next(unknowing: Any) -> None:
     with attach(unknowing, InductionScores()) as (scores,):
         unknowing.run_with_hooks(tokens, attention_mask=mask)
         unknowing.run_with_hooks(tokens)
-    found = scores.reading().sel(score="duplicate_token", layer=0).values
-    assert found[:3].isnan().all()
-    assert found[3:].isfinite().all()
+    result = scores.reading().sel(score="duplicate_token", layer=0).values
+    assert result[:3].isnan().all()
+    assert result[3:].isfinite().all()
 
 
 def test_a_mask_of_another_shape_is_one_line(model: Any) -> None:
@@ -149,13 +149,13 @@ def test_a_bos_that_is_the_padding_token_stays(model: Any, monkeypatch: pytest.M
     model.tokenizer.bos_token_id = PAD
     tokens = torch.tensor([[PAD, PAD, PAD, 5, 6], [PAD, 4, 5, 6, PAD], [1, 2, 3, PAD, PAD]])
     expected = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
-    found = real_positions(model, tokens)
-    assert found is not None
-    assert found.int().tolist() == expected
+    result = real_positions(model, tokens)
+    assert result is not None
+    assert result.int().tolist() == expected
     monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
-    found = real_positions(model, tokens)
-    assert found is not None
-    assert found[:, :3].int().tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
+    result = real_positions(model, tokens)
+    assert result is not None
+    assert result[:, :3].int().tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
 
 # --- Whatever scores given tokens ---
@@ -170,16 +170,16 @@ def same(left: Any, right: Any) -> None:
         close(getattr(left, name), getattr(right, name), equal_nan=True)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["by a mask", "by the tokenizer"])
+@pytest.mark.parametrize("by_mask", [True, False], ids=["by a mask", "by the tokenizer"])
 @pytest.mark.parametrize("side", SIDES)
-def test_padded_text_is_scored_as_the_text_alone(model: Any, side: str, told: bool) -> None:
+def test_padded_text_is_scored_as_the_text_alone(model: Any, side: str, by_mask: bool) -> None:
     tokens, mask = padded(ONE_LENGTH, side)
-    if told:
+    if by_mask:
         model.tokenizer = None
-    whole = score_heads(model, torch.tensor(ONE_LENGTH), threshold=0.9)
-    found = score_heads(model, tokens, attention_mask=mask if told else None, threshold=0.9)
-    same(found, whole)
-    assert found.verdicts == whole.verdicts
+    unpadded = score_heads(model, torch.tensor(ONE_LENGTH), threshold=0.9)
+    result = score_heads(model, tokens, attention_mask=mask if by_mask else None, threshold=0.9)
+    same(result, unpadded)
+    assert result.verdicts == unpadded.verdicts
 
 
 def test_sequences_of_several_lengths_score_alike_on_both_sides(unknowing: Any) -> None:
@@ -207,21 +207,21 @@ def test_padding_alone_is_nothing_to_score(model: Any, side: str) -> None:
 def test_losses_of_padded_text_are_those_of_the_text(unknowing: Any, side: str) -> None:
     tokens, mask = padded(SOMETHING_RECURS, side)
     losses = token_losses(unknowing, tokens, attention_mask=mask)
-    for row, found in zip(SOMETHING_RECURS, losses, strict=True):
+    for row, result in zip(SOMETHING_RECURS, losses, strict=True):
         expected = token_losses(unknowing, torch.tensor([row]))[0]
-        close(found[found.isfinite()], expected)
+        close(result[result.isfinite()], expected)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["by a mask", "by the tokenizer"])
+@pytest.mark.parametrize("by_mask", [True, False], ids=["by a mask", "by the tokenizer"])
 @pytest.mark.parametrize("side", SIDES)
-def test_ablation_on_padded_text_is_that_on_the_text(model: Any, side: str, told: bool) -> None:
+def test_ablation_on_padded_text_is_that_on_the_text(model: Any, side: str, by_mask: bool) -> None:
     heads = [(0, 1), (1, 0)]
     tokens, mask = padded(ONE_LENGTH, side)
-    if told:
+    if by_mask:
         model.tokenizer = None
-    whole = ablation_effects(model, heads, tokens=torch.tensor(ONE_LENGTH))
-    found = ablation_effects(model, heads, tokens=tokens, attention_mask=mask if told else None)
-    for one, other in zip(found, whole, strict=True):
+    unpadded = ablation_effects(model, heads, tokens=torch.tensor(ONE_LENGTH))
+    result = ablation_effects(model, heads, tokens=tokens, attention_mask=mask if by_mask else None)
+    for one, other in zip(result, unpadded, strict=True):
         close(
             torch.tensor([one.rise, one.stderr, one.loss]),
             torch.tensor([other.rise, other.stderr, other.loss]),
@@ -230,7 +230,7 @@ def test_ablation_on_padded_text_is_that_on_the_text(model: Any, side: str, told
     text = torch.tensor(ONE_LENGTH)
     with mean_ablate(model, heads, tokens=text):
         expected = model(text)
-    with mean_ablate(model, heads, tokens=tokens, attention_mask=mask if told else None):
+    with mean_ablate(model, heads, tokens=tokens, attention_mask=mask if by_mask else None):
         close(model(text), expected)
 
 
@@ -242,8 +242,8 @@ def test_masks_leave_padding_out(side: str) -> None:
     tokens, mask = padded(SOMETHING_RECURS, side, width=8)
     real = mask.bool()
     for function in (prefix_matching_mask, duplicate_token_mask, previous_token_mask):
-        found = function(tokens, mask)
-        for row, wanted, here in zip(SOMETHING_RECURS, found, real, strict=True):
+        result = function(tokens, mask)
+        for row, wanted, here in zip(SOMETHING_RECURS, result, real, strict=True):
             assert torch.equal(wanted[here][:, here], function(torch.tensor([row]))[0])
             assert not wanted[~here].any()
             assert not wanted[:, ~here].any()
@@ -259,9 +259,9 @@ def test_uniform_attention_is_uniform_over_the_text(side: str) -> None:
     tokens, mask = padded(SOMETHING_RECURS, side, width=8)
     keys = mask.bool().unsqueeze(1) & torch.ones(8, 8, dtype=torch.bool).tril()
     pattern = (keys / keys.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(1)
-    found = uniform_baseline(prefix_matching_mask(tokens, mask), attention_mask=mask)
-    close(found, prefix_matching_score(pattern, tokens, mask)[:, 0])
-    for row, value in zip(SOMETHING_RECURS, found, strict=True):
+    result = uniform_baseline(prefix_matching_mask(tokens, mask), attention_mask=mask)
+    close(result, prefix_matching_score(pattern, tokens, mask)[:, 0])
+    for row, value in zip(SOMETHING_RECURS, result, strict=True):
         close(value, uniform_baseline(prefix_matching_mask(torch.tensor([row])))[0])
     expected = [sum(1 / q for q in range(2, len(r) + 1)) / (len(r) - 1) for r in SOMETHING_RECURS]
     close(previous_token_score(pattern, mask)[:, 0], torch.tensor(expected))

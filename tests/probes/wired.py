@@ -55,13 +55,13 @@ def planted(seed: int, *, n_layers: int | None = None, n_heads: int | None = Non
     n_layers = n_layers or source.randint(2, 6)
     n_heads = n_heads or source.randint(4, 12)
     model = blank(n_layers, n_heads, seed=seed, noise=source.uniform(0.1, 0.35))
-    places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    source.shuffle(places)
+    heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    source.shuffle(heads)
 
     def take(first: int = 0, last: int = n_layers - 1) -> Head:
-        place = next(place for place in places if first <= place[0] <= last)
-        places.remove(place)
-        return place
+        head = next(head for head in heads if first <= head[0] <= last)
+        heads.remove(head)
+        return head
 
     partner = take(last=n_layers - 2)
     induction, useless = take(first=partner[0] + 1), take(first=partner[0] + 1)
