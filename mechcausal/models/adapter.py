@@ -5,7 +5,6 @@ The laboratory constructs TransformerLens models only here; hook names come from
 """
 
 import json
-import math
 import stat
 import warnings
 from collections.abc import Mapping
@@ -24,8 +23,6 @@ from mechcausal.support.messages import excerpt
 FORMAT = "mechcausal-hooked-transformer-1"
 MAX_CONFIG_BYTES = 16 * 2**20
 """Larger configs are refused."""
-MAX_BUFFER_ENTRIES = 2**28
-"""Limit on the entries of all buffers (masks and other tables) that a config defines."""
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -232,6 +229,3 @@ def _check_shapes(values: dict[str, Any], shapes: Mapping[str, tuple[int, ...]])
             raise ValueError(
                 f"{name} has the shape {shapes.get(name)}, the config needs {needed.get(name)}"
             )
-    buffers = sum(math.prod(buffer.shape) for buffer in model.buffers())
-    if buffers > MAX_BUFFER_ENTRIES:
-        raise ValueError(f"buffers of {buffers:,} entries: at most {MAX_BUFFER_ENTRIES:,}")

@@ -300,12 +300,11 @@ def test_a_config_that_does_not_fit_is_refused(
     assert message in refusal(saved)
 
 
-def test_a_config_of_huge_buffers_is_refused(tmp_path: Path) -> None:
-    """Without positions among the weights, their shapes do not limit the context."""
+def test_a_huge_context_allocates_nothing(tmp_path: Path) -> None:
+    """Without learned positions the weights do not limit the context, with which tables grow."""
     save_model(small_hooked(positional_embedding_type="rotary", rotary_dim=8), tmp_path)
     change_config(tmp_path, "config", {"n_ctx": 10**9})
-    with pytest.raises(ModelFileError, match="buffers of"):
-        load_model(tmp_path)
+    assert sum(buffer.numel() for buffer in load_model(tmp_path).buffers()) < 10**6
 
 
 @pytest.mark.parametrize("extra", [5, ["kind"], "disentangled", None])
