@@ -60,14 +60,26 @@ def various() -> list[Recipe]:
     several_roots = {"preset": "manual", "parents": [-1, -1, 0, 1, -1, 4, 2]}
     return [
         tiny(),
-        tiny(seed=1),
-        tiny(seed=2, task__alpha=1.5),
-        tiny(seed=3, graph=several_roots, training__epsilon=0.01),
-        tiny(seed=4, graph={"preset": "chain", "sequence_length": 8}, training__beta0=2.0),
-        tiny(seed=5, training__stage1__lr=30.0, training__stage1__schedule="cosine"),
-        tiny(seed=6, graph={"preset": "manual", "parents": [-1] * 7}),
-        tiny(seed=7, task__alpha=[0.2, 1.0, 3.0], training__stage2__weight_decay=0.01),
-        tiny(seed=8, training__stage2__warmup=3, checkpoints__schedule="formation"),
+        tiny(
+            seed=1,
+            graph={"preset": "chain", "sequence_length": 8},
+            task__alpha=1.5,
+            training__beta0=2.0,
+        ),
+        tiny(seed=2, graph=several_roots, training__epsilon=0.01),
+        tiny(
+            seed=3,
+            graph={"preset": "manual", "parents": [-1] * 7},
+            training__stage1__lr=30.0,
+            training__stage1__schedule="cosine",
+        ),
+        tiny(
+            seed=4,
+            task__alpha=[0.2, 1.0, 3.0],
+            training__stage2__weight_decay=0.01,
+            training__stage2__warmup=3,
+            checkpoints__schedule="formation",
+        ),
     ]
 
 
@@ -95,10 +107,10 @@ def assert_same_rows(one: Path, other: Path, *, tolerance: float = 1e-5) -> None
     assert [list(row) for row in rows] == [list(row) for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
         for name, value in wanted.items():
-            found = row[name]
-            assert (found is None) == (value is None), name
-            if found is not None and value is not None:
-                assert math.isclose(found, value, rel_tol=0, abs_tol=tolerance), name
+            ours = row[name]
+            assert (ours is None) == (value is None), name
+            if ours is not None and value is not None:
+                assert math.isclose(ours, value, rel_tol=0, abs_tol=tolerance), name
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -139,18 +151,26 @@ def test_a_member_is_its_single_run(batch: Folders, tmp_path: Path, number: int)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"training__algorithm": "joint"},
-        {"training__algorithm": "joint", "training__joint__optimizer": "adamw"},
-        {"training__accumulation": 3, "training__batch_size": 63},
-        {"probing__enabled": False},
-        {"task__transition": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]},
-        {"graph__sequence_length": 2},
-        {"task__vocab_size": 12, "evaluation__n_sequences": 7},
-        {"training__stage1__steps": 0},
+        {
+            "training__algorithm": "joint",
+            "training__accumulation": 3,
+            "training__batch_size": 63,
+        },
+        {
+            "training__algorithm": "joint",
+            "training__joint__optimizer": "adamw",
+            "task__vocab_size": 12,
+            "evaluation__n_sequences": 7,
+        },
+        {"probing__enabled": False, "training__stage1__steps": 0},
+        {
+            "task__transition": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]],
+            "graph__sequence_length": 2,
+        },
     ],
-    ids=str,
+    ids=["accumulated", "adamw", "without probes", "fixed matrix"],
 )
-def test_whatever_the_recipe_says(tmp_path: Path, overrides: dict[str, Any]) -> None:
+def test_other_recipes_are_their_single_runs_too(tmp_path: Path, overrides: dict[str, Any]) -> None:
     recipes = [tiny(seed=seed, **overrides) for seed in (0, 1)]
     folders, outcomes = train_in(tmp_path, recipes)
     assert outcomes == [Outcome("finished")] * 2
@@ -164,7 +184,7 @@ def test_whatever_the_recipe_says(tmp_path: Path, overrides: dict[str, Any]) -> 
 
 def test_company_changes_nothing(batch: Folders, tmp_path: Path) -> None:
     recipes = various()
-    for number, company in ((3, [3]), (1, [8, 1, 0]), (0, [2, 6, 0])):
+    for number, company in ((3, [3]), (1, [4, 1, 0])):
         folders, _ = train_in(tmp_path / str(number), [recipes[i] for i in company])
         ours = folders[company.index(number)]
         assert_same_run(ours, batch[number])
@@ -217,7 +237,7 @@ def stop_after(count: int) -> PolledStop:
     return PolledStop(lambda: next(asked) >= count)
 
 
-@pytest.mark.parametrize("asked", [4, 15, 23])
+@pytest.mark.parametrize("asked", [4, 23])
 def test_an_interrupted_member_is_resumed_to_its_single_run(
     batch: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
@@ -258,7 +278,7 @@ def test_a_member_that_fails_does_not_disturb_the_others(batch: Folders, tmp_pat
     taken = tmp_path / "member2"
     taken.mkdir()
     (taken / "metrics.jsonl").write_text("")
-    several = tiny(graph={"preset": "two_parents", "sequence_length": 8})  # no simplified model
+    several = tiny(graph={"preset": "two_parents", "sequence_length": 8})  # too much for the model
     company = [recipes[0], diverging, recipes[1], several, recipes[3]]
     folders, outcomes = train_in(tmp_path, company)
     assert [outcome.state for outcome in outcomes] == [
@@ -399,26 +419,29 @@ def test_losses_and_gradients_are_those_of_each_model(
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("field", "values"),
     [
-        {"task__transition": [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]},
-        {"task__transition": [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]},
-        {"task__alpha": 1e-40},
-        {"task__alpha": 1e40},
+        (
+            "task__transition",
+            [
+                [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]],
+                [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]],
+            ],
+        ),
+        ("task__alpha", [1e-40, 1e40]),
     ],
-    ids=str,
 )
 def test_priors_at_the_edge_have_finite_losses_alone_and_in_a_batch(
-    tmp_path: Path, overrides: dict[str, Any]
+    tmp_path: Path, field: str, values: list[Any]
 ) -> None:
-    recipes = [tiny(seed=seed, **overrides) for seed in (0, 1)]
+    recipes = [tiny(**{field: value}) for value in values]
     folders, outcomes = train_in(tmp_path, recipes)
     assert outcomes == [Outcome("finished")] * 2
-    single = train(recipes[1], out=tmp_path / "single")
-    rows = zip(read_metrics(folders[1]), read_metrics(single.folder), strict=True)
     finite = ("loss/eval", "loss/bayes", "loss/gap", "strategy/kl_unigram", "strategy/kl_bigram")
-    for ours, theirs in rows:
-        for name in finite:
-            value = theirs[name]
-            assert value is not None, name
-            assert ours[name] == pytest.approx(value, abs=1e-4), name
+    for number, (recipe, folder) in enumerate(zip(recipes, folders, strict=True)):
+        single = train(recipe, out=tmp_path / f"single{number}")
+        for ours, theirs in zip(read_metrics(folder), read_metrics(single.folder), strict=True):
+            for name in finite:
+                value = theirs[name]
+                assert value is not None, name
+                assert ours[name] == pytest.approx(value, abs=1e-4), name

@@ -6,6 +6,7 @@ import tarfile
 from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -14,18 +15,22 @@ import pytest
 import yaml
 
 from mechcausal.cli.main import main
-from mechcausal.recipes import load_recipe, recipe_to_dict, recipe_to_toml
+from mechcausal.recipes import Recipe, load_recipe, recipe_to_toml
 from mechcausal.records.run_folder import RunFolderError, find_runs, read_summary, run_info
+from mechcausal.support.signals import StopSignal
 from mechcausal.sweeps import driver
 from mechcausal.sweeps.archive import pack, unpack
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps, sweep_to_dict
-from mechcausal.sweeps.driver import run_sweep
+from mechcausal.sweeps.driver import SweepResult, run_sweep
 from mechcausal.sweeps.engine_names import check_engine_options
 from mechcausal.sweeps.member import Done, Job, run_job
 from mechcausal.sweeps.picture import power_law
 from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
 from mechcausal.sweeps.wandb_sweep import wandb_config
+from mechcausal.training.run import train
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 TINY = """
 recipe = "manual"
@@ -83,6 +88,16 @@ def sweep_of(folder: Path, axes: str, head: str = "") -> Sweep:
     return load_sweep(write(folder, f"{head}\n{TINY}\n[axes]\n{axes}\n"))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A sweep of two points with two seeds each, for tests that only look at one."""
+    folder = tmp_path_factory.mktemp("finished")
+    axes = "task.alpha = [0.1, 1]\ntraining.beta0 = [0.5, 1.0]"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(driver, "_engine", lambda *args: InlineEngine())
+        return run_sweep(sweep_of(folder, axes, 'kind = "list"\nseeds = 2'), folder / "out")
+
+
 def test_a_grid_has_every_combination_with_every_seed(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "task.alpha = [0.1, 1]\ntraining.beta0 = [0.5, 1.0, 2.0]", "seeds=2")
     members = plan(sweep, tmp_path)
@@ -96,8 +111,10 @@ def test_a_grid_has_every_combination_with_every_seed(tmp_path: Path) -> None:
 
 def test_a_list_takes_axes_side_by_side(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "seed = [3, 4]\ntask.alpha = [0.1, 1]", 'kind = "list"')
-    found = [(m.recipe.seed, m.recipe.task.alpha) for m in plan(sweep, tmp_path)]
-    assert found == [(3, 0.1), (4, 1.0)]
+    assert [(m.recipe.seed, m.recipe.task.alpha) for m in plan(sweep, tmp_path)] == [
+        (3, 0.1),
+        (4, 1.0),
+    ]
 
 
 def test_random_draws_follow_their_seed_and_stay_within_their_ranges(tmp_path: Path) -> None:
@@ -228,14 +245,14 @@ REFUSED = {
 def test_bad_input_is_one_line_and_nothing_is_started(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: InlineEngine
 ) -> None:
-    text, *said = REFUSED[case]
+    text, *parts = REFUSED[case]
     head = "" if text.startswith("recipe") else 'recipe = "manual"\n'
     file, out = write(tmp_path, head + text), tmp_path / "out"
     assert main(["sweep", str(file), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "Traceback" not in error
-    assert all(part in error for part in said), error
+    assert all(part in error for part in parts), error
     assert not engine.ran
     assert not out.exists()
 
@@ -245,7 +262,7 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
     scheduler = ["--address", "tcp://127.0.0.1:1"]
-    for options, said in (
+    for options, message in (
         (scheduler, "--address belongs to --engine dask, found local"),
         (["--engine", "batched"], "--engine batched is now the option --batch"),
         (["--engine=batched"], "--engine batched is now the option --batch"),
@@ -259,7 +276,7 @@ def test_options_that_do_not_go_together_are_refused(
         assert main(["sweep", str(file), *options]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert said in error
+        assert message in error
 
 
 def test_dask_needs_an_address_and_no_scheduler_is_started(
@@ -287,32 +304,28 @@ def test_dask_needs_an_address_and_no_scheduler_is_started(
 def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, 'recipe = "manual"\nseeds = 12\n[axes]\ntask.alpha = [0.1, 1]')
     assert main(["sweep", str(file), "--dry-run", "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "24 members" in said
-    assert "and 14 more" in said
+    output = capsys.readouterr().out
+    assert "24 members" in output
+    assert "and 14 more" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_every_member_is_an_ordinary_run_and_a_row_of_the_table(
-    tmp_path: Path, engine: InlineEngine
-) -> None:
-    sweep = sweep_of(tmp_path, "task.alpha = [0.1, 1]\ntraining.beta0 = [0.5, 1.0]", "seeds = 2")
-    out = tmp_path / "out"
-    result = run_sweep(sweep, out)
-    assert not result.failed
-    assert find_runs(out) == [member.folder for member in result.members]
-    assert {run_info(m.folder).state for m in result.members} == {"finished"}
-    assert run_info(result.members[0].folder).recipe == result.members[0].recipe
-    table = pd.read_csv(result.files["table"])
-    assert table["member"].tolist() == [member.name for member in result.members]
+def test_every_member_is_an_ordinary_run_and_a_row_of_the_table(finished: SweepResult) -> None:
+    members = finished.members
+    assert not finished.failed
+    assert find_runs(finished.folder) == [member.folder for member in members]
+    assert {run_info(member.folder).state for member in members} == {"finished"}
+    assert run_info(members[0].folder).recipe == members[0].recipe
+    table = pd.read_csv(finished.files["table"])
+    assert table["member"].tolist() == [member.name for member in members]
     assert list(table.columns[:6]) == [
         *("member", "state", "error", "seed", "task.alpha", "training.beta0")
     ]
-    summary = read_summary(result.members[3].folder)
+    summary = read_summary(members[3].folder)
     assert table["loss/eval"][3] == pytest.approx(summary["loss/eval"])
     key = "gradient/theory_correlation"
     assert table[f"first/{key}"][3] == pytest.approx(summary["first"][key])
-    pictures = [path for name, path in result.files.items() if path.suffix == ".png"]
+    pictures = [path for path in finished.files.values() if path.suffix == ".png"]
     assert len(pictures) == 2
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
@@ -343,14 +356,12 @@ def test_a_sweep_does_not_wait_for_an_engine_that_is_lost(
 def test_starting_again_skips_what_finished_and_resumes_what_did_not(
     tmp_path: Path, engine: InlineEngine
 ) -> None:
-    sweep, out = sweep_of(tmp_path, "task.alpha = [0.1, 1]", "seeds = 2"), tmp_path / "out"
-    engine.stop_after = 2
+    sweep, out = sweep_of(tmp_path, "task.alpha = [0.1]", "seeds = 3"), tmp_path / "out"
+    engine.stop_after = 1
     first = run_sweep(sweep, out)
-    assert [o.state for o in first.outcomes.values()].count("finished") == 2
-    begun = next(m for m in first.members if first.outcomes[m.name].state == "interrupted")
-    from mechcausal.support.signals import StopSignal
-    from mechcausal.training.run import train
-
+    done, begun, waiting = first.members
+    states = [first.outcomes[member.name].state for member in first.members]
+    assert states == ["finished", "interrupted", "interrupted"]
     stop = StopSignal()
     train(
         begun.recipe,
@@ -359,23 +370,15 @@ def test_starting_again_skips_what_finished_and_resumes_what_did_not(
         on_progress=lambda p: setattr(stop, "received", 2 if p.step >= 3 else None),
     )
     assert run_info(begun.folder).state == "interrupted"
-    before = {m.name: (m.folder / "summary.json").stat().st_mtime_ns for m in first.members[:2]}
+    written = (done.folder / "summary.json").stat().st_mtime_ns
     engine.ran, engine.stop_after = [], 10**6
-    second = run_sweep(sweep, out)
-    assert sorted(engine.ran) == sorted(
-        m.name for m in first.members if first.outcomes[m.name].state != "finished"
-    )
-    finished = [m for m in second.members if second.outcomes[m.name].state == "finished"]
-    assert len(finished) == 4
+    assert run_sweep(sweep, out).finished == 3
+    assert sorted(engine.ran) == [begun.name, waiting.name]
+    assert (done.folder / "summary.json").stat().st_mtime_ns == written
     assert list((begun.folder / "checkpoints").iterdir())
-    after = {m.name: (m.folder / "summary.json").stat().st_mtime_ns for m in first.members}
-    assert {k: v for k, v in after.items() if first.outcomes[k].state == "finished"}.items() <= {
-        **after,
-        **before,
-    }.items()
-    # From its folder it is found again, and has nothing to do.
+    # From its folder it is read again, and has nothing to do.
     engine.ran = []
-    assert run_sweep(load_sweep(out), out).finished == 4
+    assert run_sweep(load_sweep(out), out).finished == 3
     assert not engine.ran
 
 
@@ -391,9 +394,9 @@ def test_a_failing_member_is_reported_and_stops_no_other(
     (out / "sweep.json").write_text(json.dumps(sweep_to_dict(load_sweep(file))))
     blocked.folder.write_text("a file where a folder should be")
     assert main(["sweep", str(file), "--out", str(out)]) == 1
-    said = capsys.readouterr()
-    assert f"mechcausal: {blocked.name}: " in said.err
-    assert "1 of 3 finished, 2 failed" in said.out
+    output = capsys.readouterr()
+    assert f"mechcausal: {blocked.name}: " in output.err
+    assert "1 of 3 finished, 2 failed" in output.out
     table = pd.read_csv(out / "results.csv")
     assert table["state"].tolist() == ["failed", "finished", "failed"]
     assert "File exists" in table["error"][0]
@@ -413,18 +416,14 @@ def test_a_failing_member_is_reported_and_stops_no_other(
     assert "the sweep has no pictures: " in (out / "comparison.html").read_text(encoding="utf-8")
 
 
-def test_the_folder_of_another_sweep_is_refused(tmp_path: Path, engine: InlineEngine) -> None:
-    out = tmp_path / "out"
-    run_sweep(sweep_of(tmp_path, "task.alpha = [0.1, 1]"), out)
+def test_the_folder_of_another_sweep_is_refused(tmp_path: Path, finished: SweepResult) -> None:
+    head = 'kind = "list"\nseeds = 2'
     with pytest.raises(SweepError, match=r"another sweep \(axes differ\)"):
-        run_sweep(sweep_of(tmp_path, "task.alpha = [0.2]"), out)
-    run_sweep(  # other pictures are no other sweep
-        sweep_of(
-            tmp_path, 'task.alpha = [0.1, 1]\n[[pictures]]\nfigure="loss/eval"\nx="task.alpha"'
-        ),
-        out,
-    )
-    assert (out / "figures" / "loss-eval_alpha.png").is_file()
+        run_sweep(sweep_of(tmp_path, "task.alpha = [0.2]", head), finished.folder)
+    axes = "task.alpha = [0.1, 1]\ntraining.beta0 = [0.5, 1.0]"
+    picture = '[[pictures]]\nfigure="loss/eval"\nx="task.alpha"'
+    run_sweep(sweep_of(tmp_path, f"{axes}\n{picture}", head), finished.folder)
+    assert (finished.folder / "figures" / "loss-eval_alpha.png").is_file()
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").touch()
@@ -435,15 +434,20 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path: Path, engine: InlineEn
 
 
 def test_members_that_were_sent_back_are_as_if_written_here(
-    tmp_path: Path, engine: InlineEngine
+    tmp_path: Path, engine: InlineEngine, finished: SweepResult
 ) -> None:
-    sweep = sweep_of(tmp_path, "task.alpha = [0.1]", "seeds = 2")
-    here = run_sweep(sweep, tmp_path / "here")
-    sent = run_sweep(sweep, tmp_path / "sent", engine="dask", address="tcp://nowhere", collect=True)
-    for one, other in zip(here.members, sent.members, strict=True):
-        for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
-            assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    axes = "task.alpha = [0.1]\ntraining.beta0 = [0.5]"
+    sent = run_sweep(
+        sweep_of(tmp_path, axes, "seeds = 2"),
+        tmp_path / "sent",
+        engine="dask",
+        address="tcp://nowhere",
+        collect=True,
+    )
     assert sent.finished == 2
+    for here, back in zip(finished.members, sent.members, strict=False):
+        for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
+            assert (here.folder / name).read_bytes() == (back.folder / name).read_bytes()
 
 
 def test_archives_hold_regular_files_below_their_folder_alone(
@@ -492,23 +496,29 @@ WANDB = {
 }
 
 
-def test_wandbs_agents_draw_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = load_sweep(write(tmp_path, 'recipe = "manual"\nseeds = 2'))
-    command = wandb_config(sweep, "manual")["command"]
-    seen = []
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes that `mechcausal train` would train."""
+    recipes: list[Recipe] = []
 
-    def reach(recipe, **options):
-        seen.append(recipe)
+    def interrupted(recipe: Recipe, **options: Any) -> None:
+        recipes.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mechcausal.training.run.train", reach)
+    monkeypatch.setattr("mechcausal.training.run.train", interrupted)
+    return recipes
+
+
+def test_wandbs_agents_draw_no_page(tmp_path: Path, trained: list[Recipe]) -> None:
+    sweep = load_sweep(write(tmp_path, 'recipe = "manual"\nseeds = 2'))
+    command = wandb_config(sweep, "manual")["command"]
     assert main([*command[2:-1], "--seed=1"]) == 130
-    assert seen == [plan(sweep, tmp_path)[1].recipe]
+    assert trained == [plan(sweep, tmp_path)[1].recipe]
 
 
 @pytest.mark.parametrize("method", WANDB)
 def test_wandbs_own_form_is_valid_and_its_agents_call_train(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tmp_path: Path, trained: list[Recipe]
 ) -> None:
     axes = WANDB[method]
     head = "seeds = 2\n" + ("" if method == "grid" else 'kind = "random"\nsamples = 5\n')
@@ -528,16 +538,8 @@ def test_wandbs_own_form_is_valid_and_its_agents_call_train(
     flags = create_sweep_command_args({"args": values})["args"]
     words = [w for c in config["command"] for w in (flags if c == "${args}" else [c])]
     assert words[:3] == ["${env}", "mechcausal", "train"]
-    seen = []
-
-    def reach(recipe, **options):
-        seen.append(recipe)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mechcausal.training.run.train", reach)
     assert main(words[2:]) == 130
-    expected = recipe_to_dict(member.recipe)
-    assert recipe_to_dict(seen[0]) == expected
+    assert trained == [member.recipe]
 
 
 def test_what_wandb_has_no_form_for_is_refused(
