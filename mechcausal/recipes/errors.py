@@ -1,10 +1,11 @@
-"""Errors about recipes: one line that names the key."""
+"""Check plain data against dataclasses; errors are one line that names the key."""
 
 import json
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from functools import cache
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mechcausal.support.messages import excerpt, suggestion
 
@@ -16,11 +17,43 @@ _PATTERN_RULES = {
 }
 
 
+T = TypeVar("T")
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be read or run; the message is one line for the user."""
 
 
-def first_error(kind: type, error: ValidationError) -> str:
+def validated(kind: type[T], data: Any, *, source: str, error: type[ValueError] = RecipeError) -> T:
+    """Check nested plain data against a dataclass.
+
+    Args:
+        kind: the dataclass.
+        data: data as read from TOML or JSON.
+        source: where the data comes from, for the message.
+        error: what to raise.
+
+    Raises:
+        error: the first mistake, in one line.
+    """
+    try:
+        # Strict JSON mode still accepts an array for a tuple and a table for a dataclass.
+        return _adapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as mistakes:
+        message = _first_error(kind, mistakes)
+    except RecursionError:
+        message = "nested too deeply"
+    except (TypeError, ValueError) as problem:  # a key that is not text, a number that is too long
+        message = f"not plain data: {excerpt(problem)}"
+    raise error(f"{source}: {message}")
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def _first_error(kind: type, error: ValidationError) -> str:
     """One line about the first mistake in data for a dataclass, and how many more there are."""
     errors = error.errors(include_url=False)
     more = "at least " if len(errors) > MAX_ERRORS else ""
@@ -35,6 +68,8 @@ def first_error(kind: type, error: ValidationError) -> str:
         allowed = _allowed_keys(kind, first["loc"][:-1])
         message = f"{path}: unknown key{suggestion(str(first['loc'][-1]), allowed)}; "
         message += f"allowed: {', '.join(allowed)}"
+    elif first["type"].startswith("missing"):
+        message = f"{path}: is missing"
     else:
         rule = _PATTERN_RULES.get(path) if first["type"] == "string_pattern_mismatch" else None
         message = f"{path}: {rule or first['msg'].lower()}, found {value}"
@@ -50,15 +85,22 @@ def _dotted(kind: type, location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             known.append(str(part))
-            continue
-        if is_dataclass(section):
+            section = _inner(section, part)
+        elif is_dataclass(section):
             known.append(excerpt(part))
-            section = get_type_hints(section).get(part)
+            section = _inner(section, part)
     return ".".join(known) or "recipe"
 
 
 def _allowed_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
     section: Any = kind
     for part in location:
-        section = get_type_hints(section)[str(part)]
+        section = _inner(section, part)
     return [item.name for item in fields(section)]
+
+
+def _inner(section: Any, part: int | str) -> Any:
+    """The type of a key of a dataclass, or of the items of a tuple."""
+    if isinstance(part, str):
+        return get_type_hints(section).get(part)
+    return next(iter(get_args(section)), None)

@@ -1,15 +1,14 @@
 """The recipe type: all settings of a run, checked strictly."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from mechcausal.graphs import WITH_QUERY_PARENTS, CausalGraph, build_preset
 from mechcausal.recipes.checks import check_together
-from mechcausal.recipes.errors import RecipeError, first_error
+from mechcausal.recipes.errors import RecipeError, validated
 from mechcausal.recipes.sections import (
     GRAPH_OPTIONS,
     CheckpointsSection,
@@ -22,7 +21,6 @@ from mechcausal.recipes.sections import (
     TrainingSection,
     WandbSection,
 )
-from mechcausal.support.messages import excerpt
 
 if TYPE_CHECKING:
     from mechcausal.tasks.priors import Prior
@@ -177,23 +175,9 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
         RecipeError: an unknown key (with a suggestion), a wrong type, a value out of range, or
             options that do not fit together.
     """
-    try:
-        # Strict JSON mode still accepts an array for a tuple and a table for a dataclass.
-        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {first_error(Recipe, error)}") from None
-    except RecursionError:
-        raise RecipeError(f"{source}: nested too deeply") from None
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # a key that is not text, a number of thousands of digits
-        raise RecipeError(f"{source}: not plain data: {excerpt(error)}") from None
+    recipe = validated(Recipe, data, source=source)
     try:
         check_together(recipe.graph, recipe.task, recipe.model, recipe.training)
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
     return recipe
-
-
-_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

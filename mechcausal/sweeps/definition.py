@@ -7,11 +7,11 @@ import json
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from mechcausal.recipes import (
     Recipe,
@@ -23,6 +23,7 @@ from mechcausal.recipes import (
     recipe_fields,
     recipe_to_dict,
 )
+from mechcausal.recipes.errors import validated
 from mechcausal.recipes.files import name_after, read_text
 from mechcausal.support.messages import excerpt, suggestion
 from mechcausal.sweeps.sweep import (
@@ -162,42 +163,10 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-_ADAPTER: TypeAdapter[_File] = TypeAdapter(_File)
-_RANGE: TypeAdapter[Range] = TypeAdapter(Range)
-
-
 def _parse(data: dict[str, Any], source: str) -> _File:
     if "base" in data and "recipe" not in data:
         raise SweepError(f"{source}: base: unknown key, did you mean recipe?")
-    checked: _File = _checked(_ADAPTER, data, source)
-    return checked
-
-
-def _checked(adapter: Any, data: Any, source: str) -> Any:
-    """Check plain data against a type.
-
-    Raises:
-        SweepError: the first thing that is wrong, in one line.
-    """
-    try:
-        return adapter.validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        known = {item.name for kind in (_File, Range, Picture, Search) for item in fields(kind)}
-        keys = [key for key in first["loc"] if isinstance(key, int) or key in known]
-        where = ".".join(map(str, keys)) or excerpt(first["loc"][0] if first["loc"] else "sweep")
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            key = str(first["loc"][-1])
-            hint = suggestion(key, known)
-            raise SweepError(f"{source}: {excerpt(key)}: unknown key{hint}") from None
-        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            raise SweepError(f"{source}: {where}: is missing") from None
-        value = excerpt(json.dumps(first["input"], default=str))
-        raise SweepError(f"{source}: {where}: {first['msg'].lower()}, found {value}") from None
-    except RecursionError:
-        raise SweepError(f"{source}: nested too deeply") from None
-    except (TypeError, ValueError) as error:
-        raise SweepError(f"{source}: not plain data: {excerpt(error)}") from None
+    return validated(_File, data, source=source, error=SweepError)
 
 
 def _base(file: _File, path: Path) -> Recipe:
@@ -306,12 +275,12 @@ def _values(given: list[Any], where: str, kind: str) -> tuple[Any, ...]:
 def _range(given: dict[str, Any], where: str, kind: str) -> Range:
     if kind != "random":
         raise SweepError(f"{where}: a range belongs to kind random; kind {kind} takes a list")
-    checked: Range = _checked(_RANGE, given, where)
-    if not checked.low < checked.high:
-        raise SweepError(f"{where}: low is {checked.low}, not below high, {checked.high}")
-    if checked.log and checked.low <= 0:
-        raise SweepError(f"{where}: low is {checked.low}: a logarithmic range starts above 0")
-    return checked
+    axis = validated(Range, given, source=where, error=SweepError)
+    if not axis.low < axis.high:
+        raise SweepError(f"{where}: low is {axis.low}, not below high, {axis.high}")
+    if axis.log and axis.low <= 0:
+        raise SweepError(f"{where}: low is {axis.low}: a logarithmic range starts above 0")
+    return axis
 
 
 def _check_picture(picture: Picture, where: str) -> None:
