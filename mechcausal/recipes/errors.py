@@ -38,7 +38,8 @@ def validated(kind: type[T], data: Any, *, source: str, error: type[ValueError] 
     """
     try:
         # Strict JSON mode still accepts an array for a tuple and a table for a dataclass.
-        return _adapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+        value: T = _adapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+        return value
     except ValidationError as mistakes:
         message = _first_error(kind, mistakes)
     except RecursionError:
@@ -49,7 +50,7 @@ def validated(kind: type[T], data: Any, *, source: str, error: type[ValueError] 
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
