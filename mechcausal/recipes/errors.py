@@ -38,7 +38,8 @@ def validated(kind: type[T], data: Any, *, source: str, error: type[ValueError] 
     """
     try:
         # Strict JSON mode still accepts an array for a tuple and a table for a dataclass.
-        value: T = _adapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+        adapter = _adapter(kind)  # type: ignore[arg-type]  # mypy does not see that it is hashable
+        value: T = adapter.validate_json(json.dumps(data, default=str), strict=True)
         return value
     except ValidationError as mistakes:
         message = _first_error(kind, mistakes)
@@ -50,7 +51,7 @@ def validated(kind: type[T], data: Any, *, source: str, error: type[ValueError] 
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
