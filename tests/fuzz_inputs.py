@@ -617,7 +617,7 @@ def mutated_run(source: random.Random, folder: Path) -> Check:
             assert cli.main(["runs", str(folder)]) == 0
 
             def valid() -> bool:
-                with mock.patch.object(resuming, "run", side_effect=RecipeError("left out")):
+                with mock.patch.object(resuming, "train_runs", side_effect=RecipeError("left out")):
                     try:
                         resuming.resume(run)
                     except RecipeError as refusal:

@@ -17,8 +17,7 @@ from mechcausal.graphs import (
     star,
     two_parents,
 )
-from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
-from mechcausal.tasks import cross_entropies as task_losses
+from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task, cross_entropies
 from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR
 from mechcausal.tasks.predictors import (
     bayes_prediction,
@@ -43,18 +42,16 @@ def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SingleP
     return SingleParentTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
 
 
-def cross_entropies(prediction: Tensor, target: Tensor) -> Tensor:
-    return (target * prediction.log()).sum(1).double().neg()
-
-
 def z_score(values: Tensor, expected: float) -> float:
     stderr = values.std().item() / len(values) ** 0.5
     return float((values.mean().item() - expected) / stderr)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_transitions_are_counted_along_edges(seed: int) -> None:
+    # Several roots: their parent's index, -1, must not wrap to the query.
     graph = random_forest(12, edge_probability=0.6, generator=seeded(seed))
+    assert len(graph.levels[0]) > 1
     task = symmetric_task(graph, 1.0, 4)
     tokens = task.sample(20, generator=seeded(seed)).tokens
     by_hand = torch.zeros(20, 4, 4)
@@ -63,14 +60,6 @@ def test_transitions_are_counted_along_edges(seed: int) -> None:
             for parent in row:
                 by_hand[b, tokens[b, parent], tokens[b, child]] += 1
     assert torch.equal(transition_counts(task, tokens), by_hand)
-
-
-def test_roots_are_counted_nowhere() -> None:
-    """The index -1 of a root must not wrap around to the query."""
-    task = symmetric_task(forest(-1, -1, 1), 1.0, 3)
-    counts = transition_counts(task, torch.tensor([[0, 1, 2, 2]]))
-    assert counts.sum() == 1
-    assert counts[0, 1, 2] == 1
 
 
 def test_a_graph_without_edges_counts_nothing() -> None:
@@ -132,10 +121,10 @@ def test_bayes_is_the_exact_posterior_mean_of_every_sequence(
         ]
     ).double()
     torch.testing.assert_close(runs.sum(2), torch.ones(runs.shape[:2], dtype=torch.float64))
-    found = runs[:, :, 0]
-    stderr = (found.std(0) / repeats**0.5).clamp(min=1e-6)
+    first = runs[:, :, 0]
+    stderr = (first.std(0) / repeats**0.5).clamp(min=1e-6)
     assert stderr.max() < 5e-3
-    z = (found.mean(0) - exact) / stderr
+    z = (first.mean(0) - exact) / stderr
     # Student's t with 11 degrees of freedom, of up to 32 sequences.
     assert z.abs().max() < 5.5
     assert z.square().mean() < 2.5
@@ -197,12 +186,12 @@ def test_stationary_distributions_with_another_first_row() -> None:
     prior = DirichletPrior.symmetric(0.1, 4)
     matrices = prior.sample(10, generator=seeded(10), dtype=torch.float64)
     rows = prior.sample(10, generator=seeded(11), dtype=torch.float64)
-    found = stationary_with_first_row(matrices, rows)
+    variants = stationary_with_first_row(matrices, rows)
     for variant in range(4):
         changed = matrices.clone()
         changed[:, 0] = rows[:, variant]
         expected = stationary_distribution(changed)
-        torch.testing.assert_close(found[:, variant], expected, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(variants[:, variant], expected, rtol=1e-12, atol=0.0)
 
 
 def test_a_fixed_matrix_is_predicted_exactly() -> None:
@@ -223,8 +212,8 @@ def test_smoothing_of_a_single_token_is_that_of_the_exact_posterior_mean() -> No
     mu, mean_row = q / (1 - p + q), (p + q) / 2
     agree = np.multiply.outer(weight, weight) * (mu * mean_row + (1 - mu) * (1 - mean_row))
     share = 2 * agree.sum() - 1
-    found = smoothing_total(symmetric_task(forest(-1), 1.0, 2))
-    assert 1 / (1 + found) == pytest.approx(share, abs=0.04)  # 1,000 draws: 4 standard errors
+    total = smoothing_total(symmetric_task(forest(-1), 1.0, 2))
+    assert 1 / (1 + total) == pytest.approx(share, abs=0.04)  # 1,000 draws: 4 standard errors
 
 
 @pytest.mark.parametrize("concentration", [(0.3, 0.9), (0.05, 0.05)])
@@ -285,7 +274,7 @@ def test_no_strategy_loses_to_uniform(prior: Prior, length: int) -> None:
     for task in tasks_of(prior, length):
         batch = task.sample(max(300, 3000 // prior.vocab_size), generator=seeded(77))
         losses = {
-            name: task_losses(prediction, batch.target)
+            name: cross_entropies(prediction, batch.target)
             for name, prediction in strategies(task, batch.tokens).items()
         }
         for name, loss in losses.items():
@@ -296,14 +285,6 @@ def test_no_strategy_loses_to_uniform(prior: Prior, length: int) -> None:
             assert excess.mean().item() < bound, (name, task)
 
 
-def test_the_unigram_strategy_gains_where_it_used_to_lose() -> None:
-    """S = 10, alpha = 0.1, T = 20: 2.71 nats against 2.30, when it was smoothed by S alpha."""
-    task = symmetric_task(chain(19), 0.1, 10)
-    batch = task.sample(20_000, generator=seeded(12))
-    losses = task_losses(unigram_prediction(task, batch.tokens), batch.target)
-    assert z_score(losses, math.log(10) - 0.04) < -4
-
-
 @pytest.mark.parametrize("alpha", [1e-40, 1e-3])
 def test_bayes_excludes_nothing_that_a_drawn_matrix_holds(alpha: float) -> None:
     """Entries are kept above a floor, so their mean lies above it: else a label costs infinity."""
@@ -311,4 +292,4 @@ def test_bayes_excludes_nothing_that_a_drawn_matrix_holds(alpha: float) -> None:
     batch = task.sample(300, generator=seeded(13))
     bayes = bayes_prediction(task, batch.tokens, generator=seeded(14), n_draws=8)
     assert bayes.min() >= PROBABILITY_FLOOR * 0.999
-    assert task_losses(bayes, batch.target).isfinite().all()
+    assert cross_entropies(bayes, batch.target).isfinite().all()
