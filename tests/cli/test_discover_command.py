@@ -113,26 +113,22 @@ def test_a_saved_model_is_read(as_json, command: Command, folder: Path) -> None:
     assert "layer 1, head 0" in output
 
 
-def test_text_goes_through_the_tokenizer(command: Command) -> None:
+def test_a_graph_is_printed_and_drawn(command: Command, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
     code, output, errors = command(
-        "gpt2_folder", "--text", "t1", "--n-eff", "1000", "--alpha", "0.5"
+        *("gpt2_folder", "--text", "t1", "--n-eff", "1000", "--alpha", "0.5"),
+        *("--picture", str(picture)),
     )
     assert (code, errors) == (0, "")
     assert "'t29'" in output  # the tokenizer's BOS
     assert "'t1'" in output or "'t0'" in output
-
-
-def test_a_picture(command: Command, tmp_path: Path) -> None:
-    code, output, _ = command("sink.npy", "--n-eff", "64", "--picture", str(tmp_path / "a.png"))
-    assert code == 0
     assert "a.png" in output
-    assert imread(tmp_path / "a.png").std() > 0
-
-
-def test_a_search_that_was_stopped_says_so(command: Command) -> None:
+    assert imread(picture).std() > 0
     code, output, _ = command("sink.npy", "--n-eff", "64", "--time-budget", "0")
     assert code == 0
     assert "stopped early" in output
+    _, output, _ = command("--help")
+    assert "sets the sparsity" in " ".join(output.split())
 
 
 N = ("--n-eff", "64")
@@ -219,9 +215,3 @@ def test_a_model_that_cannot_be_run_is_one_line(
     code, output, errors = command("model", "--tokens", "1,2,3")
     assert (code, output) == (2, "")
     assert errors == "mechcausal: model: cannot be run: mat1 and mat2 shapes cannot be multiplied\n"
-
-
-def test_help_says_what_n_eff_is(command: Command) -> None:
-    code, output, _ = command("--help")
-    assert code == 0
-    assert "sets the sparsity" in " ".join(output.split())

@@ -6,6 +6,7 @@ import io
 import json
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -15,15 +16,13 @@ from matplotlib.image import imread
 from transformers import MambaConfig, MambaForCausalLM
 
 from mechcausal.models.adapter import save_model
-from mechcausal.recipes import parse_recipe
 from mechcausal.records.wandb_fragments import count_wandb_rows
 from mechcausal.studies.detection import Detection, detect
 from mechcausal.studies.targets import load_target
-from mechcausal.training.run import train
+from mechcausal.training.run import RunResult
 from tests.commands import Command, outcome
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
-from tests.studies.test_targets import GRAPH, LEAN
 
 KEYS = ["model", "n_layers", "n_heads", "sequences", "threshold", "heads"]
 HEAD_KEYS = [
@@ -47,13 +46,18 @@ def wiring() -> Planted:
 
 
 @pytest.fixture(scope="module")
-def folder(wiring: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    wiring: Planted,
+    lean_run: RunResult,
+    graph_run: RunResult,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Targets, good ones and bad ones."""
     folder = tmp_path_factory.mktemp("targets")
     save_model(wiring.model, folder / "wired")
     save_model(blank(3, 4), folder / "random")
-    train(parse_recipe(LEAN, source="test"), out=folder / "run")
-    train(parse_recipe(GRAPH, source="test"), out=folder / "graph")
+    copytree(lean_run.folder, folder / "run")
+    copytree(graph_run.folder, folder / "graph")
     short = blank(1, 1)
     short.cfg.n_ctx = 5
     short.pos_embed.W_pos.data = short.pos_embed.W_pos.data[:5]
@@ -361,32 +365,36 @@ def test_help_names_the_options(command: Command) -> None:
         assert option in output
 
 
-def test_wandb_that_cannot_start_does_not_cost_the_result(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(**options: object) -> None:
-        raise wandb.errors.CommError("no connection\nat all")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    code, output, errors = command("run", "--wandb", "--wandb-mode", "online", "--json")
-    assert code == 0
-    assert json.loads(output)["n_layers"] == 2
-    assert errors.splitlines() == [
-        f"mechcausal: warning: W&B could not start {mode}: no connection"
-        for mode in ("online", "offline")
-    ]
+LOST = "no connection; the run goes on without it, the scores are in its output"
 
 
-@pytest.mark.parametrize("step", ["log", "finish"])
-def test_wandb_that_fails_on_the_way_does_not_cost_the_result(
-    command: Command, monkeypatch: pytest.MonkeyPatch, step: str
+@pytest.mark.parametrize(
+    ("owner", "step", "mode", "warnings"),
+    [
+        (
+            wandb,
+            "init",
+            "online",
+            [f"W&B could not start {mode}: no connection" for mode in ("online", "offline")],
+        ),
+        (wandb.Run, "log", "offline", [f"W&B failed at step 0: {LOST}"]),
+        (wandb.Run, "finish", "offline", [f"W&B failed at its end: {LOST}"]),
+    ],
+    ids=["start", "log", "finish"],
+)
+def test_wandb_that_fails_does_not_cost_the_result(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    step: str,
+    mode: str,
+    warnings: list[str],
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise wandb.errors.CommError("no connection\nat all")
 
-    monkeypatch.setattr(wandb.Run, step, fail)
-    code, output, errors = command("run", "--wandb", "--wandb-mode", "offline", "--json")
+    monkeypatch.setattr(owner, step, fail)
+    code, output, errors = command("run", "--wandb", "--wandb-mode", mode, "--json")
     assert code == 0
     assert json.loads(output)["n_layers"] == 2
-    assert errors.count("\n") == 1
-    assert "no connection; the run goes on without it, the scores are in its output" in errors
+    assert errors.splitlines() == [f"mechcausal: warning: {warning}" for warning in warnings]

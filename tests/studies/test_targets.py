@@ -17,38 +17,15 @@ from transformers import (
 )
 
 from mechcausal.models.adapter import load_model, save_model
-from mechcausal.recipes import parse_recipe
 from mechcausal.studies.detection import detect
 from mechcausal.studies.targets import TargetError, load_target
 from mechcausal.training.checkpoints import checkpoint_folders
-from mechcausal.training.run import RunResult, train
+from mechcausal.training.run import RunResult
 from probes import InductionScores, attach
 from probes.heads.stimuli import fitting_repeat_lengths
 from probes.reading.padding import real_positions
 from tests.hugging_face import BOS, malicious_pickle, save_gpt2
 from tests.probes.wired import blank
-
-LEAN = {
-    "name": "lean",
-    "task": {"kind": "repeated_tokens", "vocab_size": 12, "repeat_lengths": [3, 5]},
-    "model": {"kind": "standard", "n_heads": 2, "d_model": 8},
-    "training": {
-        "algorithm": "joint",
-        "batch_size": 4,
-        "joint": {"steps": 4, "optimizer": "adam", "lr": 0.01},
-    },
-    "evaluation": {"n_sequences": 4},
-    "probing": {"every": 2, "dense": 0, "images": 0, "report": False},
-    "checkpoints": {"schedule": "probes"},
-    "wandb": {"mode": "disabled"},
-}
-GRAPH = {
-    "graph": {"preset": "chain", "sequence_length": 8},
-    "task": {"vocab_size": 3},
-    "training": {"batch_size": 8, "stage1": {"steps": 1}, "stage2": {"steps": 0}},
-    "evaluation": {"n_sequences": 8, "bayes_draws": 2, "theory_priors": 10},
-    "wandb": {"mode": "disabled"},
-}
 
 
 def refusal(target: Path | str, **options: Any) -> str:
@@ -61,47 +38,42 @@ def refusal(target: Path | str, **options: Any) -> str:
     return message
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """A run of four steps with checkpoints at 0, 2 and 4."""
-    return train(parse_recipe(LEAN, source="test"), out=tmp_path_factory.mktemp("runs") / "run")
-
-
 # --- Runs ---
 
 
-def test_a_run_stands_for_its_final_weights_and_a_step_for_its_checkpoint(run: RunResult) -> None:
-    final = load_target(str(run.folder))
-    assert (final.name, final.folder) == (str(run.folder), run.folder)
+def test_a_run_stands_for_its_final_weights_and_a_step_for_its_checkpoint(
+    lean_run: RunResult,
+) -> None:
+    final = load_target(str(lean_run.folder))
+    assert (final.name, final.folder) == (str(lean_run.folder), lean_run.folder)
     assert final.predicts_every_token
     assert final.bos == 0
     weights = dict(final.model.named_parameters())
-    for name, value in run.experiment.hooked.named_parameters():
+    for name, value in lean_run.experiment.hooked.named_parameters():
         assert torch.equal(weights[name], value)
-    assert list(checkpoint_folders(run.folder)) == [0, 2, 4]
-    start, middle, end = (load_target(str(run.folder), step=step) for step in (0, 2, 4))
-    assert middle.name == f"{run.folder}, step 2"
-    assert middle.folder == run.folder
-    saved = load_model(run.folder / "checkpoints" / "00000002")
+    assert list(checkpoint_folders(lean_run.folder)) == [0, 2, 4]
+    start, middle, end = (load_target(str(lean_run.folder), step=step) for step in (0, 2, 4))
+    assert middle.name == f"{lean_run.folder}, step 2"
+    assert middle.folder == lean_run.folder
+    saved = load_model(lean_run.folder / "checkpoints" / "00000002")
     assert torch.equal(middle.model.embed.W_E, saved.embed.W_E)
     assert torch.equal(end.model.embed.W_E, final.model.embed.W_E)
     assert not torch.equal(start.model.embed.W_E, final.model.embed.W_E)
 
 
-def test_a_step_without_a_checkpoint_is_refused(run: RunResult, tmp_path: Path) -> None:
-    assert "no checkpoint at step 3; there are: 0, 2, 4" in refusal(run.folder, step=3)
+def test_a_step_without_a_checkpoint_is_refused(lean_run: RunResult, tmp_path: Path) -> None:
+    assert "no checkpoint at step 3; there are: 0, 2, 4" in refusal(lean_run.folder, step=3)
     save_model(blank(1, 1), tmp_path / "saved")
     for target in (tmp_path / "saved", "gpt2"):
         assert "--step goes with a run" in refusal(target, step=0)
     # What a run with these options leaves until it ends: no weights, no checkpoints.
-    (tmp_path / "recipe.toml").write_bytes((run.folder / "recipe.toml").read_bytes())
+    (tmp_path / "recipe.toml").write_bytes((lean_run.folder / "recipe.toml").read_bytes())
     assert "the run did not end" in refusal(tmp_path)
     assert "there are: none" in refusal(tmp_path, step=0)
 
 
-def test_a_causal_graph_run_predicts_its_last_token_alone(tmp_path: Path) -> None:
-    train(parse_recipe(GRAPH, source="test"), out=tmp_path / "run")
-    target = load_target(str(tmp_path / "run"))
+def test_a_causal_graph_run_predicts_its_last_token_alone(graph_run: RunResult) -> None:
+    target = load_target(str(graph_run.folder))
     assert not target.predicts_every_token
     assert target.bos is None
 

@@ -27,7 +27,7 @@ from mechcausal.training.experiments.repeated_tokens import BOS, RepeatedTokens
 from mechcausal.training.run import RunResult, train
 from probes import HeadScores, score_heads, track_formation
 from tests.left_as_found import left_as_found
-from tests.studies.test_targets import LEAN
+from tests.small_recipes import LEAN
 
 FIGURES = {
     *("loss/train", "loss/eval", "loss/first_copy", "loss/second_copy"),

@@ -34,7 +34,7 @@ from mechcausal.training.experiments import Experiment
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, RunResult, TrainingError, train
 from tests import kill_runs
-from tests.studies.test_targets import LEAN
+from tests.small_recipes import LEAN
 
 COMPARED = kill_runs.COMPARED
 

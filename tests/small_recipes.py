@@ -1,0 +1,24 @@
+"""Recipes that train in a second: a language model of four steps, and a causal graph."""
+
+LEAN = {
+    "name": "lean",
+    "task": {"kind": "repeated_tokens", "vocab_size": 12, "repeat_lengths": [3, 5]},
+    "model": {"kind": "standard", "n_heads": 2, "d_model": 8},
+    "training": {
+        "algorithm": "joint",
+        "batch_size": 4,
+        "joint": {"steps": 4, "optimizer": "adam", "lr": 0.01},
+    },
+    "evaluation": {"n_sequences": 4},
+    "probing": {"every": 2, "dense": 0, "images": 0, "report": False},
+    "checkpoints": {"schedule": "probes"},
+    "wandb": {"mode": "disabled"},
+}
+GRAPH = {
+    "graph": {"preset": "chain", "sequence_length": 8},
+    "task": {"vocab_size": 3},
+    "training": {"batch_size": 8, "stage1": {"steps": 1}, "stage2": {"steps": 0}},
+    "evaluation": {"n_sequences": 8, "bayes_draws": 2, "theory_priors": 10},
+    "probing": {"images": 0, "report": False},
+    "wandb": {"mode": "disabled"},
+}
