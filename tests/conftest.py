@@ -71,6 +71,15 @@ def repository() -> Path:
     return Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of training `tiny_recipe()`, for tests that only look at it or copy its folder."""
+    from mechcausal.training.run import train
+    from tests.run_folders import tiny_recipe
+
+    return train(tiny_recipe(), out=tmp_path_factory.mktemp("finished") / "run")
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave their figures empty: for tests of something else, half of whose time they take."""

@@ -76,43 +76,10 @@ LONGEST_SECONDS = 10
 SMALL = 20 * 2**20
 
 HOSTILE_TEXT = [
-    *(
-        "",
-        " ",
-        "\0",
-        "\x1b[31mred\x1b[0m",
-        "\x1b]0;title\x07",
-        "a\nb",
-        "\r",
-        "\x7f",
-        "\u202e",
-        "\ud7ff",
-    ),
-    *(
-        "../x",
-        "/etc/passwd",
-        "..",
-        ".",
-        "~",
-        "a/b",
-        "a\\b",
-        "C:\\x",
-        "x" * 5000,
-        "ünï",
-        "日本語",
-        "💥",
-    ),
-    *(
-        "{{7*7}}",
-        "$(touch x)",
-        "`touch x`",
-        "%s%n",
-        "__import__('os')",
-        "nan",
-        "null",
-        "true",
-        "[red]",
-    ),
+    *("", " ", "\0", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\nb", "\r", "\x7f"),
+    *("\u202e", "\ud7ff", "../x", "/etc/passwd", "..", ".", "~", "a/b", "a\\b", "C:\\x"),
+    *("x" * 5000, "ünï", "日本語", "💥", "{{7*7}}", "$(touch x)", "`touch x`", "%s%n"),
+    *("__import__('os')", "nan", "null", "true", "[red]"),
 ]
 HOSTILE_NUMBERS = [
     *(0, -1, 1, 2, 3, 7, 255, 10_000, 10_001, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 10**400),
@@ -396,26 +363,29 @@ def mutated_edges(source: random.Random, folder: Path) -> Check:
 # --- Model folders ---
 
 
+def save_small(kind: str, folder: Path, seed: int = 0) -> GraphModel:
+    """Save a small model: simplified, disentangled, standard, or standard with fixed embeddings."""
+    model: GraphModel
+    if kind == "simplified":
+        model = SimplifiedTransformer(3, 6)
+        model.set_ideal(chain(5), strength=3.0)
+    elif kind == "disentangled":
+        model = DisentangledTransformer(3, 5, (2, 1))
+        model.initialise(scale=0.5, generator=torch.Generator().manual_seed(seed))
+    else:
+        fixed = kind == "fixed"
+        sizes: dict[str, Any] = {"n_heads": 2, "d_model": 16, "d_mlp": 8, "layer_norm": not fixed}
+        model = StandardTransformer(standard_config(3, 5, **sizes), fixed_embeddings=fixed)
+    model.save(folder)
+    return model
+
+
 def mutated_model(source: random.Random, folder: Path) -> Check:
     """A folder of `save_model`, its config or its weights changed."""
     path = folder / "model"
-    generator = torch.Generator().manual_seed(source.randrange(2**31))
-    model: GraphModel
-    kind = source.randrange(4)
-    if kind == 0:
-        simplified = SimplifiedTransformer(3, 6)
-        simplified.set_ideal(chain(5), strength=3.0)
-        model = simplified
-    elif kind == 1:
-        disentangled = DisentangledTransformer(3, 5, (2, 1))
-        disentangled.initialise(scale=0.5, generator=generator)
-        model = disentangled
-    else:
-        fixed = kind == 3
-        sizes: dict[str, Any] = {"n_heads": 2, "d_model": 16, "d_mlp": 8, "layer_norm": not fixed}
-        model = StandardTransformer(standard_config(3, 5, **sizes), fixed_embeddings=fixed)
-    model.save(path)
-    if kind == 2 and source.random() < 0.3:
+    kind = source.choice(["simplified", "disentangled", "standard", "fixed"])
+    model = save_small(kind, path, seed=source.randrange(2**31))
+    if kind == "standard" and source.random() < 0.3:
         save_model(model.hooked, path)  # a model of someone else's
     for _ in range(source.choice([1, 1, 2])):
         if source.random() < 0.5:

@@ -23,6 +23,16 @@ def recipe_of(**changes: Any) -> Recipe:
     return parse_recipe(base, source="test").with_overrides(**changes)
 
 
+def tiny_recipe(**changes: Any) -> Recipe:
+    """The same with few and small batches, recorded by W&B offline: a training of two seconds."""
+    values: dict[str, Any] = {
+        **{"training__batch_size": 8, "evaluation__n_sequences": 8, "evaluation__bayes_draws": 4},
+        **{"evaluation__theory_priors": 10, "probing__every": 10, "probing__dense": 1},
+        **{"probing__images": 2, "wandb__mode": "offline"},
+    }
+    return recipe_of(**values | changes)
+
+
 def two_parents_recipe(length: int = 8) -> Recipe:
     """Two parents, two heads in layer 1."""
     data = {

@@ -12,6 +12,7 @@ from mechcausal.support.messages import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
     from mechcausal.training.run import Progress
 
@@ -49,71 +50,87 @@ def display(recipe: Recipe, *, quiet: bool, watch: bool) -> Display:
     return ProgressBar(quiet=quiet)
 
 
+def bar_on_terminal(*, quiet: bool = False, keep: bool = False) -> "RichProgress":
+    """A progress bar on stderr that shows nothing if stderr is no terminal.
+
+    Args:
+        quiet: show nothing on a terminal either.
+        keep: leave the bar on the screen when it stops.
+    """
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        refresh_per_second=4,
+        transient=not keep,
+    )
+
+
 class ProgressBar(Display):
     """A bar of steps with loss, gap and recovered edges; nothing if stderr is no terminal."""
 
+    SECONDS = 0.1
+
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._bar: Any = None
-        self._is_preparing = False
+        self._bar: RichProgress | None = None
+        self._is_preparing = True
+        self._due = 0.0
 
     def show(self, progress: "Progress") -> None:
-        """Before every step."""
-        if progress.is_preparing:
-            self._tell(progress.stage)
+        """Update the bar; called before every step."""
+        now = time.monotonic()
+        if now < self._due and progress.step < progress.n_steps:
             return
-        if self._bar is not None and self._is_preparing:
-            self.close()  # its clock began before the first step
+        self._due = now + self.SECONDS
         if self._bar is None:
-            from tqdm import tqdm
-
+            self._bar = bar_on_terminal(quiet=self._quiet, keep=True)
+            self._task = self._bar.add_task("", total=None, figures="")
+            self._bar.start()
+        if self._is_preparing and not progress.is_preparing:
             self._is_preparing = False
-            self._bar = tqdm(
-                total=progress.n_steps,
-                disable=True if self._quiet else None,
-                unit="step",
-                dynamic_ncols=True,
-            )
-        bar = self._bar
-        if bar.disable:
-            return
-        figures = progress.figures
-        texts = {
-            item.short: f"{value:.0%}" if item.unit == "share" else f"{value:.3f}"
+            self._bar.reset(self._task, total=progress.n_steps)  # its clock starts now
+        texts = (
+            f"{item.short}={value:.0%}" if item.unit == "share" else f"{item.short}={value:.3f}"
             for item in map(figure_of, ("loss/eval", "loss/gap", "graph/recovered"))
-            if (value := figures.get(item.key)) is not None
-        }
-        bar.set_description(progress.stage, refresh=False)
-        bar.set_postfix(texts, refresh=False)
-        bar.update(progress.step - bar.n)
-
-    def _tell(self, text: str) -> None:
-        """One line that changes, until the bar takes its place."""
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._is_preparing = True
-            self._bar = tqdm(
-                bar_format="{desc} [{elapsed}]",
-                disable=True if self._quiet else None,
-                dynamic_ncols=True,
-                leave=False,
-            )
-        self._bar.set_description_str(text)
+            if (value := progress.figures.get(item.key)) is not None
+        )
+        self._bar.update(
+            self._task,
+            description=progress.stage,
+            completed=progress.step,
+            figures=", ".join(texts),
+        )
 
     def warn(self, message: str) -> None:
         """Print a warning above the bar."""
-        line = f"mechcausal: warning: {printable(message)}"
-        if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(line, file=sys.stderr)
+        _warn(message, None if self._bar is None or self._bar.disable else self._bar.console)
 
     def close(self) -> None:
-        """Leave the bar as it is; a second time does nothing."""
+        """Leave the bar as it is; calling it again does nothing."""
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
+
+
+def _warn(message: str, console: "Console | None") -> None:
+    """Print a warning, above what the console shows live."""
+    line = f"mechcausal: warning: {printable(message)}"
+    if console is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        from rich.text import Text
+
+        console.print(Text(line))
 
 
 class LiveView(Display):
@@ -124,11 +141,11 @@ class LiveView(Display):
     """
 
     SECONDS = 0.25
-    # The run waits while the terminal takes a picture: of its time at most one part in so many.
-    _SHARE = 40
+    # The run waits while the terminal draws: wait this many times as long before drawing again.
+    _PAUSE = 40
 
     def __init__(self, recipe: Recipe, console: "Console") -> None:
-        """A view of a run of that recipe, not shown before its first step."""
+        """Prepare the view; the first call of `show` starts it."""
         self._recipe = recipe
         self._console = console
         self._live: Any = None
@@ -152,20 +169,14 @@ class LiveView(Display):
         colours = self._console.color_system in ("256", "truecolor")
         picture = Watched(self._run, progress, seconds_left=left, colours=colours)
         self._live.update(picture, refresh=True)
-        self._due = now + max(self.SECONDS, self._SHARE * (time.monotonic() - now))
+        self._due = now + max(self.SECONDS, self._PAUSE * (time.monotonic() - now))
 
     def warn(self, message: str) -> None:
         """Print a warning above the live view."""
-        line = f"mechcausal: warning: {printable(message)}"
-        if self._live is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            from rich.text import Text
-
-            self._console.print(Text(line))
+        _warn(message, None if self._live is None else self._console)
 
     def close(self) -> None:
-        """Leave the last picture, and the cursor as it was; a second time does nothing."""
+        """Leave the last picture and restore the cursor; calling it again does nothing."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from mechcausal.cli.display import bar_on_terminal
 from mechcausal.cli.parsing import RefusedError, parse
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe
 
@@ -108,25 +109,22 @@ def _print_theory(recipe: Recipe, source: str, n_priors: int | None, *, as_json:
 
 
 class _Progress:
-    """How many draws are done, on a terminal, where they take more than a moment."""
+    """A bar of the draws on a terminal, if they take more than a second."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._bar = bar_on_terminal()
+        self._task = self._bar.add_task("draws", total=None, figures="")
         self._began = time.monotonic()
 
     def tell(self, done: int, total: int) -> None:
-        """After some draws."""
-        if self._bar is None and done < total and time.monotonic() > self._began + 1:
-            from tqdm import tqdm
-
-            self._bar = tqdm(desc="draws", total=total, disable=None, leave=False)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        """Update the bar."""
+        self._bar.update(self._task, completed=done, total=total)
+        if done < total and time.monotonic() > self._began + 1:
+            self._bar.start()
 
     def close(self) -> None:
-        """Leave nothing behind."""
-        if self._bar is not None:
-            self._bar.close()
+        """Remove the bar."""
+        self._bar.stop()
 
 
 def _print_pairs(theory: "PairwiseTheory", *, as_json: bool) -> int:

@@ -1,1 +1,1 @@
-"""What has nothing to do with transformers: files, messages, signals, devices, statistics."""
+"""Helpers that have nothing to do with transformers: files, messages, signals, statistics."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Write files so that a crash leaves the old content or the new, never a part."""
 
 import json
 import os
@@ -10,19 +10,19 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) -> None:
-    """Write a file that is found with its old content or its new one, never in between.
+    """Write a file that always has either its old content or the new one.
 
-    Written under another name, synced to disk, then renamed.
+    The content goes to a temporary file, which is synced to disk and renamed.
 
     Args:
-        path: of the file.
-        content: of the file.
-        durable: wait for the disk, which takes milliseconds. Without, the file outlives this
-            process, but may be damaged where the machine fails.
+        path: path of the file.
+        content: content of the file.
+        durable: wait for the disk, which takes milliseconds. If False, the file survives the end
+            of this process, but a failure of the machine may damage it.
 
     Raises:
-        OSError: it cannot be written; the old file is left as it was. It names the file, never
-            the temporary one.
+        OSError: the file cannot be written; the old one is unchanged. The error names the file,
+            not the temporary one.
     """
     temporary = path.with_name(f".{path.name}.partial")
     data = content.encode() if isinstance(content, str) else content
@@ -43,13 +43,13 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) 
 
 @contextmanager
 def write_folder_atomically(folder: Path) -> Iterator[Path]:
-    """Fill a folder that then appears whole under its name, in place of one that was there.
+    """Fill a temporary folder that then replaces `folder`.
 
     Yields:
         An empty folder to write to.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: it cannot be written; the old folder is unchanged.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
@@ -72,7 +72,7 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable, where the file system can."""
+    """Make a rename in a folder durable, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -82,14 +82,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 class JsonLines:
-    """A file of JSON rows that grows by whole lines.
+    """A file of JSON rows, one a line, for appending.
 
-    A row is one write to the file system, so that what was appended outlives this process. A row
-    that does not fit onto the disk is taken back.
+    Each row is one write to the file system and survives the end of this process. A row that does
+    not fit onto the disk is removed again.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open for appending; a torn last line, left by a crash, is removed.
+        """Open for appending, and remove an incomplete last line that a crash left.
 
         Raises:
             OSError: not writable.
@@ -105,7 +105,7 @@ class JsonLines:
         """Write one row.
 
         Raises:
-            OSError: it could not be written whole; nothing of it is left.
+            OSError: the row could not be written; no part of it stays in the file.
         """
         data = (json.dumps(row) + "\n").encode()
         written = 0
@@ -123,20 +123,20 @@ class JsonLines:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; a second time does nothing."""
+        """Close the file; calling it again does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `JsonLines` wrote; a torn last line is left out.
+    """The rows of a file that `JsonLines` wrote, without an incomplete last line.
 
     Raises:
         OSError: not readable.
         ValueError: a line before the last is no JSON object.
     """
-    *lines, _torn = path.read_bytes().split(b"\n")
+    *lines, _incomplete = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -1,6 +1,6 @@
-"""What a file or an error says, made fit for a message: short, and without control characters.
+"""Make text from files and errors safe for a message: short and without control characters.
 
-A file's content may hold anything, escape sequences that steer a terminal among it.
+A file may contain escape sequences that control the terminal.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that does not print, a blank aside, as its escape.
+    r"""The text with unprintable characters replaced by their escapes.
 
     Example:
         >>> print(printable("red \x1b[31m"))
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of what an error says; the name of its type where it says nothing.
+    r"""The first line of an error's message, or the name of its type if it has none.
 
     Example:
         >>> first_line(ValueError("odd\nand more")), first_line(MemoryError())
@@ -35,20 +35,20 @@ def first_line(error: BaseException) -> str:
 
 
 def excerpt(value: object, limit: int = 60) -> str:
-    """The beginning of a file's content, printable and on one line.
+    """The beginning of a value as text, printable and on one line.
 
     Example:
         >>> excerpt("a" * 100, limit=10)
         'aaaaaaa...'
     """
     text = str(value)
-    # Cut first: what is escaped or split may be large.
+    # Cut first: the text may be large.
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 3] + "..."
 
 
 def shell_command(*words: object) -> str:
-    """A command for the user to copy, its words quoted for the shell.
+    """A command for the user to copy, with its words quoted for the shell.
 
     Example:
         >>> shell_command("mechcausal", "resume", "runs/my run")
@@ -58,12 +58,12 @@ def shell_command(*words: object) -> str:
 
 
 def suggestion(word: str, allowed: Iterable[str], *, closeness: float = 0.6) -> str:
-    """What may have been meant by a word that is not allowed; empty where nothing is close.
+    """Suggest the allowed word that is closest to a wrong one; empty if none is close.
 
     Args:
-        word: as it was found.
-        allowed: words that it may stand for.
-        closeness: how like it the word must be, from 0 to 1.
+        word: the wrong word.
+        allowed: the allowed words.
+        closeness: minimum similarity, from 0 to 1.
 
     Example:
         >>> suggestion("batchsize", ["batch_size", "beta0"])

@@ -1,25 +1,25 @@
-"""Nested tables, as recipes and summaries are, as flat ones."""
+"""Flatten nested tables such as recipes and summaries."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flat(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Nested tables under joined keys, in order.
+    """A flat table whose keys are the joined keys of a nested one, in order.
 
     Args:
-        values: tables in tables; lists stay as they are.
-        separator: between the keys that lead to a value.
-        prefix: before every key.
+        values: the nested table; lists stay as they are.
+        separator: text between joined keys.
+        prefix: text before every key.
 
     Example:
         >>> flat({"seed": 0, "graph": {"preset": "chain"}})
         {'seed': 0, 'graph.preset': 'chain'}
     """
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, separator, f"{prefix}{key}{separator}")
+            joined |= flat(value, separator, f"{prefix}{key}{separator}")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            joined[f"{prefix}{key}"] = value
+    return joined

@@ -8,14 +8,14 @@ from types import FrameType
 
 
 class StopRequested(KeyboardInterrupt):
-    """The process was asked to stop while it did nothing that has to be completed.
+    """A signal asked the process to stop at a moment when it can stop at once.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
-        """What the user reads, and which signal it was."""
+        """Store the message for the user and the number of the signal."""
         super().__init__(message)
         self.number = number
 
@@ -24,13 +24,13 @@ class StopSignal:
     """Whether the process was asked to stop.
 
     Attributes:
-        received: the signal, None so far.
-        waits: True while a signal is only noted, to be acted upon at the next opportunity; else it
-            raises StopRequested where it arrives.
+        received: the signal; None if none has arrived.
+        waits: True if a signal is only stored in `received`; False if it raises StopRequested
+            when it arrives.
     """
 
     def __init__(self) -> None:
-        """No signal yet."""
+        """Start without a signal."""
         self.received: signal.Signals | None = None
         self.waits = False
 
@@ -39,10 +39,10 @@ class StopSignal:
 def stop_on_signals(stop: StopSignal | None = None) -> Iterator[StopSignal]:
     """Turn the first SIGTERM or SIGINT into a request to stop; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python takes no signals, nothing is changed.
+    Does nothing outside the main thread, where Python handles no signals.
 
     Args:
-        stop: takes the request; a new one when absent.
+        stop: stores the request; a new one when absent.
     """
     stop = stop or StopSignal()
     if threading.current_thread() is not threading.main_thread():

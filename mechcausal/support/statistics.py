@@ -22,7 +22,7 @@ def sequence_mean(values: Float[Tensor, "batch"]) -> tuple[float, float]:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error where there are two values or more.
+    """Mean and its standard error, which is None for a single value.
 
     Example:
         >>> mean_and_stderr([1.0, 3.0]), mean_and_stderr([2.0])

@@ -224,8 +224,9 @@ def prune(run: Path, *, keep: int, kept: set[int]) -> None:
         kept: steps whose checkpoints to keep in addition.
     """
     folders = checkpoint_folders(run)
-    for step in sorted(set(folders) - kept)[:-keep]:
-        shutil.rmtree(folders[step], ignore_errors=True)
+    for step in sorted(folders)[:-keep]:
+        if step not in kept:
+            shutil.rmtree(folders[step], ignore_errors=True)
 
 
 def differences(

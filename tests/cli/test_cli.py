@@ -15,7 +15,7 @@ import pytest
 
 from mechcausal import __version__
 from mechcausal.cli.main import main
-from mechcausal.recipes import load_recipe, packaged_recipes
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, packaged_recipes
 from mechcausal.records.run_folder import read_metrics, read_summary
 from mechcausal.records.wandb_fragments import count_wandb_rows
 from tests.commands import outcome
@@ -224,23 +224,21 @@ def test_a_reader_that_goes_away_is_no_error(repository: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_output_does_not_depend_on_the_encoding_of_the_terminal(
-    repository: Path, encoding: str
-) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
+def test_output_does_not_depend_on_the_encoding_of_the_terminal(repository: Path) -> None:
+    """Every other test has UTF-8."""
+    for arguments, code, errors in (
+        (["train", "manual", "--sead", "3"], 2, b"Unrecognized options: --sead, 3; did you mean"),
+        (["theory", "--parents", "-1,0", "--priors", "5"], 0, b""),
+    ):
+        done = subprocess.run(
             [sys.executable, "-m", "mechcausal.cli.main", *arguments],
             cwd=repository,
-            env={**os.environ, "PYTHONIOENCODING": encoding},
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
             capture_output=True,
         )
-
-    refused = run("train", "manual", "--sead", "3")
-    line = b"mechcausal: Unrecognized options: --sead, 3; did you mean --seed?\n"
-    assert (refused.returncode, refused.stderr) == (2, line)
-    table = run("theory", "--parents", "-1,0", "--priors", "5")
-    assert (table.returncode, table.stderr) == (0, b"")
+        assert done.returncode == code
+        assert done.stderr.startswith(b"mechcausal: " + errors if errors else b"")
+        assert done.stderr.count(b"\n") == bool(errors)
 
 
 # --- theory ---
@@ -320,18 +318,6 @@ def test_theory_takes_about_a_minute_unless_told_how_many_draws(
     assert (code, json.loads(output)["n_priors"], errors) == (0, 5, "")
 
 
-@pytest.mark.slow
-def test_a_run_loads_what_it_uses_in_the_order_that_is_quickest(folder: Path) -> None:
-    code = (
-        "import sys; from mechcausal.cli.main import main\n"
-        "main(['train', 'lean.toml', '--quiet', '--wandb-mode', 'offline', '--out', 'order'])\n"
-        "names = [*sys.modules]\n"
-        "assert names.index('wandb.apis.public') < names.index('transformer_lens')\n"
-        "assert not {'scipy.stats', 'dask'} & {*names}\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
-
-
 def test_theory_loads_no_models(folder: Path) -> None:
     code = (
         "import sys; from mechcausal.cli.main import main\n"
@@ -376,92 +362,133 @@ def test_theory_prints_a_table_of_edges(folder: Path, capsys: pytest.CaptureFixt
 
 # --- train ---
 
+OVERRIDES = {
+    "name": "mine",
+    "seed": 5,
+    "graph__preset": "chain",
+    "graph__parents": None,
+    "graph__sequence_length": 4,
+    "task__vocab_size": 2,
+    "task__alpha": (0.5, 2.0),
+    "training__epsilon": 0.01,
+    "training__stage1__steps": 2,
+    "training__stage1__optimizer": "adam",
+    "training__stage1__lr": 0.5,
+    "evaluation__n_sequences": 9,
+    "probing__schedule": "geometric",
+    "wandb__mode": "offline",
+    "wandb__tags": ("a", "b"),
+    "wandb__group": "ours",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str, list[str]]:
+    """A training in a process of its own: folder, output, error output, imports in order."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "lean.toml").write_text(LEAN)
+    words = ["train", "lean.toml", "--out", "here/run", "--wandb-mode", "offline"]
+    for key, value in OVERRIDES.items():
+        if key != "wandb__mode":
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{key.replace('__', '.').replace('_', '-')}", *map(str, values)]
+    code = (
+        "import sys; from pathlib import Path; from mechcausal.cli.main import main\n"
+        "code = main(sys.argv[1:]); Path('imports').write_text(' '.join(sys.modules))\n"
+        "sys.exit(code)"
+    )
+    # The short --wandb-mode beats the environment.
+    environment = {**os.environ, "WANDB_MODE": "disabled", "COLUMNS": "100"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return (
+        folder,
+        done.stdout.decode(),
+        done.stderr.decode(),
+        (folder / "imports").read_text().split(),
+    )
+
 
 def test_train_prints_a_table_and_where_everything_is(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, str, str, list[str]],
 ) -> None:
-    code, output, errors = outcome(capsys, "train", "lean.toml", "--out", "here/run")
-    assert (code, errors) == (0, "")  # no progress bar: this is no terminal
-    for part in ("finished after 6 steps", "graph/recovered", "loss/gap", "gradient/edge_hits"):
+    folder, output, errors, _ = trained
+    assert errors == ""  # no progress bar: this is no terminal
+    assert "mine (seed 5, cpu)" in output
+    for part in ("finished after 4 steps", "graph/recovered", "loss/gap", "gradient/edge_hits"):
         assert part in output
     assert re.search(r"loss/construction +│ +\d\.\d{4} │", output)
-    assert re.search(r"loss/construction_gap +│ +-?\d\.\d{4} │ nats above the hand-built", output)
-    run = Path("here/run")
-    (wandb_folder,) = (folder / run / "wandb").glob("offline-run-*")
-    for place in (str(run), str(run / "figures"), wandb_folder.name):
-        assert place in output
+    assert re.search(r"loss/construction_gap +│ +-?\d\.\d{4} │ loss above the hand-built", output)
+    run = folder / "here" / "run"
+    (wandb_folder,) = (run / "wandb").glob("offline-run-*")
+    for name in ("here/run", "here/run/figures", wandb_folder.name):
+        assert name in output
     assert read_summary(run)["state"] == "finished"
     assert count_wandb_rows(wandb_folder) == len(read_metrics(run)) == read_summary(run)["rows"]
     assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
     assert not (folder / "runs").exists()
 
 
-def test_train_makes_a_folder_of_its_own_without_out(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_values_on_the_command_line_override_the_recipe_and_are_recorded(
+    trained: tuple[Path, str, str, list[str]],
 ) -> None:
-    for _ in range(2):
-        assert outcome(capsys, "train", "lean.toml", "--wandb-mode", "disabled")[0] == 0
-    runs = list((folder / "runs" / "lean").iterdir())
-    assert len(runs) == 2
+    folder, *_ = trained
+    expected = load_recipe(folder / "lean.toml").with_overrides(**OVERRIDES)
+    assert load_recipe(folder / "here" / "run" / "recipe.toml") == expected
+
+
+def test_a_run_loads_what_it_uses_in_the_order_that_is_quickest(
+    trained: tuple[Path, str, str, list[str]],
+) -> None:
+    *_, imports = trained
+    assert imports.index("wandb.apis.public") < imports.index("transformer_lens")
+    assert not {"scipy.stats", "dask"} & {*imports}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_run_repeats_from_its_recorded_recipe_in_a_folder_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal with a progress bar, unless --quiet."""
+    off = ("--wandb-mode", "disabled")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["train", "lean.toml", "--seed", "3", *off]) == 0
+    for part in ("stage2", "6/6", "gap=", "edges=", "loss="):
+        assert part in terminal.getvalue()
+    (first,) = (folder / "runs" / "lean").iterdir()
+    monkeypatch.setattr(sys, "stderr", quiet := Terminal())
+    assert main(["train", str(first / "recipe.toml"), "--quiet"]) == 0
+    assert quiet.getvalue() == ""
+    first, second = (folder / "runs" / "lean").iterdir()
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    assert load_recipe(second / "recipe.toml").wandb.mode == "disabled"
     assert not list(folder.rglob("wandb"))
 
 
-def test_values_on_the_command_line_override_the_recipe_and_are_recorded(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_switches_on_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = {
-        "name": "mine",
-        "seed": 5,
-        "graph__preset": "chain",
-        "graph__parents": None,
-        "graph__sequence_length": 4,
-        "task__vocab_size": 2,
-        "task__alpha": (0.5, 2.0),
-        "training__epsilon": 0.01,
-        "training__stage1__steps": 2,
-        "training__stage1__optimizer": "adam",
-        "training__stage1__lr": 0.5,
-        "evaluation__n_sequences": 9,
-        "probing__schedule": "geometric",
-        "wandb__mode": "disabled",
-        "wandb__tags": ("a", "b"),
-        "wandb__group": "ours",
-    }
-    arguments = []
-    for key, value in overrides.items():
-        values = value if isinstance(value, tuple) else (value,)
-        arguments += [f"--{key.replace('__', '.').replace('_', '-')}", *map(str, values)]
-    code, output, errors = outcome(capsys, "train", "lean.toml", *arguments, "--out", "run")
-    assert (code, errors) == (0, "")
-    assert "mine (seed 5, cpu)" in output
-    assert load_recipe("run/recipe.toml") == load_recipe("lean.toml").with_overrides(**overrides)
+    recipes: list[Recipe] = []
 
+    def train(recipe: Recipe, **options: Any) -> None:
+        recipes.append(recipe)
+        raise RecipeError("left out")
 
-def test_switches_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    off = ("--probing.no-enabled", "--wandb-mode", "disabled")
-    assert outcome(capsys, "train", "lean.toml", *off, "--out", "run")[0] == 0
-    assert not load_recipe("run/recipe.toml").probing.enabled
+    monkeypatch.setattr("mechcausal.training.run.train", train)
+    for switch in ("--probing.no-enabled", "--probing.enabled=False"):  # the latter W&B's agents
+        assert outcome(capsys, "train", "lean.toml", switch)[0] == 2
+    assert [recipe.probing.enabled for recipe in recipes] == [False, False]
     code, _, errors = outcome(capsys, "train", "lean.toml", "--no-probing.enabled")
     assert code == 2
     assert "did you mean --probing.enabled?" in errors
-
-
-def test_the_short_wandb_mode_beats_the_environment(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert outcome(capsys, "train", "lean.toml", "--wandb-mode", "disabled", "--out", "run")[0] == 0
-    assert not (folder / "run" / "wandb").exists()
-    assert load_recipe("run/recipe.toml").wandb.mode == "disabled"
-
-
-def test_a_run_repeats_from_its_recorded_recipe(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    off = ("--wandb-mode", "disabled")
-    assert outcome(capsys, "train", "lean.toml", "--seed", "3", *off, "--out", "one")[0] == 0
-    assert outcome(capsys, "train", "one/recipe.toml", "--out", "two")[0] == 0
-    assert Path("one/metrics.jsonl").read_bytes() == Path("two/metrics.jsonl").read_bytes()
 
 
 def test_a_loss_that_is_not_finite_is_said_with_exit_code_1(
@@ -486,23 +513,3 @@ def test_warnings_about_the_record_are_printed(
     lines = errors.splitlines()
     assert lines[0].startswith("mechcausal: warning: W&B could not start offline: ")
     assert "metrics.jsonl alone" in lines[-1]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_a_terminal_gets_a_progress_bar_unless_quiet(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    arguments = ["train", "lean.toml", "--wandb-mode", "disabled", "--out", "run"]
-    assert main([*arguments, "--quiet"] if quiet else arguments) == 0
-    if quiet:
-        assert terminal.getvalue() == ""
-    else:
-        for part in ("stage2", "6/6", "gap=", "edges=", "loss="):
-            assert part in terminal.getvalue()

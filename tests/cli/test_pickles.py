@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +42,6 @@ def of_torch(path: Path, marker: Path) -> None:
         archive.writestr("archive/version", "3\n")
 
 
-@pytest.fixture(params=[plain, of_torch], ids=["plain", "archive"])
-def poison(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """Writes a malicious pickle; at the end it must not have run."""
-    marker = tmp_path / "was_run"
-
-    def write(path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request.param(path, marker)
-        return path
-
-    yield write
-    assert not marker.exists()
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which the command refuses."""
-    capsys.readouterr()
-    code = cli.main(arguments)
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("mechcausal: ")
-    return captured.err
-
-
 def test_the_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
     for number, write in enumerate((plain, of_torch)):
         marker = tmp_path / f"was_run{number}"
@@ -79,134 +54,97 @@ def test_the_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
         assert marker.exists()
 
 
-@pytest.mark.parametrize("command", ["train", "theory"])
-@pytest.mark.parametrize("name", ["recipe.toml", "recipe.pkl", "recipe", "recipe.pt"])
-def test_a_pickle_is_no_recipe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, command: str, name: str
-) -> None:
-    assert name in refused(capsys, command, str(poison(tmp_path / name)))
-
-
-@pytest.mark.parametrize("command", ["train", "theory"])
-def test_a_pickle_is_no_edge_list(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    poison: Any,
-    command: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    poison(tmp_path / "graph.txt")
-    (tmp_path / "mine.toml").write_text(EDGE_RECIPE)
-    assert "graph.txt" in refused(capsys, command, "mine.toml")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_pickle_is_no_edge_list_on_the_command_line_either(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    poison: Any,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "good").mkdir()
-    (tmp_path / "good" / "graph.txt").write_text("0 1\n")
-    (tmp_path / "good" / "mine.toml").write_text(EDGE_RECIPE)
-    other = str(poison(tmp_path / "other.pkl"))
-    assert "other.pkl" in refused(capsys, "train", "good/mine.toml", "--graph.edge-list", other)
-
-
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.pt", "recipe.toml"]
+RECIPES = ("recipe.toml", "recipe.pkl", "recipe", "recipe.pt")
+TARGETS = ("model.safetensors", "pytorch_model.bin", "config.json", "model.pt", "recipe.toml")
+BESIDE = ("recipe.toml", "matrices.safetensors", "metrics.jsonl", "summary.json", "optimizer.pt")
+WEIGHTS = (
+    *("pytorch_model.bin", "model.pt", "model.pth", "model.pkl", "model.ckpt", "model.npz"),
+    *("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
-def test_a_pickle_is_no_target(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, name: str
-) -> None:
-    path = poison(tmp_path / "folder" / name)
-    refused(capsys, "detect", str(path))
-    refused(capsys, "detect", str(path.parent))
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-@pytest.mark.parametrize("place", [".", "model", "checkpoints/00000002"])
-def test_a_pickle_is_no_part_of_a_saved_model_or_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, place: str, name: str
-) -> None:
-    run = tmp_path / "run"
-    save_model(blank(1, 1), run / place)
-    step: tuple[str, ...] = ()
-    if place != ".":
-        (run / "recipe.toml").write_text("seed = 0\n")
-        step = ("--step", "2") if place.startswith("checkpoints") else ()
-    poison(run / place / name)
-    assert name in refused(capsys, "detect", str(run), *step)
-
-
-@pytest.mark.parametrize(
-    "name", ["recipe.toml", "matrices.safetensors", "metrics.jsonl", "summary.json", "optimizer.pt"]
+NEEDED = ("config.json", "model.safetensors", "model.safetensors.index.json")
+OPTIONAL = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"),
+    *("generation_config.json", "special_tokens_map.json", "merges.txt", "added_tokens.json"),
 )
-def test_a_pickle_beside_a_runs_weights_is_not_opened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, name: str
-) -> None:
-    run = tmp_path / "run"
-    save_model(blank(1, 2), run / "model")
-    (run / "recipe.toml").write_text("seed = 0\n")
-    poison(run / name)
-    capsys.readouterr()
-    assert cli.main(["detect", str(run), "--sequences", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["heads"]
+DETECT = ("detect", ".", "--sequences", "2", "--json")
+# What the working folder holds, the file whose place the pickle takes, the command, and whether it
+# names the file in a refusal, refuses, accepts, or may do either.
+READERS = [
+    *(("nothing", name, (word, name), "named") for word in ("train", "theory") for name in RECIPES),
+    *(("edges", "graph.txt", (word, "mine.toml"), "named") for word in ("train", "theory")),
+    ("edges", "other.pkl", ("train", "mine.toml", "--graph.edge-list", "other.pkl"), "named"),
+    *(("nothing", f"a/{name}", ("detect", f"a/{name}"), "refused") for name in TARGETS),
+    *(("nothing", f"a/{name}", ("detect", "a"), "refused") for name in TARGETS),
+    *((".", name, DETECT, "named") for name in NEEDED[:2]),
+    *(("model", f"model/{name}", DETECT, "named") for name in NEEDED[:2]),
+    *(
+        ("checkpoints/00000002", f"checkpoints/00000002/{name}", (*DETECT, "--step", "2"), "named")
+        for name in NEEDED[:2]
+    ),
+    *(("model", name, DETECT, "accepted") for name in BESIDE),
+    *(("gpt2", name, DETECT, "refused") for name in NEEDED),
+    *(("gpt2", name, DETECT, "either") for name in OPTIONAL),
+    *(("gpt2 without weights", name, DETECT, "refused") for name in WEIGHTS),
+]
 
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-OTHERS = ("generation_config.json", "special_tokens_map.json", "merges.txt", "added_tokens.json")
+def prepare(folder: str, name: str) -> None:
+    """Make what the working folder holds beside the pickle."""
+    if folder == "edges":
+        Path("graph.txt").write_text("0 1\n")
+        Path("mine.toml").write_text(EDGE_RECIPE)
+    elif folder.startswith("gpt2"):
+        save_gpt2(Path(), tokenizer=name in OPTIONAL)
+        if folder != "gpt2" or name == "model.safetensors.index.json":
+            Path("model.safetensors").unlink()
+    elif folder != "nothing":
+        save_model(blank(1, 2), Path(folder))
+        if folder != ".":
+            Path("recipe.toml").write_text("seed = 0\n")
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["config.json", "model.safetensors", "model.safetensors.index.json", *TOKENIZER, *OTHERS],
-)
-def test_a_pickle_in_a_hugging_face_folder_is_not_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, name: str
-) -> None:
-    folder = tmp_path / "gpt2"
-    save_gpt2(folder, tokenizer=name not in ("config.json", "model.safetensors"))
-    if name == "model.safetensors.index.json":
-        (folder / "model.safetensors").unlink()
-    poison(folder / name)
-    capsys.readouterr()
-    code = cli.main(["detect", str(folder), "--sequences", "2"])
-    errors = capsys.readouterr().err
-    # What is not needed may lie there; all else is refused.
-    assert code == 2 or name in (*TOKENIZER, *OTHERS)
-    assert code in (0, 2)
-    if code == 2:
-        assert errors.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "name",
+    ("folder", "name", "arguments", "expected", "write"),
     [
-        *("pytorch_model.bin", "model.pt", "model.pth", "model.pkl", "model.ckpt", "model.npz"),
-        *("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "adapter_model.bin"),
+        (*reader, write)
+        for reader in READERS
+        for write in (plain, of_torch)
+        if reader[3] != "either" or write is plain  # no tokenizer's file is an archive
     ],
 )
-def test_a_pickle_in_place_of_the_weights_is_refused(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    poison: Any,
+def test_no_file_is_unpickled(
+    folder: str,
     name: str,
+    arguments: tuple[str, ...],
+    expected: str,
+    write: Callable[[Path, Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "gpt2"
-    save_gpt2(folder)
-    (folder / "model.safetensors").unlink()
-    poison(folder / name)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    prepare(folder, name)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    write(Path(name), tmp_path / "was_run")
 
     def load(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("torch.load was called")
 
     monkeypatch.setattr(torch, "load", load)
-    assert "torch.load" not in refused(capsys, "detect", str(folder))
+    capsys.readouterr()
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert not (tmp_path / "was_run").exists()
+    assert code == {"accepted": 0, "either": code}.get(expected, 2)
+    if code == 0:
+        assert json.loads(captured.out)["heads"]
+    else:
+        assert code == 2
+        assert captured.err.startswith("mechcausal: ")
+        assert captured.err.count("\n") == 1
+        assert expected != "named" or Path(name).name in captured.err
+        assert not Path("runs").exists()
 
 
 # --- What our own code calls ---

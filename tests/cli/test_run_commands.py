@@ -13,14 +13,14 @@ import pytest
 from mechcausal.cli.main import main
 from mechcausal.cli.sweep import _report
 from mechcausal.cli.train import _print_result
-from mechcausal.recipes import load_recipe, recipe_to_toml
+from mechcausal.recipes import RecipeError, load_recipe, recipe_to_toml
 from mechcausal.records.run_folder import RunFolderError, hold, read_metrics, read_summary
 from mechcausal.records.tracking import RecordError
 from mechcausal.sweeps.definition import load_sweep
 from mechcausal.sweeps.driver import SweepResult
 from mechcausal.sweeps.plan import plan
 from mechcausal.training.errors import explained
-from mechcausal.training.run import TrainingError, train
+from mechcausal.training.run import RunResult, TrainingError, train
 from tests.training.test_resuming import crashed, killed, tiny
 
 
@@ -127,9 +127,9 @@ def test_a_change_is_refused_until_it_is_allowed(
     assert load_recipe(folder / "recipe.toml").training.stage2.lr == 0.02
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tiny(), out=tmp_path_factory.mktemp("runs") / "run").folder
+@pytest.fixture
+def finished(finished_run: RunResult) -> Path:
+    return finished_run.folder
 
 
 @pytest.mark.parametrize(
@@ -207,34 +207,47 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), DAMAGES, ids=lambda v: str(v)[:40])
-def test_one_damaged_run_keeps_no_other_from_being_listed_and_compared(
-    tmp_path: Path,
-    finished: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    content: bytes,
+def test_damaged_runs_keep_no_other_from_being_listed_and_compared(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for run in ("bad", "good"):
-        shutil.copytree(finished, tmp_path / run)
-    (tmp_path / "bad" / name).write_bytes(content)
+    shutil.copytree(finished, tmp_path / "good")
+    for number, (name, content) in enumerate(DAMAGES):
+        (shutil.copytree(finished, tmp_path / f"bad{number:02}") / name).write_bytes(content)
     assert main(["runs", str(tmp_path)]) == 0
     assert "good" in capsys.readouterr().out
     assert main(["runs", str(tmp_path), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert [Path(run["folder"]).name for run in listed] == ["bad", "good"]
-    assert listed[1]["state"] == "finished"
+    names = [Path(run["folder"]).name for run in listed]
+    assert names == [*(f"bad{number:02}" for number in range(len(DAMAGES))), "good"]
+    assert listed[-1]["state"] == "finished"
     assert main(["report", str(tmp_path)]) == 0
     assert "comparison.html" in capsys.readouterr().out
-    code = main(["report", str(tmp_path / "bad")])
-    said = capsys.readouterr().err
-    assert (code, said.count("\n")) in ((0, 0), (2, 1))
     assert main(["sync", str(tmp_path), "--dry-run"]) == 0
-    main(["resume", str(tmp_path / "bad"), "--quiet"])
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES, ids=lambda v: str(v)[:40])
+def test_a_damaged_run_is_drawn_or_refused_in_one_line(
+    tmp_path: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+) -> None:
+    def train_runs(*arguments: Any) -> None:
+        raise RecipeError("left out")
+
+    monkeypatch.setattr("mechcausal.training.resuming.train_runs", train_runs)
+    folder = shutil.copytree(finished, tmp_path / "bad")
+    (folder / name).write_bytes(content)
+    code = main(["report", str(folder)])
+    assert (code, capsys.readouterr().err.count("\n")) in ((0, 0), (2, 1))
+    refused(capsys, "resume", folder, "--quiet")
 
 
 def test_a_run_without_wandb_has_nothing_to_upload(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["sync", str(finished)]) == 0
+    copy = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+    assert main(["sync", str(copy)]) == 0
     assert "no W&B run in it" in capsys.readouterr().out

@@ -54,6 +54,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def chain_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a chain's run of four steps."""
+    return write_report(write_run(tmp_path_factory.mktemp("chain") / "run", run_of()))
+
+
+@pytest.fixture(scope="module")
 def screenshots(repository: Path) -> Path:
     folder = Path(os.environ.get("MECHCAUSAL_SCREENSHOTS", repository / "build" / "pages"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,8 +198,8 @@ def flat(values: Any) -> np.ndarray:
     return np.array(found, dtype=float)
 
 
-def test_play_runs_to_the_end_and_keys_move(browser: Any, tmp_path: Path) -> None:
-    open_page(browser, write_report(write_run(tmp_path / "run", run_of(n_frames=4))))
+def test_play_runs_to_the_end_and_keys_move(browser: Any, chain_page: Path) -> None:
+    open_page(browser, chain_page)
     play = browser.find_element("id", "play")
     play.click()  # from the last step it starts again
     wait(browser, "steps[current] === 27")
@@ -215,11 +221,12 @@ def test_play_runs_to_the_end_and_keys_move(browser: Any, tmp_path: Path) -> Non
     check_silence(browser)
 
 
-@pytest.mark.parametrize("recipe", [recipe_of(), heads_recipe()])
+@pytest.mark.parametrize("recipe", [None, heads_recipe()])
 def test_every_picture_has_a_text_alternative_of_its_step(
-    recipe: Any, browser: Any, tmp_path: Path
+    recipe: Any, browser: Any, chain_page: Path, tmp_path: Path
 ) -> None:
-    open_page(browser, write_report(write_run(tmp_path / "run", run_of(recipe))))
+    heads = recipe and write_report(write_run(tmp_path / "run", run_of(recipe)))
+    open_page(browser, heads or chain_page)
     plots = browser.find_elements("css selector", ".plot")
     first = [plot.get_attribute("aria-label") for plot in plots]
     assert all(plot.get_attribute("role") == "img" for plot in plots)
@@ -237,11 +244,10 @@ def test_every_picture_has_a_text_alternative_of_its_step(
     check_silence(browser)
 
 
-def test_light_and_dark_by_preference_and_by_button(browser: Any, tmp_path: Path) -> None:
-    path = write_report(write_run(tmp_path / "run", run_of()))
+def test_light_and_dark_by_preference_and_by_button(browser: Any, chain_page: Path) -> None:
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-    open_page(browser, path)
+    open_page(browser, chain_page)
     ink = "return [document.documentElement.dataset.theme, plots[0]._fullLayout.font.color]"
     theme, colour = browser.execute_script(ink)
     assert theme == "dark"
@@ -252,8 +258,8 @@ def test_light_and_dark_by_preference_and_by_button(browser: Any, tmp_path: Path
     check_silence(browser)
 
 
-def test_paper_gets_its_own_width_and_light_colours(browser: Any, tmp_path: Path) -> None:
-    open_page(browser, write_report(write_run(tmp_path / "run", run_of())))
+def test_paper_gets_its_own_width_and_light_colours(browser: Any, chain_page: Path) -> None:
+    open_page(browser, chain_page)
     browser.execute_async_script("applyTheme('dark').then(arguments[0])")
     widths = (
         "return [...document.querySelectorAll('.main-svg')].map((svg) => svg.clientWidth)"

@@ -27,7 +27,7 @@ from mechcausal.records.run_data import RunData
 from mechcausal.records.tracking import RunRecord
 from mechcausal.support.signals import StopSignal
 from mechcausal.training.closing_pictures import ClosingPictures
-from mechcausal.training.run import train
+from mechcausal.training.run import RunResult
 from tests.run_folders import (
     heads_recipe,
     history_of,
@@ -98,23 +98,18 @@ def test_the_page_holds_the_figures_and_matrices_of_the_run(recipe: Recipe, tmp_
             assert np.abs(found - matrix).max() <= np.ptp(matrix) / LEVELS / 2 + 1e-7
 
 
-def test_a_trained_run_has_its_page(tmp_path: Path) -> None:
-    recipe = load_recipe("manual").with_overrides(
-        training__stage1__steps=4,
-        training__stage2__steps=4,
-        training__batch_size=16,
-        evaluation__n_sequences=16,
-        evaluation__theory_priors=10,
-        probing__every=2,
-        wandb__mode="disabled",
-    )
-    result = train(recipe, out=tmp_path / "with")
-    assert not result.warnings
-    page = Page((tmp_path / "with" / "report.html").read_text(encoding="utf-8"))
+def test_a_trained_run_has_its_page_unless_the_recipe_wants_none(
+    finished_run: RunResult, tmp_path: Path
+) -> None:
+    page = Page((finished_run.folder / "report.html").read_text(encoding="utf-8"))
     panels = [a["data-panel"] for tag, a in page.attributes if tag == "figure"]
     assert panels[:5] == ["attention", "graph", "gradient", "scatter", "examples"]
-    train(recipe.with_overrides(probing__report=False), out=tmp_path / "without")
-    assert not (tmp_path / "without" / "report.html").exists()
+    recipe = recipe_of(probing__report=False)
+    record = RunRecord(write_run(tmp_path / "run", run_of(recipe)), recipe, "disabled")
+    ClosingPictures(record, recipe).draw_page({})
+    record.finish({}, "finished")
+    assert record.warnings == []
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_page_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:

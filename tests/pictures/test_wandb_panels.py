@@ -25,22 +25,14 @@ from mechcausal.training.closing_pictures import ClosingPictures
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, RunResult, train
 from tests.records.test_tracking import inspect, kind
-from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
-
-
-def tiny(**changes: Any) -> Recipe:
-    return recipe_of(
-        training__batch_size=8,
-        evaluation__n_sequences=8,
-        evaluation__bayes_draws=4,
-        evaluation__theory_priors=10,
-        probing__every=10,
-        probing__dense=1,
-        probing__images=2,
-        wandb__mode="offline",
-        **changes,
-    )
-
+from tests.run_folders import (
+    heads_recipe,
+    recipe_of,
+    run_of,
+    tiny_recipe,
+    two_parents_recipe,
+    write_run,
+)
 
 # --- What is drawn ---
 
@@ -153,11 +145,6 @@ def test_a_gradient_of_zero_ranks_nothing() -> None:
 # --- What W&B keeps ---
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return train(tiny(), out=tmp_path_factory.mktemp("runs") / "run")
-
-
 def history(folder: Path) -> list[dict[str, Any]]:
     found = fragments(folder, json.loads((folder / "run.json").read_text())["wandb_id"])
     return [row["item"] for place in found for row in kind(inspect(place), "history")]
@@ -168,10 +155,10 @@ def media(result: RunResult, row: Mapping[str, Any], name: str) -> Path:
     return result.wandb_folder / "files" / str(row[f"panels/{name}.path"])
 
 
-def test_the_last_row_has_the_panels_and_no_row_is_added(trained: RunResult) -> None:
-    assert trained.warnings == []
-    rows = history(trained.folder)
-    assert [row[STEP] for row in rows] == [row[STEP] for row in read_metrics(trained.folder)]
+def test_the_last_row_has_the_panels_and_no_row_is_added(finished_run: RunResult) -> None:
+    assert finished_run.warnings == []
+    rows = history(finished_run.folder)
+    assert [row[STEP] for row in rows] == [row[STEP] for row in read_metrics(finished_run.folder)]
     kinds = {
         key.removesuffix("._type"): value
         for key, value in rows[-1].items()
@@ -181,20 +168,20 @@ def test_the_last_row_has_the_panels_and_no_row_is_added(trained: RunResult) -> 
     assert kinds["panels/edges"] == "table-file"
     assert kinds["panels/page"] == "html-file"
     assert not any("panels/" in key for row in rows[:-1] for key in row)
-    assert rows[-1]["loss/eval"] == read_metrics(trained.folder)[-1]["loss/eval"]
+    assert rows[-1]["loss/eval"] == read_metrics(finished_run.folder)[-1]["loss/eval"]
 
 
-def test_panels_are_the_run(trained: RunResult) -> None:
-    row = history(trained.folder)[-1]
-    page = media(trained, row, "page").read_bytes()
-    assert page == (trained.folder / "report.html").read_bytes()
+def test_panels_are_the_run(finished_run: RunResult) -> None:
+    row = history(finished_run.folder)[-1]
+    page = media(finished_run, row, "page").read_bytes()
+    assert page == (finished_run.folder / "report.html").read_bytes()
     assert b"finished" in page
-    table = json.loads(media(trained, row, "edges").read_text())
-    expected = edge_table(RunData.load(trained.folder))
+    table = json.loads(media(finished_run, row, "edges").read_text())
+    expected = edge_table(RunData.load(finished_run.folder))
     assert table["columns"] == list(expected.columns)
     found = np.array(table["data"], dtype=float)
     assert found == pytest.approx(expected.to_numpy(dtype=float), nan_ok=True)
-    figure = json.loads(media(trained, row, "attention").read_text())
+    figure = json.loads(media(finished_run, row, "attention").read_text())
     assert go.Figure(figure).data
 
 
@@ -208,7 +195,7 @@ def test_panels_that_wandb_refuses_cost_no_row(
         raise ValueError("no plots today\nnor tomorrow")
 
     monkeypatch.setattr(wandb, "Plotly", refuse)
-    result = train(tiny(), out=tmp_path / "run")
+    result = train(tiny_recipe(), out=tmp_path / "run")
     assert result.state == "finished"
     assert "W&B did not take panels/attention: no plots today" in result.warnings
     assert all("W&B did not take panels/" in warning for warning in result.warnings)
@@ -225,7 +212,7 @@ def test_an_interrupted_run_has_none_and_the_resumed_one_has_them(tmp_path: Path
         if progress.step == 15:
             signal.raise_signal(signal.SIGTERM)
 
-    first = train(tiny(), out=tmp_path / "run", on_progress=stop)
+    first = train(tiny_recipe(), out=tmp_path / "run", on_progress=stop)
     assert first.state == "interrupted"
     assert not any("panels/" in key for row in history(first.folder) for key in row)
     assert not (first.folder / "report.html").exists()
@@ -249,7 +236,7 @@ def test_a_run_killed_before_wandb_got_its_last_row_gives_it_with_the_panels(
     with monkeypatch.context() as patched:
         patched.setattr("mechcausal.training.recorded_run.ClosingPictures.draw_page", killed)
         with pytest.raises(KilledError):
-            train(tiny(), out=tmp_path / "run")
+            train(tiny_recipe(), out=tmp_path / "run")
     folder = tmp_path / "run"
     assert not (folder / "summary.json").exists()
     process = json.loads((folder / "run.json").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
+from mechcausal.recipes import Recipe, WandbMode, load_recipe, parse_recipe, recipe_to_dict
 from mechcausal.records import tracking
 from mechcausal.records.run_folder import RunFolderError, new_run_folder, read_metrics, read_summary
 from mechcausal.records.tracking import RunRecord
@@ -58,30 +58,9 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_mode_is_offline_when_nothing_is_configured(bare: Path) -> None:
-    assert resolve_mode(None) == "offline"
-
-
-def test_a_key_in_the_environment_means_online(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert resolve_mode(None) == "online"
-
-
 def write_netrc(path: Path, host: str) -> None:
     path.write_text(f"machine {host}\n  login user\n  password {'0' * 40}\n")
     path.chmod(0o600)
-
-
-def test_a_key_in_netrc_means_online(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_netrc(bare / ".netrc", "example.org")
-    assert resolve_mode(None) == "offline"
-    write_netrc(bare / ".netrc", "api.wandb.ai")
-    assert resolve_mode(None) == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert resolve_mode(None) == "offline"
-    write_netrc(bare / "other", "wandb.example.org")
-    monkeypatch.setenv("NETRC", str(bare / "other"))
-    assert resolve_mode(None) == "online"
 
 
 def write_settings(path: Path, **values: str) -> None:
@@ -117,24 +96,47 @@ def test_the_server_and_the_key_of_the_process_count(bare: Path) -> None:
     assert resolve_mode(None) == "online"
 
 
-def test_the_mode_of_the_settings_file_beats_the_key(
-    bare: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    write_settings(bare / "wandb" / "settings", mode="offline")  # as `wandb offline` does
-    assert resolve_mode(None) == "offline"
-    assert resolve_mode("online") == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve_mode(None) == "disabled"
+KEY = {"WANDB_API_KEY": "0" * 40}
+OURS = {"WANDB_BASE_URL": "https://wandb.example.org"}
 
 
-def test_settings_that_are_none_leave_the_run_offline(
-    bare: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("environment", "netrc", "settings", "requested", "mode"),
+    [
+        ({}, "", {}, None, "offline"),
+        ({}, "", {}, "online", "online"),
+        (KEY, "", {}, None, "online"),
+        (KEY, "", {}, "offline", "offline"),
+        ({}, "example.org", {}, None, "offline"),
+        ({}, "api.wandb.ai", {}, None, "online"),
+        (OURS, "api.wandb.ai", {}, None, "offline"),
+        (OURS, "wandb.example.org", {}, None, "online"),
+        (KEY, "", {"mode": "offline"}, None, "offline"),  # as `wandb offline` does
+        (KEY, "", {"mode": "offline"}, "online", "online"),
+        (KEY | {"WANDB_MODE": "disabled"}, "", {"mode": "offline"}, None, "disabled"),
+        (KEY | {"WANDB_MODE": "Disabled"}, "", {}, None, "disabled"),
+        (KEY | {"WANDB_MODE": "disabled"}, "", {}, "offline", "offline"),
+        ({}, "", {"base_url": "no address"}, None, "offline"),
+        ({"WANDB_BASE_URL": "no address"}, "", {}, None, "offline"),
+    ],
+)
+def test_the_request_beats_the_environment_the_settings_and_the_key(
+    bare: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    netrc: str,
+    settings: dict[str, str],
+    requested: WandbMode | None,
+    mode: str,
 ) -> None:
-    write_settings(bare / "wandb" / "settings", base_url="no address")
-    assert resolve_mode(None) == "offline"
-    monkeypatch.setenv("WANDB_BASE_URL", "no address")
-    assert resolve_mode(None) == "offline"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        monkeypatch.setenv("NETRC", str(bare / "keys"))
+        write_netrc(bare / "keys", netrc)
+    if settings:
+        write_settings(bare / "wandb" / "settings", **settings)
+    assert resolve_mode(requested) == mode
 
 
 def test_finding_the_mode_starts_nothing_and_sets_nothing(bare: Path) -> None:
@@ -160,15 +162,6 @@ assert wandb_setup._singleton is None
 def test_an_unreadable_netrc_is_no_key(bare: Path) -> None:
     (bare / ".netrc").write_text("not a netrc \x00 {")
     assert resolve_mode(None) == "offline"
-
-
-def test_the_environment_beats_the_key_and_the_request_beats_both(
-    bare: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_MODE", "Disabled")
-    assert resolve_mode(None) == "disabled"
-    assert resolve_mode("offline") == "offline"
 
 
 def test_an_unknown_mode_in_the_environment_is_refused(
@@ -237,27 +230,18 @@ def records(offline_run: Path) -> list[dict[str, Any]]:
     return inspect(folder)
 
 
-def test_wandb_keeps_as_many_rows_as_the_file(offline_run: Path) -> None:
+def test_the_files_hold_rows_state_and_warnings(offline_run: Path) -> None:
+    """Numbers that are not finite are null."""
     (folder,) = (offline_run / "wandb").glob("offline-run-*")
-    assert count_wandb_rows(folder) == len(read_metrics(offline_run)) == 3
-
-
-def test_numbers_that_are_not_finite_are_null_in_the_file(offline_run: Path) -> None:
+    assert count_wandb_rows(folder) == 3
     assert read_metrics(offline_run) == [
         {"train/step": 0, "loss/train": 1.0, "loss/eval": 2.0},
         {"train/step": 5, "loss/train": 0.5, "loss/eval": None},
         {"train/step": 20, "loss/train": None, "induction/formation_step": None},
     ]
-
-
-def test_summary_file_tells_state_rows_and_warnings(offline_run: Path) -> None:
-    summary = read_summary(offline_run)
-    assert summary == {
-        "loss/train": 0.5,
-        "first": {"loss/train": 1.0},
-        "state": "finished",
-        "rows": 3,
-        "warnings": [],
+    assert read_summary(offline_run) == {
+        **{"loss/train": 0.5, "first": {"loss/train": 1.0}},
+        **{"state": "finished", "rows": 3, "warnings": []},
     }
 
 
@@ -499,22 +483,25 @@ def long_run(tmp_path: Path, repository: Path) -> Iterator[subprocess.Popen[str]
     process.communicate()
 
 
+def check_interrupted(folder: Path) -> None:
+    """An interrupted run's files: all rows in W&B too, and the weights."""
+    summary, rows = read_summary(folder), read_metrics(folder)
+    assert (summary["state"], summary["warnings"]) == ("interrupted", [])
+    (fragment,) = (folder / "wandb").glob("offline-run-*")
+    assert count_wandb_rows(fragment) == len(rows) == summary["rows"]
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_training_command_without_losing_a_row(
-    long_run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+    long_run: subprocess.Popen[str], tmp_path: Path
 ) -> None:
+    """For Ctrl-C see test_watch.py."""
     start = time.monotonic()
-    long_run.send_signal(number)
+    long_run.send_signal(signal.SIGTERM)
     output, errors = long_run.communicate(timeout=30)
     assert time.monotonic() - start < 15
-    assert long_run.returncode == 128 + number
+    assert long_run.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
     assert "interrupted after" in output
-    summary = read_summary(tmp_path / "run")
-    assert summary["state"] == "interrupted"
-    assert summary["warnings"] == []
-    rows = read_metrics(tmp_path / "run")
-    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert count_wandb_rows(folder) == len(rows) == summary["rows"]
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    check_interrupted(tmp_path / "run")

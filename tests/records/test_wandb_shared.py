@@ -158,7 +158,7 @@ def test_a_run_that_the_user_has_within_ours_ends_without_it(tmp_path: Path) -> 
 
 def test_a_run_that_the_user_begins_after_ours_is_another(tmp_path: Path) -> None:
     user = User(tmp_path / "user")
-    all_of_us(tmp_path)
+    train(tiny(), out=tmp_path / "run")
     assert wandb.run is None
     user.begin()
     user.check()

@@ -490,19 +490,18 @@ def test_formation_is_kept_in_detail(
     assert set(checkpoint_folders(tmp_path / "run")) == {steps[i] for i in kept} | {24}
 
 
-def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
-    folder = train(
-        tiny(
-            training__stage2__lr=400.0,  # spoils what stage 1 has learned
-            training__stage2__optimizer="sgd",
-            checkpoints__every=4,
-            checkpoints__keep=1,
-        ),
-        out=tmp_path / "run",
-    ).folder
+@pytest.mark.parametrize("spoiled", [True, False], ids=["an earlier one", "the last one"])
+def test_the_best_checkpoint_is_kept(tmp_path: Path, spoiled: bool) -> None:
+    recipe = tiny(checkpoints__every=4, checkpoints__keep=1)
+    if spoiled:  # what stage 1 has learned
+        recipe = recipe.with_overrides(
+            training__stage2__lr=400.0, training__stage2__optimizer="sgd"
+        )
+    folder = train(recipe, out=tmp_path / "run").folder
     losses = {row[STEP]: row["loss/eval"] for row in read_metrics(folder)}
     found = list(checkpoint_folders(folder))
     best = min((4, 8, 12, 16, 20, 24), key=lambda step: float(losses[step] or 0))
+    assert (best == 24) == (not spoiled)
     assert found == sorted({best, 24})
 
 
