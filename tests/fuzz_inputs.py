@@ -251,9 +251,9 @@ def change_data(source: random.Random, data: dict[str, Any]) -> None:
         with contextlib.suppress(RecursionError):  # lists in lists in lists: it stays as it is
             source.choice(tables)[key] = copy.deepcopy(table[key])
     elif action == 3 and keys and isinstance(table[key], list) and table[key]:
-        place = source.randrange(len(table[key]))
+        index = source.randrange(len(table[key]))
         table[key] = [*table[key]]
-        table[key][place] = value(source)
+        table[key][index] = value(source)
     else:
         old: Any = table.get(key)
         near = isinstance(old, int | float) and not isinstance(old, bool) and source.random() < 0.5
@@ -310,22 +310,22 @@ def change_bytes(source: random.Random, content: bytes) -> bytes:
     """Cut, flip, double, or put something in."""
     changed = bytearray(content)
     for _ in range(source.choice([1, 1, 2, 10])):
-        place = source.randrange(len(changed) + 1)
+        index = source.randrange(len(changed) + 1)
         action = source.randrange(6)
         if action == 0:
-            del changed[place:]
-        elif action == 1 and place < len(changed):
-            changed[place] ^= 1 << source.randrange(8)
+            del changed[index:]
+        elif action == 1 and index < len(changed):
+            changed[index] ^= 1 << source.randrange(8)
         elif action == 2:
-            end = place + source.randrange(1, 200)
-            changed[place:place] = changed[place:end]
+            end = index + source.randrange(1, 200)
+            changed[index:index] = changed[index:end]
         elif action == 3:
-            del changed[place : place + source.randrange(1, 40)]
+            del changed[index : index + source.randrange(1, 40)]
         elif action == 4:
             text = source.choice([*HOSTILE_TEXT, "[" * 3000, "a." * 3000, "0x" + "f" * 5000])
-            changed[place:place] = text.encode("utf-8")
+            changed[index:index] = text.encode("utf-8")
         else:
-            changed[place:place] = source.randbytes(source.choice([1, 4, 300]))
+            changed[index:index] = source.randbytes(source.choice([1, 4, 300]))
     return bytes(changed)
 
 
@@ -440,8 +440,8 @@ def change_weights(source: random.Random, path: Path) -> None:
             header = json.loads(content[8 : 8 + size])
             change_data(source, header)
             text = json.dumps(header).encode()
-            said = source.choice([len(text), size, 0, 2**40, 2**63])
-            path.write_bytes(struct.pack("<Q", said) + text + content[8 + size :])
+            claimed = source.choice([len(text), size, 0, 2**40, 2**63])
+            path.write_bytes(struct.pack("<Q", claimed) + text + content[8 + size :])
             return
     if not tensors:
         path.write_bytes(change_bytes(source, content))
@@ -449,9 +449,9 @@ def change_weights(source: random.Random, path: Path) -> None:
     name = source.choice(sorted(tensors))
     if action == 2 and tensors[name].numel():
         flat = tensors[name].flatten()
-        place = source.randrange(flat.numel())
+        index = source.randrange(flat.numel())
         odd = [-1.0, 2.0, 1e30, math.nan, math.inf] if flat.is_floating_point() else [0, 1, 255]
-        flat[place] = source.choice(odd)
+        flat[index] = source.choice(odd)
     else:
         kinds = [torch.float64, torch.int64, torch.bool, torch.float16]
         changed = [

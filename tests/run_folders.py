@@ -67,16 +67,16 @@ def matrices_of(recipe: Recipe, seed: int) -> dict[str, np.ndarray]:
     shape = (n_heads, length, length)
     visible = np.tril(np.ones((length, length), dtype=bool))
     weights = np.where(visible, generator.random(shape) ** 4 + 1e-6, 0)
-    found = {
+    matrices = {
         "attention/layer0": weights / weights.sum(-1, keepdims=True),
         "gradient/scores": np.where(visible, generator.normal(size=shape) * 1e-4, 0),
         "gradient/pattern": np.where(visible, generator.normal(size=shape) * 1e-3, 0),
     }
     if n_heads == 1:
-        found = {name: matrix[0] for name, matrix in found.items()}
+        matrices = {name: matrix[0] for name, matrix in matrices.items()}
     asks = generator.random((4, 1, length))
-    found["attention/examples"] = asks / asks.sum(-1, keepdims=True)
-    return {name: matrix.astype(np.float32) for name, matrix in found.items()}
+    matrices["attention/examples"] = asks / asks.sum(-1, keepdims=True)
+    return {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
 
 
 def references_of(recipe: Recipe) -> dict[str, np.ndarray]:
@@ -87,11 +87,14 @@ def references_of(recipe: Recipe) -> dict[str, np.ndarray]:
     graph = recipe.build_graph()
     n, length = graph.n_positions, graph.sequence_length
     tokens = generator.integers(0, recipe.task.vocab_size, (4, length))
-    found = {"theory/chi2": generator.random((n, n)), "theory/shannon": generator.random((n, n))}
+    references = {
+        "theory/chi2": generator.random((n, n)),
+        "theory/shannon": generator.random((n, n)),
+    }
     if graph.query_parents is None:
         gradient = generator.normal(size=(length, length)) * 1e-4
-        found |= {"theory/g": generator.random((n, n)), "theory/gradient": gradient}
-    return found | {"examples/tokens": tokens}
+        references |= {"theory/g": generator.random((n, n)), "theory/gradient": gradient}
+    return references | {"examples/tokens": tokens}
 
 
 def history_of(steps: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:

@@ -63,10 +63,9 @@ def bar_on_terminal(*, quiet: bool = False, keep: bool = False) -> "RichProgress
     console = Console(stderr=True)
     return progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
+        progress.BarColumn(20),
         progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
         progress.TextColumn("{task.fields[figures]}", markup=False),
         console=console,
         disable=quiet or not console.is_terminal,
@@ -95,7 +94,6 @@ class ProgressBar(Display):
         if self._bar is None:
             self._bar = bar_on_terminal(quiet=self._quiet, keep=True)
             self._task = self._bar.add_task("", total=None, figures="")
-            self._bar.start()
         if self._is_preparing and not progress.is_preparing:
             self._is_preparing = False
             self._bar.reset(self._task, total=progress.n_steps)  # its clock starts now
@@ -110,6 +108,7 @@ class ProgressBar(Display):
             completed=progress.step,
             figures=", ".join(texts),
         )
+        self._bar.start()  # only the first time
 
     def warn(self, message: str) -> None:
         """Print a warning above the bar."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 STEP = "train/step"
 
@@ -24,59 +25,6 @@ _RANGES = {
     "score": (-math.inf, 1.0),
     "step": (0.0, math.inf),
 }
-
-CURVES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "loss": (
-        "loss",
-        (
-            *("loss/eval", "loss/train", "loss/first_copy", "loss/second_copy"),
-            *("loss/bayes", "loss/construction", "loss/chance"),
-        ),
-    ),
-    "gap": (
-        "loss above its references",
-        ("loss/gap", "loss/construction_gap", "loss/in_context_gain"),
-    ),
-    "recovery": (
-        "graph recovery",
-        (
-            *("graph/recovered", "graph/parent_attention", "graph/f1"),
-            *("graph/rows_matched", "graph/query_attention"),
-        ),
-    ),
-    "correlations": (
-        "gradient against theory",
-        (
-            *("gradient/pattern_theory_correlation", "gradient/theory_correlation"),
-            *("gradient/pattern_chi2_correlation", "gradient/pattern_shannon_correlation"),
-            "gradient/pattern_edge_hits",
-        ),
-    ),
-    "theory": (
-        "gradient against theory",
-        (
-            *("gradient/theory_correlation", "gradient/pattern_theory_correlation"),
-            *("gradient/edge_hits", "gradient/pattern_edge_hits"),
-        ),
-    ),
-    "information": (
-        "gradient against pairwise information",
-        (
-            *("gradient/chi2_correlation", "gradient/shannon_correlation"),
-            *("gradient/pattern_chi2_correlation", "gradient/pattern_shannon_correlation"),
-        ),
-    ),
-    "formation": (
-        "induction head",
-        (
-            *("induction/score", "induction/attention", "induction/prefix_matching"),
-            *("induction/copying", "induction/positional_control"),
-        ),
-    ),
-    "strategies": ("KL to a strategy", ("strategy/kl_{strategy}",)),
-    "composition": ("K-composition", ("composition/{reader}_reads_{writer}",)),
-}
-"""Title and keys of the pictures that show several figures over training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +58,15 @@ class RunFigure:
 
 
 @cache
+def _listed() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
+@cache
 def figures() -> dict[str, RunFigure]:
     """Every figure that a run writes beside the step, by key."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     listed = {}
-    for key, entry in tomllib.loads(text).items():
+    for key, entry in _listed()["figures"].items():
         low, high = _RANGES[entry["unit"]]
         values = {"key": key, "short": entry["label"], "low": low, "high": high} | entry
         listed[key] = RunFigure(**values)
@@ -152,12 +104,18 @@ def keys_in(history: History, keys: Iterable[str]) -> list[str]:
     return [key for pattern in patterns for key in present if pattern.fullmatch(key)]
 
 
-def curve_keys(history: History, name: str) -> list[str]:
-    """The figures that the picture `name` of `CURVES` shows of these rows."""
-    keys = keys_in(history, CURVES[name][1])
+def curves(history: History, name: str) -> tuple[str, list[str]]:
+    """Title and figures of a picture over training, one of the list's `curves`.
+
+    Example:
+        >>> curves([{"loss/gap": 1.0, "loss/eval": 2.0}], "gap")
+        ('loss above its references', ['loss/gap'])
+    """
+    entry = _listed()["curves"][name]
+    keys = keys_in(history, entry["keys"])
     if "graph/query_attention" not in keys:  # single parents: equals `graph/recovered`
-        return [key for key in keys if key != "graph/rows_matched"]
-    return keys
+        keys = [key for key in keys if key != "graph/rows_matched"]
+    return entry["title"], keys
 
 
 def axis_limits(keys: Iterable[str], values: Iterable[Value]) -> tuple[float, float] | None:
@@ -167,17 +125,6 @@ def axis_limits(keys: Iterable[str], values: Iterable[Value]) -> tuple[float, fl
         return None
     lowest = min((value for value in values if value is not None), default=0.0)
     return (-0.03 if all(item.low == 0 for item in shown) else min(-0.03, lowest - 0.05), 1.05)
-
-
-def figures_table() -> str:
-    """The table of docs/figures.md."""
-    rows = ["| key | name | unit | range | meaning |", "|---|---|---|---|---|"]
-    for item in figures().values():
-        low, high = (f"{bound:g}".replace("inf", "∞") for bound in (item.low, item.high))
-        key, label = (re.sub(r"{(\w+)}", r"‹\1›", text) for text in (item.key, item.label))
-        limits = f"{low} to {high}".replace("-", "−")
-        rows.append(f"| `{key}` | {label} | {item.unit} | {limits} | {item.meaning} |")
-    return "\n".join(rows) + "\n"
 
 
 def _pattern(key: str) -> re.Pattern[str]:

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
 from mechcausal.measures.figures import STEP, Value
-from mechcausal.recipes import Recipe, RecipeError, load_recipe, recipe_to_toml
+from mechcausal.recipes import Recipe, load_recipe, recipe_to_toml
 from mechcausal.support.files import read_json_lines, write_atomically
 from mechcausal.support.messages import excerpt, shell_command
 
@@ -39,6 +39,7 @@ MATRICES_FOLDER = "matrices"  # of an unfinished run, a file for every step
 MODEL_FOLDER = "model"
 LOCK_FILE = ".lock"
 State = Literal["finished", "interrupted", "failed"]
+T = TypeVar("T")
 
 
 class RunFolderError(ValueError):
@@ -286,40 +287,32 @@ class RunInfo:
 
 def run_info(folder: Path) -> RunInfo:
     """Read state and last figures of a run; damaged files become its `problem`."""
-    problems = []
-    recipe = None
-    rows: list[dict[str, Value]] = []
-    try:
-        recipe = load_recipe(folder / RECIPE_FILE)
-    except RecipeError as error:
-        problems.append(str(error))
-    metrics = folder / METRICS_FILE
-    try:
-        rows = read_metrics(folder) if metrics.exists() else []
-    except (OSError, ValueError) as error:
-        problems.append(str(error))
-    state: State | Literal["running"] = "interrupted"
-    if is_held(folder):
-        state = "running"
-    elif (folder / SUMMARY_FILE).is_file():
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], T], otherwise: T) -> T:
         try:
-            state = read_summary(folder).get("state", state)
+            return read()
+        except FileNotFoundError:
+            return otherwise
         except (OSError, ValueError) as error:
             problems.append(str(error))
+            return otherwise
+
+    recipe: Recipe | None = attempt(lambda: load_recipe(folder / RECIPE_FILE), None)
+    rows: list[dict[str, Value]] = attempt(lambda: read_metrics(folder), [])
+    summary: dict[str, Any] = {"state": "running"}
+    if not is_held(folder):
+        summary = attempt(lambda: read_summary(folder), {})
+    metrics = folder / METRICS_FILE
     last = rows[-1] if rows else {}
-    try:
-        updated = (metrics if metrics.exists() else folder).stat().st_mtime
-    except OSError as error:  # just deleted
-        updated = 0.0
-        problems.append(str(error))
     return RunInfo(
         folder=folder,
         recipe=recipe,
-        state=state,
+        state=summary.get("state", "interrupted"),
         step=int(last.get(STEP) or 0),
         n_steps=recipe.n_steps if recipe else 0,
         figures=last,
-        updated=updated,
+        updated=attempt(lambda: (metrics if metrics.exists() else folder).stat().st_mtime, 0.0),
         problem=problems[0] if problems else "",
     )
 

@@ -36,7 +36,7 @@ JOINT = {"algorithm": "joint"}
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_inputs_are_valid_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     """Of the 2,000 inputs that `python tests/fuzz_inputs.py` tries."""
-    for _, seed in [found for found in plan(400) if found[0] == kind][:25]:
+    for _, seed in [planned for planned in plan(400) if planned[0] == kind][:25]:
         try_input(kind, random.Random(seed), tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_a_target_with_brackets_in_its_name_is_shown_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "place"),
+    ("kind", "name", "index"),
     [
         ("simplified", "embed.W_E", (0, 1)),
         ("simplified", "blocks.0.attn.W_K", (0, 4, 1)),
@@ -336,12 +336,12 @@ def test_a_target_with_brackets_in_its_name_is_shown_as_it_is(
 )
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_changed_wiring_is_refused(
-    tmp_path: Path, kind: str, name: str, place: tuple[int, ...], value: float
+    tmp_path: Path, kind: str, name: str, index: tuple[int, ...], value: float
 ) -> None:
     save_small(kind, tmp_path)
     load_graph_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights[name][place] = value
+    weights[name][index] = value
     save_file(weights, tmp_path / "model.safetensors")
     message = refusal(ModelFileError, lambda: load_graph_model(tmp_path))
     assert name in message or kind == "fixed"

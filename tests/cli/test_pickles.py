@@ -182,11 +182,11 @@ def test_code_of_a_hugging_face_model_is_never_trusted(
     from transformers import dynamic_module_utils
 
     seen: list[Any] = []
-    whole = dynamic_module_utils.resolve_trust_remote_code
+    original = dynamic_module_utils.resolve_trust_remote_code
 
     def resolve(trust_remote_code: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(trust_remote_code)
-        return whole(trust_remote_code, *arguments, **options)
+        return original(trust_remote_code, *arguments, **options)
 
     for module in ("models.auto.auto_factory", "models.auto.configuration_auto"):
         monkeypatch.setattr(f"transformers.{module}.resolve_trust_remote_code", resolve)

@@ -66,9 +66,9 @@ ODD = "my run's [bold]folder[/]"
 
 def told(pattern: str, text: str) -> list[str]:
     """The words of the command that a message tells the user to copy, as a shell reads them."""
-    found = re.search(pattern, text)
-    assert found, text
-    return shlex.split(found[0])
+    command = re.search(pattern, text)
+    assert command, text
+    return shlex.split(command[0])
 
 
 def test_commands_to_copy_are_quoted_for_the_shell(
@@ -104,8 +104,8 @@ def test_commands_to_copy_are_quoted_for_the_shell(
     (tmp_path / "s.toml").write_text('recipe = "manual"\nseeds = 2')
     file = tmp_path / ODD / "w.yaml"
     assert main(["sweep", str(tmp_path / "s.toml"), "--as-wandb", str(file)]) == 0
-    said = capsys.readouterr().out
-    assert told("wandb sweep .*(?=, then)", said) == ["wandb", "sweep", str(file)]
+    output = capsys.readouterr().out
+    assert told("wandb sweep .*(?=, then)", output) == ["wandb", "sweep", str(file)]
     unfinished = SweepResult(folder, plan(load_sweep(tmp_path / "s.toml"), folder), {})
     assert _report(unfinished) == 1
     again = told("mechcausal sweep .*", capsys.readouterr().err)
@@ -133,7 +133,7 @@ def finished(finished_run: RunResult) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "part"),
     [
         (["resume"], "required"),
         (["resume", "{tmp}/nowhere"], "nowhere: not a run folder: no recipe.toml"),
@@ -154,12 +154,12 @@ def test_bad_input_is_one_line(
     finished: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    part: str,
 ) -> None:
     (tmp_path / "file").touch()
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     line = refused(capsys, *(a.format(tmp=tmp_path, run=finished) for a in arguments))
-    assert said in line
+    assert part in line
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 

@@ -369,27 +369,27 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_loses_no_row(
         stderr=theirs,
         start_new_session=True,
     )
-    said, sent = b"", False
+    output, sent = b"", False
     os.set_blocking(ours, False)
     deadline = time.monotonic() + 90
     try:
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                said += os.read(ours, 65536)
+                output += os.read(ours, 65536)
             except BlockingIOError:
                 time.sleep(0.05)
-            if not sent and said.count(b"true graph") >= 3:
+            if not sent and output.count(b"true graph") >= 3:
                 process.send_signal(signal.SIGINT)
                 sent = True
     finally:
         process.kill()
         process.wait()
     with contextlib.suppress(OSError):
-        said += os.read(ours, 10**6)
+        output += os.read(ours, 10**6)
     assert termios.tcgetattr(theirs) == before
     for end in (ours, theirs):
         os.close(end)
-    text = said.decode()
+    text = output.decode()
     assert process.returncode == 130, text[-2000:]
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert "\x1b[?1049" not in text

@@ -6,21 +6,15 @@ Screenshots go to build/pages (or where MECHCAUSAL_SCREENSHOTS says), for a pers
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mechcausal import plot
-from mechcausal.pictures.interactive.matrices import (
-    attention_of_heads,
-    examples_of_heads,
-    gradient_of_heads,
-)
-from mechcausal.pictures.interactive.scatter import scatters
 from mechcausal.pictures.pages import write_comparison, write_report
+from mechcausal.pictures.pages.run_page import _FILM
 from mechcausal.records.run_data import RunData
 from tests.run_folders import heads_recipe, recipe_of, run_of, two_parents_recipe, write_run
 
@@ -68,12 +62,12 @@ def screenshots(repository: Path) -> Path:
 
 
 def wait(browser: Any, condition: str) -> None:
-    found = browser.execute_async_script(
+    holds = browser.execute_async_script(
         "const done = arguments[0], start = Date.now();"
         f"(function look() {{ if ({condition}) done(true);"
         "else if (Date.now() - start > 50000) done(false); else setTimeout(look, 20); })()"
     )
-    assert found, condition
+    assert holds, condition
 
 
 def open_page(browser: Any, path: Path) -> None:
@@ -115,8 +109,8 @@ def drawn(browser: Any, panel: str) -> list[list[dict[str, Any]]]:
         "z: trace.z && Array.from(trace.z, (row) => Array.from(row)), zmax: trace.zmax, "
         "symbol: trace.marker?.symbol, custom: trace.customdata }))))"
     )
-    found: list[list[dict[str, Any]]] = json.loads(text)
-    return found
+    traces: list[list[dict[str, Any]]] = json.loads(text)
+    return traces
 
 
 def shoot(browser: Any, screenshots: Path, name: str, dark: bool = False) -> None:
@@ -152,24 +146,17 @@ def test_the_slider_moves_every_picture_to_what_python_draws(
     step = run.steps[1]
     assert drawn(browser, "attention") != before
     assert browser.find_element("css selector", '[data-panel="attention"] figcaption').text != words
-    draws: dict[str, Callable[[RunData, int], list[Any]]] = {
-        "attention": attention_of_heads,
-        "gradient": gradient_of_heads,
-        "scatter": scatters,
-        "examples": examples_of_heads,
-        "graph": lambda r, s: [plot.causal_graph(r, s)],
-    }
-    for panel, draw in draws.items():
-        figures = draw(run, step)
-        for figure, traces in zip(figures, drawn(browser, panel), strict=False):
+    for panel in ("attention", "graph", "gradient", "scatter", "examples"):
+        figures = _FILM[panel][2](run, step)
+        for figure, traces in zip(figures, drawn(browser, panel), strict=True):
             assert len(traces) == len(figure.data), panel
-            for expected, found in zip(figure.data, traces, strict=True):
+            for expected, actual in zip(figure.data, traces, strict=True):
                 for axis in ("x", "y", "z"):
-                    compare(getattr(expected, axis, None), found.get(axis))
+                    compare(getattr(expected, axis, None), actual.get(axis))
                 if expected.type == "heatmap":
-                    assert found["zmax"] == pytest.approx(expected.zmax, rel=1e-3)
+                    assert actual["zmax"] == pytest.approx(expected.zmax, rel=1e-3)
                 if panel == "graph" and isinstance(expected.marker.symbol, tuple):
-                    assert tuple(found["symbol"]) == expected.marker.symbol
+                    assert tuple(actual["symbol"]) == expected.marker.symbol
     cursors = browser.execute_script(
         "return plots.flatMap((p) => (p.layout.shapes ?? []).filter((s) => s.name === 'cursor')"
         ".map((s) => s.x0))"
@@ -180,9 +167,9 @@ def test_the_slider_moves_every_picture_to_what_python_draws(
     check_silence(browser)
 
 
-def compare(expected: Any, found: Any) -> None:
+def compare(expected: Any, actual: Any) -> None:
     """Equal to the rounding of the page; gaps on both sides count as equal."""
-    left, right = flat(expected), flat(found)
+    left, right = flat(expected), flat(actual)
     if not np.isfinite(left).any() and right.size == 0:
         return  # Plotly forgets the points of a trace that shows none
     assert left.shape == right.shape
@@ -194,8 +181,8 @@ def flat(values: Any) -> np.ndarray:
     if values is None:
         return np.zeros(0)
     rows = [np.ravel(np.asarray(row, dtype=object)) for row in values]
-    found = [np.nan if value is None else value for row in rows for value in row]
-    return np.array(found, dtype=float)
+    numbers = [np.nan if value is None else value for row in rows for value in row]
+    return np.array(numbers, dtype=float)
 
 
 def test_play_runs_to_the_end_and_keys_move(browser: Any, chain_page: Path) -> None:

@@ -29,12 +29,12 @@ def check_picture(figure: Figure) -> None:
 
 def dots(axis: Axes) -> dict[str, list[tuple[float, float]]]:
     """Row and rise of every dot, by the label of its kind."""
-    found = {}
+    positions = {}
     for container in axis.containers:
         line = container.lines[0]  # type: ignore[attr-defined]
         pairs = zip(line.get_xdata(), line.get_ydata(), strict=True)
-        found[str(container.get_label())] = [(round(x), float(y)) for x, y in pairs]
-    return found
+        positions[str(container.get_label())] = [(round(x), float(y)) for x, y in pairs]
+    return positions
 
 
 def means(axis: Axes) -> list[float]:

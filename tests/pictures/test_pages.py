@@ -72,7 +72,9 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])
-def test_the_page_holds_the_figures_and_matrices_of_the_run(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_page_holds_the_figures_and_matrices_of_the_run_with_words(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     folder = write_run(tmp_path / "run", run_of(recipe))
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -89,13 +91,23 @@ def test_the_page_holds_the_figures_and_matrices_of_the_run(recipe: Recipe, tmp_
     run = RunData.load(folder)
     frames = page.data["frames"]
     assert frames["steps"] == list(run.steps)
-    shown = {name for name in run.frame()[1] if name != "gradient/scores"}
-    assert set(frames["matrices"]) == shown
-    for name in shown:
+    names = {name for name in run.frame()[1] if name != "gradient/scores"}
+    assert set(frames["matrices"]) == names
+    for name in names:
         for frame, step in enumerate(run.steps):
             matrix = run.frames[step][name]
-            found = unpack(frames["matrices"][name], frame).reshape(matrix.shape)
-            assert np.abs(found - matrix).max() <= np.ptp(matrix) / LEVELS / 2 + 1e-7
+            unpacked = unpack(frames["matrices"][name], frame).reshape(matrix.shape)
+            assert np.abs(unpacked - matrix).max() <= np.ptp(matrix) / LEVELS / 2 + 1e-7
+
+    # Every picture has words for every step.
+    plots = [a for tag, a in page.attributes if tag == "div" and "plot" in str(a.get("class"))]
+    assert len(plots) == len(page.data["figures"])
+    assert all(plot["role"] == "img" and len(str(plot["aria-label"])) > 30 for plot in plots)
+    panels = {a["data-panel"] for tag, a in page.attributes if tag == "figure"}
+    assert set(page.data["captions"]) == panels
+    for sentences in page.data["captions"].values():
+        assert len(sentences) == len(page.data["steps"])
+        assert all(sentences)
 
 
 def test_a_trained_run_has_its_page_unless_the_recipe_wants_none(
@@ -124,20 +136,6 @@ def test_a_page_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
     ClosingPictures(record, recipe).draw_page({})
     assert record.warnings[1].startswith("report.html could not be drawn: ")
     record.finish({}, "finished")
-
-
-@pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])
-def test_every_picture_has_words_for_every_step(recipe: Recipe) -> None:
-    run = run_of(recipe)
-    page = Page(render(run))
-    plots = [a for tag, a in page.attributes if tag == "div" and "plot" in str(a.get("class"))]
-    assert len(plots) == len(page.data["figures"])
-    assert all(plot["role"] == "img" and len(str(plot["aria-label"])) > 30 for plot in plots)
-    panels = [a["data-panel"] for tag, a in page.attributes if tag == "figure"]
-    assert set(page.data["captions"]) == set(panels)
-    for sentences in page.data["captions"].values():
-        assert len(sentences) == len(page.data["steps"])
-        assert all(sentences)
 
 
 def test_words_say_the_numbers() -> None:
@@ -190,9 +188,9 @@ def test_matrices_survive_packing() -> None:
     packed = {"shape": [1000], "triangle": False, "low": [0], "high": [1], "data": ""}
     codes, low, high = quantise(broken)
     packed |= {"low": [low], "high": [high], "data": base64.b64encode(codes.tobytes()).decode()}
-    found = unpack(packed, 0)
-    assert np.isnan(found[[3, 4]]).all()
-    assert np.nanmax(np.abs(np.delete(found - broken, [3, 4]))) <= np.ptp(values) / LEVELS
+    unpacked = unpack(packed, 0)
+    assert np.isnan(unpacked[[3, 4]]).all()
+    assert np.nanmax(np.abs(np.delete(unpacked - broken, [3, 4]))) <= np.ptp(values) / LEVELS
 
 
 def long_run(n_steps: int, length: int) -> RunData:
@@ -256,8 +254,8 @@ def test_the_command_trains_the_same_run_again(changes: dict[str, Any], tmp_path
     if words[2] == "recipe.toml":
         return  # the recipe stands below it
     start = Train(values=load_recipe(words[2]))
-    found = parse(Train, words[2:], command="train", default=start)
-    values = recipe_to_dict(found.values)
+    parsed = parse(Train, words[2:], command="train", default=start)
+    values = recipe_to_dict(parsed.values)
     expected = recipe_to_dict(recipe)
     assert values.pop("wandb") is not None
     expected.pop("wandb")
@@ -330,11 +328,11 @@ def test_a_page_that_cannot_be_written_is_named_as_it_would_be_called(
 ) -> None:
     folder = write_run(tmp_path / "runs" / "one", run_of())
     for command, page in ((folder, folder / "report.html"), (folder.parent, "comparison.html")):
-        place = folder.parent / page
-        place.mkdir()
+        path = folder.parent / page
+        path.mkdir()
         assert main(["report", str(command)]) == 2
         assert capsys.readouterr().err == f"mechcausal: {place}: Is a directory\n"
-        place.rmdir()
+        path.rmdir()
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -391,9 +389,9 @@ def test_the_end_of_a_run_reads_its_folder_once(
     record, read = RunRecord(folder, recipe, "offline"), []
     load = RunData.load
 
-    def load_counted(place: Path) -> RunData:
-        read.append(place)
-        return load(place)
+    def load_counted(path: Path) -> RunData:
+        read.append(path)
+        return load(path)
 
     monkeypatch.setattr(RunData, "load", load_counted)
     pictures = ClosingPictures(record, recipe)

@@ -53,8 +53,8 @@ def image(axis: Axes) -> np.ndarray:
 
 
 def circles(axis: Axes) -> set[tuple[int, int]]:
-    places = [place for dots in axis.collections for place in dots.get_offsets().tolist()]
-    return {(int(x), int(y)) for x, y in places}
+    centres = [centre for dots in axis.collections for centre in dots.get_offsets().tolist()]
+    return {(int(x), int(y)) for x, y in centres}
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_blocks_show_the_weights_of_every_block(graph: CausalGraph, heads: tuple
     assert set(drawn) == set(block_shares(model))
     for layer, n_heads in enumerate(heads):
         for head in range(n_heads):
-            whole = model.A(layer)[head].detach().numpy()
+            matrix = model.A(layer)[head].detach().numpy()
             for query in model.streams(layer):
                 for key in model.streams(layer):
                     axis = drawn[f"blocks/A{layer + 1}.{head}/{query}:{key}"]
                     block = model.block(layer, head, query, key).detach().numpy()
                     assert np.array_equal(image(axis), block)
                     limits = axis.get_images()[0].get_clim()
-                    assert limits == pytest.approx(np.percentile(whole, (15, 100)))
+                    assert limits == pytest.approx(np.percentile(matrix, (15, 100)))
     for stream in model.streams(2):
         readout = model.readout(stream).detach().numpy().T
         assert np.array_equal(image(drawn[f"blocks/W/{stream}"]), readout)

@@ -79,10 +79,10 @@ def heatmaps(figure: go.Figure) -> list[np.ndarray]:
 
 def test_attention_stands_beside_the_true_graph() -> None:
     run = run_of()
-    shown, truth = heatmaps(plot.attention(run, 13))
+    attention, truth = heatmaps(plot.attention(run, 13))
     visible = np.tril(np.ones((8, 8), dtype=bool))
-    assert np.array_equal(shown[visible], run.frames[13]["attention/layer0"][visible])
-    assert np.isnan(shown[~visible]).all()
+    assert np.array_equal(attention[visible], run.frames[13]["attention/layer0"][visible])
+    assert np.isnan(attention[~visible]).all()
     assert np.array_equal(np.nan_to_num(truth), run.truth)
 
 
@@ -120,8 +120,8 @@ def test_the_scatter_pairs_gradient_and_prediction() -> None:
 
 
 def test_pictures_in_a_row_name_a_kind_of_mark_once() -> None:
-    shown = [t.name for t in plot.gradient_scatter(run_of(), 13).data if t.showlegend is not False]
-    assert shown == ["other pairs", "edges", "equal"]
+    names = [t.name for t in plot.gradient_scatter(run_of(), 13).data if t.showlegend is not False]
+    assert names == ["other pairs", "edges", "equal"]
 
 
 def test_a_film_holds_the_points_of_every_step() -> None:
@@ -155,9 +155,9 @@ def test_edges_are_as_wide_as_attention_and_wrong_ones_are_marked(recipe: Recipe
         assert run.truth[int(row), int(key)] == 1
     (wrong,) = traces(figure, "middles", "wrong")
     assert all(run.truth[int(r), int(k)] == 0 and s >= WRONG for r, k, s in wrong.customdata or ())
-    for mark, shown in (("edge", true), ("wrong", wrong)):
+    for mark, middles in (("edge", true), ("wrong", wrong)):
         for level, trace in enumerate(traces(figure, "lines", mark)):
-            shares = [s for _, _, s in shown.customdata or ()]
+            shares = [s for _, _, s in middles.customdata or ()]
             n_lines = sum(level <= 6 * s < level + 1 or (level == 5 and s >= 1) for s in shares)
             assert len(trace.x) == 4 * n_lines
 
@@ -171,11 +171,11 @@ def test_curves_mark_the_change_of_stage_and_the_formation() -> None:
 
 def seeds(n: int, **changes: float) -> list[RunData]:
     """Runs whose losses lie seed² apart."""
-    found = []
+    runs = []
     for seed in range(n):
         run = run_of(recipe_of(seed=seed, **changes))
-        found.append(replace(run, history=moved(run, "loss/eval", seed**2)))
-    return found
+        runs.append(replace(run, history=moved(run, "loss/eval", seed**2)))
+    return runs
 
 
 def moved(run: RunData, key: str, by: int) -> list[dict[str, Any]]:

@@ -87,10 +87,10 @@ def test_a_portable_figure_holds_the_same_numbers_as_plain_lists(draw: Any) -> N
     plain = json.loads(json.dumps(portable(figure).to_plotly_json(), allow_nan=False, default=str))
     assert "bdata" not in json.dumps(plain)
     assert len(plain["data"]) == len(figure.data)
-    for trace, found in zip(figure.data, plain["data"], strict=True):
+    for trace, plain_trace in zip(figure.data, plain["data"], strict=True):
         for name in ("x", "y", "z"):
             if name in trace and trace[name] is not None:
-                numbers = np.array(found[name], dtype=float)
+                numbers = np.array(plain_trace[name], dtype=float)
                 assert numbers == pytest.approx(
                     np.array(trace[name], dtype=float), rel=1e-4, nan_ok=True
                 )
@@ -146,8 +146,8 @@ def test_a_gradient_of_zero_ranks_nothing() -> None:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    found = fragments(folder, json.loads((folder / "run.json").read_text())["wandb_id"])
-    return [row["item"] for place in found for row in kind(inspect(place), "history")]
+    folders = fragments(folder, json.loads((folder / "run.json").read_text())["wandb_id"])
+    return [row["item"] for fragment in folders for row in kind(inspect(fragment), "history")]
 
 
 def media(result: RunResult, row: Mapping[str, Any], name: str) -> Path:
@@ -179,8 +179,8 @@ def test_panels_are_the_run(finished_run: RunResult) -> None:
     table = json.loads(media(finished_run, row, "edges").read_text())
     expected = edge_table(RunData.load(finished_run.folder))
     assert table["columns"] == list(expected.columns)
-    found = np.array(table["data"], dtype=float)
-    assert found == pytest.approx(expected.to_numpy(dtype=float), nan_ok=True)
+    values = np.array(table["data"], dtype=float)
+    assert values == pytest.approx(expected.to_numpy(dtype=float), nan_ok=True)
     figure = json.loads(media(finished_run, row, "attention").read_text())
     assert go.Figure(figure).data
 
@@ -263,9 +263,9 @@ def test_what_is_wanted_is_drawn_and_what_fails_is_said(
     assert {"panels/edges", "panels/page"} <= set(
         ClosingPictures(record, recipe).draw_panels({}, stop)
     )
-    found = ClosingPictures(record, recipe_of(wandb__page=False)).draw_panels({}, stop)
-    assert "panels/edges" in found
-    assert "panels/page" not in found
+    panels = ClosingPictures(record, recipe_of(wandb__page=False)).draw_panels({}, stop)
+    assert "panels/edges" in panels
+    assert "panels/page" not in panels
     assert ClosingPictures(record, recipe_of(wandb__panels=False)).draw_panels({}, stop) == {}
     assert record.warnings == []
     stop.received = signal.SIGTERM

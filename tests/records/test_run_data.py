@@ -108,16 +108,16 @@ def test_a_run_that_finishes_while_it_is_read_is_read(tmp_path: Path) -> None:
     """Its last act is to gather the matrices of single steps in one file."""
     run = run_of()
     folder = write_run(tmp_path / "run", run, finished=False)
-    found = RunData.load(folder)
+    loaded = RunData.load(folder)
     shutil.rmtree(folder / "matrices")
     with pytest.raises(RunDataError, match=r"matrices/00000000.safetensors: not a readable"):
-        found.frame(0)
+        loaded.frame(0)
     write_run(folder, run)
-    assert found.steps == run.steps
+    assert loaded.steps == run.steps
     for step in run.steps:
         for name, matrix in run.frames[step].items():
-            assert np.array_equal(found.frame(step)[1][name], matrix)
-    write_page(found, tmp_path / "page.html")
+            assert np.array_equal(loaded.frame(step)[1][name], matrix)
+    write_page(loaded, tmp_path / "page.html")
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -137,11 +137,11 @@ def test_a_run_that_finishes_while_its_files_are_looked_for_is_whole(
         return safe_open(path, **options)
 
     monkeypatch.setattr(matrix_files, "safe_open", finishes)
-    found = RunData.load(folder)
+    loaded = RunData.load(folder)
     assert opened > after
-    assert (found.steps, found.notes) == (run.steps, ())
-    assert set(found.references) == set(run.references)
-    assert all(set(found.frame(step)[1]) == set(run.frames[step]) for step in run.steps)
+    assert (loaded.steps, loaded.notes) == (run.steps, ())
+    assert set(loaded.references) == set(run.references)
+    assert all(set(loaded.frame(step)[1]) == set(run.frames[step]) for step in run.steps)
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
-    for place in ("b", "a/2", "a/1"):
-        write_run(tmp_path / place, run_of())
+    for name in ("b", "a/2", "a/1"):
+        write_run(tmp_path / name, run_of())
     assert [str(p.relative_to(tmp_path)) for p in find_runs(tmp_path)] == ["a/1", "a/2", "b"]
     assert find_runs(tmp_path / "b") == [tmp_path / "b"]
 

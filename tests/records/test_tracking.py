@@ -69,13 +69,15 @@ def write_settings(path: Path, **values: str) -> None:
     path.write_text("\n".join(["[default]", *lines]) + "\n")
 
 
-@pytest.mark.parametrize("place", [".config/wandb/settings", "config/settings", "wandb/settings"])
+@pytest.mark.parametrize(
+    "location", [".config/wandb/settings", "config/settings", "wandb/settings"]
+)
 def test_the_server_of_the_settings_file_is_the_one_whose_key_counts(
-    bare: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    bare: Path, monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
-    if place.startswith("config"):
+    if location.startswith("config"):
         monkeypatch.setenv("WANDB_CONFIG_DIR", str(bare / "config"))
-    write_settings(bare / place, base_url="http://wandb.example.org:8080")
+    write_settings(bare / location, base_url="http://wandb.example.org:8080")
     write_netrc(bare / ".netrc", "api.wandb.ai")
     assert resolve_mode(None) == "offline"
     write_netrc(bare / ".netrc", "wandb.example.org:8080")
@@ -198,13 +200,13 @@ def test_an_existing_folder_is_used_unless_it_holds_a_run(tmp_path: Path) -> Non
         (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/mechcausal", "x" * 300])
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("location", ["file", "file/below", "/proc/mechcausal", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, location: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="not writable") as caught:
-        made(recipe(), tmp_path / place)
+        made(recipe(), tmp_path / location)
     assert len(str(caught.value).splitlines()) == 1
-    assert str(tmp_path / place) in str(caught.value)
+    assert str(tmp_path / location) in str(caught.value)
 
 
 # --- What W&B keeps ---

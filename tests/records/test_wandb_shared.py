@@ -89,8 +89,8 @@ def steps_of(folder: Path) -> list[int]:
 
 def arrived(folder: Path) -> list[int]:
     """The steps that W&B has of our run."""
-    found = fragments(folder, read_process(folder)["wandb_id"])
-    return sorted(step for fragment in found for step in wandb_steps(fragment) or ())
+    ours = fragments(folder, read_process(folder)["wandb_id"])
+    return sorted(step for fragment in ours for step in wandb_steps(fragment) or ())
 
 
 def at(step: int, action: Callable[[], Any]) -> Callable[[Progress], None]:

@@ -5,14 +5,7 @@ from itertools import cycle
 
 import plotly.graph_objects as go
 
-from mechcausal.measures.figures import (
-    CURVES,
-    STEP,
-    axis_limits,
-    curve_keys,
-    figure_of,
-    keys_in,
-)
+from mechcausal.measures.figures import STEP, axis_limits, curves, figure_of, keys_in
 from mechcausal.pictures.interactive.style import new_figure
 from mechcausal.pictures.static.style import REFERENCE_DASHES, REFERENCE_GREY
 from mechcausal.records.run_data import RunData
@@ -23,12 +16,12 @@ _MOST_NAMES = 12
 
 def loss(run: RunData) -> go.Figure:
     """The loss in nats, with those of Bayes and of the hand-built model."""
-    return _picture(run, "loss")
+    return _draw(run, *curves(run.history, "loss"))
 
 
 def gap(run: RunData) -> go.Figure:
     """Loss minus its references, or the gain from the context on repeated tokens, in nats."""
-    figure = _picture(run, "gap")
+    figure = _draw(run, *curves(run.history, "gap"))
     if run.kind == "repeated_tokens":
         figure.update_layout(title_text="gain from the context")
     return figure
@@ -36,27 +29,27 @@ def gap(run: RunData) -> go.Figure:
 
 def recovery(run: RunData) -> go.Figure:
     """How much of the graph layer 1's attention and the gradient recover."""
-    return _picture(run, "recovery")
+    return _draw(run, *curves(run.history, "recovery"))
 
 
 def correlations(run: RunData) -> go.Figure:
     """Correlation of the gradient with theory, and the share of rows whose parent it names."""
-    return _picture(run, "correlations")
+    return _draw(run, *curves(run.history, "correlations"))
 
 
 def formation(run: RunData) -> go.Figure:
     """Attention and scores of the induction head."""
-    return _picture(run, "formation")
+    return _draw(run, *curves(run.history, "formation"))
 
 
 def strategies(run: RunData) -> go.Figure:
     """KL divergence of the model's predictions from each strategy, in nats."""
-    return _picture(run, "strategies")
+    return _draw(run, *curves(run.history, "strategies"))
 
 
 def composition(run: RunData) -> go.Figure:
     """K-composition of the last layer's heads with earlier ones."""
-    return _picture(run, "composition")
+    return _draw(run, *curves(run.history, "composition"))
 
 
 def head_scores(run: RunData, kind: str = "prefix_matching") -> go.Figure:
@@ -67,14 +60,10 @@ def head_scores(run: RunData, kind: str = "prefix_matching") -> go.Figure:
         kind: one of `HEAD_SCORES`.
     """
     keys = keys_in(run.history, [f"heads/{{head}}/{kind}"])
-    return _curves(run, keys, f"{kind.replace('_', ' ')} by head")
+    return _draw(run, f"{kind.replace('_', ' ')} by head", keys)
 
 
-def _picture(run: RunData, name: str) -> go.Figure:
-    return _curves(run, curve_keys(run.history, name), CURVES[name][0])
-
-
-def _curves(run: RunData, keys: Sequence[str], title: str) -> go.Figure:
+def _draw(run: RunData, title: str, keys: Sequence[str]) -> go.Figure:
     """Figures over training steps."""
     figure = new_figure(title)
     dashes = cycle(_DASHES)

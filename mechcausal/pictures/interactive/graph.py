@@ -85,6 +85,11 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
     return figure
 
 
+def graph_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """`causal_graph` as the only panel."""
+    return [causal_graph(run, step)]
+
+
 def level_of(share: float) -> int:
     """Index in `WIDTHS` of an attention."""
     return max(0, min(len(WIDTHS) - 1, int(share * len(WIDTHS))))

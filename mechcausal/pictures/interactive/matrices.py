@@ -19,17 +19,19 @@ from mechcausal.pictures.interactive.style import (
     draw_matrix,
     head_choices,
     head_label,
+    in_a_row,
     mark_parents,
     new_figure,
     reduced,
-    side_by_side,
 )
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.records.run_data import RunData, RunDataError
 
 
-def attention(run: RunData, step: int | None = None) -> go.Figure:
-    """Layer-1 attention, one picture per head, beside the true graph.
+def attention_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
+    """Layer-1 attention, one picture per head, beside the true graph; squares mark parents.
+
+    The true graph is shown as ideal attention: each row is uniform over the position's parents.
 
     Args:
         run: a run on a causal graph.
@@ -38,31 +40,19 @@ def attention(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: the run has no matrices, or none at this step.
     """
-    return side_by_side([*attention_of_heads(run, step), true_graph(run)])
-
-
-def attention_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """Layer-1 attention, one figure per head; squares mark parents."""
     figures = _of_heads(
         run, step, "attention/layer0", "layer-1 attention", high=1.0, unit="attention"
     )
+    several = run.graph.query_parents is not None
+    title = "true graph (last row: query)" if several else "true graph"
+    shares = run.truth / np.maximum(run.truth.sum(1, keepdims=True), 1)
+    figures.append(draw_matrix(causal(shares), title, high=1.0, unit="share of the parent"))
     for figure in figures:
         mark_parents(figure, run)
     return figures
 
 
-def true_graph(run: RunData) -> go.Figure:
-    """The graph as ideal attention: each row is uniform over the position's parents."""
-    truth = run.truth
-    several = run.graph.query_parents is not None
-    title = "true graph (last row: query)" if several else "true graph"
-    shares = truth / np.maximum(truth.sum(1, keepdims=True), 1)
-    figure = draw_matrix(causal(shares), title, high=1.0, unit="share of the parent")
-    mark_parents(figure, run)
-    return figure
-
-
-def gradient(run: RunData, step: int | None = None) -> go.Figure:
+def gradient_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     """The gradient on the layer-1 pattern beside the paper's g and the chi-squared information.
 
     The gradient `-dL/dpattern` and g are centred by row over the keys up to the query, as in the
@@ -71,20 +61,15 @@ def gradient(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: the run has no matrices, or none at this step.
     """
-    return side_by_side([*gradient_of_heads(run, step), *theory_matrices(run)])
-
-
-def gradient_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """`-dL/dpattern` of layer 1, centred by row, one figure per head."""
     title = "−∂L/∂pattern"
     figures = _of_heads(run, step, "gradient/pattern", title, signed=True, unit=title)
     for figure in figures:
         mark_parents(figure, run, MARK_COLOUR)
-    return figures
+    return figures + _theory_panels(run)
 
 
-def theory_matrices(run: RunData) -> list[go.Figure]:
-    """The paper's g, centred by row, and chi-squared information, as far as the run has them."""
+def _theory_panels(run: RunData) -> list[go.Figure]:
+    """g and the information, as far as the run has them."""
     figures = []
     if "theory/g" in run.references:
         g = np.tril(run.references["theory/g"])
@@ -104,7 +89,7 @@ def theory_matrices(run: RunData) -> list[go.Figure]:
     return figures
 
 
-def examples(run: RunData, step: int | None = None) -> go.Figure:
+def example_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     """The last layer's attention from the last position of example sequences, with their tokens.
 
     Squares mark the targets of an induction head: positions whose parents hold the query's token.
@@ -112,11 +97,6 @@ def examples(run: RunData, step: int | None = None) -> go.Figure:
     Raises:
         RunDataError: the run has no such matrices.
     """
-    return side_by_side(examples_of_heads(run, step), width=760)
-
-
-def examples_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """The last layer's attention in example sequences, one figure per head."""
     _, matrices = run.frame(step, needs="attention/examples")
     values, tokens = matrices["attention/examples"], run.examples
     if tokens is None:
@@ -176,17 +156,12 @@ def _last_layer(run: RunData) -> int:
     return layers[model.kind]
 
 
-def heads(run: RunData, step: int | None = None) -> go.Figure:
+def head_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     """Scores of every head of a run on repeated tokens, by layer (rows) and head (columns).
 
     Raises:
         RunDataError: the run has no matrices, or none at this step.
     """
-    return side_by_side(scores_of_heads(run, step))
-
-
-def scores_of_heads(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """One figure per score of `HEAD_SCORES`."""
     _, matrices = run.frame(step, needs="heads/prefix_matching")
     figures = []
     for kind in HEAD_SCORES:
@@ -230,3 +205,9 @@ def _of_heads(
         )
         for head in choices
     ]
+
+
+attention = in_a_row(attention_panels)
+gradient = in_a_row(gradient_panels)
+examples = in_a_row(example_panels, width=760)
+heads = in_a_row(head_panels)

@@ -4,27 +4,23 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
-from mechcausal.pictures.interactive.style import by_head, new_figure, side_by_side
+from mechcausal.pictures.interactive.style import by_head, in_a_row, new_figure
 from mechcausal.pictures.static.style import EDGE_COLOUR, OTHER_COLOUR
 from mechcausal.records.run_data import RunData
 
 _MOST_POINTS = 1500  # browsers animate more points too slowly
 
 
-def gradient_scatter(run: RunData, step: int | None = None) -> go.Figure:
+def scatter_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     """The gradient against the predicted gradient, and against chi-squared information.
 
     The y-axis is `-dL/dpattern`, summed over heads. Against the predicted gradient it is divided by
-    the number of keys, like a gradient on the scores of uniform attention.
+    the number of keys, like a gradient on the scores of uniform attention. For several parents
+    there is no prediction.
 
     Raises:
         RunDataError: the run has no matrices, or none at this step.
     """
-    return side_by_side(scatters(run, step))
-
-
-def scatters(run: RunData, step: int | None = None) -> list[go.Figure]:
-    """One figure per reference; only chi-squared information if there is no prediction."""
     _, matrices = run.frame(step, needs="gradient/pattern")
     n = run.n_graph_rows
     measured = by_head(matrices, "gradient/pattern").sum(0)
@@ -93,3 +89,6 @@ def _scatter(
     figure.update_xaxes(nticks=6, exponentformat="power")
     figure.update_yaxes(nticks=6, exponentformat="power")
     return figure
+
+
+gradient_scatter = in_a_row(scatter_panels)

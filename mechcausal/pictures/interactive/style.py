@@ -4,7 +4,7 @@ Colours are safe for colour-blind readers, and no information is in colour only.
 trace says which matrix of the run it shows, so that a page's script can redraw it at another step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from plotly.subplots import make_subplots
 
 from mechcausal.pictures.static.style import EDGE_COLOUR
 from mechcausal.records.run_data import Matrices, RunData
+
+Panels = Callable[[RunData, int | None], list[go.Figure]]
+"""Draws one step of a run as one or more pictures."""
 
 WRONG_COLOUR = "#8f6fd6"
 ATTENTION_SCALE = "Viridis"
@@ -255,3 +258,13 @@ def side_by_side(figures: Sequence[go.Figure], width: int = 380) -> go.Figure:
             row.layout[f"{axis}{name}"].update(settings | {"anchor": other})
     row.update_layout(margin={"b": 90, "t": 60}, meta=figures[0].layout.meta)
     return row
+
+
+def in_a_row(panels: Panels, width: int = 380) -> Callable[..., go.Figure]:
+    """A function that draws the panels of `panels` side by side, with the same arguments."""
+
+    def draw(run: RunData, step: int | None = None) -> go.Figure:
+        return side_by_side(panels(run, step), width)
+
+    draw.__doc__ = panels.__doc__
+    return draw

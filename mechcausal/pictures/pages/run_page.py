@@ -14,15 +14,15 @@ from mechcausal import __version__
 from mechcausal.measures.figures import STEP, figure_of, keys_in
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
+from mechcausal.pictures.interactive.graph import graph_panels
 from mechcausal.pictures.interactive.matrices import (
-    attention_of_heads,
-    examples_of_heads,
-    gradient_of_heads,
-    scores_of_heads,
-    theory_matrices,
-    true_graph,
+    attention_panels,
+    example_panels,
+    gradient_panels,
+    head_panels,
 )
-from mechcausal.pictures.interactive.scatter import scatters
+from mechcausal.pictures.interactive.scatter import scatter_panels
+from mechcausal.pictures.interactive.style import Panels
 from mechcausal.pictures.pages.captions import curve_caption, frame_captions, number
 from mechcausal.pictures.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pictures.pages.reproduce import reproduce_command
@@ -54,7 +54,16 @@ _LAST = (
 )
 _FIRST = ("gradient/edge_hits",)
 
-Draw = Callable[[RunData], list[go.Figure]]
+# The panels that follow the slider: title, the matrix they need, how to draw them.
+_FILM: dict[str, tuple[str, str, Panels]] = {
+    "attention": ("Layer-1 attention beside the true graph", "attention/layer0", attention_panels),
+    "graph": ("Attention on the causal graph", "attention/layer0", graph_panels),
+    "gradient": ("The gradient beside information theory", "gradient/pattern", gradient_panels),
+    "scatter": ("Gradient against theory, pair by pair", "gradient/pattern", scatter_panels),
+    "examples": ("The query's attention in examples", "attention/examples", example_panels),
+    "heads": ("Scores of every head", "heads/prefix_matching", head_panels),
+}
+_SHAPES = {"graph": ("graph", 1.1), "examples": ("wide", 2.0)}
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -134,48 +143,12 @@ def _film_panels(
 ) -> str:
     """The panels that follow the slider; panels whose matrices the run lacks are skipped."""
     available = set(run.frame(frames["steps"][-1])[1]) if frames["steps"] else set()
-    wanted: list[tuple[str, str, str, Draw, str]] = [
-        (
-            "attention",
-            "Layer-1 attention beside the true graph",
-            "attention/layer0",
-            lambda r: [*attention_of_heads(r), true_graph(r)],
-            "square",
-        ),
-        (
-            "graph",
-            "Attention on the causal graph",
-            "attention/layer0",
-            lambda r: [interactive.causal_graph(r)],
-            "graph",
-        ),
-        (
-            "gradient",
-            "The gradient beside information theory",
-            "gradient/pattern",
-            lambda r: [*gradient_of_heads(r), *theory_matrices(r)],
-            "square",
-        ),
-        (
-            "scatter",
-            "Gradient against theory, pair by pair",
-            "gradient/pattern",
-            scatters,
-            "square",
-        ),
-        (
-            "examples",
-            "Attention of the query in example sequences",
-            "attention/examples",
-            lambda r: examples_of_heads(r) if r.examples is not None else [],
-            "wide",
-        ),
-        ("heads", "Scores of every head", "heads/prefix_matching", scores_of_heads, "square"),
-    ]
+    if run.examples is None:
+        available -= {"attention/examples"}
     per_step = [frame_captions(run, step) for step in frames["steps"]]
     html = []
-    for name, title, needs, draw, shape in wanted:
-        drawn = draw(run) if needs in available else []
+    for name, (title, needs, draw) in _FILM.items():
+        drawn = draw(run, None) if needs in available else []
         if not drawn:
             continue
         captions[name] = [step_captions.get(name, "") for step_captions in per_step]
@@ -184,7 +157,7 @@ def _film_panels(
             if len(drawn) == 1:  # the card's heading is the title
                 figure.update_layout(title=None, margin={"t": 10})
         figures += drawn
-        cells = {"wide": 2.0, "graph": 1.1}.get(shape, float(len(drawn)))
+        shape, cells = _SHAPES.get(name, ("square", float(len(drawn))))
         html.append(panel(name, title, list(numbers), captions[name][-1], shape=shape, cells=cells))
     return "".join(html)
 

@@ -9,15 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.measures.figures import (
-    CURVES,
-    STEP,
-    History,
-    axis_limits,
-    curve_keys,
-    figure_of,
-    keys_in,
-)
+from mechcausal.measures.figures import STEP, History, axis_limits, curves, figure_of, keys_in
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
     EDGE_COLOUR,
@@ -218,9 +210,10 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
     """Draw heads.png: the loss by copy and every head's scores over training steps."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_figure(1, 4)
-    _plot(axes[0], history, curve_keys(history, "loss"), "loss")
+    _plot(axes[0], history, *curves(history, "loss"))
     for axis, kind in zip(axes[1:], HEAD_SCORES, strict=True):
-        _plot(axis, history, keys_in(history, [f"heads/{{head}}/{kind}"]), kind.replace("_", " "))
+        keys = keys_in(history, [f"heads/{{head}}/{kind}"])
+        _plot(axis, history, kind.replace("_", " "), keys)
     figure.suptitle(f"{recipe.name}, seed {recipe.seed}: heads over training", fontsize=12)
     path = folder / "heads.png"
     figure.savefig(path, dpi=110)
@@ -248,7 +241,7 @@ def head_heatmap(
     figure.savefig(path, dpi=110)
 
 
-def _plot(axis: "Axes", history: History, keys: Sequence[str], title: str) -> None:
+def _plot(axis: "Axes", history: History, title: str, keys: Sequence[str]) -> None:
     """Draw figures over training steps; constants to compare with are grey."""
     points = {
         key: [(row[STEP], value) for row in history if (value := row.get(key)) is not None]
@@ -275,7 +268,7 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     """Loss, graph, gradient, induction and strategies over training steps."""
     figure, axes = new_figure(2, 3)
     for axis, name in zip(axes, _PANELS, strict=True):
-        _plot(axis, history, curve_keys(history, name), CURVES[name][0])
+        _plot(axis, history, *curves(history, name))
         if name == "strategies":
             axis.set_yscale("log")
         for start in stage_starts[1:]:
