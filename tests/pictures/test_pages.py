@@ -331,7 +331,7 @@ def test_a_page_that_cannot_be_written_is_named_as_it_would_be_called(
         path = folder.parent / page
         path.mkdir()
         assert main(["report", str(command)]) == 2
-        assert capsys.readouterr().err == f"mechcausal: {place}: Is a directory\n"
+        assert capsys.readouterr().err == f"mechcausal: {path}: Is a directory\n"
         path.rmdir()
 
     def full(descriptor: int) -> None:
