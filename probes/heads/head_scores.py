@@ -14,15 +14,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.heads.copying import copying_scores
-from probes.heads.head_table import HeadScores
+from probes.heads.head_table import CONTROLS, UNIFORM, HeadScores
 from probes.heads.induction import AttentionTo, InductionScores
-from probes.heads.scores import (
-    duplicate_token_mask,
-    prefix_matching_mask,
-    previous_token_mask,
-    uniform_baseline,
-    uniform_pattern,
-)
+from probes.heads.scores import SCORE_MASKS, uniform_baseline, uniform_pattern
 from probes.heads.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
 from probes.reading.activation import Activation
 from probes.reading.attach import attach
@@ -131,12 +125,8 @@ def score_heads(
     by_offset = _positional(scan.offsets, threshold)
     results["positional"], results["positional_offset"], results["positional_uniform"] = by_offset
     prefix_matching = results["prefix_matching"]
-    for name, field in (
-        ("prefix_matching", "uniform_baseline"),
-        ("previous_token", "previous_token_uniform"),
-        ("duplicate_token", "duplicate_token_uniform"),
-    ):
-        results[field] = uniform[name].to(prefix_matching).expand_as(prefix_matching).clone()
+    for name, value in uniform.items():
+        results[UNIFORM[name]] = value.to(prefix_matching).expand_as(prefix_matching).clone()
     return HeadScores(
         layers=layers,
         n_layers=config.n_layers,
@@ -145,13 +135,6 @@ def score_heads(
         copying=_copying(model, like=prefix_matching),
         **results,
     )
-
-
-_MASKS = {
-    "prefix_matching": prefix_matching_mask,
-    "previous_token": previous_token_mask,
-    "duplicate_token": duplicate_token_mask,
-}
 
 
 class _Scan:
@@ -185,20 +168,22 @@ class _Scan:
             text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
             with attach(model, InductionScores(attention_mask=text)) as (scores,):
                 run(model, tokens, real)
-            for name, mask in _MASKS.items():
+            for name, mask in SCORE_MASKS.items():
                 self._add(name, scores.reading().sel(score=name))
                 by_chance = uniform_baseline(
                     mask(tokens, real), causal=self._causal, attention_mask=real
                 )
                 self.uniform.setdefault(name, []).append(by_chance)
-            prefix_matching, duplicate = (
-                AttentionTo(None, mask(tokens, real) & ~mask(control, real), attention_mask=text)
-                for mask in (prefix_matching_mask, duplicate_token_mask)
-            )
-            with attach(model, prefix_matching, duplicate, offsets):
+            controls: dict[str, AttentionTo] = {}
+            for score, name in CONTROLS.items():
+                mask = SCORE_MASKS[score]
+                # The same keys, unless a random token happens to recur there too.
+                keys = mask(tokens, real) & ~mask(control, real)
+                controls[name] = AttentionTo(None, keys, attention_mask=text)
+            with attach(model, offsets, *controls.values()):
                 run(model, control, real)
-            self._add("positional_control", prefix_matching.reading())
-            self._add("duplicate_control", duplicate.reading())
+            for name, attention in controls.items():
+                self._add(name, attention.reading())
         sums = offsets.reading().values * offsets.batches
         self.offsets.append((sums, *self._reference(stimulus)))
 

@@ -40,8 +40,10 @@ _MORE_COLUMNS = (
     "positional_uniform",
 )
 
-# The field with the score of uniform attention, by score.
-_UNIFORM = {
+CONTROLS = {"prefix_matching": "positional_control", "duplicate_token": "duplicate_control"}
+"""For a score, the field with the same attention in sequences that do not repeat."""
+
+UNIFORM = {
     "prefix_matching": "uniform_baseline",
     "positional_control": "uniform_baseline",
     "previous_token": "previous_token_uniform",
@@ -49,6 +51,7 @@ _UNIFORM = {
     "duplicate_control": "duplicate_token_uniform",
     "positional": "positional_uniform",
 }
+"""For a score, the field with the score of uniform attention."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,9 +139,9 @@ class HeadScores:
     def verdicts(self) -> Mapping[Head, tuple[Verdict, ...]]:
         """The verdicts on every (layer, head); empty for a head that reaches no threshold."""
         applies: dict[Verdict, Tensor] = {
-            "induction": self._above_control("prefix_matching", "positional_control"),
+            "induction": self._above_control("prefix_matching"),
             "previous_token": self.reaches("previous_token", self.threshold),
-            "duplicate_token": self._above_control("duplicate_token", "duplicate_control"),
+            "duplicate_token": self._above_control("duplicate_token"),
             "positional": self.reaches("positional", self.threshold),
         }
         return {
@@ -158,12 +161,13 @@ class HeadScores:
         self.top(score, 0)  # raises if there is no such score
         values: Tensor = getattr(self, score)
         reached = values >= threshold
-        if score in _UNIFORM:
-            uniform: Tensor = getattr(self, _UNIFORM[score])
+        if score in UNIFORM:
+            uniform: Tensor = getattr(self, UNIFORM[score])
             reached &= above_chance(values, uniform) >= threshold / 2
         return reached
 
-    def _above_control(self, name: str, control: str) -> Tensor:
+    def _above_control(self, name: str) -> Tensor:
+        control = CONTROLS[name]
         score: Tensor = getattr(self, name)
         control_score: Tensor = getattr(self, control).nan_to_num(0.0)
         errors = [getattr(self, f"{part}_stderr").nan_to_num(0.0) for part in (name, control)]

@@ -8,13 +8,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from probes.heads.scores import (
-    duplicate_token_mask,
-    mean_weights,
-    prefix_matching_mask,
-    previous_token_mask,
-    weighted_attention,
-)
+from probes.heads.scores import SCORE_MASKS, mean_weights, weighted_attention
 from probes.reading.attach import ForwardHook
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import ATTENTION_MASK, TOKENS, Layers, hook_name
@@ -142,12 +136,7 @@ class InductionScores(_MaskedAttention):
     def __init__(
         self, layers: Layers = None, *, attention_mask: Shaped[Tensor, "batch pos"] | None = None
     ) -> None:
-        masks: dict[str, _MaskOfText] = {
-            "prefix_matching": prefix_matching_mask,
-            "previous_token": previous_token_mask,
-            "duplicate_token": duplicate_token_mask,
-        }
-        super().__init__(layers, masks, attention_mask)
+        super().__init__(layers, SCORE_MASKS, attention_mask)
 
     def reading(self) -> LabelledTensor:
         """Shares of attention in [0, 1] (NaN: no query of the sequence qualifies).

@@ -84,6 +84,14 @@ def previous_token_mask(
     return _without_padding(before.expand(batch, pos, pos), attention_mask)
 
 
+SCORE_MASKS = {
+    "prefix_matching": prefix_matching_mask,
+    "previous_token": previous_token_mask,
+    "duplicate_token": duplicate_token_mask,
+}
+"""For each score, the mask of the keys on which it counts attention."""
+
+
 def _without_padding(
     mask: Bool[Tensor, "batch query key"], attention_mask: Shaped[Tensor, "batch pos"] | None
 ) -> Bool[Tensor, "batch query key"]:
