@@ -168,7 +168,7 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
 def _print_ablations(console: Any, detection: "Detection") -> None:
     effects: Sequence[Any] = detection.ablations or ()
     if not effects:
-        console.print("ablation: no induction or previous-token head to take out")
+        console.print("ablation: no induction or previous-token head to ablate")
         return
     console.print(f"loss of the second copy with all heads: {effects[0].loss:.3f} nats a token")
     table = make_table(("without", "verdict", "rise (nats)", ""), n_left=4)

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"--workers is {options.workers}: at least 1 is needed")
     figures = tuple(name for name in options.figures if name != "all")
     if figures and "all" in options.figures:
-        raise RefusedError(f"all stands for every figure: found {figures[0]} beside it")
+        raise RefusedError(f"all stands for every figure: leave out {figures[0]}")
     folder = options.out or Path("runs") / ("replication-quick" if options.quick else "replication")
     from mechcausal.recipes import RecipeError
     from mechcausal.recipes.devices import device_named

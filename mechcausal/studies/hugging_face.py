@@ -62,7 +62,7 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
     elif not (path / WEIGHTS_FILE).is_file():
         shards = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not shards:
-            raise TargetError(f"{path}: weights are read from {WEIGHTS_FILE} alone: none there")
+            raise TargetError(f"{path}: no {WEIGHTS_FILE}, the only weights that are read")
     other = next((shard for shard in shards if not str(shard).endswith(".safetensors")), None)
     if other is not None:
         raise TargetError(

@@ -104,7 +104,7 @@ class PAG:
         """
         if node not in self.nodes:
             raise ValueError(
-                f"position {node} is no node; nodes: {', '.join(map(str, self.nodes))}"
+                f"position {node} is not a node; nodes: {', '.join(map(str, self.nodes))}"
             )
         return self.nodes.index(node)
 

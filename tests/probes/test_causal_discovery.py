@@ -48,7 +48,7 @@ def test_a_graph_tells_its_edges_neighbours_distances_and_marks() -> None:
     assert graph.to_text({2: "a", 3: "b", 7: "c"}).splitlines()[0].endswith("'a' o-> 'b'")
     with pytest.raises(ValueError, match="assignment destination is read-only"):
         graph.marks[0, 1] = 1
-    with pytest.raises(ValueError, match="4 is no node"):
+    with pytest.raises(ValueError, match="4 is not a node"):
         graph.neighbours(4)
     for marks in (np.array([[0, 1], [0, 0]]), np.array([[1]])):
         with pytest.raises(ValueError, match="an edge"):

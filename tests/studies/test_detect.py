@@ -248,7 +248,7 @@ def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:
 
 def test_it_says_when_no_head_can_be_ablated_or_read(command: Command) -> None:
     _, output, _ = command("run", "--step", "0", "--ablate", "--compose")
-    assert "no induction or previous-token head to take out" in output
+    assert "no induction or previous-token head to ablate" in output
     assert "composition: no induction head" in output
 
 

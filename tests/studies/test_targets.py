@@ -280,7 +280,7 @@ DAMAGED: dict[str, tuple[Damage, Damage, str]] = {
     "saved, no weights": (save_blank, removed("model.safetensors"), "model.safetensors"),
     "saved, layers without weights": (save_blank, with_two_layers, "blocks.1"),
     "no config": (save_gpt2, removed("config.json"), "config.json"),
-    "no weights": (save_gpt2, removed("model.safetensors"), "none there"),
+    "no weights": (save_gpt2, removed("model.safetensors"), "no model.safetensors"),
     "torn": (save_gpt2, torn, UNSUPPORTED),
     "too many layers": (save_gpt2, edited_config(n_layer=10**9), "n_layer"),
     "missing weights": (

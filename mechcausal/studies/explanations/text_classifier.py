@@ -97,7 +97,9 @@ class TextClassifier:
             )
             tokenizer = auto_tokenizer.from_pretrained(str(path), **options)
         if model.config.num_labels < 2:
-            raise TargetError(f"{path}: the classifier has {model.config.num_labels} label; not 2")
+            raise TargetError(
+                f"{path}: the classifier has {model.config.num_labels} label: at least 2"
+            )
         self.model: nn.Module = model.to(device).eval()
         self.tokenizer: Any = tokenizer
         self.labels = tuple(
@@ -106,7 +108,7 @@ class TextClassifier:
         tokens = (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         chosen = next((token for token in tokens if token is not None), None)
         if chosen is None:
-            raise TargetError(f"{path}: the tokenizer has no MASK, PAD or unknown token to put in")
+            raise TargetError(f"{path}: the tokenizer has no MASK, PAD or unknown token")
         self.replacement = int(chosen)
         self._device = device
         self._path = path
@@ -177,6 +179,6 @@ class TextClassifier:
             input_ids=tokens, attention_mask=torch.ones_like(tokens), output_attentions=True
         )
         if not output.attentions:
-            raise ProbeError("the model shows no attention")
+            raise ProbeError("the model returns no attention")
         pattern: Tensor = output.attentions[-1][0]
         return pattern
