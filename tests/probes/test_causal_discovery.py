@@ -197,6 +197,8 @@ def test_small_attention_to_a_later_token_is_no_rounding() -> None:
         (np.array([[1e308, 1e308], [0.0, 1.0]]), "row 0 of the attention sums to inf"),
         (np.array([[np.inf, -np.inf], [0.0, 1.0]]), "inf at"),
         (np.array([[1.0, 0.0], [0.5, 0.45]]), "row 1 of the attention sums to 0.95"),
+        (np.array([[1.0, 0.0], [np.nan, 1.0]]), r"the attention has nan at \[1, 0\]"),
+        (np.zeros((0, 0)), "one square matrix"),
         (torch.eye(2, dtype=torch.complex64), "real numbers"),
     ],
 )
@@ -434,6 +436,7 @@ def test_a_bridge_is_read(tmp_path: Path) -> None:
         ([1, 2, 3], {"head": -1}, "head -1 does not exist"),
         ([1, 2, 3], {"n_eff": 2}, "n_eff is 2"),
         ([1, 2, 3], {"n_eff": math.nan}, "n_eff is nan"),
+        ([1, 2, 3], {"n_eff": math.inf}, "n_eff is inf"),
         ([1, 2, 3], {"alpha": 1.0}, "alpha is 1"),
         ([1, 2, 3], {"positions": (0, 9)}, "positions are"),
         ([1, 2, 3], {"positions": ()}, "positions are"),

@@ -270,7 +270,6 @@ def test_wandb_gets_a_run_inside_the_run_folder(command: Command, folder: Path) 
 BAD = [
     ([], ["detect needs a target", "gpt2"]),
     (["wired", "--sequences", "0"], ["wired", "n_sequences is 0"]),
-    (["wired", "--sequences", "-3"], ["n_sequences is -3"]),
     (["wired", "--sequences", "x"], ["--sequences", "'x'"]),
     (["short"], ["short", "a context of 5 is too short for two repeats"]),
     (["wired", "--repeat-lengths", "9"], ["too short for two repeats of 9"]),
@@ -279,7 +278,6 @@ BAD = [
     (["run", "--step", "3"], ["no checkpoint at step 3; there are: 0, 2, 4"]),
     (["graph", "--step", "0"], ["no checkpoint at step 0", "there are: 1"]),
     (["wired", "--threshold", "2"], ["threshold is 2"]),
-    (["wired", "--threshold", "0"], ["threshold is 0"]),
     (["wired", "--threshold", "nan"], ["threshold is nan"]),
     (["wired", "--heatmap", "x.jpg"], ["--heatmap is x.jpg", ".png"]),
     (["wired", "--heatmap", "absent/x.png"], ["--heatmap: absent is no folder"]),
@@ -287,7 +285,6 @@ BAD = [
     (["wired", "--json", "--csv"], ["--json and --csv"]),
     (["wired", "--device", "gpu"], ["device: gpu is no device"]),
     (["wired", "--device", "cuda:99"], ["cuda:99 is not there"]),
-    (["wired", "--device", "meta"], ["device: meta is no device"]),
     (["wired", "--seed", "x"], ["--seed"]),
     (["wired", "--seed", "-1"], ["--seed is -1"]),
     (["wired", "--seed", "1" + "0" * 30], ["--seed is 1"]),
