@@ -10,7 +10,7 @@ instead of its own, so it has a separate entry "query". Cost: three forward pass
 few more, each over the full batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -30,7 +30,6 @@ from probes.intervening.attention_edits import (
     loss_rises,
     make_uniform,
     redirect,
-    replace_pattern,
 )
 
 Kind: TypeAlias = Literal[
@@ -71,10 +70,6 @@ class InterventionEffect:
     new_parent: int | None = None
     head: int | None = None
 
-    def row(self) -> dict[str, str | int | float | None]:
-        """The attributes as a table row; all effects have the same columns."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class EdgeEffects:
@@ -96,7 +91,7 @@ class EdgeEffects:
 
     def rows(self) -> list[dict[str, str | int | float | None]]:
         """One row per intervention, for a pandas frame or a W&B table."""
-        return [effect.row() for effect in self.effects]
+        return [asdict(effect) for effect in self.effects]
 
     def figures(self, *, prefix: str = "interventions/") -> dict[str, float]:
         """Rise and standard error by name, for `means` and for `all_edges`, `roots` and `query`."""
@@ -214,7 +209,7 @@ def patch_ideal(
     """
     _check_lengths(model, graph, batch)
     patterns = model.layer1_attention(batch.tokens)
-    ideal = _ideal_rows(graph, patterns.mean(0))
+    ideal = _given_rows(_ideal_pattern(graph, patterns.mean(0)), graph.child_rows)
     effects = [_patched("ideal_into_trained", model, ideal, batch, epsilon)]
     if graph.is_single_parent:
         reference = SimplifiedTransformer(
@@ -224,10 +219,8 @@ def patch_ideal(
         parents, children = torch.tensor(graph.edges, dtype=torch.int64).view(-1, 2).T.tolist()
         head = int(patterns.mean(0)[:, children, parents].sum(-1).argmax())
         trained = patterns[:, head : head + 1]
-        child_rows, all_rows = (
-            _given_rows(trained, list(graph.child_rows)),
-            replace_pattern(trained),
-        )
+        child_rows = _given_rows(trained, graph.child_rows)
+        all_rows = _given_rows(trained, range(graph.sequence_length))
         effects.append(_patched("trained_into_ideal", reference, child_rows, batch, epsilon))
         effects.append(_patched("whole_trained_into_ideal", reference, all_rows, batch, epsilon))
     return tuple(effects)
@@ -277,10 +270,12 @@ def _draw(keys: list[int], n: int, generator: torch.Generator) -> list[int]:
     return [keys[index] for index in order[:n].tolist()]
 
 
-def _ideal_rows(graph: CausalGraph, attention: Float[Tensor, "head query key"]) -> Edit:
-    """An edit that makes the rows of children one-hot, with one parent per head."""
+def _ideal_pattern(
+    graph: CausalGraph, attention: Float[Tensor, "head query key"]
+) -> Float[Tensor, "1 head query key"]:
+    """A pattern whose rows of children are one-hot, with one parent per head; other rows are 0."""
     n_heads = attention.shape[0]
-    entries = []
+    ideal = torch.zeros_like(attention)
     for child, serving in match_heads(attention, graph).rows.items():
         parents = graph.parents[child]
         if len(parents) > n_heads:
@@ -292,29 +287,20 @@ def _ideal_rows(graph: CausalGraph, attention: Float[Tensor, "head query key"]) 
         for column, head in enumerate(serving):
             if head is not None:
                 chosen[head] = column
-        entries += [(head, child, parents[column]) for head, column in enumerate(chosen)]
-
-    def edit(
-        pattern: Float[Tensor, "batch head query key"],
-    ) -> Float[Tensor, "batch head query key"]:
-        index = torch.tensor(entries, dtype=torch.int64, device=pattern.device).view(-1, 3)
-        heads, children, parents = index.unbind(1)
-        patched = pattern.clone()
-        patched[:, heads, children] = 0.0
-        patched[:, heads, children, parents] = 1.0
-        return patched
-
-    return edit
+        for head, column in enumerate(chosen):
+            ideal[head, child, parents[column]] = 1.0
+    return ideal.unsqueeze(0)
 
 
-def _given_rows(given: Float[Tensor, "batch head query key"], rows: list[int]) -> Edit:
+def _given_rows(given: Float[Tensor, "#batch head query key"], rows: Collection[int]) -> Edit:
     """An edit that takes some rows from another pattern."""
+    taken = list(rows)
 
     def edit(
         pattern: Float[Tensor, "batch head query key"],
     ) -> Float[Tensor, "batch head query key"]:
         patched = pattern.clone()
-        patched[:, :, rows] = given[:, :, rows].to(patched)
+        patched[:, :, taken] = given[:, :, taken].to(patched)
         return patched
 
     return edit

@@ -55,7 +55,6 @@ def pair(effect: InterventionEffect) -> tuple[int, int]:
     return effect.parent, effect.child
 
 
-@pytest.fixture(scope="module")
 def trained() -> tuple[SimplifiedTransformer, CausalGraph, Batch]:
     """Algorithm 1 on a forest of 11 positions, 150 + 150 steps, and sequences not trained on."""
     graph = random_forest(11, edge_probability=0.8, generator=seeded(4))
@@ -254,10 +253,8 @@ def test_the_ideal_pattern_repairs_layer_1_and_an_untrained_one_spoils_the_ideal
 # --- A model that learned the graph ---
 
 
-def test_a_trained_model_uses_every_edge_and_nothing_else(
-    trained: tuple[SimplifiedTransformer, CausalGraph, Batch],
-) -> None:
-    model, graph, batch = trained
+def test_a_trained_model_uses_every_edge_and_nothing_else_and_its_pattern_is_ideal() -> None:
+    model, graph, batch = trained()
     found = edge_effects(model, graph, batch, epsilon=EPSILON)
     for effect in found.of("edge"):
         assert effect.rise > 3 * effect.stderr
@@ -270,13 +267,6 @@ def test_a_trained_model_uses_every_edge_and_nothing_else(
     (everything,) = found.of("all_edges")
     assert everything.rise > 10 * everything.stderr
     assert everything.rise > found.means["edge"][0]
-
-
-def test_trained_and_ideal_patterns_stand_in_for_each_other(
-    trained: tuple[SimplifiedTransformer, CausalGraph, Batch],
-) -> None:
-    model, graph, batch = trained
-    (everything,) = edge_effects(model, graph, batch, epsilon=EPSILON).of("all_edges")
     effects = by_kind(patch_ideal(model, graph, batch, epsilon=EPSILON))
     for kind in ("ideal_into_trained", "trained_into_ideal"):
         assert abs(effects[kind].rise) < 0.02 * everything.rise
