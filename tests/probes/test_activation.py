@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from probes import Activation, ProbeError, attach
+from probes import Activation, attach
 from probes.reading.hook_names import LAYER_HOOKS, hook_name
 from tests.probes.families import some_tokens, tiny
 
@@ -43,16 +43,3 @@ def test_a_function_chooses_the_rows_of_the_mean(model: Any, tokens: Tensor):
     reading = chosen.reading()
     assert reading.shape == {"layer": 1, "head": 2, "d_head": 4}
     close(reading.sel(layer=1).values, rows.mean(0))
-
-
-def test_what_cannot_be_read_is_refused_in_one_line(model: Any):
-    with pytest.raises(ValueError, match="hook is 'resid'; allowed: resid_pre, resid_mid"):
-        Activation("resid")
-    for arguments in ({"reduce": torch.mean}, {"axes": ("head",)}):
-        with pytest.raises(ValueError, match="a function as reduce needs axes"):
-            Activation("z", **arguments)
-    with (
-        pytest.raises(ProbeError, match="HookedTransformer has no hook point 'post'"),
-        attach(model, Activation("post")),  # the model has no MLP
-    ):
-        pass

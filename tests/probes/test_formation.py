@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from probes import HeadScores, ProbeError, score_heads, track_formation
+from probes import HeadScores, score_heads, track_formation
 from tests.probes.wired import planted
 
 
@@ -116,17 +116,3 @@ def test_the_frame_is_long(along):
     assert list(head["step"]) == steps
     assert head["prefix_matching"].iloc[-1] > 0.8
     assert (head["first_crossing"] == 500).all()
-
-
-def test_bad_input_is_one_line(along, build):
-    checkpoints = along([0, 1], torch.tensor([0.1, 0.2]))
-    with pytest.raises(ValueError, match="no checkpoints"):
-        track_formation([])
-    with pytest.raises(ValueError, match="step 0 is given twice"):
-        track_formation([*checkpoints, checkpoints[0]])
-    with pytest.raises(ValueError, match="no score 'fame'"):
-        track_formation(checkpoints, score="fame")
-    with pytest.raises(ValueError, match="confidence is 1"):
-        track_formation(checkpoints, confidence=1.0)
-    with pytest.raises(ProbeError, match="checkpoints differ"):
-        track_formation([*checkpoints, (5, build(n_heads=3))])

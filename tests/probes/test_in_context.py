@@ -1,12 +1,11 @@
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from probes import ProbeError, ablation_effects, loss_by_position
+from probes import loss_by_position
 from probes.heads.in_context import repeated_pairs
 from probes.reading.labelled import standard_error
 from probes.reading.passes import token_losses
@@ -58,21 +57,3 @@ def test_one_sequence_has_no_standard_error(model: HookedTransformer):
     assert standard_error(torch.ones(1, 3)).isnan().all()
     reading = loss_by_position(model, n_sequences=1)
     assert math.isnan(reading.in_context_gain_stderr)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.01])
-def test_a_model_that_sees_the_next_token_has_no_loss(build: Any, scale: float):
-    both_ways = build(attention_dir="bidirectional")
-    for parameter in both_ways.parameters():
-        parameter.data.mul_(scale)
-    with pytest.raises(ProbeError, match="attends to later tokens"):
-        loss_by_position(both_ways)
-    with pytest.raises(ProbeError, match="attends to later tokens"):
-        ablation_effects(both_ways, [(0, 0)])
-
-
-def test_a_model_that_writes_another_vocabulary_has_no_loss(build: Any):
-    with pytest.raises(ProbeError, match="a loss needs logits for every token"):
-        loss_by_position(build(d_vocab_out=5))
-    with pytest.raises(ValueError, match="at least two"):
-        token_losses(build(), torch.zeros(1, 1, dtype=torch.int64))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from probes import ProbeError, ablation_effects, mean_ablate, repeated_tokens
+from probes import ablation_effects, mean_ablate, repeated_tokens
 from probes.intervening.ablation import NEGLIGIBLE
 from probes.reading.passes import token_losses
 from tests.probes.families import some_tokens, tiny
@@ -69,20 +69,6 @@ def test_no_heads_is_no_change(model: HookedTransformer, tokens: Tensor):
     with mean_ablate(model, []):
         assert torch.equal(model(tokens), before)
     assert ablation_effects(model, []) == ()
-
-
-def test_bad_input_is_one_line(model: HookedTransformer):
-    with pytest.raises(ProbeError, match="head 2 does not exist: layer 1 has 2 heads, 0 to 1"):
-        ablation_effects(model, [(1, 2)])
-    with (
-        pytest.raises(ProbeError, match="layer 5 does not exist"),
-        mean_ablate(model, [(5, 0)]),
-    ):
-        pass
-    with pytest.raises(ProbeError, match="no pair of tokens recurs"):
-        ablation_effects(model, [(0, 0)], tokens=torch.arange(7)[None])
-    with pytest.raises(ValueError, match="n_sequences is 0"):
-        ablation_effects(model, [(0, 0)], n_sequences=0)
 
 
 def test_a_noisy_head_is_not_called_removable(model: HookedTransformer):

@@ -1,6 +1,5 @@
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,15 +47,3 @@ def test_every_token_is_drawn_about_equally_often():
     shares = counts.bincount(minlength=6) / len(counts)
     # Five standard errors around 1/5 for 6,000 draws.
     assert ((shares[:5] - 0.2).abs() < 5 * (0.2 * 0.8 / 6000) ** 0.5).all()
-
-
-@pytest.mark.parametrize("name", ["batch", "repeat_length", "vocab_size", "n_repeats"])
-def test_sizes_must_be_positive(name: str):
-    sizes = {"batch": 1, "repeat_length": 2, "vocab_size": 3, "n_repeats": 2, name: 0}
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        draw(**sizes)
-
-
-def test_a_vocabulary_of_the_bos_alone_has_nothing_to_draw():
-    with pytest.raises(ValueError, match="no token remains"):
-        draw(batch=1, repeat_length=1, vocab_size=1, bos=0)

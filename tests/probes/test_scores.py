@@ -236,9 +236,3 @@ class TestCopying:
             eigenvalues = torch.linalg.eigvals(circuit.double())
             expected = eigenvalues.sum().real / eigenvalues.abs().sum()
             assert score == pytest.approx(expected.item(), abs=1e-4)
-
-    def test_two_vocabularies_cannot_be_compared(self, build: Any):
-        with pytest.raises(ProbeError, match="7 tokens go in, 3 come out"):
-            copying_score(build(d_vocab_out=3), 0)
-        with pytest.raises(ProbeError, match="layer 5 does not exist"):
-            copying_score(build(), 5)
