@@ -18,6 +18,7 @@ from probes import (
     ProbeError,
     ablation_effects,
     attach,
+    duplicate_token_score,
     mean_ablate,
     prefix_matching_score,
     previous_token_score,
@@ -25,7 +26,7 @@ from probes import (
     uniform_baseline,
 )
 from probes.heads.in_context import repeated_pairs
-from probes.heads.scores import duplicate_token_mask, prefix_matching_mask, previous_token_mask
+from probes.heads.scores import duplicate_token_mask, prefix_matching_mask, uniform_pattern
 from probes.reading.padding import real_positions
 from probes.reading.passes import token_losses
 
@@ -238,30 +239,19 @@ def test_ablation_on_padded_text_is_that_on_the_text(model: Any, side: str, by_m
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_masks_leave_padding_out(side: str) -> None:
+def test_a_padded_pattern_scores_as_that_of_the_text(side: str) -> None:
     tokens, mask = padded(SOMETHING_RECURS, side, width=8)
-    real = mask.bool()
-    for function in (prefix_matching_mask, duplicate_token_mask, previous_token_mask):
-        result = function(tokens, mask)
-        for row, wanted, here in zip(SOMETHING_RECURS, result, real, strict=True):
-            assert torch.equal(wanted[here][:, here], function(torch.tensor([row]))[0])
-            assert not wanted[~here].any()
-            assert not wanted[:, ~here].any()
-    pairs = repeated_pairs(tokens, mask)
-    for row, wanted, here in zip(SOMETHING_RECURS, pairs, real, strict=True):
-        inside = here[:-1] & here[1:]
-        assert torch.equal(wanted[inside], repeated_pairs(torch.tensor([row]))[0])
-        assert not wanted[~inside].any()
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_uniform_attention_is_uniform_over_the_text(side: str) -> None:
-    tokens, mask = padded(SOMETHING_RECURS, side, width=8)
-    keys = mask.bool().unsqueeze(1) & torch.ones(8, 8, dtype=torch.bool).tril()
-    pattern = (keys / keys.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(1)
-    result = uniform_baseline(prefix_matching_mask(tokens, mask), attention_mask=mask)
-    close(result, prefix_matching_score(pattern, tokens, mask)[:, 0])
-    for row, value in zip(SOMETHING_RECURS, result, strict=True):
-        close(value, uniform_baseline(prefix_matching_mask(torch.tensor([row])))[0])
-    expected = [sum(1 / q for q in range(2, len(r) + 1)) / (len(r) - 1) for r in SOMETHING_RECURS]
-    close(previous_token_score(pattern, mask)[:, 0], torch.tensor(expected))
+    uniform = uniform_pattern(8, causal=True, attention_mask=mask)
+    assert not (uniform.sum(-1)[:, 0] - mask).any()
+    for n, row in enumerate(SOMETHING_RECURS):
+        text, attention = torch.tensor([row]), uniform_pattern(len(row), causal=True)
+        for score, keys in (
+            (prefix_matching_score, prefix_matching_mask),
+            (duplicate_token_score, duplicate_token_mask),
+        ):
+            expected = score(attention, text)[0]
+            close(score(uniform, tokens, mask)[n], expected)
+            close(uniform_baseline(keys(tokens, mask), attention_mask=mask)[n], expected[0])
+        close(previous_token_score(uniform, mask)[n], previous_token_score(attention)[0])
+        pairs = repeated_pairs(tokens, mask)[n]
+        assert pairs.sum() == repeated_pairs(text).sum()
