@@ -53,8 +53,8 @@ def rows_once(folder: Path) -> None:
         assert run_info(member).state == "finished"
         steps = [int(row["train/step"] or 0) for row in read_metrics(member)]
         assert steps == sorted(set(steps))
-        found = fragments(member, str(read_process(member)["wandb_id"]))
-        assert sorted(s for f in found for s in wandb_steps(f) or ()) == steps
+        folders = fragments(member, str(read_process(member)["wandb_id"]))
+        assert sorted(step for folder in folders for step in wandb_steps(folder) or ()) == steps
 
 
 def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
@@ -74,27 +74,40 @@ def busy_member(folder: Path, rows: int = 3) -> dict[str, object]:
 
 
 @pytest.mark.soak
-def test_local_a_killed_worker_takes_no_other_member_with_it(
-    sweep_file: Callable[[int], Path], tmp_path: Path
+@pytest.mark.parametrize("engine", ["local", "dask"])
+def test_a_killed_worker_takes_no_other_member_with_it(
+    engine: str,
+    sweep_file: Callable[[int], Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    cluster = request.getfixturevalue("cluster") if engine == "dask" else None
     out = tmp_path / "out"
-    killed: list[object] = []
+    killed: list[int] = []
 
     def kill_once(progress: SweepProgress) -> None:
         process = busy_member(out)
         if process and not killed:
-            killed.append(process["pid"])
-            os.kill(int(str(process["pid"])), signal.SIGKILL)
+            killed.append(int(str(process["pid"])))
+            os.kill(killed[0], signal.SIGKILL)
 
-    result = run_sweep(load_sweep(sweep_file(300)), out, workers=2, on_progress=kill_once)
+    sweep = load_sweep(sweep_file(300))
+    if cluster is None:
+        result = run_sweep(sweep, out, workers=2, on_progress=kill_once)
+    else:
+        result = run_sweep(
+            sweep, out, engine="dask", address=cluster.address, on_progress=kill_once
+        )
+        assert killed[0] in [worker.pid for worker in cluster.workers]
     assert killed
     assert not result.failed
+    assert not result.problem
     rows_once(out)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("engine", ["local", "dask"])
-def test_ctrl_c_leaves_members_that_can_be_gone_on_with(
+def test_ctrl_c_leaves_members_that_can_be_resumed(
     engine: str,
     sweep_file: Callable[[int], Path],
     tmp_path: Path,
@@ -214,33 +227,6 @@ def test_dask_over_tls_takes_those_who_have_the_certificate_alone(
 
 
 @pytest.mark.soak
-def test_dask_a_killed_worker_loses_and_repeats_nothing(
-    cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    killed: list[object] = []
-
-    def kill_once(progress: SweepProgress) -> None:
-        pid = busy_member(out).get("pid")
-        if pid and not killed:
-            killed.append(pid)
-            os.kill(int(str(pid)), signal.SIGKILL)
-
-    result = run_sweep(
-        load_sweep(sweep_file(300)),
-        out,
-        engine="dask",
-        address=cluster.address,
-        on_progress=kill_once,
-    )
-    assert killed
-    assert killed[0] in [worker.pid for worker in cluster.workers]
-    assert not result.failed
-    assert not result.problem
-    rows_once(out)
-
-
-@pytest.mark.soak
 def test_dask_without_its_scheduler_says_so_and_the_rest_is_finished_later(
     cluster: Cluster,
     sweep_file: Callable[[int], Path],
@@ -266,13 +252,13 @@ def test_dask_without_its_scheduler_says_so_and_the_rest_is_finished_later(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("batch", [False, True])
 def test_dask_collect_brings_folders_back(
-    cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
+    batch: bool, cluster: Cluster, sweep_file: Callable[[int], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = run_sweep(
-        load_sweep(sweep_file(20)), out, engine="dask", address=cluster.address, collect=True
-    )
+    options = {"address": cluster.address, "collect": True, "batch": batch}
+    result = run_sweep(load_sweep(sweep_file(20)), out, engine="dask", **options)
     assert result.finished == 6
     rows_once(out)
 
