@@ -71,7 +71,7 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
         for number, (kind, method) in enumerate(
             ((ProbeLog, "add"), (Checkpointer, "save"), (WandbRun, "log")), start=1
         ):
-            _told(kind, method, phase, number)
+            _announce(kind, method, phase, number)
         with Path(os.devnull).open("w") as nowhere:
             sys.stdout = sys.stderr = nowhere
             result = (
@@ -89,7 +89,7 @@ def start(folder: Path, phase: "Synchronized[int]") -> ForkProcess:
     return process
 
 
-def _told(kind: Any, method: str, phase: "Synchronized[int]", number: int) -> None:
+def _announce(kind: Any, method: str, phase: "Synchronized[int]", number: int) -> None:
     """Make a method say in the shared number that it is being run."""
     original = getattr(kind, method)
 
@@ -135,12 +135,12 @@ def disturb(
     ):
         time.sleep(0.0002)
     time.sleep(draw.uniform(0, 0.003))
-    found, began = PHASES[phase.value], time.monotonic()
+    at, began = PHASES[phase.value], time.monotonic()
     assert process.pid is not None
     try:
         os.kill(process.pid, number)
     except ProcessLookupError:
-        found = "finished"
+        at = "finished"
     process.join()
     seconds = time.monotonic() - began
     rows = len(read_metrics(folder)) if metrics.exists() else 0
@@ -153,14 +153,14 @@ def disturb(
         again = start(folder, phase)
         again.join()
         if again.exitcode != 0:
-            return Trial([f"resume ended with {again.exitcode}"], found, rows, seconds)
-    return Trial(problems + compare(folder, reference), found, rows, seconds)
+            return Trial([f"resume ended with {again.exitcode}"], at, rows, seconds)
+    return Trial(problems + compare(folder, reference), at, rows, seconds)
 
 
 def _lost(folder: Path) -> list[str]:
     """What a run that was asked to stop has not written."""
     summary, rows = read_summary(folder), read_metrics(folder)
-    logged = [step for place in _fragments(folder) for step in wandb_steps(place) or []]
+    logged = [step for part in _fragments(folder) for step in wandb_steps(part) or []]
     problems = [str(warning) for warning in summary["warnings"]]
     if summary["rows"] != len(rows) or sorted(logged) != [row[STEP] for row in rows]:
         problems.append(f"{summary['rows']} rows seen, {len(rows)} on disk, {len(logged)} in W&B")
@@ -176,12 +176,13 @@ def compare(folder: Path, reference: Path) -> list[str]:
     steps = [int(row[STEP] or 0) for row in read_metrics(folder)]
     if len(set(steps)) < len(steps):
         problems.append("metrics.jsonl has a step twice")
-    logged = Counter(step for place in _fragments(folder) for step in wandb_steps(place) or [])
-    said = " ".join(read_summary(folder)["warnings"])
+    logged = Counter(step for part in _fragments(folder) for step in wandb_steps(part) or [])
+    warnings = " ".join(read_summary(folder)["warnings"])
     if missing := sorted(set(steps) - set(logged)):
-        problems.append(f"W&B lacks the steps {missing} ({said})")
-    if unsaid := [step for step, n in logged.items() if n > 1 and "more than one" not in said]:
-        problems.append(f"W&B has {unsaid} more than once")
+        problems.append(f"W&B lacks the steps {missing} ({warnings})")
+    repeated = [step for step, n in logged.items() if n > 1]
+    if repeated and "more than one" not in warnings:
+        problems.append(f"W&B has {repeated} more than once")
     return problems
 
 
@@ -198,17 +199,17 @@ def undisturbed(folder: Path) -> Path:
 
 
 def run_trials(
-    place: Path, reference: Path, number: signal.Signals, count: int, *, seed: int = 0
+    folder: Path, reference: Path, number: signal.Signals, count: int, *, seed: int = 0
 ) -> list[Trial]:
     """That many runs, disturbed by a signal in every phase in turn."""
     draw = random.Random(seed)
     trials = []
     for trial in range(count):
-        folder = place / f"{number.name}-{trial}"
-        found = disturb(folder, reference, number, trial % len(PHASES), draw)
-        what = "; ".join(found.problems) or "the same"
-        print(f"{number.name} {trial}: {found.phase}, {found.rows} rows: {what}", flush=True)
-        trials.append(found)
+        run = folder / f"{number.name}-{trial}"
+        result = disturb(run, reference, number, trial % len(PHASES), draw)
+        what = "; ".join(result.problems) or "the same"
+        print(f"{number.name} {trial}: {result.phase}, {result.rows} rows: {what}", flush=True)
+        trials.append(result)
     return trials
 
 
@@ -221,14 +222,13 @@ def main() -> int:
     options = parser.parse_args()
     lines, bad = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        reference = undisturbed(place / "reference")
+        reference = undisturbed(Path(folder) / "reference")
         for number, count in (
             (signal.SIGKILL, options.kills),
             (signal.SIGTERM, options.signals),
             (signal.SIGINT, options.signals),
         ):
-            trials = run_trials(place, reference, number, count, seed=options.seed)
+            trials = run_trials(Path(folder), reference, number, count, seed=options.seed)
             slow = [t for t in trials if t.seconds > 5]
             good = sum(not trial.problems for trial in trials)
             bad += count - good + len(slow)

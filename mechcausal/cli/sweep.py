@@ -58,7 +58,7 @@ class SweepOptions:
 
 def main(arguments: list[str]) -> int:
     """Run the command; the exit code is 0, 1 when a member failed, or 128 + signal."""
-    if "batched" in [argument.removeprefix("--engine=") for argument in arguments]:
+    if "--engine batched" in " ".join(arguments).replace("=", " "):
         raise RefusedError(BATCHED)
     options = parse(SweepOptions, arguments, command="sweep")
     if not options.sweep:

@@ -64,14 +64,14 @@ def _tree_before(folder: Path) -> Path | None:
 def test_demo(tmp_path: Path) -> None:
     before = _tree_before(tmp_path / "before")
     sides = {"now": _REPOSITORY} | ({"before": before} if before else {})
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(3):
         for name, tree in sides.items():
             out = str(tmp_path / f"{name}{turn}")
             arguments = ("markov_chain", "--quiet", "--wandb-mode", "offline", "--out", out)
-            found[name].append(_command(tree, "train", *arguments))
+            measured[name].append(_command(tree, "train", *arguments))
     least = {
-        name: [min(column) for column in zip(*rows, strict=True)] for name, rows in found.items()
+        name: [min(column) for column in zip(*rows, strict=True)] for name, rows in measured.items()
     }
     print()
     for name, (clock, processor) in least.items():
@@ -95,14 +95,14 @@ def test_start(tmp_path: Path) -> None:
         "looking for garbage": (700, ""),
         "W&B after TransformerLens": (100_000, "transformer_lens, "),
     }
-    found: dict[str, list[float]] = {name: [] for name in settings}
+    measured: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(3):
         for name, (threshold, first) in settings.items():
             text = code.format(threshold=threshold, first=first)
             done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True)
-            found[name].append(float(done.stdout))
+            measured[name].append(float(done.stdout))
     print()
-    for name, seconds in found.items():
+    for name, seconds in measured.items():
         print(f"loading {name}: {min(seconds):.2f} s of the processor")
 
 
@@ -138,7 +138,7 @@ def test_dirichlet_samplers() -> None:
         return rows  # 0/0 where all draws of a row underflow
 
     with _one_thread():
-        found = _least(
+        measured = _least(
             {
                 "ours": lambda: sample_dirichlet(alpha, shape, generator=generator),
                 "torch's": lambda: torch._sample_dirichlet(everywhere, generator=generator),
@@ -146,8 +146,8 @@ def test_dirichlet_samplers() -> None:
             }
         )
     print()
-    for name, milliseconds in found.items():
-        print(f"{name}: {milliseconds:.2f} ms, {milliseconds / found['ours']:.2f} times ours")
+    for name, milliseconds in measured.items():
+        print(f"{name}: {milliseconds:.2f} ms, {milliseconds / measured['ours']:.2f} times ours")
 
 
 def test_batches_drawn_ahead() -> None:
@@ -167,7 +167,7 @@ def test_batches_drawn_ahead() -> None:
             other()
 
     with _one_thread():
-        found = _least(
+        measured = _least(
             {
                 "in turn": lambda: together(lambda: task.sample(1024, generator=generator)),
                 "ahead": lambda: together(lambda: ahead.sample(1024)),
@@ -175,8 +175,8 @@ def test_batches_drawn_ahead() -> None:
             rounds=8,
         )
     print(
-        f"\n20 batches beside other work: {found['in turn']:.0f} ms in turn, "
-        f"{found['ahead']:.0f} ms ahead, ratio {found['ahead'] / found['in turn']:.2f}"
+        f"\n20 batches beside other work: {measured['in turn']:.0f} ms in turn, "
+        f"{measured['ahead']:.0f} ms ahead, ratio {measured['ahead'] / measured['in turn']:.2f}"
     )
 
 

@@ -7,6 +7,8 @@ of the single runs before the batch, half after it, so that a busy machine slows
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.records.run_folder import read_metrics
 from mechcausal.sweeps.batch import batches, train_batch
+from mechcausal.sweeps.outcome import Outcome
 from mechcausal.training.run import train
 
 pytestmark = pytest.mark.benchmark
@@ -71,12 +74,14 @@ def test_a_batch_against_runs_one_after_another(
 
     run_singles(chosen[: len(chosen) // 2])
     folders = [tmp_path / f"member{number}" for number in range(len(recipes))]
+    workers = os.cpu_count() or 1
+
+    def run_batch(numbers: list[int]) -> list[Outcome]:
+        return train_batch([recipes[n] for n in numbers], [folders[n] for n in numbers])
+
     start = time.perf_counter()
-    outcomes = [
-        outcome
-        for numbers in batches(recipes)
-        for outcome in train_batch([recipes[n] for n in numbers], [folders[n] for n in numbers])
-    ]
+    with ThreadPoolExecutor(workers) as pool:
+        outcomes = [*chain.from_iterable(pool.map(run_batch, batches(recipes, workers)))]
     batch = (time.perf_counter() - start) / len(recipes)
     run_singles(chosen[len(chosen) // 2 :])
     assert all(outcome.state == "finished" for outcome in outcomes)

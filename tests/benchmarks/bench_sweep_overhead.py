@@ -101,10 +101,10 @@ def memory(folder: Path) -> None:
     run_sweep(load_sweep(_file(folder, count)), folder / "out", workers=2, on_progress=look)
     marks = [count * part // 4 or 20 for part in range(5)]
     at = [min(seen, key=lambda row: abs(row[0] - mark)) for mark in marks]
-    said = ", ".join(f"{n:,} members: {own:.0f} ({worker:.0f})" for n, own, worker in at)
-    print(f"MiB of the parent (and of the largest process it started) after {said}")
+    text = ", ".join(f"{n:,} members: {own:.0f} ({worker:.0f})" for n, own, worker in at)
+    print(f"MiB of the parent (and of the largest process it started) after {text}")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        {"plan": plan, "overhead": overhead, "memory": memory}[sys.argv[1]](Path(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        {"plan": plan, "overhead": overhead, "memory": memory}[sys.argv[1]](Path(scratch))
