@@ -288,10 +288,7 @@ def _check(
         SweepError: the first member that cannot be trained.
     """
     from mechcausal.graphs import GraphError
-    from mechcausal.recipes.stages import stages
-    from mechcausal.tasks import build_task
     from mechcausal.tasks.priors import PriorError
-    from mechcausal.training.experiments import check_model
     from mechcausal.training.run import check
 
     try:
@@ -307,14 +304,7 @@ def _check(
             continue
         seen.add(key)
         try:
-            if on_this_machine:
-                check(member.recipe)
-                continue
-            if not stages(member.recipe):
-                raise RecipeError("training: no steps in any stage: nothing to train")
-            if member.recipe.task.kind == "causal_graph":
-                recipe = member.recipe
-                check_model(recipe, build_task(recipe.build_graph(), recipe.build_prior()))
+            check(member.recipe, on_this_machine=on_this_machine)
         except (RecipeError, GraphError, PriorError) as error:
             raise SweepError(f"member {member.name}: {error}") from None
 

@@ -96,16 +96,23 @@ def train(
     return result_of(run, stop)
 
 
-def check(recipe: Recipe) -> None:
-    """Check that this machine can train the recipe.
+def check(recipe: Recipe, *, on_this_machine: bool = True) -> None:
+    """Check that the recipe can be trained.
+
+    Args:
+        recipe: a parsed recipe.
+        on_this_machine: whether this machine will train it, and must have the device and the
+            memory.
 
     Raises:
+        GraphError, PriorError: the graph or the prior is invalid.
         RecipeError: nothing to train, no such device, or parts that do not fit together.
     """
     if not stages(recipe):
         raise RecipeError("training: no steps in any stage: nothing to train")
-    device_named(recipe.device)
-    check_experiment(recipe)
+    if on_this_machine:
+        device_named(recipe.device)
+    check_experiment(recipe, on_this_machine=on_this_machine)
 
 
 def train_runs(runs: Sequence[RecordedRun], stop: StopSignal) -> None:

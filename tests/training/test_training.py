@@ -36,7 +36,7 @@ from mechcausal.tasks import SeveralParentsTask, soft_cross_entropy
 from mechcausal.training.checkpoints import checkpoint_folders
 from mechcausal.training.experiments import Generators, build_experiment
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment, hooked_look_seconds
-from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, train
+from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, check, train
 
 # What a run on a graph with edges reports, by the names of design.md.
 FIGURES = {
@@ -816,6 +816,12 @@ def test_a_run_that_cannot_start_leaves_no_folder(
     with pytest.raises(RecipeError, match=part):
         train(tiny(**overrides), out=tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_machine_may_have_what_this_one_lacks() -> None:
+    check(tiny(device="cuda:99"), on_this_machine=False)
+    with pytest.raises(RecipeError, match="simplified learns"):
+        check(tiny(graph__preset="two_parents"), on_this_machine=False)
 
 
 def test_a_run_is_never_overwritten(run: RunResult) -> None:

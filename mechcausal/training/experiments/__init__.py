@@ -9,8 +9,12 @@ from mechcausal.training.experiments.memory import check_memory, experiment_need
 __all__ = ["Experiment", "Generators", "Observation", "build_experiment", "check_experiment"]
 
 
-def check_experiment(recipe: Recipe) -> None:
+def check_experiment(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     """Check quickly, before anything large is allocated, that the experiment can be built.
+
+    Args:
+        recipe: a parsed recipe.
+        on_this_machine: whether this machine will train it, and must have the memory.
 
     Raises:
         GraphError, PriorError: the graph or the prior is invalid.
@@ -31,7 +35,8 @@ def check_experiment(recipe: Recipe) -> None:
             f"model.d_model: fixed embeddings of {vocab} tokens and {length} positions "
             f"need {vocab + length}, found {model.d_model}"
         )
-    check_memory(experiment_needs(recipe, graph, length), recipe.device)
+    if on_this_machine:
+        check_memory(experiment_needs(recipe, graph, length), recipe.device)
 
 
 def check_model(recipe: Recipe, task: Task) -> None:
