@@ -1,13 +1,13 @@
 """`mechcausal sweep`."""
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
+from mechcausal.cli.display import bar_on_terminal
 from mechcausal.cli.parsing import RefusedError, parse
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import shell_command
@@ -17,6 +17,8 @@ from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from mechcausal.sweeps.driver import SweepProgress, SweepResult
 
 SHOWN_MEMBERS = 10
@@ -91,7 +93,7 @@ def _run(sweep: Sweep, folder: Path, options: SweepOptions) -> int:
 
     display = _Display(quiet=options.quiet)
     try:
-        with display:
+        with display.bar:
             result = run_sweep(
                 sweep,
                 folder,
@@ -161,53 +163,28 @@ def _write_wandb(sweep: Sweep, file: Path) -> int:
 
 
 class _Display:
-    """Members done, failed and running, and the time left; nothing if stderr is no terminal."""
+    """Members done, failed and running, and the time left; nothing if stderr is no terminal.
+
+    Attributes:
+        bar: shown within its `with` block.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
+        self.bar = bar_on_terminal(quiet=quiet, keep=True)
+        self.bar.speed_estimate_period = 600  # seconds: members may end rarely
         self._quiet = quiet
-        self._bar: Any = nullcontext()
-        self._task: Any = None
+        self._task: TaskID | None = None
         self._problem = ""
-
-    def __enter__(self) -> "_Display":
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[states]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=self._quiet or not console.is_terminal,
-            speed_estimate_period=600,
-        )
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
 
     def show(self, progress: "SweepProgress") -> None:
         """Update the bar; called whenever members end."""
         if self._task is None:
-            self._task = self._bar.add_task(
-                "", total=progress.total - progress.skipped, states="starting"
-            )
+            total = progress.total - progress.skipped
+            self._task = self.bar.add_task("members", total=total, figures="starting")
         states = f"{progress.running} running"
         states += f", {progress.failed} failed" if progress.failed else ""
         states += f", {progress.skipped} before" if progress.skipped else ""
-        self._bar.update(self._task, completed=progress.done + progress.failed, states=states)
+        self.bar.update(self._task, completed=progress.done + progress.failed, figures=states)
         if progress.problem != self._problem:
             self._problem = progress.problem
             if self._problem and not self._quiet:
