@@ -134,14 +134,10 @@ def fitting_repeat_lengths(n_ctx: int, vocab_size: int, bos: int | None = None) 
     >>> fitting_repeat_lengths(16, 100)
     (3, 4, 6, 7, 8)
     """
-    room = (n_ctx - (bos is not None)) // 2
-    if room < SHORTEST:
-        raise ProbeError(
-            f"a context of {n_ctx} is too short for two repeats of {SHORTEST} tokens: "
-            f"{2 * SHORTEST + (bos is not None)} positions are needed"
-        )
+    _check_context(n_ctx, SHORTEST, bos)
     drawable = vocab_size - (bos is not None)
-    longest = min(LONGEST, room, max(SHORTEST, drawable // 2))
+    fitting = (n_ctx - (bos is not None)) // 2
+    longest = min(LONGEST, fitting, max(SHORTEST, drawable // 2))
     shortest = max(SHORTEST, longest // 5)
     return tuple(sorted({round(shortest + (longest - shortest) * i / 4) for i in range(5)}))
 
@@ -274,10 +270,14 @@ def _checked_lengths(lengths: Sequence[int], n_ctx: int, bos: int | None) -> tup
             f"repeat_lengths are {list(lengths)}; each must be at least {SHORTEST}, or induction "
             "cannot be told from attention to the previous token"
         )
-    needed = 2 * max(distinct) + (bos is not None)
+    _check_context(n_ctx, max(distinct), bos)
+    return distinct
+
+
+def _check_context(n_ctx: int, repeat_length: int, bos: int | None) -> None:
+    needed = 2 * repeat_length + (bos is not None)
     if needed > n_ctx:
         raise ProbeError(
-            f"a context of {n_ctx} is too short for two repeats of {max(distinct)} tokens: "
+            f"a context of {n_ctx} is too short for two repeats of {repeat_length} tokens: "
             f"{needed} positions are needed"
         )
-    return distinct

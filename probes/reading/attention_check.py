@@ -106,20 +106,17 @@ class PassCheck:
         """The result for the pass; None if no attention hook ran in it."""
         if not self._sums and not self._z_came_first:
             return None
-        sums = [
-            (low.item(), high.item(), tolerance) for low, high, tolerance in self._sums.values()
-        ]
+        sums = [(low.item(), high.item(), rounding) for low, high, rounding in self._sums.values()]
         late = [layer for layer, z_first in self._z_came_first.items() if z_first]
+        lowest = min((low for low, _, _ in sums), default=1.0)
+        highest = max((high for _, high, _ in sums), default=1.0)
         return AttentionCheck(
-            (
-                min((low for low, _, _ in sums), default=1.0),
-                max((high for _, high, _ in sums), default=1.0),
-            ),
-            any(low < 1 - tolerance and high <= 1 + tolerance for low, high, tolerance in sums),
-            any(high > 1 + tolerance for _, high, tolerance in sums),
-            tuple(layer for layer in late if layer not in self._sums),
-            tuple(layer for layer in late if layer in self._sums),
-            unread,
+            row_sums=(lowest, highest),
+            sink=any(low < 1 - rounding and high <= 1 + rounding for low, high, rounding in sums),
+            excess=any(high > 1 + rounding for _, high, rounding in sums),
+            hidden=tuple(layer for layer in late if layer not in self._sums),
+            late=tuple(layer for layer in late if layer in self._sums),
+            unread=unread,
         )
 
 
