@@ -93,9 +93,9 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
     training, evaluation, probing = recipe.training, recipe.evaluation, recipe.probing
     s, t, fields = recipe.task.vocab_size, length, _size_fields(recipe)
     weights, scores, model_fields = _model_sizes(recipe, t)
-    single_parent = graph is not None and graph.is_single_parent
+    is_drawn = graph is not None and graph.is_single_parent and recipe.task.transition is None
     # Of each sequence: three tables to draw its transition matrix, or logits of its positions.
-    data = 3 * s * s if single_parent else s * t if graph is None else s
+    data = 3 * s * s if is_drawn else s * t if graph is None else s
     batch = training.batch_size // training.accumulation
     batch_fields = ("training.batch_size (or raise training.accumulation)", *fields)
     kept = min(_n_probe_steps(recipe), probing.images + probing.dense) if probing.enabled else 0
@@ -110,7 +110,7 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
         ),
         Need("the matrices kept", 12 * kept * t * t, kept_fields, lasting=True),
     ]
-    if single_parent and recipe.task.transition is None:
+    if is_drawn:
         size = 16 * evaluation.bayes_draws * s * s
         needs.append(Need("the Bayes loss", size, ("evaluation.bayes_draws", "task.vocab_size")))
     return needs if graph is None else needs + theory_needs(recipe, graph)
