@@ -1,4 +1,11 @@
-"""Recipes that train in a second: a language model of four steps, and a causal graph."""
+"""Recipes that train in a second, and runs that draw nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
 LEAN = {
     "name": "lean",
@@ -22,3 +29,11 @@ GRAPH = {
     "probing": {"images": 0, "report": False},
     "wandb": {"mode": "disabled"},
 }
+
+
+@contextmanager
+def without_figures() -> Iterator[pytest.MonkeyPatch]:
+    """Runs in the block draw no figures, which take most of the time of a short run."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(CausalGraphExperiment, "draw_figures", lambda *_, **__: {})
+        yield monkeypatch

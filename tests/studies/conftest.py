@@ -4,7 +4,7 @@ import pytest
 
 from mechcausal.recipes import parse_recipe
 from mechcausal.training.run import RunResult, train
-from tests.small_recipes import GRAPH, LEAN
+from tests.small_recipes import GRAPH, LEAN, without_figures
 
 
 @pytest.fixture(scope="session")
@@ -16,4 +16,6 @@ def lean_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 @pytest.fixture(scope="session")
 def graph_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run of one step on a causal graph, with a checkpoint at 1."""
-    return train(parse_recipe(GRAPH, source="test"), out=tmp_path_factory.mktemp("graph") / "run")
+    with without_figures():
+        folder = tmp_path_factory.mktemp("graph") / "run"
+        return train(parse_recipe(GRAPH, source="test"), out=folder)

@@ -23,6 +23,7 @@ from mechcausal.studies.explanations.skeletons import (
 from mechcausal.support.signals import StopRequested
 from mechcausal.training.run import Progress, RunResult, train
 from probes.causal_discovery import discover_attention
+from tests.small_recipes import without_figures
 
 KINDS = ("simplified", "disentangled")
 
@@ -53,7 +54,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list
         result.warnings.append("W&B kept 1 of 2 rows")
         return result
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with without_figures() as monkeypatch:
         monkeypatch.setattr(module, "train", warned)
         monkeypatch.setattr(module, "_JOINT_STEPS", 30)
         result = bridge(
@@ -129,6 +130,7 @@ def test_a_skeleton_holds_the_edges_of_any_head_and_scores_count_them() -> None:
     assert module._row("kind", "none", [skeletons, skeletons]).mean["f1"] is None
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("number", "nth"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_stopped_training_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, nth: int

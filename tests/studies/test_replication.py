@@ -10,7 +10,7 @@ import pytest
 import wandb
 
 from mechcausal.recipes import Recipe, load_recipe
-from mechcausal.studies.replication import FIGURES, Replication, replicate
+from mechcausal.studies.replication import FIGURES, Replication, replicate, runs
 from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
 from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
 from mechcausal.studies.replication.figures import forests
@@ -19,8 +19,11 @@ from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run, run_all
 from mechcausal.support.signals import StopRequested
 from mechcausal.support.statistics import mean_and_stderr, sequence_mean
+from mechcausal.sweeps.member import run_member
+from mechcausal.sweeps.plan import Member as SweepMember
 from mechcausal.tasks import SingleParentTask
 from tests.oracles import seeded
+from tests.small_recipes import without_figures
 
 
 def miniature(recipe: Recipe) -> Recipe:
@@ -43,11 +46,21 @@ def miniature(recipe: Recipe) -> Recipe:
     return recipe.with_overrides(**changes)
 
 
-def quickly(folder: Path, figures: Sequence[str] = (), **options: Any) -> Replication:
+def train_here(members: Sequence[SweepMember], *, workers: int | None, on_end: Any) -> None:
+    """Train members in this process."""
+    for member in members:
+        on_end(member, run_member(member.recipe, member.folder))
+
+
+def quickly(
+    folder: Path, figures: Sequence[str] = (), *, processes: bool = False, **options: Any
+) -> Replication:
     """A quick replication of miniatures, with two forests."""
     options = {"workers": 2, "adjust": miniature, **options}
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with without_figures() as monkeypatch:
         monkeypatch.setattr(forests, "N_GRAPHS_QUICK", 2)
+        if not processes:
+            monkeypatch.setattr(runs, "train_members", train_here)
         return replicate(figures, folder=folder, quick=True, wandb_mode="disabled", **options)
 
 
@@ -130,15 +143,19 @@ def test_runs_are_found_again_and_a_picture_that_fails_is_a_warning(
 def run_of(folder: Path, **changes: object) -> Run:
     """The run of one member, trained only if the folder has none of this recipe."""
     member = Member("figure2_manual", changes={"training__joint__steps": 2000}, label="short")
-    runs, failed = run_all(
-        [member],
-        folder,
-        workers=1,
-        adjust=lambda recipe: miniature(recipe).with_overrides(wandb__mode="disabled", **changes),
-        on_done=lambda name, outcome: None,
-    )
+    with without_figures() as monkeypatch:
+        monkeypatch.setattr(runs, "train_members", train_here)
+        by_name, failed = run_all(
+            [member],
+            folder,
+            workers=1,
+            adjust=lambda recipe: miniature(recipe).with_overrides(
+                wandb__mode="disabled", **changes
+            ),
+            on_done=lambda name, outcome: None,
+        )
     assert failed == {}
-    return runs[member.name]
+    return by_name[member.name]
 
 
 def test_a_run_of_another_recipe_is_left_alone(everything: Replication) -> None:
@@ -165,7 +182,9 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
         return small.with_overrides(**wild) if recipe.seed == 1 else small
 
     outcomes: dict[str, str] = {}
-    replication = quickly(tmp_path, ["figure9"], adjust=diverges, on_done=outcomes.__setitem__)
+    replication = quickly(
+        tmp_path, ["figure9"], processes=True, adjust=diverges, on_done=outcomes.__setitem__
+    )
     assert outcomes["figure9_forest-seed0"] == "trained"
     assert "lr 1e+09" in replication.failed["figure9_forest-seed1"]
     assert "a run that it needs failed" in replication.failed["figure9"]
@@ -177,10 +196,9 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
 def test_a_stopped_training_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "mechcausal.studies.replication.runs.train_members"
-    monkeypatch.setattr(module, lambda *_, **__: signal.SIGTERM)
+    monkeypatch.setattr(runs, "train_members", lambda *_, **__: signal.SIGTERM)
     with pytest.raises(StopRequested, match="finished runs are kept") as caught:
-        quickly(tmp_path, ["figure9"])
+        quickly(tmp_path, ["figure9"], processes=True)
     assert caught.value.number == signal.SIGTERM
     assert not (tmp_path / TABLE_FILE).exists()
 
