@@ -19,7 +19,7 @@ from mechcausal.pictures.interactive.comparison import groups
 from mechcausal.pictures.pages import write_comparison, write_report
 from mechcausal.pictures.pages.captions import frame_captions
 from mechcausal.pictures.pages.comparison_page import differing_keys, group_labels
-from mechcausal.pictures.pages.packing import LEVELS, pack_frames, quantise, unpack
+from mechcausal.pictures.pages.packing import LEVELS, MISSING, pack_frames, quantise
 from mechcausal.pictures.pages.reproduce import reproduce_command
 from mechcausal.pictures.pages.run_page import render
 from mechcausal.recipes import Recipe, load_recipe, parse_recipe, recipe_to_dict
@@ -39,6 +39,21 @@ from tests.run_folders import (
 )
 
 MARKUP = "<img src=x onerror=alert(1)></script><b>&amp;\u2028"
+
+
+def unpack(packed: dict[str, Any], frame: int) -> np.ndarray:
+    """Restore one matrix of one step from its entry in `pack_frames(...)["matrices"]`."""
+    shape = tuple(packed["shape"])
+    codes = np.frombuffer(base64.b64decode(packed["data"]), dtype="<u2")
+    codes = codes.reshape(len(packed["low"]), -1)[frame]
+    low, high = packed["low"][frame], packed["high"][frame]
+    values = np.where(codes == MISSING, np.nan, low + (high - low) * codes / (LEVELS))
+    if not packed["triangle"]:
+        return values.reshape(shape)
+    matrix = np.zeros(shape)
+    rows, columns = np.tril_indices(shape[-1])
+    matrix[..., rows, columns] = values.reshape(*shape[:-2], -1)
+    return matrix
 
 
 class Page(HTMLParser):

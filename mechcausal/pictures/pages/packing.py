@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from mechcausal.measures.figures import STEP, Value
 from mechcausal.pictures.interactive.film import thinned
@@ -24,7 +24,8 @@ DIGITS = 6
 """Significant digits of figures."""
 MOST_BYTES = 12_000_000
 """Limit on the base64 text of all matrices at all steps."""
-_MISSING = 65_535  # code of NaN
+MISSING = 65_535
+"""Code of NaN."""
 
 PAGE_MATRICES = (
     "attention/layer0",
@@ -74,21 +75,6 @@ def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     }
 
 
-def unpack(packed: Mapping[str, Any], frame: int) -> Float[np.ndarray, "..."]:
-    """Restore one matrix of one step from its entry in `pack_frames(...)["matrices"]`."""
-    shape = tuple(packed["shape"])
-    codes = np.frombuffer(base64.b64decode(packed["data"]), dtype="<u2")
-    codes = codes.reshape(len(packed["low"]), -1)[frame]
-    low, high = packed["low"][frame], packed["high"][frame]
-    values = np.where(codes == _MISSING, np.nan, low + (high - low) * codes / (LEVELS))
-    if not packed["triangle"]:
-        return values.reshape(shape)
-    matrix = np.zeros(shape)
-    rows, columns = np.tril_indices(shape[-1])
-    matrix[..., rows, columns] = values.reshape(*shape[:-2], -1)
-    return matrix
-
-
 def quantise(values: Shaped[np.ndarray, "n"]) -> tuple[np.ndarray, float, float]:
     """16-bit codes of the values, and the smallest and largest value."""
     finite = np.isfinite(values)
@@ -96,7 +82,7 @@ def quantise(values: Shaped[np.ndarray, "n"]) -> tuple[np.ndarray, float, float]
     high = float(values[finite].max(initial=-np.inf)) if finite.any() else 0.0
     span = (high - low) or 1.0
     shares = np.where(finite, (values - low) / span, 0.0)
-    codes = np.where(finite, np.round(shares * LEVELS), _MISSING)
+    codes = np.where(finite, np.round(shares * LEVELS), MISSING)
     return codes.astype("<u2"), low, high
 
 
