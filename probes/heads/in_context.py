@@ -118,3 +118,78 @@ def repeated_pairs(
         real = attention_mask.bool()
         same = same & pairs_of(real[:, :-1] & real[:, 1:])
     return same.tril(-1).any(-1)
+
+
+@dataclass(frozen=True)
+class InContextScore:
+    """How much better a model predicts late in a sequence than early.
+
+    Attributes:
+        score: loss at position `late` minus loss at position `early`, nats; below 0 if the model
+            learns from context.
+        stderr: its standard error, paired over sequences (NaN for one).
+        early_loss: mean loss of the token at position `early`, nats.
+        late_loss: mean loss of the token at position `late`, nats.
+        n_sequences: sequences with text at both positions.
+    """
+
+    score: float
+    stderr: float
+    early_loss: float
+    late_loss: float
+    n_sequences: int
+
+
+def in_context_score(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    early: int = 50,
+    late: int = 500,
+    attention_mask: Shaped[Tensor, "batch mask_pos"] | None = None,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+) -> InContextScore:
+    """The loss of the token at position `late` minus that at position `early`, on given data.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; left as it was.
+        tokens: sequences of more than `late` tokens.
+        early: a position, at least 1 (the first token is not predicted).
+        late: a later position.
+        attention_mask: 0 at padding; None to find padding by the tokenizer's PAD token.
+        max_batch_bytes: bound on the estimated activations of one pass, in bytes.
+
+    Raises:
+        ValueError: positions outside the sequences, or no sequence has text at both.
+        ProbeError: as `loss_by_position`.
+
+    Source:
+        Olsson et al. 2022, "In-context Learning and Induction Heads", with positions 50 and 500.
+
+    >>> from transformer_lens import HookedTransformer
+    >>> sizes = {"n_layers": 1, "n_heads": 1, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
+    >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
+    >>> in_context_score(model, torch.randint(20, (16, 8)), early=1, late=7).n_sequences
+    16
+    """
+    pos = tokens.shape[-1]
+    if not 1 <= early < late < pos:
+        raise ValueError(
+            f"early is {early} and late is {late}; in sequences of {pos} tokens they must satisfy "
+            f"1 <= early < late <= {pos - 1}"
+        )
+    losses = token_losses(
+        model, tokens, attention_mask=attention_mask, max_batch_bytes=max_batch_bytes
+    ).double()
+    pair = losses[:, [early - 1, late - 1]]
+    pair = pair[~pair.isnan().any(1)]
+    if not len(pair):
+        raise ValueError(f"no sequence has text at both positions {early} and {late}")
+    difference = pair[:, 1] - pair[:, 0]
+    return InContextScore(
+        score=difference.mean().item(),
+        stderr=standard_error(difference).item(),
+        early_loss=pair[:, 0].mean().item(),
+        late_loss=pair[:, 1].mean().item(),
+        n_sequences=len(pair),
+    )

@@ -1,1 +1,1 @@
-"""Watch a training run that is not ours: information of the data, gradients, agreement."""
+"""Watch a training run: the information of its data, its gradients, its heads as they form."""

@@ -13,14 +13,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
         ProbeError: the model is sharded by FSDP, so that no process holds whole weights.
     """
     for module in model.modules():
-        if any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(module).__mro__):
+        if any(
+            "FSDP" in kind.__name__ or "FullySharded" in kind.__name__
+            for kind in type(module).__mro__
+        ):
             raise ProbeError(
                 f"{type(module).__name__} shards its parameters (FSDP): no process holds whole "
                 "weights to read; watch a copy with gathered weights instead"
             )
     while True:
         inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if inner is None and isinstance(
+            model, nn.parallel.DistributedDataParallel | nn.DataParallel
+        ):
             inner = model.module
         if inner is None:
             return model
