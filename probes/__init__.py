@@ -9,6 +9,8 @@ Example::
     scores = score_heads(model)  # which heads are induction heads, and what makes them so
     ablation_effects(model, scores.heads("induction"))
 
+    track = Tracker(model, held_out, every=200, log=wandb.log)  # then track(step) in the loop
+
     print(discover(model, tokens[0], n_eff=64).pag)  # causal graph over one input's tokens
 
 Cost: a probe keeps only what its reading needs. `AttentionPattern` without `reduce` is the one
@@ -24,7 +26,12 @@ from probes.heads.copying import copying_score
 from probes.heads.formation import Formation, track_formation
 from probes.heads.head_scores import score_heads
 from probes.heads.head_table import HeadScores
-from probes.heads.in_context import PositionLoss, loss_by_position
+from probes.heads.in_context import (
+    InContextScore,
+    PositionLoss,
+    in_context_score,
+    loss_by_position,
+)
 from probes.heads.induction import AttentionTo, InductionScores
 from probes.heads.scores import (
     above_chance,
@@ -56,6 +63,20 @@ from probes.reading.attention_gradient import AttentionGradient
 from probes.reading.errors import ProbeError, ProbeWarning
 from probes.reading.labelled import LabelledTensor
 
+# Watch: any training run.
+from probes.watching.agreement import Agreement, agreement
+from probes.watching.gradient import LossGradient, attention_gradient, next_token_loss
+from probes.watching.information import PairwiseInformation, pairwise_information
+from probes.watching.look import Look
+from probes.watching.residual import (
+    DirectPath,
+    ResidualInformation,
+    descent_by_lag,
+    direct_path,
+    residual_information,
+)
+from probes.watching.tracker import Tracker
+
 # Discover: loaded when first used, since it brings networkx with it.
 if TYPE_CHECKING:
     from probes.causal_discovery import (
@@ -74,34 +95,47 @@ __all__ = [
     "PAG",
     "AblationEffect",
     "Activation",
+    "Agreement",
     "AttentionCheck",
     "AttentionEffect",
     "AttentionGradient",
     "AttentionPattern",
     "AttentionTo",
+    "DirectPath",
     "Discovery",
     "Explanation",
     "Formation",
     "HeadScores",
+    "InContextScore",
     "InductionScores",
     "KComposition",
     "LabelledTensor",
+    "Look",
+    "LossGradient",
+    "PairwiseInformation",
     "PositionLoss",
     "Probe",
     "ProbeError",
     "ProbeWarning",
+    "ResidualInformation",
+    "Tracker",
     "ablation_effects",
     "above_chance",
+    "agreement",
     "attach",
     "attention_effects",
+    "attention_gradient",
     "attention_to",
     "check_attention",
     "copying_score",
+    "descent_by_lag",
+    "direct_path",
     "discover",
     "discover_attention",
     "duplicate_token_score",
     "edit_attention",
     "explain",
+    "in_context_score",
     "k_composition",
     "knock_out",
     "linear_edges",
@@ -109,11 +143,14 @@ __all__ = [
     "loss_by_position",
     "make_uniform",
     "mean_ablate",
+    "next_token_loss",
+    "pairwise_information",
     "prefix_matching_score",
     "previous_token_score",
     "redirect",
     "repeated_tokens",
     "replace_pattern",
+    "residual_information",
     "save_picture",
     "score_heads",
     "track_formation",

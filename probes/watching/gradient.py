@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.reading.attach import attach
-from probes.reading.attention import AttentionGradient
+from probes.reading.attention_gradient import AttentionGradient
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import Layers, modules_of
 from probes.reading.labelled import LabelledTensor
@@ -93,7 +93,7 @@ def attention_gradient(
     if n_sequences < 2:
         raise ValueError("a gradient with a standard error needs at least two sequences")
     real = real_positions(model, tokens, attention_mask)
-    rows = batch_rows(model, tokens.shape[1], max_batch_bytes // 3, logits=True)
+    rows = batch_rows(model, tokens.shape[1], max(1, max_batch_bytes // 3), logits=True)
     rows = min(rows, max(1, n_sequences // MIN_BLOCKS))
     probe = AttentionGradient(wrt, layers, loss_scale=1)
     by_head, summed = _Blocks(), _Blocks()

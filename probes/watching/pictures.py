@@ -1,7 +1,7 @@
 """Plotly pictures of a tracked run."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +9,7 @@ from torch import Tensor
 from probes.reading.labelled import LabelledTensor
 from probes.watching.agreement import Target
 from probes.watching.information import PairwiseInformation
-
-if TYPE_CHECKING:
-    from probes.watching.tracker import Look
+from probes.watching.look import Look
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#4aa3df", "#5b5b5b")
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -19,7 +17,7 @@ _LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": 
 
 
 def tracker_pictures(
-    looks: Sequence["Look"], information: PairwiseInformation | None, target: Target, prefix: str
+    looks: Sequence[Look], information: PairwiseInformation | None, target: Target, prefix: str
 ) -> dict[str, Any]:
     """The pictures that the looks have data for, by their names in W&B."""
     pictures: dict[str, Any] = {}
@@ -33,7 +31,7 @@ def tracker_pictures(
     return pictures
 
 
-def _heads(looks: Sequence["Look"]) -> Any:
+def _heads(looks: Sequence[Look]) -> Any:
     """The induction score of every head; one colour for each layer, one dash for each head."""
     import plotly.graph_objects as go
 
@@ -65,7 +63,7 @@ def _heads(looks: Sequence["Look"]) -> Any:
     return figure
 
 
-def _agreement(looks: Sequence["Look"]) -> Any:
+def _agreement(looks: Sequence[Look]) -> Any:
     """Correlation and edge hits of each layer; gaps where noise hides the gradient."""
     import plotly.graph_objects as go
 

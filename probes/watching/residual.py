@@ -27,7 +27,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import attention_layers, config_of
+from probes.reading.hook_names import config_of, layers_with
 from probes.reading.padding import real_positions
 from probes.reading.passes import MAX_BATCH_BYTES, batch_rows, checked_tokens, split, undisturbed
 from probes.watching.gradient import MIN_BLOCKS, LossGradient
@@ -224,7 +224,7 @@ def direct_path(model: nn.Module, residual: ResidualInformation, *, layer: int =
     >>> bool((path.descent.abs() <= path.bound).all())
     True
     """
-    attention_layers(model, layer)
+    layers_with(model, "pattern", layer)
     if residual.bucket_share > 0:
         raise ProbeError(
             "the direct path needs every token apart: raise max_vocab of residual_information"

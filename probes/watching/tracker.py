@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,36 +15,19 @@ from probes.heads.head_scores import score_heads
 from probes.heads.head_table import HeadScores
 from probes.heads.in_context import in_context_score
 from probes.reading.errors import ProbeWarning
-from probes.reading.hook_names import Layers, attention_layers
+from probes.reading.hook_names import Layers, layers_with
 from probes.reading.labelled import LabelledTensor
 from probes.reading.passes import MAX_BATCH_BYTES, checked_tokens
 from probes.watching.agreement import Target, agreement
 from probes.watching.gradient import Loss, attention_gradient
 from probes.watching.information import PairwiseInformation, pairwise_information
+from probes.watching.look import Look
 from probes.watching.unwrap import is_observing_process, unwrapped
 
 Log = Callable[..., Any]
 
 _LOGGED_SCORES = ("induction", "previous_token", "duplicate_token")
 _MAX_LOGGED_HEADS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Look:
-    """What a tracker read at one training step.
-
-    Attributes:
-        step: the training step, as the caller counts.
-        figures: the numbers that were logged, without the tracker's prefix.
-        scores: every head's scores; None if the model could not be scored.
-        descent: `-∂L/∂scores` summed over heads, axes ("layer", "query", "key"); None if the
-            gradient could not be read, and in every look but the last, to bound memory.
-    """
-
-    step: int
-    figures: Mapping[str, float]
-    scores: HeadScores | None
-    descent: LabelledTensor | None
 
 
 class Tracker:
@@ -127,7 +110,7 @@ class Tracker:
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self._model = unwrapped(model)
-        self._layers = attention_layers(self._model, layers)
+        self._layers = layers_with(self._model, "pattern", layers)
         if layers is None:
             self._layers = self._layers[:1]
         tokens = checked_tokens(self._model, tokens)
