@@ -152,9 +152,11 @@ class Tracker:
         if self.looks and step <= self.looks[-1].step:
             return None
         figures: dict[str, float] = {}
-        scores = self._guarded("head scores", self._read_scores, figures)
-        self._guarded("in-context loss", self._read_in_context, figures)
-        descent = self._guarded("gradient", self._read_gradient, figures)
+        devices = {p.device.index for p in self._model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):  # a user's hooks may draw even in evaluation
+            scores = self._guarded("head scores", self._read_scores, figures)
+            self._guarded("in-context loss", self._read_in_context, figures)
+            descent = self._guarded("gradient", self._read_gradient, figures)
         look = Look(step, dict(sorted(figures.items())), scores, descent)
         if self.looks and self.looks[-1].descent is not None:  # keep one gradient, not one per look
             self.looks[-1] = replace(self.looks[-1], descent=None)
