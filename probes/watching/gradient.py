@@ -107,7 +107,7 @@ def attention_gradient(
                 value = loss(logits, batch)
             _check_loss(value)
             probe.reset()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             reading = probe.reading()
             by_head.add(reading.values.double(), len(batch))
             summed.add(reading.values.double().sum(1), len(batch))

@@ -32,7 +32,7 @@ def tracker_pictures(
 
 
 def _heads(looks: Sequence[Look]) -> Any:
-    """The induction score of every head; one colour for each layer, one dash for each head."""
+    """Prefix matching of every head; one colour for each layer, one dash for each head."""
     import plotly.graph_objects as go
 
     tables = [(look.step, look.scores) for look in looks if look.scores is not None]
@@ -42,7 +42,7 @@ def _heads(looks: Sequence[Look]) -> Any:
         for head in range(first.n_heads):
             figure.add_scatter(
                 x=[step for step, _ in tables],
-                y=[scores.induction[row, head].item() for _, scores in tables],
+                y=[scores.prefix_matching[row, head].item() for _, scores in tables],
                 name=f"L{layer}H{head}",
                 mode="lines+markers",
                 line={
@@ -56,9 +56,9 @@ def _heads(looks: Sequence[Look]) -> Any:
     )
     figure.update_layout(
         **_LAYOUT,
-        title="Induction score of every head",
+        title="Prefix matching of every head",
         xaxis_title="training step",
-        yaxis={"title": "induction score", "range": [-0.02, 1.02]},
+        yaxis={"title": "prefix matching", "range": [-0.02, 1.02]},
     )
     return figure
 

@@ -22,11 +22,12 @@ from probes.watching.agreement import Target, agreement
 from probes.watching.gradient import Loss, attention_gradient
 from probes.watching.information import PairwiseInformation, pairwise_information
 from probes.watching.look import Look
+from probes.watching.shadow import Shadow
 from probes.watching.unwrap import is_observing_process, unwrapped
 
 Log = Callable[..., Any]
 
-_LOGGED_SCORES = ("induction", "previous_token", "duplicate_token")
+_LOGGED_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
 _MAX_LOGGED_HEADS = 8
 
 
@@ -39,8 +40,8 @@ class Tracker:
 
     Figures, by their names without the prefix (`L1H0` is head 0 of layer 1):
 
-    - `induction/max` and `induction/L1H0`, likewise `previous_token` and `duplicate_token`: scores
-      on random repeated tokens; of more than 8 heads only the 8 highest.
+    - `prefix_matching/max` and `prefix_matching/L1H0`, likewise `previous_token` and
+      `duplicate_token`: scores on random repeated tokens; of more than 8 heads only the 8 highest.
     - `in_context/score`: loss late minus loss early in the held-out sequences, in nats, below 0 if
       the model learns from context; `in_context/early_loss`, `in_context/late_loss`.
     - `gradient/layer0/signal_to_noise`, and from a ratio of 3 `gradient/layer0/correlation`,
@@ -73,6 +74,7 @@ class Tracker:
         n_sequences: int = 512,
         groups: Int[Tensor, "sequence"] | None = None,
         attention_mask: Shaped[Tensor, "sequence pos"] | None = None,
+        tokenizer: Any = None,
         log: Log | None = None,
         prefix: str = "probes/",
         step_key: str = "step",
@@ -81,8 +83,9 @@ class Tracker:
         """Check model and data, and estimate the information of the data if it is not given.
 
         Args:
-            model: a HookedTransformer or TransformerBridge, also compiled or inside
-                DistributedDataParallel, where rank 0 looks.
+            model: a HookedTransformer or TransformerBridge, or a Hugging Face language model, which
+                a `Shadow` follows; also compiled or inside DistributedDataParallel, where rank 0
+                looks.
             tokens: held-out sequences.
             every: steps between looks.
             dense: look at steps 0, 1, 2, 4, 8, ... too, up to `every`.
@@ -94,6 +97,7 @@ class Tracker:
             n_sequences: held-out sequences that a look runs the model on, at most.
             groups: see `pairwise_information`.
             attention_mask: 0 at padding of `tokens`.
+            tokenizer: of a Hugging Face model; its PAD token marks padding.
             log: called with a dict of figures at every look, such as `wandb.log`. A function that
                 takes `commit` gets `commit=False`, so that the caller's own next call logs them
                 and W&B's steps stay the caller's.
@@ -109,11 +113,13 @@ class Tracker:
         for name, value, least in (("every", every, 1), ("n_sequences", n_sequences, 2)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        self._model = unwrapped(model)
-        self._layers = layers_with(self._model, "pattern", layers)
+        model = unwrapped(model)
+        self._shadow = None if hasattr(model, "hook_dict") else Shadow(model, tokenizer)
+        self.model = model if self._shadow is None else self._shadow.bridge
+        self._layers = layers_with(self.model, "pattern", layers)
         if layers is None:
             self._layers = self._layers[:1]
-        tokens = checked_tokens(self._model, tokens)
+        tokens = checked_tokens(self.model, tokens)
         if len(tokens) < 2:
             raise ValueError("a tracker needs at least two held-out sequences")
         if information is None and tokens.shape[1] > 1:
@@ -123,7 +129,7 @@ class Tracker:
                 mask=None if attention_mask is None else attention_mask.bool(),
             )
         self.information = information
-        self._tokens = tokens[:n_sequences]
+        self.tokens = tokens[:n_sequences]
         self._mask = None if attention_mask is None else attention_mask[:n_sequences]
         self._every, self._dense = every, dense
         self._loss, self._target, self._edges = loss, target, edges
@@ -152,8 +158,12 @@ class Tracker:
         if self.looks and step <= self.looks[-1].step:
             return None
         figures: dict[str, float] = {}
-        devices = {p.device.index for p in self._model.parameters() if p.device.type == "cuda"}
+        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices):  # a user's hooks may draw even in evaluation
+            if self._shadow is not None:
+                if not self._guarded("copy of the model", self._shadow.sync, self.tokens[:2]):
+                    return None
+                self.model = self._shadow.bridge
             scores = self._guarded("head scores", self._read_scores, figures)
             self._guarded("in-context loss", self._read_in_context, figures)
             descent = self._guarded("gradient", self._read_gradient, figures)
@@ -181,7 +191,7 @@ class Tracker:
     def _read_scores(self, figures: dict[str, float]) -> HeadScores:
         # The same sequences at every look: figures differ only because the model does.
         scores = score_heads(
-            self._model,
+            self.model,
             generator=torch.Generator().manual_seed(0),
             max_batch_bytes=self._max_batch_bytes,
         )
@@ -195,13 +205,13 @@ class Tracker:
         return scores
 
     def _read_in_context(self, figures: dict[str, float]) -> None:
-        last = self._tokens.shape[1] - 1
+        last = self.tokens.shape[1] - 1
         if last < 2:
             return
         late = min(500, last)
         reading = in_context_score(
-            self._model,
-            self._tokens,
+            self.model,
+            self.tokens,
             early=max(1, late // 10),
             late=late,
             attention_mask=self._mask,
@@ -213,16 +223,18 @@ class Tracker:
 
     def _read_gradient(self, figures: dict[str, float]) -> LabelledTensor:
         gradient = attention_gradient(
-            self._model,
-            self._tokens,
+            self.model,
+            self.tokens,
             loss=self._loss,
             layers=self._layers,
             attention_mask=self._mask,
             max_batch_bytes=self._max_batch_bytes,
         )
-        for layer in self._layers if self.information is not None else ():
+        information = self.information
+        for layer in self._layers if information is not None else ():
+            assert information is not None
             result = agreement(
-                gradient, self.information, target=self._target, layer=layer, edges=self._edges
+                gradient, information, target=self._target, layer=layer, edges=self._edges
             )
             name = f"gradient/layer{layer}"
             figures[f"{name}/signal_to_noise"] = result.signal_to_noise
@@ -243,7 +255,7 @@ class Tracker:
         else:
             self._log(row)
 
-    def formation(self, *, score: str = "induction", threshold: float = 0.4) -> Formation:
+    def formation(self, *, score: str = "prefix_matching", threshold: float = 0.4) -> Formation:
         """When each head formed, from the scores of all looks; see `track_formation`.
 
         Raises:
@@ -261,7 +273,7 @@ class Tracker:
     def pictures(self) -> dict[str, Any]:
         """Plotly figures by name, ready for `wandb.log`; empty before the first look.
 
-        Every head's induction score over training, the agreement of the gradient with information,
+        Every head's prefix matching over training, the agreement of the gradient with information,
         and both as matrices at the last look.
         """
         from probes.watching.pictures import tracker_pictures

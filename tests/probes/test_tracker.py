@@ -51,13 +51,13 @@ def checkpointed(model: HookedTransformer) -> nn.Module:
         def again(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-        block.forward = again
+        block.forward = again  # type: ignore[method-assign]
     return model
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
@@ -133,9 +133,9 @@ def test_looks_read_the_model_as_it_is(model: HookedTransformer) -> None:
     assert after is not None
     scores = score_heads(model, generator=seeded())
     assert after.scores is not None
-    assert torch.equal(after.scores.induction, scores.induction)
+    assert torch.equal(after.scores.prefix_matching, scores.prefix_matching)
     assert before.figures != after.figures
-    assert after.figures["induction/max"] == scores.induction.max().item()
+    assert after.figures["prefix_matching/max"] == scores.prefix_matching.max().item()
     assert {f"gradient/layer{i}/signal_to_noise" for i in (0, 1)} <= set(after.figures)
     # Only the last look keeps its matrices.
     assert track.looks[0].descent is None

@@ -1,0 +1,1 @@
+"""Callbacks that track a run of a training framework; each loads its framework when imported."""

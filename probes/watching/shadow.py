@@ -1,0 +1,136 @@
+"""A TransformerBridge that follows a live Hugging Face model without touching it.
+
+A bridge around the live model itself would rename its parameters, so that checkpoints no longer
+load. The shadow wraps a copy, and takes over the live model's parameters by name before each look.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes.reading.errors import ProbeError
+
+_TOLERANCE = 1e-3
+
+
+class Shadow:
+    """A bridge around a copy of a model.
+
+    The first `sync` after a change of weights compares the logits of both. If they differ, as for
+    architectures whose bridge keeps weights of its own (gpt-neox), the shadow is made anew at every
+    `sync` from then on.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Copy a model.
+
+        Args:
+            model: a Hugging Face causal language model; left as it was.
+            tokenizer: its tokenizer, whose PAD token then marks padding; None without padding.
+
+        Raises:
+            ProbeError: TransformerLens has no bridge for this architecture.
+        """
+        self._live, self._tokenizer = model, tokenizer
+        self._makes_anew = False
+        self._checked = False
+        self._make()
+
+    def _make(self) -> None:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        kind = type(self._live).__name__
+        if not hasattr(self._live, "set_attn_implementation"):
+            raise ProbeError(
+                f"{kind} has no hook points: probes read a HookedTransformer, a TransformerBridge, "
+                "or a language model of Hugging Face"
+            )
+        duplicate: Any = copy.deepcopy(self._live).float()
+        duplicate.zero_grad(set_to_none=True)
+        duplicate.config.architectures = [kind]
+        duplicate.set_attn_implementation("eager")  # the others never compute a pattern
+        if getattr(duplicate, "is_gradient_checkpointing", False):
+            duplicate.gradient_checkpointing_disable()
+        self._copies = dict(duplicate.named_parameters())
+        try:
+            with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=_cuda()):
+                self.bridge: Any = TransformerBridge.boot_transformers(
+                    kind,
+                    hf_model=duplicate,
+                    tokenizer=_without_words() if self._tokenizer is None else self._tokenizer,
+                    device=next(duplicate.parameters()).device,
+                )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ProbeError(f"{kind} cannot be bridged to TransformerLens: {reason}") from None
+        self.bridge.eval()
+        if self._tokenizer is None:
+            self.bridge.tokenizer = None  # its PAD token would count as padding
+
+    @torch.no_grad()
+    def sync(self, tokens: Tensor) -> bool:
+        """Take over the live weights.
+
+        Args:
+            tokens: a few sequences on which the two models are compared once.
+
+        Returns:
+            True.
+
+        Raises:
+            ProbeError: even a new bridge computes other logits than the live model.
+        """
+        if self._makes_anew:
+            self._make()
+            return True
+        changed = False
+        for name, parameter in self._live.named_parameters():
+            mine = self._copies[name]
+            changed |= not torch.equal(mine, parameter.to(mine))
+            mine.copy_(parameter)
+        if changed and not self._checked:
+            self._checked = True
+            if not self._agrees(tokens):
+                self._makes_anew = True
+                self._make()
+                if not self._agrees(tokens):
+                    raise ProbeError(
+                        f"the bridge of {type(self._live).__name__} computes other logits than the "
+                        "model itself"
+                    )
+        return True
+
+    def _agrees(self, tokens: Tensor) -> bool:
+        live: Any = self._live
+        modes = [module.training for module in live.modules()]
+        try:
+            live.eval()
+            expected = live(input_ids=tokens).logits.float()
+        finally:
+            for module, mode in zip(live.modules(), modes, strict=True):
+                module.training = mode
+        found = self.bridge(tokens, return_type="logits").float()
+        scale = expected.abs().max().clamp(min=1.0)
+        return bool((found - expected).abs().max() <= _TOLERANCE * scale)
+
+
+def _cuda() -> list[int]:
+    return list(range(torch.cuda.device_count()))
+
+
+def _without_words() -> Any:
+    """A tokenizer of one token, since a bridge needs one to exist."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    make: Any = PreTrainedTokenizerFast
+    return make(
+        tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")),
+        unk_token="-",
+        pad_token="-",
+        eos_token="-",
+    )
