@@ -76,7 +76,7 @@ def _agreement(looks: Sequence[Look]) -> Any:
             figure.add_scatter(
                 x=steps,
                 y=[look.figures.get(f"gradient/{layer}/{kind}") for look in looks],
-                name=f"{layer} {kind.replace('_', ' ')}",
+                name=f"layer {layer.removeprefix('layer')}: {kind.replace('_', ' ')}",
                 mode="lines+markers" if kind != "chance" else "lines",
                 line={"color": _COLOURS[i % len(_COLOURS)], "dash": dash},
                 connectgaps=False,
@@ -117,5 +117,6 @@ def _gradient(
     predicted = "x[query + 1]" if target == "next" else "x[query]"
     figure.update_xaxes(title_text="key", constrain="domain")
     figure.update_yaxes(autorange="reversed", title_text="query")
-    figure.update_layout(**_LAYOUT, title=f"Row by row: what predicts {predicted}")
+    layout = _LAYOUT | {"height": 460, "margin": {"t": 100, "b": 50}}
+    figure.update_layout(**layout, title=f"Row by row: what predicts {predicted}")
     return figure
