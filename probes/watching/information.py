@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.watching.counting import Counter, Groups, Vocabulary
+
 By = Literal["position", "lag"]
 Correction = Literal["jackknife", "shuffle", "miller_madow", "none"]
 
 MIN_PER_CELL = 10
 """Sequences for each pair of symbols below which the shuffle null is the better correction."""
 _N_SHUFFLES = 16
-_MAX_CELLS = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +128,14 @@ def pairwise_information(
         raise ValueError(f"mask has shape {tuple(real.shape)}, tokens {tuple(tokens.shape)}")
     vocabulary = Vocabulary.of(tokens, real, vocab_size, max_vocab)
     n_symbols = vocabulary.n_symbols
-    members = _Groups.of(groups, len(tokens), tokens.device)
+    members = Groups.of(groups, len(tokens), tokens.device)
     if correction is None:
         enough = len(tokens) >= MIN_PER_CELL * n_symbols**2 * members.number
         correction = "jackknife" if enough else "shuffle"
     source = torch.Generator().manual_seed(0) if generator is None else generator
     if members.number > 1 and correction != "jackknife":
         folds = 1  # the groups give the standard errors
-    counter = _Counter(vocabulary.symbols(tokens, real), n_symbols, members, folds)
+    counter = Counter(vocabulary.symbols(tokens, real), n_symbols, members, folds)
     n_shuffles = -(-_N_SHUFFLES // members.number) if correction == "shuffle" else 0
     shuffles = [members.shuffle(source) for _ in range(n_shuffles)]
     pairs = _pairs(tokens.shape[1], by, max_lag)
@@ -189,103 +190,6 @@ def _joined(values: Tensor | Iterable[Tensor]) -> Tensor:
     return torch.cat(batches)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The symbols told apart: tokens as they are, or the most frequent ones and a bucket.
-
-    Attributes:
-        n_symbols: number of symbols.
-        bucket_share: share of tokens in the bucket, the last symbol; 0 without one.
-        symbol: the symbol of every token, None if tokens are symbols themselves.
-    """
-
-    n_symbols: int
-    bucket_share: float
-    symbol: Int[Tensor, "token"] | None
-
-    @classmethod
-    def of(
-        cls, tokens: Tensor, real: Tensor, vocab_size: int | None, max_vocab: int
-    ) -> "Vocabulary":
-        """Choose the symbols by how often the unmasked tokens occur.
-
-        Raises:
-            ValueError: every token is masked, or one lies outside the vocabulary.
-        """
-        seen = tokens[real].long()
-        if not len(seen):
-            raise ValueError("every token is masked")
-        low, high = int(seen.min()), int(seen.max())
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            allowed = "0 or above" if vocab_size is None else f"0 to {vocab_size - 1}"
-            raise ValueError(f"tokens run from {low} to {high}; allowed: {allowed}")
-        n_tokens = vocab_size or high + 1
-        if n_tokens <= max_vocab:
-            return cls(n_tokens, 0.0, None)
-        counts = seen.bincount(minlength=n_tokens)
-        kept = counts.argsort(descending=True, stable=True)[: max_vocab - 1]
-        symbol = torch.full_like(counts, max_vocab - 1)
-        symbol[kept] = torch.arange(len(kept), device=kept.device)
-        return cls(max_vocab, 1 - counts[kept].sum().item() / len(seen), symbol)
-
-    def symbols(self, tokens: Tensor, real: Tensor | None) -> Int[Tensor, "..."]:
-        """The symbol of every token; -1 at padding."""
-        numbers = tokens.long()
-        if self.symbol is not None:
-            numbers = self.symbol[numbers.clamp(0, len(self.symbol) - 1)]
-        return numbers if real is None else numbers.masked_fill(~real, -1)
-
-    def merged(self, probabilities: Float[Tensor, "*rest token"]) -> Float[Tensor, "*rest symbol"]:
-        """Probabilities of symbols from those of tokens."""
-        if self.symbol is None:
-            return probabilities[..., : self.n_symbols]
-        total = probabilities.new_zeros(*probabilities.shape[:-1], self.n_symbols)
-        return total.index_add_(-1, self.symbol, probabilities[..., : len(self.symbol)])
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Which sequences belong together, and each one's place within its group."""
-
-    number: int
-    of_sequence: Int[Tensor, "sequence"]
-    sizes: Int[Tensor, "group"]
-    order: Int[Tensor, "sequence"]
-    rank: Int[Tensor, "sequence"]
-
-    @classmethod
-    def of(cls, groups: Tensor | None, n_sequences: int, device: torch.device) -> "_Groups":
-        if groups is None:
-            groups = torch.zeros(n_sequences, dtype=torch.long)
-        if groups.shape != (n_sequences,):
-            raise ValueError(
-                f"groups have shape {tuple(groups.shape)}; expected one number for each of "
-                f"{n_sequences} sequences"
-            )
-        labels, numbers = groups.to(device).unique(return_inverse=True)
-        sizes = numbers.bincount()
-        if int(sizes.min()) < 2:
-            smallest = f" in every group; group {labels[sizes.argmin()]} has 1"
-            raise ValueError(
-                f"information needs at least two sequences{smallest if len(sizes) > 1 else ''}"
-            )
-        order = numbers.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(n_sequences, device=device) - _starts(sizes)[numbers[order]]
-        return cls(len(sizes), numbers, sizes, order, rank)
-
-    def shuffle(self, generator: torch.Generator) -> Int[Tensor, "sequence"]:
-        """For every sequence another one of its group: all are shifted by one random number."""
-        share = torch.rand(self.number, generator=generator, dtype=torch.float64)
-        shift = 1 + (share.to(self.sizes.device) * (self.sizes - 1)).long()
-        rank = (self.rank + shift[self.of_sequence]) % self.sizes[self.of_sequence]
-        return self.order[_starts(self.sizes)[self.of_sequence] + rank]
-
-
-def _starts(sizes: Tensor) -> Tensor:
-    return sizes.cumsum(0) - sizes
-
-
 def _pairs(n_positions: int, by: By, max_lag: int | None) -> list[Int[Tensor, "_ 2"]]:
     """For each estimate, the pairs (query, key) of positions that it pools."""
     if by == "position":
@@ -296,45 +200,8 @@ def _pairs(n_positions: int, by: By, max_lag: int | None) -> list[Int[Tensor, "_
     return [torch.stack([positions[lag:], positions[:-lag]], -1) for lag in range(1, last + 1)]
 
 
-class _Counter:
-    """Counts how often a query has one symbol and a key another, by group and fold."""
-
-    def __init__(
-        self, symbols: Int[Tensor, "sequence pos"], n_symbols: int, groups: _Groups, folds: int
-    ) -> None:
-        self.n_symbols, self.groups = n_symbols, groups
-        self.n_folds = min(folds, int(groups.sizes.min()))
-        self._symbols = symbols
-        self._fold = groups.of_sequence * self.n_folds + groups.rank % self.n_folds
-
-    def rows_at_once(self) -> int:
-        cells = self.groups.number * self.n_folds * self.n_symbols**2
-        return max(1, min(_MAX_CELLS // cells, _MAX_CELLS // len(self._symbols)))
-
-    def counts(
-        self, rows: list[Int[Tensor, "_ 2"]], partner: Int[Tensor, "sequence"] | None = None
-    ) -> Float[Tensor, "group fold row key_symbol query_symbol"]:
-        """Counts for every row of pairs; with a `partner`, keys are those of that sequence."""
-        n, cells = len(rows), self.n_symbols**2
-        keys = self._symbols if partner is None else self._symbols[partner]
-        shape = (self.groups.number, self.n_folds, n, self.n_symbols, self.n_symbols)
-        total = torch.zeros(shape, dtype=torch.long, device=keys.device).view(-1)
-        row_of_pair = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
-        pairs = torch.cat(rows)
-        step = max(1, _MAX_CELLS // len(keys))
-        for start in range(0, len(pairs), step):
-            part = pairs[start : start + step].to(keys.device)
-            row = row_of_pair[start : start + step].to(keys.device)
-            query_symbol, key_symbol = self._symbols[:, part[:, 0]], keys[:, part[:, 1]]
-            cell = (self._fold.unsqueeze(1) * n + row) * cells
-            cell = cell + key_symbol * self.n_symbols + query_symbol
-            real = (query_symbol >= 0) & (key_symbol >= 0)
-            total += cell[real].bincount(minlength=len(total))
-        return total.view(shape).double()
-
-
 def _estimate(
-    counter: _Counter,
+    counter: Counter,
     rows: list[Tensor],
     correction: Correction,
     shuffles: list[Tensor],

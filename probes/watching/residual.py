@@ -30,8 +30,8 @@ from probes.reading.errors import ProbeError
 from probes.reading.hook_names import config_of, layers_with
 from probes.reading.padding import real_positions
 from probes.reading.passes import MAX_BATCH_BYTES, batch_rows, checked_tokens, split, undisturbed
+from probes.watching.counting import Vocabulary
 from probes.watching.gradient import MIN_BLOCKS, LossGradient
-from probes.watching.information import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
