@@ -9,7 +9,7 @@ would turn every activation into a view, which other hooks could no longer chang
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVarTuple, cast
 
@@ -110,9 +110,15 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
 
 @dataclass
 class _Block:
-    """Whether a block is open: a backward pass may run after it and must not be read."""
+    """The state of one `with` block.
+
+    Attributes:
+        is_open: a backward pass may run after the block and must not be read.
+        forward_only: the hooks that ask for no gradient.
+    """
 
     is_open: bool = True
+    forward_only: set[int] = field(default_factory=set)
 
 
 class _Attachment(Hooks):
@@ -231,8 +237,12 @@ def _read_activation(
     Returns:
         The tensor that replaces the activation in the pass; None to keep the activation.
     """
+    if id(hook) in block.forward_only and _is_recomputed():
+        return None
     with torch.no_grad():
         backward = hook(converted(point, activation.detach()))
+    if backward is None:
+        block.forward_only.add(id(hook))
     if backward is None or not torch.is_grad_enabled():
         return None
 
@@ -249,3 +259,8 @@ def _read_activation(
     leaf = activation.detach().requires_grad_()
     leaf.register_hook(on_gradient)
     return leaf.clone()  # torch forbids in-place changes of a leaf, and other hooks may make some
+
+
+def _is_recomputed() -> bool:
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing does."""
+    return bool(torch._C._current_graph_task_id() != -1)  # as torch.utils.checkpoint asks

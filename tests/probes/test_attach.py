@@ -1,11 +1,13 @@
 """Whatever happens inside the block, exactly our hooks are gone after it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformer_lens import HookedRootModule, HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
@@ -220,6 +222,32 @@ def test_the_module_of_a_ddp_wrapper_can_be_probed(model: HookedTransformer, tok
         assert [probe.batches for probe in probes] == [1, 1]
     finally:
         group.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "frozen"),
+    [(False, False), (False, True), (True, False)],  # reentrant blocks need a trained input
+)
+def test_activation_checkpointing_is_read_once(
+    build: Any, tokens: Tensor, reentrant: bool, frozen: bool
+):
+    def readings(model: HookedTransformer) -> list[Tensor]:
+        model.requires_grad_(not frozen)
+        probes = AttentionPattern(reduce="mean"), AttentionGradient(), InductionScores()
+        with attach(model, *probes):
+            model(tokens, return_type="loss").backward()
+        assert [probe.batches for probe in probes] == [1, 1, 1]
+        return [probe.reading().values for probe in probes]
+
+    def again(forward: Any, stream: Tensor, **options: Any) -> Tensor:
+        output: Tensor = checkpoint(partial(forward, **options), stream, use_reentrant=reentrant)
+        return output
+
+    plain, checkpointed = build(), build()
+    for block in checkpointed.blocks:
+        block.forward = partial(again, block.forward)
+    for expected, found in zip(readings(plain), readings(checkpointed), strict=True):
+        assert torch.allclose(expected, found, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
