@@ -46,6 +46,24 @@ def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
         module.training = mode
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter of the model requires a gradient; then each does as before."""
+    parameters = {
+        id(parameter): parameter
+        for module in modules_of(model)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device for the model's tokens: that of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -111,10 +129,11 @@ def run(
         tokens: its input.
         real: False at padding, passed on as attention mask; None if there is no padding.
     """
-    model(tokens, return_type=None, **_mask_argument(real))
+    model(tokens, return_type=None, **mask_argument(real))
 
 
-def _mask_argument(real: Tensor | None) -> dict[str, Tensor]:
+def mask_argument(real: Tensor | None) -> dict[str, Tensor]:
+    """The keyword that tells a model which positions hold text; none if all do."""
     return {} if real is None else {"attention_mask": real.long()}
 
 
@@ -176,7 +195,7 @@ def token_losses(
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
     with undisturbed(model):
         for batch, batch_real in split(rows, tokens, real):
-            logits: Tensor = model(batch, return_type="logits", **_mask_argument(batch_real))
+            logits: Tensor = model(batch, return_type="logits", **mask_argument(batch_real))
             if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
                 raise ProbeError(
                     f"a loss needs logits for every token of the vocabulary, "

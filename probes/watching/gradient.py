@@ -1,8 +1,7 @@
 """The gradient of a loss on attention, measured in passes that leave no trace in training."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,10 +12,18 @@ from torch import Tensor, nn
 from probes.reading.attach import attach
 from probes.reading.attention_gradient import AttentionGradient
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import Layers, modules_of
+from probes.reading.hook_names import Layers
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import real_positions
-from probes.reading.passes import MAX_BATCH_BYTES, batch_rows, checked_tokens, split, undisturbed
+from probes.reading.passes import (
+    MAX_BATCH_BYTES,
+    batch_rows,
+    checked_tokens,
+    frozen,
+    mask_argument,
+    split,
+    undisturbed,
+)
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, tokens)`: the mean over the sequences of a batch, a scalar tensor."""
@@ -99,8 +106,7 @@ def attention_gradient(
     by_head, summed = _Blocks(), _Blocks()
     with frozen(model), undisturbed(model), torch.enable_grad(), attach(model, probe):
         for batch, batch_real in split(rows, tokens, real):
-            mask = {} if batch_real is None else {"attention_mask": batch_real.long()}
-            logits = model(batch, return_type="logits", **mask)
+            logits = model(batch, return_type="logits", **mask_argument(batch_real))
             if loss is None:
                 value = next_token_loss(logits, batch, batch_real)
             else:
@@ -145,24 +151,6 @@ def next_token_loss(
     counted = (real[:, :-1].bool() & real[:, 1:].bool()).to(losses.device)
     of_sequence = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
     return of_sequence.mean()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter of the model requires a gradient; then each does as before."""
-    parameters = {
-        id(parameter): parameter
-        for module in modules_of(model)
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    }
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
 
 
 def _check_loss(value: object) -> None:

@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import config_of, layers_with
 from probes.reading.padding import real_positions
-from probes.reading.passes import MAX_BATCH_BYTES, batch_rows, checked_tokens, split, undisturbed
+from probes.reading.passes import (
+    MAX_BATCH_BYTES,
+    batch_rows,
+    checked_tokens,
+    mask_argument,
+    split,
+    undisturbed,
+)
 from probes.watching.counting import Vocabulary
 from probes.watching.gradient import MIN_BLOCKS, LossGradient
 
@@ -108,8 +115,7 @@ def residual_information(
     tables = _Tables(n_blocks, min(max_lag, pos - 1), vocabulary.n_symbols, tokens.device)
     with undisturbed(model):
         for number, (batch, batch_real) in enumerate(split(rows, tokens, real)):
-            mask = {} if batch_real is None else {"attention_mask": batch_real.long()}
-            logits = model(batch, return_type="logits", **mask)
+            logits = model(batch, return_type="logits", **mask_argument(batch_real))
             if logits.ndim != 3 or logits.shape[-1] < config_of(model).d_vocab:
                 raise ProbeError(
                     "residual information needs logits for every token of the vocabulary, "
