@@ -56,6 +56,12 @@ class RunResult:
     wandb_folder: Path | None = None
     url: str | None = None
 
+    def to_frame(self) -> Any:
+        """A pandas frame of `history`: one row for every probe step, one column for every figure."""
+        import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+
+        return pd.DataFrame(self.history)
+
 
 def train(
     recipe: Recipe | str | Path,

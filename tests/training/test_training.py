@@ -209,6 +209,13 @@ def test_other_seed_gives_other_data(run: RunResult, tmp_path: Path) -> None:
     assert other.summary["loss/bayes"] != run.summary["loss/bayes"]
 
 
+def test_a_frame_has_a_row_for_every_probe_step(run: RunResult) -> None:
+    frame = run.to_frame()
+    assert list(frame["train/step"]) == [row["train/step"] for row in run.history]
+    assert set(frame) == {name for row in run.history for name in row}
+    assert frame["loss/eval"].iloc[-1] == run.summary["loss/eval"]
+
+
 def test_what_takes_long_before_the_first_step_is_told(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
