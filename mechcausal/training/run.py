@@ -57,7 +57,7 @@ class RunResult:
     url: str | None = None
 
     def to_frame(self) -> Any:
-        """A pandas frame of `history`: one row for every probe step, one column for every figure."""
+        """A pandas frame of `history`: a row for every probe step, a column for every figure."""
         import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
         return pd.DataFrame(self.history)
