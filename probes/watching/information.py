@@ -18,7 +18,7 @@ By = Literal["position", "lag"]
 Correction = Literal["jackknife", "shuffle", "miller_madow", "none"]
 
 MIN_PER_CELL = 10
-"""Sequences for each pair of symbols below which the shuffle null is the better correction."""
+"""Observed pairs for each cell of a table below which the shuffle null corrects better."""
 _N_SHUFFLES = 16
 
 
@@ -88,7 +88,7 @@ def pairwise_information(
         vocab_size: tokens lie in [0, vocab_size); None for the largest token + 1.
         mask: False at padding, which is left out of every pair; shaped like `tokens`.
         correction: None takes the jackknife, or the shuffle null where a group has fewer than
-            `MIN_PER_CELL` sequences for each pair of symbols.
+            `MIN_PER_CELL` observed pairs of positions for each pair of symbols.
         folds: parts of the jackknife, which also gives the standard errors.
         groups: a group number for each sequence: information is computed within each group and
             averaged. Use it where sequences of a group share a distribution that others do not.
@@ -130,7 +130,8 @@ def pairwise_information(
     n_symbols = vocabulary.n_symbols
     members = Groups.of(groups, len(tokens), tokens.device)
     if correction is None:
-        enough = len(tokens) >= MIN_PER_CELL * n_symbols**2 * members.number
+        n_pairs = len(tokens) * (tokens.shape[1] // 2 if by == "lag" else 1)
+        enough = n_pairs >= MIN_PER_CELL * n_symbols**2 * members.number
         correction = "jackknife" if enough else "shuffle"
     source = torch.Generator().manual_seed(0) if generator is None else generator
     if members.number > 1 and correction != "jackknife":

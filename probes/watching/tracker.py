@@ -29,6 +29,8 @@ Log = Callable[..., Any]
 
 _LOGGED_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
 _MAX_LOGGED_HEADS = 8
+# Of longer sequences, information is estimated by lag: pairs of positions grow with their square.
+_MAX_POSITIONS, _MAX_LAG = 64, 32
 
 
 class Tracker:
@@ -91,7 +93,8 @@ class Tracker:
             dense: look at steps 0, 1, 2, 4, 8, ... too, up to `every`.
             loss: for the gradient; see `attention_gradient`.
             layers: whose gradient is read; None for the first layer with attention.
-            information: None for `pairwise_information` of all held-out tokens.
+            information: None for `pairwise_information` of all held-out tokens, by position for
+                sequences of at most 64 tokens, by lag (up to 32) for longer ones.
             target: which information belongs to a query; see `agreement`.
             edges: the true parents of each position, where they are known; see `agreement`.
             n_sequences: held-out sequences that a look runs the model on, at most.
@@ -123,10 +126,13 @@ class Tracker:
         if len(tokens) < 2:
             raise ValueError("a tracker needs at least two held-out sequences")
         if information is None and tokens.shape[1] > 1:
+            by_position = tokens.shape[1] <= _MAX_POSITIONS
             information = pairwise_information(
                 tokens,
                 groups=groups,
                 mask=None if attention_mask is None else attention_mask.bool(),
+                by="position" if by_position else "lag",
+                max_lag=None if by_position else _MAX_LAG,
             )
         self.information = information
         self.tokens = tokens[:n_sequences]

@@ -218,6 +218,19 @@ def test_pictures_show_what_was_read(model: HookedTransformer) -> None:
     assert gradient.z[0][1] != gradient.z[0][1]  # the future is empty
 
 
+def test_long_sequences_are_compared_by_lag(build: Build) -> None:
+    model = build(n_ctx=80)
+    tokens = torch.randint(7, (40, 80), generator=seeded(3))
+    track = Tracker(model, tokens, every=1)
+    look = track(0)
+    assert look is not None
+    assert track.information is not None
+    assert (track.information.by, len(track.information.chi2)) == ("lag", 32)
+    assert track.information.correction == "jackknife"  # positions are pooled: enough pairs
+    assert "gradient/layer0/signal_to_noise" in look.figures
+    assert "gradient/layer0/edge_hits" not in look.figures
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
