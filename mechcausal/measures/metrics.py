@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.theory import Information, PairwiseTheory
+from probes.watching.agreement import centred_by_row
 
 Matrix = Float[Tensor, "query key"]
 
@@ -62,9 +63,9 @@ def gradient_figures(
     if isinstance(theory, PairwiseTheory):
         pairs["theory"] = (measured[visible], theory.predicted_gradient[:n, :n][visible])
     n_keys = torch.arange(1, n + 1, dtype=measured.dtype).unsqueeze(1)
-    scaled = _centred(measured * n_keys, earlier)[earlier]
+    scaled = centred_by_row(measured * n_keys, earlier)[earlier]
     for name, information in (("chi2", theory.chi2), ("shannon", theory.shannon)):
-        pairs[name] = (scaled, _centred(information[:n, :n], earlier)[earlier])
+        pairs[name] = (scaled, centred_by_row(information[:n, :n], earlier)[earlier])
     for name, (left, right) in pairs.items():
         pearson, spearman = correlations(left, right)
         figures[f"{prefix}{name}_correlation"] = pearson
@@ -154,9 +155,3 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _future(matrix: Tensor) -> Tensor:
     return torch.ones_like(matrix, dtype=torch.bool).triu(1)
-
-
-def _centred(matrix: Tensor, mask: Tensor) -> Tensor:
-    """Subtract each row's mean over the mask."""
-    mean = (matrix * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return matrix - mean

@@ -164,7 +164,10 @@ def _by_position(
     compared = information.isfinite().tril(shift - 1)
     compared &= compared.sum(1, keepdim=True) > 1
     return _Comparison(
-        _centred(values, compared), errors, _centred(information, compared), compared
+        centred_by_row(values, compared),
+        errors,
+        centred_by_row(information, compared),
+        compared,
     )
 
 
@@ -186,7 +189,8 @@ def _diagonal(matrix: Tensor, below: int, shift: int) -> Tensor:
     return matrix[..., :rows, :].diagonal(-below, -2, -1)
 
 
-def _centred(values: Tensor, mask: Bool[Tensor, "query key"]) -> Tensor:
+def centred_by_row(values: Tensor, mask: Bool[Tensor, "query key"]) -> Tensor:
+    """Subtract each row's mean over the mask; 0 outside of it."""
     values = torch.where(mask, values, 0.0)
     mean = values.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(mask, values - mean, 0.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.reading.errors import ProbeError
+from probes.reading.passes import undisturbed
 
 _TOLERANCE = 1e-3
 
@@ -104,14 +105,8 @@ class Shadow:
         return True
 
     def _agrees(self, tokens: Tensor) -> bool:
-        live: Any = self._live
-        modes = [module.training for module in live.modules()]
-        try:
-            live.eval()
-            expected = live(input_ids=tokens).logits.float()
-        finally:
-            for module, mode in zip(live.modules(), modes, strict=True):
-                module.training = mode
+        with undisturbed(self._live):
+            expected = self._live(input_ids=tokens).logits.float()
         found = self.bridge(tokens, return_type="logits").float()
         scale = expected.abs().max().clamp(min=1.0)
         return bool((found - expected).abs().max() <= _TOLERANCE * scale)
