@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.theory import Information, PairwiseTheory
-from probes.watching.agreement import centred_by_row
+from probes.reading.attention_gradient import centred_by_row
 
 Matrix = Float[Tensor, "query key"]
 

@@ -171,7 +171,7 @@ def explain(
             read = attention or _own_attention(model, layer)
             pattern = _chosen_heads(read(sequence.unsqueeze(0)), heads, len(sequence))
             runs.spend()
-            row = search_orders.attention_by_position(pattern, node_position)
+            row = pattern[:, node_position].mean(0)  # the node's attention, averaged over heads
             weights = {c: float(row[c]) for c in replaceable}
             if method == "attention":
                 order = sorted(replaceable, key=lambda c: (-weights[c], c))

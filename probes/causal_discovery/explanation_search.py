@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, combinations, islice
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from probes.causal_discovery.counterfactuals import Counterfactuals, Outcome
 from probes.causal_discovery.pag import PAG
@@ -122,10 +120,3 @@ def occlusion(runs: Counterfactuals, candidates: Sequence[int], max_size: int) -
     outcomes.sort(key=lambda outcome: outcome.log_probability)
     order = [outcome.positions[0] for outcome in outcomes]
     return runs.first_change(prefixes(order, max_size))
-
-
-def attention_by_position(
-    attention: Float[Tensor, "head query key"], node: int
-) -> Float[Tensor, "key"]:
-    """The node's attention to every position, averaged over heads."""
-    return attention[:, node].mean(0)

@@ -73,7 +73,7 @@ def p_value(rho: float, n_given: int, n_eff: float | int) -> float:
 
 
 class PartialCorrelationTest:
-    """Fisher's z on the partial correlations of a matrix's rows (see `correlation`).
+    """Fisher's z on the partial correlations of a matrix's rows (see `linear_model`).
 
     Two variables count as independent if `p > alpha`. If the given variables determine one of the
     two, no test is possible: p is 0, so that the edge stays.

@@ -127,7 +127,10 @@ class _Search:
     def _remove_edges(self, marks: Marks, size: int) -> bool:
         """Test every edge given its candidates of one size; return whether there were any."""
         any_tested = False
-        separating: dict[tuple[int, int], tuple[int, ...]] = {}
+        # With `stable`, a size that runs out of time removes no edge.
+        separating: dict[tuple[int, int], tuple[int, ...]] = (
+            {} if self._stable else self._separating
+        )
         for x, y in _pairs(marks):
             best = 0.0
             for given in self._candidates(marks, x, y, size):
@@ -140,8 +143,6 @@ class _Search:
                     if not self._stable:
                         marks[x, y] = marks[y, x] = NONE
                         break
-            if not self._stable:
-                self._separating |= separating
         self._separating |= separating
         return any_tested
 

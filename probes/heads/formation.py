@@ -86,11 +86,10 @@ def track_formation(
     (`HeadScores.reaches`). To the scores of a head that crosses, the function fits
     `low + (high - low) / (1 + exp(-(x - m) / w))` by least squares, with `x` the step or
     `log(1 + step)`. The midpoint is m, its interval `m ± t · sqrt(cov[m, m])` with Student's t at
-    the residual degrees of freedom, both converted to steps. If the rise is sharper
-    than the spacing of the checkpoints, the interval is widened to the two on either side. The
-    midpoint is NaN with fewer than five checkpoints, if the fit fails, or if m lies outside the
-    steps. Models are scored one at a time,
-    all on the same sequences.
+    the residual degrees of freedom, both converted to steps. If the rise is sharper than the
+    spacing of the checkpoints, the interval is widened to the two on either side. The midpoint is
+    NaN with fewer than five checkpoints, if the fit fails, or if m lies outside the steps. Models
+    are scored one at a time, all on the same sequences.
 
     Args:
         checkpoints: pairs of a step and either the model at that step or its scores. Steps in
@@ -162,8 +161,7 @@ def _stacked(tables: Sequence[HeadScores], score: str) -> Float[Tensor, "step la
     shapes = {(table.layers, table.n_heads) for table in tables}
     if len(shapes) > 1:
         raise ProbeError(f"checkpoints differ in their (layers, heads): {sorted(shapes)}")
-    tables[0].top(score, 0)  # raises if there is no such score
-    return torch.stack([getattr(table, score).float().cpu() for table in tables])
+    return torch.stack([table.score(score).float().cpu() for table in tables])
 
 
 def _sigmoid(x: Any, low: float, high: float, middle: float, width: float) -> Any:

@@ -168,17 +168,16 @@ class _Scan:
             text = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
             with attach(model, InductionScores(attention_mask=text)) as (scores,):
                 run(model, tokens, real)
-            for name, mask in SCORE_MASKS.items():
-                self._add(name, scores.reading().sel(score=name))
-                by_chance = uniform_baseline(
-                    mask(tokens, real), causal=self._causal, attention_mask=real
-                )
+            masks = {name: mask(tokens, real) for name, mask in SCORE_MASKS.items()}
+            reading = scores.reading()
+            for name, keys in masks.items():
+                self._add(name, reading.sel(score=name))
+                by_chance = uniform_baseline(keys, causal=self._causal, attention_mask=real)
                 self.uniform.setdefault(name, []).append(by_chance)
             controls: dict[str, AttentionTo] = {}
             for score, name in CONTROLS.items():
-                mask = SCORE_MASKS[score]
                 # The same keys, unless a random token happens to recur there too.
-                keys = mask(tokens, real) & ~mask(control, real)
+                keys = masks[score] & ~SCORE_MASKS[score](control, real)
                 controls[name] = AttentionTo(None, keys, attention_mask=text)
             with attach(model, offsets, *controls.values()):
                 run(model, control, real)

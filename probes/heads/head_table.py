@@ -150,6 +150,17 @@ class HeadScores:
             for head in range(self.n_heads)
         }
 
+    def score(self, name: str) -> Tensor:
+        """A score of every head by its name, `[layer head]`.
+
+        Raises:
+            ValueError: there is no such score.
+        """
+        if name not in (*COLUMNS, *_MORE_COLUMNS):
+            raise ValueError(f"no score {name!r}; there are {', '.join(COLUMNS + _MORE_COLUMNS)}")
+        values: Tensor = getattr(self, name)
+        return values
+
     def reaches(self, score: str, threshold: float) -> Bool[Tensor, "layer head"]:
         """Whether each head reaches the threshold in a score, as the class defines it.
 
@@ -158,8 +169,7 @@ class HeadScores:
         Raises:
             ValueError: there is no such score.
         """
-        self.top(score, 0)  # raises if there is no such score
-        values: Tensor = getattr(self, score)
+        values = self.score(score)
         reached = values >= threshold
         if score in UNIFORM:
             uniform: Tensor = getattr(self, UNIFORM[score])
@@ -186,9 +196,7 @@ class HeadScores:
         Raises:
             ValueError: there is no such score.
         """
-        if score not in (*COLUMNS, *_MORE_COLUMNS):
-            raise ValueError(f"no score {score!r}; there are {', '.join(COLUMNS + _MORE_COLUMNS)}")
-        values = getattr(self, score).double().nan_to_num(-math.inf).flatten()
+        values = self.score(score).double().nan_to_num(-math.inf).flatten()
         order = values.argsort(descending=True, stable=True)[:n].tolist()
         return [(self.layers[i // self.n_heads], i % self.n_heads) for i in order]
 

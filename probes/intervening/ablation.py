@@ -172,13 +172,13 @@ def ablation_effects(
         return (losses.double().where(pairs.to(losses.device), 0.0) * weights).sum(1)
 
     loss_before = loss()
+    before = loss_before.mean().item()
     effects = []
     for layer, head in heads:
         with _replaced(model, {layer: [head]}, means):
             rises = loss() - loss_before
         rise, stderr = rises.mean().item(), standard_error(rises).item()
         removable = rise + 2 * stderr < negligible
-        before = loss_before.mean().item()
         effects.append(AblationEffect(layer, head, rise, stderr, before, removable))
     return tuple(effects)
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from probes.reading.attach import BackwardHook, ForwardHook
@@ -145,9 +146,7 @@ class AttentionGradient(LayerProbe[Moments]):
         # The gradient of a pattern is not 0 at masked entries.
         gradient = gradient.masked_fill(masked, 0.0)
         if self._centred:
-            n_visible = (~masked).expand_as(gradient).sum(-1, keepdim=True)
-            gradient = gradient - gradient.sum(-1, keepdim=True) / n_visible.clamp(min=1)
-            gradient = gradient.masked_fill(masked, 0.0)
+            gradient = centred_by_row(gradient, (~masked).expand_as(gradient))
         self._records[layer].add(self._unscaled(gradient))
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
@@ -213,6 +212,13 @@ class AttentionGradient(LayerProbe[Moments]):
     def _labelled(self, name: str, values: dict[int, Tensor]) -> LabelledTensor:
         axes = ("layer", "head", "query", "key")
         return LabelledTensor(name, self._stack(values), axes, {"layer": tuple(values)})
+
+
+def centred_by_row(values: Tensor, mask: Bool[Tensor, "*any query key"]) -> Tensor:
+    """Subtract each row's mean over the mask; 0 outside of it."""
+    values = torch.where(mask, values, 0.0)
+    mean = values.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, values - mean, 0.0)
 
 
 def _score_gradient(pattern: Tensor, softmax: Tensor, gradient: Tensor) -> Tensor:

@@ -137,6 +137,32 @@ def mask_argument(real: Tensor | None) -> dict[str, Tensor]:
     return {} if real is None else {"attention_mask": real.long()}
 
 
+def checked_logits(
+    model: nn.Module, tokens: Int[Tensor, "batch pos"], real: Tensor | None, purpose: str
+) -> Float[Tensor, "batch pos vocab"]:
+    """The logits of one forward pass; `purpose` says in the error what needs them.
+
+    Raises:
+        ProbeError: there is not one logit for every token of the vocabulary.
+    """
+    logits: Tensor = model(tokens, return_type="logits", **mask_argument(real))
+    if logits.ndim != 3 or logits.shape[-1] < config_of(model).d_vocab:
+        raise ProbeError(
+            f"{purpose} needs logits for every token of the vocabulary, "
+            f"{type(model).__name__} gives shape {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def next_token_losses(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos-1"]:
+    """`-log p(t[i+1] | t[0..i])` at index i, in nats and at least float32."""
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    targets = tokens[:, 1:].to(wide.device)
+    return torch.nn.functional.cross_entropy(wide.mT, targets, reduction="none")
+
+
 def attends_ahead(model: nn.Module) -> bool:
     """Whether any head attends to later tokens, as in BERT, in a pass over three tokens.
 
@@ -191,21 +217,11 @@ def token_losses(
         )
     real = real_positions(model, tokens, attention_mask)
     losses = []
-    config: Any = model.cfg
     rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
     with undisturbed(model):
         for batch, batch_real in split(rows, tokens, real):
-            logits: Tensor = model(batch, return_type="logits", **mask_argument(batch_real))
-            if logits.ndim != 3 or logits.shape[-1] < config.d_vocab:
-                raise ProbeError(
-                    f"a loss needs logits for every token of the vocabulary, "
-                    f"{type(model).__name__} gives shape {tuple(logits.shape)}"
-                )
-            wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-            targets = batch[:, 1:].to(wide.device)
-            losses.append(
-                torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
-            )
+            logits = checked_logits(model, batch, batch_real, "a loss")
+            losses.append(next_token_losses(logits, batch))
     token_loss = torch.cat(losses)
     if real is None:
         return token_loss

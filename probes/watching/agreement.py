@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from probes.reading.attention_gradient import centred_by_row
 from probes.watching.gradient import LossGradient
 from probes.watching.information import PairwiseInformation
 
@@ -99,19 +100,16 @@ def agreement(
     if gradient.wrt == "scores":
         n_keys = torch.arange(1, descent.shape[-1] + 1).unsqueeze(1)
         descent, errors = descent * n_keys, errors * n_keys
-    if information.by == "lag":
-        comparison = _by_lag(descent, errors, information.chi2.double().cpu(), target)
-    else:
-        comparison = _by_position(descent, errors, information.chi2.double().cpu(), target)
+    shift = 1 if target == "next" else 0  # row q is compared with position q + shift
+    compare = _by_lag if information.by == "lag" else _by_position
+    comparison = compare(descent, errors, information.chi2.double().cpu(), shift)
     ratio, *head_ratios = comparison.signal_to_noise()
     pearson, *head_pearsons = (_pearson(*pair) for pair in comparison.pairs())
     hits = chance = math.nan
     n_rows = 0
     if information.by == "position":
         parents = _most_informative(information) if edges is None else _parent_sets(edges)
-        hits, chance, n_rows = _edge_hits(
-            comparison.values[0], comparison.compared, parents, target
-        )
+        hits, chance, n_rows = _edge_hits(comparison.values[0], comparison.compared, parents, shift)
     measurable = ratio >= MIN_SIGNAL_TO_NOISE
     return Agreement(
         signal_to_noise=ratio,
@@ -151,14 +149,13 @@ class _Comparison:
 
 
 def _by_position(
-    values: Tensor, errors: Tensor, information: Float[Tensor, "pos pos"], target: Target
+    values: Tensor, errors: Tensor, information: Float[Tensor, "pos pos"], shift: int
 ) -> _Comparison:
     n = values.shape[-1]
     if len(information) != n:
         raise ValueError(
             f"the gradient is over {n} positions, the information over {len(information)}"
         )
-    shift = 1 if target == "next" else 0
     information = information[shift:]
     values, errors = values[:, : n - shift], errors[:, : n - shift]
     compared = information.isfinite().tril(shift - 1)
@@ -172,28 +169,22 @@ def _by_position(
 
 
 def _by_lag(
-    values: Tensor, errors: Tensor, information: Float[Tensor, "lag"], target: Target
+    values: Tensor, errors: Tensor, information: Float[Tensor, "lag"], shift: int
 ) -> _Comparison:
     """Per lag, the mean over the rows that have it; in row q, key k has lag `q + shift - k`."""
-    n, shift = values.shape[-1], 1 if target == "next" else 0
+    n = values.shape[-1]
     lags = range(1, min(len(information), n - 1) + 1)
-    by_lag = torch.stack([_diagonal(values, lag - shift, shift).mean(-1) for lag in lags], -1)
-    squares = [_diagonal(errors, lag - shift, shift).square() for lag in lags]
+    by_lag = torch.stack([lag_diagonal(values, lag - shift, shift).mean(-1) for lag in lags], -1)
+    squares = [lag_diagonal(errors, lag - shift, shift).square() for lag in lags]
     error = torch.stack([part.mean(-1) / part.shape[-1] for part in squares], -1).sqrt()
     reference = information[: len(lags)]
     return _Comparison(by_lag, error, reference, reference.isfinite())
 
 
-def _diagonal(matrix: Tensor, below: int, shift: int) -> Tensor:
+def lag_diagonal(matrix: Tensor, below: int, shift: int) -> Tensor:
+    """Entries [q, q - below] of every row but the last `shift`."""
     rows = matrix.shape[-1] - shift  # without the row that predicts beyond the sequence
     return matrix[..., :rows, :].diagonal(-below, -2, -1)
-
-
-def centred_by_row(values: Tensor, mask: Bool[Tensor, "query key"]) -> Tensor:
-    """Subtract each row's mean over the mask; 0 outside of it."""
-    values = torch.where(mask, values, 0.0)
-    mean = values.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, values - mean, 0.0)
 
 
 def _pearson(left: Float[Tensor, "entry"], right: Float[Tensor, "entry"]) -> float:
@@ -229,10 +220,9 @@ def _edge_hits(
     values: Float[Tensor, "query key"],
     compared: Bool[Tensor, "query key"],
     parents: list[tuple[int, ...]],
-    target: Target,
+    shift: int,
 ) -> tuple[float, float, int]:
     """Share of rows whose largest entry is a parent, the same for a random entry, and rows."""
-    shift = 1 if target == "next" else 0
     if len(parents) != len(values) + shift:
         raise ValueError(
             f"edges name {len(parents)} positions, the gradient has {len(values) + shift}"

@@ -21,6 +21,7 @@ from probes.reading.passes import (
     checked_tokens,
     frozen,
     mask_argument,
+    next_token_losses,
     split,
     undisturbed,
 )
@@ -143,9 +144,7 @@ def next_token_loss(
     >>> next_token_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).exp().round()
     tensor(4.)
     """
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).mT
-    targets = tokens[:, 1:].to(wide.device)
-    losses = nn.functional.cross_entropy(wide, targets, reduction="none")
+    losses = next_token_losses(logits, tokens)
     if real is None:
         return losses.mean()
     counted = (real[:, :-1].bool() & real[:, 1:].bool()).to(losses.device)

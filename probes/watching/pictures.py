@@ -111,9 +111,9 @@ def _gradient(
         (chi2, {"colorscale": "Viridis", "zmin": 0.0}),
     ]
     for column, (matrix, options) in enumerate(panels, 1):
-        shown = torch.where(past, matrix, torch.nan).tolist()
+        cells = torch.where(past, matrix, torch.nan).tolist()
         bar = {"x": 0.42 if column == 1 else 1.0, "thickness": 10}
-        figure.add_heatmap(z=shown, row=1, col=column, colorbar=bar, **options)
+        figure.add_heatmap(z=cells, row=1, col=column, colorbar=bar, **options)
     predicted = "x[query + 1]" if target == "next" else "x[query]"
     figure.update_xaxes(title_text="key", constrain="domain")
     figure.update_yaxes(autorange="reversed", title_text="query")

@@ -32,11 +32,12 @@ from probes.reading.padding import real_positions
 from probes.reading.passes import (
     MAX_BATCH_BYTES,
     batch_rows,
+    checked_logits,
     checked_tokens,
-    mask_argument,
     split,
     undisturbed,
 )
+from probes.watching.agreement import lag_diagonal
 from probes.watching.counting import Vocabulary
 from probes.watching.gradient import MIN_BLOCKS, LossGradient
 
@@ -115,12 +116,7 @@ def residual_information(
     tables = _Tables(n_blocks, min(max_lag, pos - 1), vocabulary.n_symbols, tokens.device)
     with undisturbed(model):
         for number, (batch, batch_real) in enumerate(split(rows, tokens, real)):
-            logits = model(batch, return_type="logits", **mask_argument(batch_real))
-            if logits.ndim != 3 or logits.shape[-1] < config_of(model).d_vocab:
-                raise ProbeError(
-                    "residual information needs logits for every token of the vocabulary, "
-                    f"{type(model).__name__} gives shape {tuple(logits.shape)}"
-                )
+            logits = checked_logits(model, batch, batch_real, "residual information")
             probabilities = vocabulary.merged(logits[:, :-1].double().softmax(-1))
             tables.add(number % n_blocks, vocabulary.symbols(batch, batch_real), probabilities)
     return tables.result(n_sequences, vocabulary.bucket_share)
@@ -149,8 +145,8 @@ class _Tables:
         # The query's own padding makes its prediction meaningless.
         predicted = (target >= 0) & (symbols[:, :-1] >= 0)
         for index in range(self._joint.shape[1]):
-            key, there = symbols[:, : symbols.shape[1] - 1 - index], predicted[:, index:]
-            real = there & (key >= 0)
+            key = symbols[:, : symbols.shape[1] - 1 - index]
+            real = predicted[:, index:] & (key >= 0)
             keys = key[real]
             self._joint[block, index].index_add_(0, keys, residual[:, index:][real])
             self._variance[block, index].index_add_(0, keys, variance[:, index:][real])
@@ -268,5 +264,5 @@ def descent_by_lag(gradient: LossGradient, *, layer: int = 0) -> Float[Tensor, "
     """
     matrix = -gradient.mean.sel(layer=layer).values
     n = matrix.shape[-1] - 1
-    lags = [matrix[:, :n].diagonal(-below, -2, -1).mean(-1) * n for below in range(n)]
+    lags = [lag_diagonal(matrix, below, 1).mean(-1) * n for below in range(n)]
     return torch.stack(lags, -1)

@@ -72,27 +72,28 @@ class Shadow:
             self.bridge.tokenizer = None  # its PAD token would count as padding
 
     @torch.no_grad()
-    def sync(self, tokens: Tensor) -> bool:
+    def sync(self, tokens: Tensor) -> Any:
         """Take over the live weights.
 
         Args:
             tokens: a few sequences on which the two models are compared once.
 
         Returns:
-            True.
+            The bridge, which now computes what the live model does.
 
         Raises:
             ProbeError: even a new bridge computes other logits than the live model.
         """
         if self._makes_anew:
             self._make()
-            return True
+            return self.bridge
         changed = False
         for name, parameter in self._live.named_parameters():
             mine = self._copies[name]
-            changed |= not torch.equal(mine, parameter.to(mine))
+            if not self._checked:
+                changed |= not torch.equal(mine, parameter.to(mine))
             mine.copy_(parameter)
-        if changed and not self._checked:
+        if changed:
             self._checked = True
             if not self._agrees(tokens):
                 self._makes_anew = True
@@ -102,14 +103,14 @@ class Shadow:
                         f"the bridge of {type(self._live).__name__} computes other logits than the "
                         "model itself"
                     )
-        return True
+        return self.bridge
 
     def _agrees(self, tokens: Tensor) -> bool:
         with undisturbed(self._live):
             expected = self._live(input_ids=tokens).logits.float()
-        found = self.bridge(tokens, return_type="logits").float()
+        computed = self.bridge(tokens, return_type="logits").float()
         scale = expected.abs().max().clamp(min=1.0)
-        return bool((found - expected).abs().max() <= _TOLERANCE * scale)
+        return bool((computed - expected).abs().max() <= _TOLERANCE * scale)
 
 
 def _cuda() -> list[int]:

@@ -167,9 +167,10 @@ class Tracker:
         devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices):  # a user's hooks may draw even in evaluation
             if self._shadow is not None:
-                if not self._guarded("copy of the model", self._shadow.sync, self.tokens[:2]):
+                bridge = self._guarded("copy of the model", self._shadow.sync, self.tokens[:2])
+                if bridge is None:
                     return None
-                self.model = self._shadow.bridge
+                self.model = bridge
             scores = self._guarded("head scores", self._read_scores, figures)
             self._guarded("in-context loss", self._read_in_context, figures)
             descent = self._guarded("gradient", self._read_gradient, figures)
@@ -236,19 +237,22 @@ class Tracker:
             attention_mask=self._mask,
             max_batch_bytes=self._max_batch_bytes,
         )
-        information = self.information
-        for layer in self._layers if information is not None else ():
-            assert information is not None
-            result = agreement(
-                gradient, information, target=self._target, layer=layer, edges=self._edges
-            )
-            name = f"gradient/layer{layer}"
-            figures[f"{name}/signal_to_noise"] = result.signal_to_noise
-            if result.measurable:
-                figures[f"{name}/correlation"] = result.pearson
-                if result.n_rows:
-                    figures[f"{name}/edge_hits"] = result.edge_hits
-                    figures[f"{name}/chance"] = result.chance
+        if self.information is not None:
+            for layer in self._layers:
+                result = agreement(
+                    gradient,
+                    self.information,
+                    target=self._target,
+                    layer=layer,
+                    edges=self._edges,
+                )
+                name = f"gradient/layer{layer}"
+                figures[f"{name}/signal_to_noise"] = result.signal_to_noise
+                if result.measurable:
+                    figures[f"{name}/correlation"] = result.pearson
+                    if result.n_rows:
+                        figures[f"{name}/edge_hits"] = result.edge_hits
+                        figures[f"{name}/chance"] = result.chance
         summed = gradient.summed
         return LabelledTensor("descent_on_scores", -summed.values.cpu(), summed.axes, summed.coords)
 

@@ -167,7 +167,7 @@ def test_nothing_is_left_after_a_fault_at_any_hook_of_a_pass(
         ("mean_ablate", records.Sum, "add"),
         ("edit_attention", hooking.Hooks, "remove"),
         ("attention_effects", attention_edits, "edit_attention"),
-        ("score_heads", InductionScores, "reading"),
+        ("score_heads", AttentionTo, "reading"),
         ("score_heads of tokens", head_scores, "uniform_baseline"),
         ("ablation_effects", torch.nn.functional, "cross_entropy"),
         ("loss_by_position", passes, "converted"),

@@ -30,8 +30,8 @@ from probes import (
     track_formation,
 )
 from probes.reading.passes import token_losses
+from tests.probes.conftest import Build
 
-Build = Callable[..., HookedTransformer]
 VALUES = torch.arange(12.0).reshape(2, 3, 2)
 LABELLED = LabelledTensor("scores", VALUES, ("layer", "head", "key"), {"layer": (3, 5)})
 
