@@ -70,7 +70,6 @@ class Groups:
     number: int
     of_sequence: Int[Tensor, "sequence"]
     sizes: Int[Tensor, "group"]
-    order: Int[Tensor, "sequence"]
     rank: Int[Tensor, "sequence"]
 
     @classmethod
@@ -96,19 +95,20 @@ class Groups:
             )
         order = numbers.argsort(stable=True)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(n_sequences, device=device) - _starts(sizes)[numbers[order]]
-        return cls(len(sizes), numbers, sizes, order, rank)
+        start = (sizes.cumsum(0) - sizes)[numbers[order]]
+        rank[order] = torch.arange(n_sequences, device=device) - start
+        return cls(len(sizes), numbers, sizes, rank)
 
     def shuffle(self, generator: torch.Generator) -> Int[Tensor, "sequence"]:
-        """For every sequence another one of its group: all are shifted by one random number."""
-        share = torch.rand(self.number, generator=generator, dtype=torch.float64)
-        shift = 1 + (share.to(self.sizes.device) * (self.sizes - 1)).long()
-        rank = (self.rank + shift[self.of_sequence]) % self.sizes[self.of_sequence]
-        return self.order[_starts(self.sizes)[self.of_sequence] + rank]
-
-
-def _starts(sizes: Tensor) -> Tensor:
-    return sizes.cumsum(0) - sizes
+        """For every sequence another one of its group: the next one in a random order."""
+        noise = torch.rand(len(self.rank), generator=generator, dtype=torch.float64)
+        order = (self.of_sequence + noise.to(self.rank.device)).argsort()
+        group = self.of_sequence[order]
+        start = (self.sizes.cumsum(0) - self.sizes)[group]
+        place = torch.arange(len(order), device=order.device) - start
+        partner = torch.empty_like(order)
+        partner[order] = order[start + (place + 1) % self.sizes[group]]
+        return partner
 
 
 class Counter:

@@ -83,8 +83,8 @@ def pairwise_information(
     "miller_madow" uses the number of symbols seen; "none" keeps the plug-in estimate.
 
     Args:
-        tokens: independent sequences of equal length, or an iterable of batches of them (kept in
-            memory as integers).
+        tokens: independent sequences of equal length, in random order, or an iterable of batches
+            of them (kept in memory as integers).
         vocab_size: tokens lie in [0, vocab_size); None for the largest token + 1.
         mask: False at padding, which is left out of every pair; shaped like `tokens`.
         correction: None takes the jackknife, or the shuffle null where a group has fewer than

@@ -105,6 +105,17 @@ def test_few_sequences_get_the_shuffle_null() -> None:
     assert pairwise_information(tokens.repeat(2, 1)).correction == "jackknife"
 
 
+def test_the_shuffle_null_does_not_follow_the_order_of_the_sequences() -> None:
+    # Every second sequence ends in two equal tokens: paired by a shift, half of the null would too.
+    tokens = torch.randint(6, (400, 3), generator=seeded(4))
+    tokens[::2, 1:] = 6
+    result = pairwise_information(tokens, correction="shuffle")
+    mixed = pairwise_information(tokens[torch.randperm(400, generator=seeded())])
+    assert mixed.correction == "shuffle"
+    assert result.chi2[2, 1] == pytest.approx(mixed.chi2[2, 1].item(), abs=0.05)
+    assert result.chi2_bias[2, 1] < 0.2  # theory: (S - 1)² / n = 0.09
+
+
 @pytest.mark.parametrize("correction", ["none", "miller_madow", "jackknife"])
 def test_groups_are_averages_over_groups(correction: Any) -> None:
     tokens = torch.randint(3, (90, 4), generator=seeded())
