@@ -17,6 +17,7 @@ from probes.heads.in_context import in_context_score
 from probes.reading.errors import ProbeWarning
 from probes.reading.hook_names import Layers, layers_with
 from probes.reading.labelled import LabelledTensor
+from probes.reading.padding import real_positions
 from probes.reading.passes import MAX_BATCH_BYTES, checked_tokens
 from probes.watching.agreement import Target, agreement
 from probes.watching.gradient import Loss, attention_gradient
@@ -99,7 +100,8 @@ class Tracker:
             edges: the true parents of each position, where they are known; see `agreement`.
             n_sequences: held-out sequences that a look runs the model on, at most.
             groups: see `pairwise_information`.
-            attention_mask: 0 at padding of `tokens`.
+            attention_mask: 0 at padding of `tokens`; None to find padding by the PAD token of the
+                model's tokenizer.
             tokenizer: of a Hugging Face model; its PAD token marks padding.
             log: called with a dict of figures at every look, such as `wandb.log`. A function that
                 takes `commit` gets `commit=False`, so that the caller's own next call logs them
@@ -130,7 +132,7 @@ class Tracker:
             information = pairwise_information(
                 tokens,
                 groups=groups,
-                mask=None if attention_mask is None else attention_mask.bool(),
+                mask=real_positions(self.model, tokens, attention_mask),
                 by="position" if by_position else "lag",
                 max_lag=None if by_position else _MAX_LAG,
             )

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,29 @@ def test_pictures_show_what_was_read(model: HookedTransformer) -> None:
     gradient, information = pictures["p/gradient"].data
     assert (len(gradient.z), len(gradient.z[0])) == (len(information.z), len(information.z[0]))
     assert gradient.z[0][1] != gradient.z[0][1]  # the future is empty
+
+
+def test_padding_counts_neither_in_passes_nor_in_information(build: Build) -> None:
+    model, with_tokenizer = build(), build()
+    tokens = torch.randint(6, (400, 10), generator=seeded(4))
+    tokens[::2, 7:] = 6
+    by_mask = Tracker(model, tokens, every=1, attention_mask=tokens != 6)
+    with_tokenizer.tokenizer = SimpleNamespace(  # type: ignore[assignment]
+        pad_token_id=6, bos_token_id=0, padding_side="right"
+    )
+    by_tokenizer = Tracker(with_tokenizer, tokens, every=1)
+    figures = []
+    for track in (by_mask, by_tokenizer):
+        look = track(0)
+        assert look is not None
+        # Head scores have sequences of their own, which begin with the tokenizer's BOS.
+        on_tokens = {k: v for k, v in look.figures.items() if k.startswith(("gradient", "in_con"))}
+        figures.append(on_tokens)
+        assert track.information is not None
+        # Half of the last tokens would be PAD together: that is no information.
+        assert track.information.chi2[9, 8] < 0.3
+    assert figures[0] == pytest.approx(figures[1], nan_ok=True)
+    assert figures[0]
 
 
 def test_long_sequences_are_compared_by_lag(build: Build) -> None:
