@@ -22,6 +22,11 @@ class Stage:
     section: StageSection
     start: int
 
+    @property
+    def end(self) -> int:
+        """The run's step after the last one of the stage."""
+        return self.start + self.section.steps
+
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe's algorithm, in order, without stages of 0 steps."""
@@ -46,7 +51,7 @@ def probe_steps(probing: ProbingSection, plan: list[Stage]) -> list[int]:
     Each stage starts with `dense` probe steps in a row. Then comes every `every`-th step, or with
     the geometric schedule the steps 1, 2, 4, 8, ... after the stage's start.
     """
-    end = plan[-1].start + plan[-1].section.steps if plan else 0
+    end = plan[-1].end if plan else 0
     steps = {0, end}
     for stage in plan if probing.enabled else ():
         offsets = set(range(min(probing.dense, stage.section.steps)))

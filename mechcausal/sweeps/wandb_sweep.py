@@ -10,6 +10,7 @@ import yaml
 
 from mechcausal.recipes import recipe_to_toml
 from mechcausal.support.files import write_atomically
+from mechcausal.sweeps.plan import size
 from mechcausal.sweeps.sweep import Range, Sweep, SweepError
 
 
@@ -49,7 +50,7 @@ def wandb_config(sweep: Sweep, recipe: str) -> dict[str, Any]:
     if "seed" not in sweep.axes:
         config["parameters"]["seed"] = {"values": list(sweep.seeds)}
     if method != "grid" and sweep.samples:
-        config["run_cap"] = sweep.samples * (1 if "seed" in sweep.axes else len(sweep.seeds))
+        config["run_cap"] = size(sweep)
     return config
 
 

@@ -1,8 +1,7 @@
-"""Training batches drawn by a thread while the model is trained and looked at.
+"""Draw training batches in a thread while the model is trained and probed.
 
-Drawing is most of the work of a step and needs nothing of the model: a second core does it in the
-meantime. What is drawn is what the generator would have given anyway, and after each batch the
-generator stands where it would have stood.
+Drawing is most of the work of a step and does not need the model, so a second core does it
+meanwhile. Batches, and the generator's state after each, equal those drawn without the thread.
 """
 
 import os
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mechcausal.tasks import Batch, Task
 
-# Enough for a look at the model to be slept through; little is left over at the end.
+# Enough batches for the time of a probe step; few are unused at the end.
 _MOST_BATCHES = 32
 _MOST_SECONDS = 0.25
 
@@ -48,8 +47,8 @@ class BatchesAhead:
 
         Args:
             task: graph and prior.
-            generator: source of the batches. Whoever reads its state finds what has been handed
-                out; whoever sets it decides what comes next.
+            generator: source of the batches. Its state is the one after the last batch returned;
+                setting it makes the next batch start there.
         """
         self._task = task
         self._generator = generator
@@ -57,7 +56,9 @@ class BatchesAhead:
         self._source = torch.Generator(generator.device)
         self._pending: deque[Future[_Drawn]] = deque()
         self._n_sequences = 0
-        self._state: Tensor | None = None  # the generator's, for which the pending ones are right
+        self._state: Tensor | None = (
+            None  # of the generator, from which the pending batches continue
+        )
         self._depth = 1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)

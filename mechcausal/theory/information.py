@@ -81,6 +81,9 @@ class ParentInformation:
 Information = PairwiseTheory | ParentInformation
 """Theory for either task; both have `graph`, `chi2`, `shannon` and their standard errors."""
 
+MAX_STATES = 20_000
+"""Entries of the largest joint table above which information is sampled."""
+
 
 def parent_information(
     task: SeveralParentsTask,
@@ -88,7 +91,7 @@ def parent_information(
     n_priors: int = 200,
     generator: torch.Generator | None = None,
     n_sequences: int = 4096,
-    max_states: int = 20_000,
+    max_states: int = MAX_STATES,
     max_seconds: float | None = None,
     on_progress: Report | None = None,
 ) -> ParentInformation:
@@ -132,21 +135,22 @@ def parent_information(
     if n_priors > 1:
         seconds = _seconds_each(task, states if exact else None, n_sequences)
         n_priors = affordable(n_priors, max_seconds=max_seconds, seconds_each=seconds)
-    chunk = max(1, _MAX_ELEMENTS // max(states, task.sequence_length * task.vocab_size**2))
+    chunk = 1
+    if exact:
+        chunk = max(1, _MAX_ELEMENTS // max(states, task.sequence_length * task.vocab_size**2))
     totals: dict[str, Tensor] = {}
-    for start in range(0, n_priors, chunk if exact else 1):
+    for start in range(0, n_priors, chunk):
+        size = min(chunk, n_priors - start)
+        tensors = task.sample_tensors(size, generator=generator, dtype=torch.float64)
         if exact:
-            size = min(chunk, n_priors - start)
-            tensors = task.sample_tensors(size, generator=generator, dtype=torch.float64)
             values = exact_information(task.graph, tensors)
         else:
-            tensors = task.sample_tensors(1, generator=generator, dtype=torch.float64)
             values = sampled_information(task, tensors, n_sequences, generator=generator)
         for name, value in values.items():
             moments = torch.stack([value.sum(0), value.square().sum(0)]).cpu()
             totals[name] = totals.get(name, torch.zeros_like(moments)) + moments
         if on_progress is not None:
-            on_progress(min(start + (chunk if exact else 1), n_priors), n_priors)
+            on_progress(start + size, n_priors)
     fields = {}
     for name, total in totals.items():
         fields[name], fields[f"{name}_stderr"] = mean_of_moments(total, n_priors)

@@ -52,9 +52,9 @@ def sampled_information(
         torch.xlogy(laws, laws).sum((1, 3)),
     ]
     totals = [part.sum(0, keepdim=True) for part in parts]
-    full_sample = _information(task, totals, N_GROUPS * per_group)
+    full_sample = _information(totals, N_GROUPS * per_group)
     left_out = [total - part for total, part in zip(totals, parts, strict=True)]
-    without_group = _information(task, left_out, (N_GROUPS - 1) * per_group)
+    without_group = _information(left_out, (N_GROUPS - 1) * per_group)
     return {
         name: N_GROUPS * value - (N_GROUPS - 1) * without_group[name].mean(0, keepdim=True)
         for name, value in full_sample.items()
@@ -75,9 +75,7 @@ def _laws(
     return torch.stack(laws, 1)
 
 
-def _information(
-    task: SeveralParentsTask, sums: list[Tensor], count: int
-) -> dict[str, Float[Tensor, "group ..."]]:
+def _information(sums: list[Tensor], count: int) -> dict[str, Float[Tensor, "group ..."]]:
     """All quantities from the sums over `count` sequences of each group."""
     pairs, marginal, square, log_law = (part / count for part in sums)
     groups, n, _, vocab, _ = pairs.shape

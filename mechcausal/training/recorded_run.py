@@ -31,7 +31,7 @@ from mechcausal.training.schedule import schedule
 P = ParamSpec("P")
 
 SILENT_SECONDS = 1.0
-"""What is prepared before the first step is told of when it takes longer."""
+"""Preparing the first step is reported only if it takes longer than this."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def resume(
         if checkpoint is not None:
             _check_stage(checkpoint, recipe)
         if changed:
-            _set_aside(folder, recipe, start)
             rows = [row for row in rows if int(row[STEP] or 0) < start]
+            _set_aside(folder, recipe, start, rows)
         with writing(folder / SUMMARY_FILE):
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
         run = RecordedRun(
@@ -175,15 +175,17 @@ def _check_stage(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"the recipe ends at {recipe.n_steps:,}"
         )
     stage = [s for s in stages(recipe) if s.start <= checkpoint.step][-1]
-    if stage.name != checkpoint.stage and checkpoint.step != stage.start + stage.section.steps:
+    if stage.name != checkpoint.stage and checkpoint.step != stage.end:
         raise RunFolderError(
             f"{checkpoint.folder}: step {checkpoint.step:,} was in {checkpoint.stage}, "
             f"in this recipe it is in {stage.name}"
         )
 
 
-def _set_aside(folder: Path, recipe: Recipe, start: int) -> None:
-    """Copy old rows, recipe and matrices to `before-step-N-i`; drop what comes after `start`.
+def _set_aside(
+    folder: Path, recipe: Recipe, start: int, rows: Sequence[Mapping[str, Value]]
+) -> None:
+    """Copy old rows, recipe and matrices to `before-step-N-i`; keep `rows`, those before `start`.
 
     Raises:
         RecordError: the folder cannot be written.
@@ -196,7 +198,6 @@ def _set_aside(folder: Path, recipe: Recipe, start: int) -> None:
         for name in (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, MATRICES_FILE):
             if (folder / name).is_file():
                 shutil.copy2(folder / name, backup / name)
-        rows = [row for row in _rows(folder) if int(row[STEP] or 0) < start]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(folder / METRICS_FILE, text)
         write_atomically(folder / RECIPE_FILE, recipe_to_toml(recipe))

@@ -17,11 +17,10 @@ def schedule(
 
     One more number follows the last training step, for the final probe step.
     """
-    end = plan[-1].start + plan[-1].section.steps
+    end = plan[-1].end
     for stage in plan:
         section = stage.section
-        stop = stage.start + section.steps
-        steps = range(max(start, stage.start), stop + (stop == end))
+        steps = range(max(start, stage.start), stage.end + (stage.end == end))
         if not steps:
             continue
         optimizer = _optimizer(section, experiment.parameters(stage.parameters))

@@ -55,7 +55,8 @@ def bayes_loss(
         batch: sequences, on the generator's device.
         generator: source of the draws.
         max_draws: the most for each sequence.
-        max_seconds: fewer where they would take longer on a busy core, as counted from the sizes.
+        max_seconds: takes fewer draws if `max_draws` would take longer; counted in operations, not
+            timed.
         on_progress: told how many sequences are done, and of how many, in every round of draws.
 
     Example:
@@ -63,8 +64,8 @@ def bayes_loss(
         >>> from mechcausal.tasks import SingleParentTask
         >>> task = SingleParentTask(chain(9), DirichletPrior.symmetric(0.5, vocab_size=3))
         >>> generator = torch.Generator().manual_seed(0)
-        >>> found = bayes_loss(task, task.sample(256, generator=generator), generator=generator)
-        >>> found.n_draws < 128, found.excess < found.stderr / 10
+        >>> bayes = bayes_loss(task, task.sample(256, generator=generator), generator=generator)
+        >>> bayes.n_draws < 128, bayes.excess < bayes.stderr / 10
         (True, True)
     """
 
@@ -77,9 +78,8 @@ def bayes_loss(
 
     if isinstance(task, SeveralParentsTask):
         return exact(context_prediction(task, batch.tokens, n_nearest=len(task.query_parents)))
-    mean = bigram_prediction(task, batch.tokens)
     if not isinstance(task.prior, DirichletPrior) or not len(batch):
-        return exact(mean)
+        return exact(bigram_prediction(task, batch.tokens))
     weights = RootWeights(task, batch.tokens)
     if max_seconds is not None:
         allowed = int(max_seconds / (weights.seconds_per_draw * len(batch)))

@@ -44,11 +44,11 @@ def bigram_prediction(
     only: the likelihood of the roots, which are drawn from `mu`, is ignored. For a fixed matrix,
     the prediction is its row.
     """
-    prior, rows = task.prior, torch.arange(tokens.shape[0], device=tokens.device)
+    prior = task.prior
     if not isinstance(prior, DirichletPrior):
-        return _fixed_rows(task, tokens)[rows, tokens[:, -1]]
+        return torch.tensor(prior.rows, device=tokens.device)[tokens[:, -1]]
     posterior = prior.posterior_concentration(transition_counts(task, tokens))
-    return _normalised(posterior[rows, tokens[:, -1]])
+    return _mean_of_query_row(posterior, tokens)
 
 
 def bayes_prediction(
@@ -108,8 +108,8 @@ class RootWeights:
         """
         assert isinstance(task.prior, DirichletPrior)
         self._tokens = tokens
-        self._mean = bigram_prediction(task, tokens)
         self._posterior = task.prior.posterior_concentration(transition_counts(task, tokens))
+        self._mean = _mean_of_query_row(self._posterior, tokens)
         self._roots = torch.tensor(task.graph.roots, device=tokens.device)
         self._max_elements = max_elements
         vocab = task.vocab_size  # S^2 gamma draws, and S^3 multiplications in the eliminations
@@ -171,9 +171,6 @@ def _root_log_weights(
     return log_weights.logsumexp(1).gather(1, exchange)
 
 
-def _fixed_rows(task: SingleParentTask, tokens: Tensor) -> Tensor:
-    return task.prior.sample(tokens.shape[0], generator=torch.Generator(device=tokens.device))
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    return weights / weights.sum(-1, keepdim=True)
+def _mean_of_query_row(posterior: Tensor, tokens: Tensor) -> Tensor:
+    rows = posterior[torch.arange(len(tokens), device=tokens.device), tokens[:, -1]]
+    return rows / rows.sum(-1, keepdim=True)

@@ -16,6 +16,7 @@ from mechcausal.graphs import CausalGraph
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.recipes.stages import stages
 from mechcausal.theory.elimination import elimination_width
+from mechcausal.theory.information import MAX_STATES
 
 MAX_PROBE_STEPS = 1_000_000
 """Most probe steps in one run; each is a row of its history."""
@@ -24,7 +25,6 @@ MAX_TENSOR_ENTRIES = 10**8
 
 _GIB = 2**30
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_EXACT_STATES = 20_000  # `parent_information` samples above this many states (its `max_states`)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
             f"too large: a transition tensor of {k} parents and {s} tokens has {s}^{k + 1} "
             f"entries, at most 10^8 are allowed: reduce {parents_field} or task.vocab_size"
         )
-    is_sampled = elimination_width(graph) * math.log(s) > math.log(_EXACT_STATES)
+    is_sampled = elimination_width(graph) * math.log(s) > math.log(MAX_STATES)
     tables = 128 * (n * s) ** 2 if is_sampled else 0
     return [
         Need("transition tensors", 24 * s ** (k + 1), fields),
