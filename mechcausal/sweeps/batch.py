@@ -82,7 +82,8 @@ def train_batch(
         runs[number] = RecordedRun(recipe, new_run_folder(recipe, folder), mode, lean=True)
     with stop_on_signals(stop) as stop, suppress(KeyboardInterrupt):
         stop.waits = True
-        train_runs(list(runs.values()), stop)
+        if runs:
+            train_runs(list(runs.values()), stop)
     for number, run in runs.items():
         reason = one_line(run.error) if run.error is not None else ""
         outcomes[number] = Outcome(run.state or "interrupted", reason)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mechcausal.graphs import chain, manual, star
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.recipes import Recipe, parse_recipe
+from mechcausal.recipes import Recipe, RecipeError, parse_recipe
 from mechcausal.records.run_folder import (
     MATRICES_FILE,
     is_held,
@@ -264,6 +264,17 @@ def test_a_killed_member_is_resumed_to_its_single_run(batch: Folders, tmp_path: 
     assert result.start == 10
     assert not any("came out differently" in warning for warning in result.warnings)
     assert_same_weights(folder, batch[0])
+
+
+def test_a_batch_whose_members_are_all_refused_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Recipe) -> None:
+        raise RecipeError("device: this machine has no cuda")
+
+    monkeypatch.setattr("mechcausal.sweeps.batch.check", refuse)
+    _, outcomes = train_in(tmp_path, various()[:2])
+    assert outcomes == [Outcome("failed", "device: this machine has no cuda")] * 2
 
 
 def test_members_that_were_not_begun_leave_nothing(tmp_path: Path) -> None:
