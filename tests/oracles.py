@@ -17,6 +17,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def random_patterns(n_heads: int, length: int, seed: int) -> Tensor:
+    scores = 3 * torch.randn(n_heads, length, length, generator=seeded(seed))
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
 def forest(*parents: int) -> CausalGraph:
     """From the parent of every position, -1 for a root."""
     return CausalGraph.from_parents(parents)

@@ -149,8 +149,8 @@ def _print_result(result: "RunResult") -> None:
     resumed = f", resumed at {result.start:,}" if result.start else ""
     title = f"{result.state} after {result.summary['train/steps']:,} steps{resumed}"
     table = Table(title=title)
-    for heading, justify in (("figure", "left"), ("value", "right"), ("meaning", "left")):
-        table.add_column(heading, justify="right" if justify == "right" else "left")
+    for heading in ("figure", "value", "meaning"):
+        table.add_column(heading, justify="right" if heading == "value" else "left")
     first = result.summary.get("first", {})
     for row, keys, prefix in ((first, _FIRST, "first step: "), (result.summary, _LAST, "")):
         for key in keys:

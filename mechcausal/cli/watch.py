@@ -87,12 +87,10 @@ class Watched:
         attention = self.progress.matrices.get("attention/layer0")
         if attention is None:
             return {}
-        heads = by_head({"attention/layer0": attention.float().numpy()}, "attention/layer0")
+        heads = by_head(attention.float().numpy())
         names = ["attention"] if len(heads) == 1 else [f"head {i}" for i in range(len(heads))]
         panels = dict(zip(names, heads, strict=True))
-        truth = self.run.truth
-        shares = truth / np.maximum(truth.sum(1, keepdims=True), 1)
-        return {**panels, "true graph": shares}
+        return {**panels, "true graph": self.run.ideal_attention}
 
     def _matrices(
         self, panels: Mapping[str, Float[np.ndarray, "query key"]], width: int, height: int

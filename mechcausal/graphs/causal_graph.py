@@ -187,6 +187,14 @@ class CausalGraph:
         return tuple(child for child, row in enumerate(self.parents) if row)
 
     @property
+    def n_graph_rows(self) -> int:
+        """Rows of layer 1's attention that belong to positions of the graph.
+
+        If the query has parents, the last row serves the query instead.
+        """
+        return self.n_positions - (self.query_parents is not None)
+
+    @property
     def child_rows(self) -> dict[int, tuple[int, ...]]:
         """The parents of each position whose row of layer 1's attention should show them.
 
@@ -197,8 +205,7 @@ class CausalGraph:
             >>> CausalGraph(((), (0,), (1,)), query_parents=(2,)).child_rows
             {1: (0,)}
         """
-        last = self.n_positions - (self.query_parents is not None)
-        return {child: row for child, row in enumerate(self.parents[:last]) if row}
+        return {child: row for child, row in enumerate(self.parents[: self.n_graph_rows]) if row}
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:

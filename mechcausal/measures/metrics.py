@@ -52,7 +52,7 @@ def gradient_figures(
         `edge_hits`, and for `theory`, `chi2`, `shannon` a Pearson `_correlation` and a Spearman
         `_spearman`; NaN if one side is constant.
     """
-    n = theory.graph.n_positions - (theory.graph.query_parents is not None)
+    n = theory.graph.n_graph_rows
     measured = gradient[:n, :n].double().cpu()
     figures = {}
     if theory.graph.edges:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import ndimage
 
-from mechcausal.measures.figures import History
+from mechcausal.measures.figures import STEP, History
 
 Points = Float[np.ndarray, " point"]
 Cells = Float[np.ndarray, " cell"]
@@ -73,7 +73,7 @@ def curve(history: History, loss: str = "loss/eval") -> tuple[Points, Points]:
     """
     points = {}
     for row in history:
-        step, value = row.get("train/step"), row.get(loss)
+        step, value = row.get(STEP), row.get(loss)
         if step is not None and value is not None and math.isfinite(value):
             points[float(step)] = float(value)
     steps = np.array(sorted(points))
@@ -217,7 +217,7 @@ def _strategy(history: History, start: int, stop: int) -> str | None:
     """The strategy with the smallest mean divergence; None if all are infinite."""
     divergences: defaultdict[str, list[float]] = defaultdict(list)
     for row in history:
-        step = row.get("train/step")
+        step = row.get(STEP)
         for name, value in row.items() if step is not None and start <= step <= stop else ():
             if name.startswith(_STRATEGY):
                 finite = value if value is not None and math.isfinite(value) else math.inf

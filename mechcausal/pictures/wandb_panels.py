@@ -89,8 +89,8 @@ def edge_table(run: RunData, *, most_rows: int = MOST_ROWS) -> pd.DataFrame:
     tables = []
     for step in steps:
         matrices = run.frames[step]
-        attention = by_head(matrices, "attention/layer0").max(0)
-        gradient = by_head(matrices, "gradient/pattern").sum(0)
+        attention = by_head(matrices["attention/layer0"]).max(0)
+        gradient = by_head(matrices["gradient/pattern"]).sum(0)
         tables.append(
             pd.DataFrame(
                 {

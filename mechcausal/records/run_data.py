@@ -197,9 +197,15 @@ class RunData:
         return truth
 
     @property
+    def ideal_attention(self) -> Float[np.ndarray, "query key"]:
+        """Uniform attention of every row over its parents, as `truth` has them."""
+        ideal: np.ndarray = self.truth / np.maximum(self.truth.sum(1, keepdims=True), 1)
+        return ideal
+
+    @property
     def n_graph_rows(self) -> int:
         """Rows of layer-1 attention that belong to positions of the graph, as in theory."""
-        return self.graph.n_positions - (self.graph.query_parents is not None)
+        return self.graph.n_graph_rows
 
     @cached_property
     def examples(self) -> Int[np.ndarray, "example pos"] | None:

@@ -11,15 +11,9 @@ from mechcausal.measures.matching import Matching, contested_rows, match_heads, 
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.tasks import Batch, build_task
 from mechcausal.tasks.priors import DirichletPrior
-from tests.oracles import forest, seeded
+from tests.oracles import forest, random_patterns, seeded
 
 UNEVEN = CausalGraph(((), (0,), (), (0, 2), (1, 2, 3), (4,), (1, 5)), (2, 4, 5))
-
-
-def random_patterns(n_heads: int, length: int, seed: int) -> Tensor:
-    scores = 3 * torch.randn(n_heads, length, length, generator=seeded(seed))
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 def patterns_of(graph: CausalGraph, swapped: tuple[int, ...] = ()) -> Tensor:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, random_forest
 from mechcausal.measures.metrics import (
@@ -27,12 +26,6 @@ GRAPHS = [chain(9), *(random_forest(9, edge_probability=0.6, generator=seeded(s)
 def theory_of(graph: CausalGraph) -> PairwiseTheory:
     prior = DirichletPrior.symmetric(0.5, vocab_size=3)
     return pairwise_theory(graph, prior, n_priors=50, generator=seeded())
-
-
-def random_pattern(size: int, seed: int) -> Tensor:
-    scores = 2 * torch.randn(size, size, generator=seeded(seed))
-    hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(1)
 
 
 def test_a_graph_without_edges_has_no_edge_hits() -> None:

@@ -1,9 +1,7 @@
 """The figure of interventions shows every effect at its row, with its standard error."""
 
-import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mechcausal.graphs import CausalGraph, chain, two_parents
 from mechcausal.measures.interventions import EdgeEffects, InterventionEffect, edge_effects
@@ -13,18 +11,12 @@ from mechcausal.pictures.static.effect_figures import draw_edge_effects
 from mechcausal.tasks import Batch, build_task
 from mechcausal.tasks.priors import DirichletPrior
 from tests.oracles import forest, seeded
+from tests.pictures.test_paper_figures import check_picture
 
 
 def sample(graph: CausalGraph, n: int = 64) -> Batch:
     task = build_task(graph, DirichletPrior.symmetric(0.3, vocab_size=3))
     return task.sample(n, generator=seeded(1))
-
-
-def check_picture(figure: Figure) -> None:
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
-    assert min(pixels.shape[:2]) > 200
-    assert pixels[..., :3].std() > 1
 
 
 def dots(axis: Axes) -> dict[str, list[tuple[float, float]]]:

@@ -8,7 +8,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
 from mechcausal.measures.blocks import block_shares, solution_blocks
@@ -23,7 +22,7 @@ from mechcausal.pictures.static.paper_figures import (
     draw_loss,
 )
 from mechcausal.pictures.static.style import OTHER_COLOUR
-from tests.oracles import seeded
+from tests.oracles import random_patterns, seeded
 
 
 def random_model(graph: CausalGraph, heads: tuple[int, ...]) -> DisentangledTransformer:
@@ -32,12 +31,6 @@ def random_model(graph: CausalGraph, heads: tuple[int, ...]) -> DisentangledTran
     with torch.no_grad():
         model.W.copy_(torch.randn(model.W.shape, generator=seeded(2)))
     return model
-
-
-def random_patterns(n_heads: int, length: int) -> Tensor:
-    scores = 3 * torch.randn(n_heads, length, length, generator=seeded(3))
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 def check_picture(figure: Figure) -> None:
@@ -111,7 +104,7 @@ def test_blocks_lie_apart_and_within_the_figure() -> None:
     [(chain(7), 1), (two_parents(8), 2), (k_gram(8, 3), 3), (k_gram(8, 3), 2), (chain(7), 5)],
 )
 def test_heads_circle_the_parents_that_they_serve(graph: CausalGraph, n_heads: int) -> None:
-    attention = random_patterns(n_heads, 8)
+    attention = random_patterns(n_heads, 8, seed=3)
     figure = draw_heads(attention, graph, "some title")
     check_picture(figure)
     assert figure.get_suptitle() == "some title"
@@ -142,7 +135,7 @@ def test_heads_circle_the_parents_that_they_serve(graph: CausalGraph, n_heads: i
 
 def test_the_row_of_the_query_is_marked_where_it_serves_the_query() -> None:
     for graph, marked in ((two_parents(8), True), (chain(7), False)):
-        for axis in draw_heads(random_patterns(2, 8), graph, "").axes:
+        for axis in draw_heads(random_patterns(2, 8, seed=3), graph, "").axes:
             assert ("query" in {text.get_text() for text in axis.texts}) == marked
             assert bool(axis.patches) == marked
 

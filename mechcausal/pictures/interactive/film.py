@@ -28,9 +28,8 @@ def film(
     figure = draw(run, steps[0])
     figure.frames = [go.Frame(data=draw(run, step).data, name=str(step)) for step in steps]
     _hold_axes(figure)
-    cut = {
-        "transition": {"duration": 0}
-    }  # Plotly cannot interpolate markers that change their symbol
+    # Plotly cannot interpolate markers that change their symbol.
+    cut = {"transition": {"duration": 0}}
     at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, **cut}
     moves = [
         {"method": "animate", "args": [[str(step)], at_once], "label": f"{step:,}"}

@@ -37,7 +37,7 @@ def causal_graph(run: RunData, step: int | None = None) -> go.Figure:
         RunDataError: the run has no matrices, or none at this step.
     """
     _, matrices = run.frame(step, needs="attention/layer0")
-    attention = by_head(matrices, "attention/layer0").max(0)
+    attention = by_head(matrices["attention/layer0"]).max(0)
     true, wrong = _pairs(run)
     visible = [(row, key, node) for row, key, node in wrong if attention[row, key] >= WRONG]
     positions, bend = _layout(run)

@@ -45,8 +45,8 @@ def attention_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     )
     several = run.graph.query_parents is not None
     title = "true graph (last row: query)" if several else "true graph"
-    shares = run.truth / np.maximum(run.truth.sum(1, keepdims=True), 1)
-    figures.append(draw_matrix(causal(shares), title, high=1.0, unit="share of the parent"))
+    ideal = causal(run.ideal_attention)
+    figures.append(draw_matrix(ideal, title, high=1.0, unit="share of the parent"))
     for figure in figures:
         mark_parents(figure, run)
     return figures
@@ -193,7 +193,7 @@ def _of_heads(
     run: RunData, step: int | None, name: str, title: str, *, signed: bool = False, **settings: Any
 ) -> list[go.Figure]:
     """A matrix of layer 1, one figure per head."""
-    values = by_head(run.frame(step, needs=name)[1], name)
+    values = by_head(run.frame(step, needs=name)[1][name])
     choices = head_choices(len(values), name)
     return [
         draw_matrix(

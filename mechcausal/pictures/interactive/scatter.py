@@ -23,7 +23,7 @@ def scatter_panels(run: RunData, step: int | None = None) -> list[go.Figure]:
     """
     _, matrices = run.frame(step, needs="gradient/pattern")
     n = run.n_graph_rows
-    measured = by_head(matrices, "gradient/pattern").sum(0)
+    measured = by_head(matrices["gradient/pattern"]).sum(0)
     visible = np.tril(np.ones((n, n), dtype=bool))
     figures = []
     if "theory/gradient" in run.references:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from plotly.subplots import make_subplots
 
 from mechcausal.pictures.static.style import EDGE_COLOUR
-from mechcausal.records.run_data import Matrices, RunData
+from mechcausal.records.run_data import RunData
 
 Panels = Callable[[RunData, int | None], list[go.Figure]]
 """Draws one step of a run as one or more pictures."""
@@ -85,9 +85,8 @@ def new_figure(title: str, **layout: Any) -> go.Figure:
     return figure
 
 
-def by_head(matrices: Matrices, name: str) -> Float[np.ndarray, "head query key"]:
+def by_head(matrix: Float[np.ndarray, "*any query key"]) -> Float[np.ndarray, "head query key"]:
     """A matrix of layer 1 with a head axis, which is added if it is missing."""
-    matrix = matrices[name]
     return matrix[None] if matrix.ndim == 2 else matrix
 
 

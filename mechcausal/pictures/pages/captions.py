@@ -63,7 +63,7 @@ def _hits(
 
 
 def _attention(run: RunData, matrices: Matrices) -> str:
-    values = by_head(matrices, "attention/layer0")
+    values = by_head(matrices["attention/layer0"])
     largest = values.max(0)
     truth = run.truth.astype(bool)
     if not truth.any():
@@ -78,7 +78,7 @@ def _attention(run: RunData, matrices: Matrices) -> str:
 
 
 def _graph(run: RunData, matrices: Matrices) -> str:
-    largest = by_head(matrices, "attention/layer0").max(0)
+    largest = by_head(matrices["attention/layer0"]).max(0)
     n_edges = int(run.truth.sum())
     strong = int((largest[run.truth.astype(bool)] >= 0.5).sum())
     wrong = sum(
@@ -93,7 +93,7 @@ def _graph(run: RunData, matrices: Matrices) -> str:
 
 
 def _gradient(run: RunData, matrices: Matrices) -> str:
-    total = by_head(matrices, "gradient/pattern").sum(0)
+    total = by_head(matrices["gradient/pattern"]).sum(0)
     hits, rows = _hits(run, total, run.n_graph_rows)
     return (
         f"The gradient's largest entry is a parent in {hits} of {rows} rows; "

@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 
 from mechcausal.measures.figures import STEP, Value
 from mechcausal.pictures.interactive.film import thinned
-from mechcausal.pictures.interactive.style import head_choices, reduced
+from mechcausal.pictures.interactive.style import by_head, head_choices, reduced
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.records.run_data import RunData
 
@@ -108,7 +108,7 @@ def _page_matrices(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if name in matrices:
             values = matrices[name].astype(np.float64)
             if _is_causal(name):
-                values = values[None] if values.ndim == 2 else values
+                values = by_head(values)
                 heads = head_choices(len(values), name)
                 values = np.stack([reduced(values, head) for head in heads])
             selected[name] = values

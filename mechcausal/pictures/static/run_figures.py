@@ -168,8 +168,7 @@ def draw_gradient(matrices: Matrices, theory: Information) -> "Figure":
     """
     chosen = (s for s in sorted(matrices) if bool(matrices[s]["gradient/scores"].any()))
     step = next(chosen, min(matrices))
-    # If the graph has query parents, the last row serves the query instead of the graph.
-    n = theory.graph.n_positions - (theory.graph.query_parents is not None)
+    n = theory.graph.n_graph_rows
     by_head = matrices[step]["gradient/scores"].double().reshape(-1, *_square(theory))
     measured = by_head.sum(0)[:n, :n].numpy()
     expected = _expected_gradient(theory)[:n, :n].numpy()

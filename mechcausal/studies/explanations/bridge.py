@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from mechcausal.pictures.static.style import ATTENTION_COLOURS, CYCLE, new_figure
+from mechcausal.pictures.static.style import ATTENTION_COLOURS, CYCLE, label_positions, new_figure
 from mechcausal.recipes import Recipe, RecipeError, WandbMode
 from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.studies.explanations.recording import (
@@ -227,14 +227,11 @@ def _draw(
 
 
 def _pairs(axis: "Axes", skeletons: Sequence[Skeleton], n: int, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     share: Float[np.ndarray, "later earlier"] = np.zeros((n, n))
     for skeleton in skeletons:
         for earlier, later in skeleton:
             share[later, earlier] += 1 / len(skeletons)
     axis.imshow(share, cmap=ATTENTION_COLOURS, vmin=0, vmax=1)
     axis.set_title(title, fontsize=9)
-    axis.set(xlabel="earlier position")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(integer=True))
+    label_positions(axis)
+    axis.set(xlabel="earlier position", ylabel="")

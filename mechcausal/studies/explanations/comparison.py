@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 
 from mechcausal.studies.explanations.applications import Application
 from mechcausal.studies.explanations.examples import PAD, Examples
-from probes.causal_discovery.explanation import METHODS, Explanation, Method, explain
+from probes.causal_discovery.explanation import METHODS, Explanation, explain
 
 MINIMUM = "minimum"
 """Exhaustive search with a far larger budget: no method can find smaller sets."""
@@ -81,8 +81,7 @@ def compare(
             explanations[method].append(explanation)
         minimum = explanations["exhaustive"][-1]
         if not minimum.found and minimum.calls >= budget:
-            exhaustive: Method = "exhaustive"
-            minimum = explain(model, tokens, method=exhaustive, budget=_MOST_CALLS, **options)
+            minimum = explain(model, tokens, method="exhaustive", budget=_MOST_CALLS, **options)
         explanations[MINIMUM].append(minimum)
     smallest = [explanation.size for explanation in explanations[MINIMUM]]
     return {

@@ -55,7 +55,7 @@ def read_skeletons(
 ) -> ModelSkeletons:
     """Recover skeletons from attention and gradients of a trained model."""
     model, graph = experiment.model, experiment.task.graph
-    n = graph.n_positions - (graph.query_parents is not None)
+    n = graph.n_graph_rows
     true = frozenset(edge for edge in graph.edges if edge[1] < n)
     device = device_named(recipe.device)
     generator = torch.Generator(device=device).manual_seed(recipe.seed)

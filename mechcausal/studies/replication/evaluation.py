@@ -44,6 +44,11 @@ def losses(run: Run, factor: int) -> dict[str, Float[Tensor, "batch"]]:
     return {"model": model, **_references(run.task, len(batch), draws, device)}
 
 
+def mean_attention(run: Run) -> Float[Tensor, "head query key"]:
+    """Layer 1's attention, averaged over fresh sequences."""
+    return run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)
+
+
 @lru_cache(maxsize=8)
 def _fresh_batch(task: Task, n_sequences: int, device: str) -> Batch:
     generator = torch.Generator(device=device).manual_seed(SEED)

@@ -24,7 +24,7 @@ class Member:
     """One run that a figure needs.
 
     Attributes:
-        recipe: name of a packaged recipe.
+        recipe: name of a bundled recipe.
         seed: the run's seed.
         changes: overrides of the recipe, as in `Recipe.with_overrides`.
         label: distinguishes runs of one recipe with different changes.

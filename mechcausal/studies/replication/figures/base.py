@@ -1,13 +1,20 @@
 """The definition of a figure, and helpers that several figures share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mechcausal.measures.figures import History
+from jaxtyping import Float
+from torch import Tensor
+
+from mechcausal.measures.figures import STEP, History
+from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.pictures.static import paper_figures
+from mechcausal.studies.replication.evaluation import mean_attention
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
+from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -37,10 +44,58 @@ def loss_curves(runs: list[Run]) -> tuple[dict[str, History], dict[str, float]]:
     bayes = fmean(float(run.summary["loss/bayes"]) for run in runs)
 
     def shifted(run: Run) -> History:
-        rows = ((row["train/step"], row["loss/gap"]) for row in run.history)
-        return [{"train/step": s, "loss/eval": bayes + gap} for s, gap in rows if gap is not None]
+        rows = ((row[STEP], row["loss/gap"]) for row in run.history)
+        return [{STEP: s, "loss/eval": bayes + gap} for s, gap in rows if gap is not None]
 
     return {f"seed {run.member.seed}": shifted(run) for run in runs}, {"Bayes": bayes}
+
+
+def loss_rows(
+    figure: str,
+    label: str,
+    values: Mapping[str, Sequence[Float[Tensor, "batch"]]],
+    *,
+    gap: float | None,
+    paper: Mapping[str, float],
+) -> list[Row]:
+    """Rows of losses, from the loss of every fresh sequence of each run.
+
+    The standard error is the larger of those over seeds and over sequences.
+
+    Args:
+        figure: the figure.
+        label: what was trained.
+        values: by the name of the loss, a tensor for each seed.
+        gap: nats above Bayes that "loss above Bayes" must stay within; None without a condition.
+        paper: the paper's values, by name.
+    """
+    rows = []
+    for name, by_run in values.items():
+        means = [sequence_mean(value) for value in by_run]
+        ours, over_seeds = mean_and_stderr([mean for mean, _ in means])
+        stderr = max(over_seeds or 0.0, *(error for _, error in means))
+        quantity, theory, holds = f"{label}: {name}, nats", None, None
+        if name == "loss above Bayes":
+            theory = 0.0
+            if gap is not None:
+                quantity += f"; must be ≤ {gap}, every seed"
+                holds = all(mean <= gap for mean, _ in means)
+        expected = paper.get(name)
+        row = Row(figure, quantity, ours, stderr, paper=expected, theory=theory, holds=holds)
+        rows.append(row)
+    return rows
+
+
+def draw_attention(run: Run, label: str) -> "Drawing":
+    """Each head's layer-1 attention beside the graph."""
+    attention = mean_attention(run).cpu()
+    return paper_figures.draw_heads(attention, run.graph, f"{label}: layer-1 attention")
+
+
+def disentangled(run: Run) -> DisentangledTransformer:
+    """The model of a run whose recipe trains a disentangled one."""
+    assert isinstance(run.model, DisentangledTransformer)
+    return run.model
 
 
 def by_recipe(runs: list[Run]) -> dict[str, list[Run]]:

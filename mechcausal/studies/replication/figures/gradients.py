@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mechcausal.pictures.static.run_figures import draw_gradient
+from mechcausal.records.matrices import find_matrices
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr
@@ -76,10 +79,6 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
 
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     """The first gradient of the long chain beside the predicted one."""
-    import torch
-
-    from mechcausal.records.matrices import find_matrices
-
     del quick
     (run,) = (run for run in runs if run.member.label)
     frames, _, _ = find_matrices(run.folder)

@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mechcausal.measures.plateaus import Drop, Plateau, find_drops, find_plateaus, steepest_drop
-from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static import paper_figures
-from mechcausal.studies.replication.evaluation import fresh_batch, losses, precise
-from mechcausal.studies.replication.figures.base import by_recipe, loss_curves
+from mechcausal.studies.replication.evaluation import losses, precise
+from mechcausal.studies.replication.figures.base import (
+    by_recipe,
+    disentangled,
+    draw_attention,
+    loss_curves,
+    loss_rows,
+)
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
-from mechcausal.support.statistics import mean_and_stderr, sequence_mean
+from mechcausal.support.statistics import mean_and_stderr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -40,29 +43,13 @@ def measure_losses(runs: list[Run], quick: bool) -> list[Row]:
     for recipe, group in by_recipe(runs).items():
         label, in_paper = GRAPHS[recipe], recipe == PAPERS
         by_run = [losses(run, 2 * precise(quick)) for run in group]
-        for name, values, paper in (
-            ("loss", [v["model"] for v in by_run], FINAL),
-            ("Bayes loss", [v["bayes"] for v in by_run], BAYES),
-            ("loss above Bayes", [v["model"] - v["bayes"] for v in by_run], FINAL - BAYES),
-        ):
-            means = [sequence_mean(value) for value in values]
-            ours, over_seeds = mean_and_stderr([mean for mean, _ in means])
-            stderr = max(over_seeds or 0.0, *(error for _, error in means))
-            quantity, theory, holds = f"{label}: {name}, nats", None, None
-            if name == "loss above Bayes":
-                quantity += f"; must be ≤ {GAP}, every seed"
-                theory, holds = 0.0, all(mean <= GAP for mean, _ in means)
-            rows.append(
-                Row(
-                    "figure5",
-                    quantity,
-                    ours,
-                    stderr,
-                    paper=paper if in_paper else None,
-                    theory=theory,
-                    holds=holds,
-                )
-            )
+        values = {
+            "loss": [v["model"] for v in by_run],
+            "Bayes loss": [v["bayes"] for v in by_run],
+            "loss above Bayes": [v["model"] - v["bayes"] for v in by_run],
+        }
+        paper = {"loss": FINAL, "Bayes loss": BAYES, "loss above Bayes": FINAL - BAYES}
+        rows += loss_rows("figure5", label, values, gap=GAP, paper=paper if in_paper else {})
         rows += _plateau_rows(label, group, in_paper)
     return rows
 
@@ -147,10 +134,6 @@ def draw_heads(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     drawings: dict[str, Any] = {}
     for recipe, group in by_recipe(runs).items():
         run, name = group[0], recipe.split("_", 1)[1]
-        with torch.no_grad():
-            attention = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0).cpu()
-        title = f"{GRAPHS[recipe]}: layer-1 attention"
-        drawings[f"figure7_{name}_heads"] = paper_figures.draw_heads(attention, run.graph, title)
-        assert isinstance(run.model, DisentangledTransformer)  # the recipes say so
-        drawings[f"figure7_{name}_blocks"] = paper_figures.draw_blocks(run.model, run.graph)
+        drawings[f"figure7_{name}_heads"] = draw_attention(run, GRAPHS[recipe])
+        drawings[f"figure7_{name}_blocks"] = paper_figures.draw_blocks(disentangled(run), run.graph)
     return drawings

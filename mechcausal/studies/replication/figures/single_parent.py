@@ -1,15 +1,20 @@
 """Figures 2, 6 and 8: one parent per position; disentangled and standard transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from mechcausal.measures.blocks import block_effects, block_shares
-from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.studies.replication.evaluation import fresh_batch, losses, precise
-from mechcausal.studies.replication.figures.base import by_recipe, loss_curves
+from mechcausal.studies.replication.figures.base import (
+    by_recipe,
+    disentangled,
+    draw_attention,
+    loss_curves,
+    loss_rows,
+)
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr, sequence_mean
@@ -62,7 +67,7 @@ def measure_blocks(runs: list[Run], quick: bool) -> list[Row]:
     rows = []
     for recipe, group in by_recipe(runs).items():
         effects = [_block_effects(run) for run in group]
-        shares = [block_shares(_disentangled(run)) for run in group]
+        shares = [block_shares(disentangled(run)) for run in group]
         for matrix, block, description in BLOCKS:
             name = f"blocks/{matrix}/{block}"
             rise, stderr = mean_and_stderr([effect[name] for effect in effects])
@@ -85,7 +90,7 @@ def _block_effects(run: Run) -> dict[str, float]:
         prediction = run.model(batch.tokens)
         return soft_cross_entropy(prediction, batch.target, epsilon=epsilon).item()
 
-    return block_effects(_disentangled(run), loss)
+    return block_effects(disentangled(run), loss)
 
 
 def _largest(values: Mapping[str, float], prefix: str) -> float:
@@ -100,7 +105,7 @@ def draw_losses(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
         histories, levels = loss_curves(group)
         name = recipe.split("_", 1)[1]
         drawings[f"figure2_{name}_loss"] = paper_figures.draw_loss(histories, levels)
-        drawings[f"figure2_{name}_attention"] = _draw_attention(group[0], GRAPHS[recipe])
+        drawings[f"figure2_{name}_attention"] = draw_attention(group[0], GRAPHS[recipe])
     return drawings
 
 
@@ -109,7 +114,7 @@ def draw_blocks(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     del quick
     return {
         f"figure6_{recipe.split('_', 1)[1]}": paper_figures.draw_blocks(
-            _disentangled(group[0]), group[0].graph
+            disentangled(group[0]), group[0].graph
         )
         for recipe, group in by_recipe(runs).items()
     }
@@ -127,7 +132,9 @@ def measure_mlp(runs: list[Run], quick: bool) -> list[Row]:
     row = Row(
         "figure8", label, recovered, stderr, paper=1.0, theory=1.0, holds=recovered >= MLP_EDGES
     )
-    return [row, *_loss_rows("figure8", "chain, MLP", runs, quick, gap=MLP_GAP, paper=MLP_LOSS)]
+    values = _against_bayes([losses(run, precise(quick)) for run in runs])
+    paper = {"loss": MLP_LOSS}
+    return [row, *loss_rows("figure8", "chain, MLP", values, gap=MLP_GAP, paper=paper)]
 
 
 def draw_mlp(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
@@ -136,7 +143,7 @@ def draw_mlp(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     histories, levels = loss_curves(runs)
     return {
         "figure8_loss": paper_figures.draw_loss(histories, levels),
-        "figure8_attention": _draw_attention(runs[0], "chain, MLP"),
+        "figure8_attention": draw_attention(runs[0], "chain, MLP"),
     }
 
 
@@ -158,8 +165,9 @@ def _measure_graph(
         Row(figure, f"{label}: mean attention on the parent", attention, spread, theory=1.0),
     ]
     gap = CHAIN_GAP if recipe == "figure2_chain" else None
-    rows += _loss_rows(figure, label, group, quick, gap=gap, paper=None)
-    values = losses(group[0], precise(quick))
+    by_run = [losses(run, precise(quick)) for run in group]
+    rows += loss_rows(figure, label, _against_bayes(by_run), gap=gap, paper={})
+    values = by_run[0]
     bayes, bayes_stderr = sequence_mean(values["bayes"])
     rows.append(Row(figure, f"{label}: Bayes loss, nats", bayes, bayes_stderr))
     paper, corrected = BAYES.get(recipe, (None, None))
@@ -177,40 +185,9 @@ def _measure_graph(
     return rows
 
 
-def _loss_rows(
-    figure: str, label: str, runs: list[Run], quick: bool, *, gap: float | None, paper: float | None
-) -> list[Row]:
-    """Loss and loss above Bayes on fresh sequences.
-
-    The standard error is the larger of those over seeds and over sequences.
-    """
-    by_run = []
-    for run in runs:
-        values = losses(run, precise(quick))
-        by_run.append(
-            (sequence_mean(values["model"]), sequence_mean(values["model"] - values["bayes"]))
-        )
-    rows = []
-    for index, (name, value) in enumerate((("loss", paper), ("loss above Bayes", None))):
-        ours, over_seeds = mean_and_stderr([pair[index][0] for pair in by_run])
-        over_sequences = max(pair[index][1] for pair in by_run)
-        stderr = max(over_seeds or 0.0, over_sequences)
-        quantity, holds = f"{label}: {name}, nats", None
-        if gap is not None and index == 1:
-            quantity += f"; must be ≤ {gap}, every seed"
-            holds = all(pair[1][0] <= gap for pair in by_run)
-        theory = 0.0 if index else None
-        row = Row(figure, quantity, ours, stderr, paper=value, theory=theory, holds=holds)
-        rows.append(row)
-    return rows
-
-
-def _draw_attention(run: Run, label: str) -> "Drawing":
-    with torch.no_grad():
-        attention = run.model.layer1_attention(fresh_batch(run, 1).tokens).mean(0)
-    return paper_figures.draw_heads(attention.cpu(), run.graph, f"{label}: layer-1 attention")
-
-
-def _disentangled(run: Run) -> DisentangledTransformer:
-    assert isinstance(run.model, DisentangledTransformer)  # the recipes say so
-    return run.model
+def _against_bayes(by_run: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """The loss of every sequence, and how far it is above Bayes, for each run."""
+    return {
+        "loss": [values["model"] for values in by_run],
+        "loss above Bayes": [values["model"] - values["bayes"] for values in by_run],
+    }
