@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CausalGraph": "graphs",
-    "DirichletPrior": "tasks",
-    "FixedTransition": "tasks",
+    "DirichletPrior": "tasks.priors",
+    "FixedTransition": "tasks.priors",
     "Recipe": "recipes",
     "RunResult": "training.run",
     "SimplifiedTransformer": "models.simplified",

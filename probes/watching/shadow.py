@@ -53,8 +53,9 @@ class Shadow:
         duplicate.zero_grad(set_to_none=True)
         duplicate.config.architectures = [kind]
         duplicate.set_attn_implementation("eager")  # the others never compute a pattern
-        if getattr(duplicate, "is_gradient_checkpointing", False):
-            duplicate.gradient_checkpointing_disable()
+        for module in duplicate.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
         self._copies = dict(duplicate.named_parameters())
         try:
             with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=_cuda()):
