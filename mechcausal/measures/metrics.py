@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.theory import Information, PairwiseTheory
-from probes.reading.attention_gradient import centred_by_row
+from probes.watching.agreement import row_by_row
 
 Matrix = Float[Tensor, "query key"]
 
@@ -58,14 +58,13 @@ def gradient_figures(
     if theory.graph.edges:
         figures[f"{prefix}edge_hits"] = edge_hits(measured, theory.graph)
     visible = ~_future(measured)
-    earlier = visible.tril(-1)
     pairs = {}
     if isinstance(theory, PairwiseTheory):
         pairs["theory"] = (measured[visible], theory.predicted_gradient[:n, :n][visible])
     n_keys = torch.arange(1, n + 1, dtype=measured.dtype).unsqueeze(1)
-    scaled = centred_by_row(measured * n_keys, earlier)[earlier]
     for name, information in (("chi2", theory.chi2), ("shannon", theory.shannon)):
-        pairs[name] = (scaled, centred_by_row(information[:n, :n], earlier)[earlier])
+        left, right, compared = row_by_row(measured * n_keys, information[:n, :n], shift=0)
+        pairs[name] = (left[compared], right[compared])
     for name, (left, right) in pairs.items():
         pearson, spearman = correlations(left, right)
         figures[f"{prefix}{name}_correlation"] = pearson

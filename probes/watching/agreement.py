@@ -156,16 +156,29 @@ def _by_position(
         raise ValueError(
             f"the gradient is over {n} positions, the information over {len(information)}"
         )
-    information = information[shift:]
-    values, errors = values[:, : n - shift], errors[:, : n - shift]
+    values, information, compared = row_by_row(values, information, shift=shift)
+    return _Comparison(values, errors[:, : n - shift], information, compared)
+
+
+def row_by_row(
+    values: Float[Tensor, "*source query key"],
+    information: Float[Tensor, "query key"],
+    *,
+    shift: int,
+) -> tuple[Tensor, Tensor, Bool[Tensor, "row key"]]:
+    """Line up the rows of a descent direction with those of information, both centred by row.
+
+    Row q of `values` belongs to row q + `shift` of `information`, over the keys before position
+    q + `shift`. A row with one key has nothing to compare.
+
+    Returns:
+        Both sides, 0 where nothing is compared, and which entries are.
+    """
+    n_rows = len(information) - shift
+    information, values = information[shift:], values[..., :n_rows, :]
     compared = information.isfinite().tril(shift - 1)
     compared &= compared.sum(1, keepdim=True) > 1
-    return _Comparison(
-        centred_by_row(values, compared),
-        errors,
-        centred_by_row(information, compared),
-        compared,
-    )
+    return centred_by_row(values, compared), centred_by_row(information, compared), compared
 
 
 def _by_lag(
