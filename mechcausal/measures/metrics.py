@@ -1,10 +1,9 @@
 """Compute the figures of a probe step from the readings of the probes and theory.
 
-Gradient figures compare the descent direction `-dL/dA` with information theory; strategy figures
-compare predictions. (`matching` compares attention with the true parents.)
+Gradient figures compare the descent direction `-dL/dA` with information theory. (`matching`
+compares attention with the true parents, `strategies` compares predictions.)
 """
 
-from collections.abc import Mapping
 from statistics import fmean
 
 import numpy as np
@@ -78,26 +77,6 @@ def edge_f1(named: tuple[tuple[int, int], ...], graph: CausalGraph) -> float:
     if not named and not true:
         return 1.0
     return 2 * len(true & set(named)) / (len(named) + len(true))
-
-
-def strategy_figures(
-    prediction: Float[Tensor, "batch vocab"],
-    strategies: Mapping[str, Float[Tensor, "batch vocab"]],
-    *,
-    epsilon: float,
-) -> dict[str, float]:
-    """Mean `KL(prediction || strategy)` in nats, both smoothed by `epsilon`: 0 if equal.
-
-    Infinite if `epsilon` is 0 and the strategy excludes a token that the model predicts.
-    """
-    normaliser = 1 + prediction.shape[1] * epsilon
-    smoothed = (prediction.double() + epsilon) / normaliser
-    figures = {}
-    for name, strategy in strategies.items():
-        ratio = smoothed / ((strategy.double() + epsilon) / normaliser)
-        divergence = (smoothed * torch.where(smoothed > 0, ratio, 1.0).log()).sum(-1).mean()
-        figures[f"strategy/kl_{name}"] = divergence.item()
-    return figures
 
 
 def induction_mask(

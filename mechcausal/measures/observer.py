@@ -16,6 +16,7 @@ from mechcausal.measures.blocks import block_shares, solution_share
 from mechcausal.measures.construction import best_construction
 from mechcausal.measures.matching import matching_figures
 from mechcausal.measures.observation import Observation
+from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
@@ -200,9 +201,7 @@ class Observer:
             .max()
             .item(),
         }
-        figures |= metrics.strategy_figures(
-            readings.prediction, self._strategies, epsilon=self.epsilon
-        )
+        figures |= strategy_figures(readings.prediction, self._strategies, epsilon=self.epsilon)
         figures |= self._weight_figures()
         if model.heads[0] == 1:
             matrices = {name: matrix.squeeze(0) for name, matrix in matrices.items()}

@@ -14,7 +14,6 @@ from mechcausal.measures.metrics import (
     edge_hits,
     gradient_figures,
     induction_mask,
-    strategy_figures,
 )
 from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import PairwiseTheory, pairwise_theory
@@ -106,37 +105,6 @@ def test_the_predicted_gradient_itself_scores_1(graph: CausalGraph) -> None:
     assert figures["x/theory_correlation"] == pytest.approx(1.0)
     assert figures["x/theory_spearman"] == pytest.approx(1.0)
     assert figures["x/edge_hits"] == 1.0
-
-
-def test_strategy_figures_equal_loops() -> None:
-    prediction = torch.rand(4, 3, generator=seeded(7)).softmax(1)
-    prediction[0] = torch.tensor([1.0, 0.0, 0.0])
-    strategy = torch.rand(4, 3, generator=seeded(8)).softmax(1)
-    epsilon, total = 0.01, 0.0
-    for b in range(4):
-        for s in range(3):
-            p = (prediction[b, s].item() + epsilon) / (1 + 3 * epsilon)
-            q = (strategy[b, s].item() + epsilon) / (1 + 3 * epsilon)
-            total += p * math.log(p / q) / 4
-    figures = strategy_figures(prediction, {"mine": strategy}, epsilon=epsilon)
-    assert figures == {"strategy/kl_mine": pytest.approx(total, rel=1e-5)}
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
-def test_who_follows_a_strategy_is_no_distance_from_it(epsilon: float) -> None:
-    """With tokens that it excludes, too."""
-    prediction = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]])
-    figures = strategy_figures(prediction, {"mine": prediction}, epsilon=epsilon)
-    assert figures["strategy/kl_mine"] == 0.0
-
-
-def test_a_token_that_a_strategy_excludes_is_infinitely_far_only_without_smoothing() -> None:
-    prediction, strategy = torch.tensor([[0.9, 0.1]]), torch.tensor([[1.0, 0.0]])
-    unsmoothed = strategy_figures(prediction, {"mine": strategy}, epsilon=0.0)
-    assert unsmoothed["strategy/kl_mine"] == math.inf
-    smoothed = strategy_figures(prediction, {"mine": strategy}, epsilon=0.01)
-    by_hand = (0.91 * math.log(0.91 / 1.01) + 0.11 * math.log(0.11 / 0.01)) / 1.02
-    assert smoothed["strategy/kl_mine"] == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("graph", [*GRAPHS, forest(*[-1] * 9)])

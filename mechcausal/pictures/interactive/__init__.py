@@ -18,6 +18,7 @@ from mechcausal.pictures.interactive.curves import (
     loss,
     recovery,
     strategies,
+    weights,
 )
 from mechcausal.pictures.interactive.film import film
 from mechcausal.pictures.interactive.graph import causal_graph
@@ -41,4 +42,5 @@ __all__ = [
     "overlay",
     "recovery",
     "strategies",
+    "weights",
 ]

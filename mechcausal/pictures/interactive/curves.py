@@ -47,6 +47,11 @@ def strategies(run: RunData) -> go.Figure:
     return _draw(run, *curves(run.history, "strategies"))
 
 
+def weights(run: RunData) -> go.Figure:
+    """Weights of the strategies in the mixture that comes nearest to the model's predictions."""
+    return _draw(run, *curves(run.history, "weights"))
+
+
 def composition(run: RunData) -> go.Figure:
     """K-composition of the last layer's heads with earlier ones."""
     return _draw(run, *curves(run.history, "composition"))

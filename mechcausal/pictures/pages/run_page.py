@@ -165,7 +165,8 @@ def _film_panels(
 def _curve_panels(
     run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
 ) -> str:
-    names = ("loss", "gap", "recovery", "correlations", "formation", "strategies", "composition")
+    names = ["loss", "gap", "recovery", "correlations", "formation", "strategies", "weights"]
+    names += ["composition"]
     drawings: dict[str, Callable[[RunData], go.Figure]] = {
         name: getattr(interactive, name) for name in names
     }
