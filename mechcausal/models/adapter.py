@@ -1,7 +1,8 @@
 """Build, save and load TransformerLens models.
 
-The laboratory constructs TransformerLens models only here; hook names come from
-`probes.reading.hook_names`.
+This module alone knows whether TransformerLens has a HookedTransformer (up to 3.x) or this package
+brings its own (from 4.0 on); everything else imports `HookedTransformer` from here. Hook names come
+from `probes.reading.hook_names`.
 """
 
 import json
@@ -15,10 +16,32 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
 from mechcausal.support.messages import excerpt
+
+try:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+except ImportError:  # 4.x has neither
+    from mechcausal.models.hooked_config import (  # type: ignore[assignment]
+        HookedTransformerConfig,
+    )
+    from mechcausal.models.hooked_transformer import (  # type: ignore[assignment]
+        HookedTransformer,
+    )
+
+__all__ = [
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "ModelFileError",
+    "build_hooked",
+    "load_model",
+    "load_with_extra",
+    "read_config",
+    "read_shapes",
+    "save_model",
+    "wired_config",
+]
 
 FORMAT = "mechcausal-hooked-transformer-1"
 MAX_CONFIG_BYTES = 16 * 2**20

@@ -9,11 +9,16 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
-from mechcausal.models.adapter import ModelFileError, load_with_extra, save_model
+from mechcausal.models.adapter import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    ModelFileError,
+    load_with_extra,
+    save_model,
+)
 from mechcausal.support.messages import excerpt
 from probes import AttentionPattern, attach
 

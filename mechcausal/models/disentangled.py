@@ -22,10 +22,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.models.adapter import build_hooked, wired_config
+from mechcausal.models.adapter import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    build_hooked,
+    wired_config,
+)
 from mechcausal.models.base import GraphModel
 
 

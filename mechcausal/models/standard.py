@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.adapter import build_hooked
+from mechcausal.models.adapter import HookedTransformer, HookedTransformerConfig, build_hooked
 from mechcausal.models.base import GraphModel
 
 

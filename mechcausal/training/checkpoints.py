@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "mechcausal": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "transformer-lens": version("transformer-lens"),
         "device": f"{device} ({kind})",
         "threads": torch.get_num_threads(),
     }

@@ -159,7 +159,10 @@ def _changes(
         changed |= differences(old_recipe, recipe_to_dict(recipe))
     if isinstance(old_environment, Mapping):
         with computing_on(recipe.threads):
-            changed |= differences(old_environment, environment(device_named(recipe.device)))
+            now = environment(device_named(recipe.device))
+        # Older folders lack what was added since.
+        comparable = {name: value for name, value in now.items() if name in old_environment}
+        changed |= differences(old_environment, comparable)
     return changed
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import score_heads
 from probes.heads.stimuli import draw_stimuli
 from probes.reading.passes import run, undisturbed

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from mechcausal.graphs import random_tree
+from mechcausal.models.adapter import HookedTransformer
 from mechcausal.tasks import SingleParentTask
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import pairwise_theory

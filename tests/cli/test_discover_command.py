@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_run_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat c10")
 
-    monkeypatch.setattr("transformer_lens.HookedTransformer.forward", fail)
+    monkeypatch.setattr("mechcausal.models.adapter.HookedTransformer.forward", fail)
     code, output, errors = command("model", "--tokens", "1,2,3")
     assert (code, output) == (2, "")
     assert errors == "mechcausal: model: cannot be run: mat1 and mat2 shapes cannot be multiplied\n"

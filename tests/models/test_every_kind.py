@@ -11,15 +11,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE, adapter
-from mechcausal.models.adapter import ModelFileError, build_hooked, load_model, save_model
+from mechcausal.models.adapter import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    ModelFileError,
+    build_hooked,
+    load_model,
+    save_model,
+)
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.loading import KINDS, load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
+from tests.lens_versions import needs_lens_3
 from tests.oracles import seeded
 
 S, T = 3, 6
@@ -173,7 +180,11 @@ def small_hooked(**changes: Any) -> HookedTransformer:
     "changes",
     [
         {},
-        {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 8},
+        pytest.param(
+            {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 8},
+            marks=needs_lens_3,
+        ),
+        {"attention_dir": "bidirectional", "positional_embedding_type": "shortformer"},
         {"dtype": torch.float64, "attn_only": True, "d_mlp": None, "act_fn": None},
     ],
 )
@@ -300,6 +311,7 @@ def test_a_config_that_does_not_fit_is_refused(
     assert message in refusal(saved)
 
 
+@needs_lens_3
 def test_a_huge_context_allocates_nothing(tmp_path: Path) -> None:
     """Without learned positions the weights do not limit the context, with which tables grow."""
     save_model(small_hooked(positional_embedding_type="rotary", rotary_dim=8), tmp_path)

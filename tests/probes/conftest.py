@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
+
+from mechcausal.models.adapter import HookedTransformer
 
 Build = Callable[..., HookedTransformer]
 

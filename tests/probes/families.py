@@ -15,10 +15,10 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import (
     AttentionCheck,
     AttentionGradient,

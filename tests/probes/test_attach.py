@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformer_lens import HookedRootModule, HookedTransformer
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import (
     AttentionGradient,
     AttentionPattern,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import (
     AttentionGradient,
     AttentionPattern,

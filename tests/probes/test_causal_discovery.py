@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from transformer_lens import HookedEncoder, HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import PAG, ProbeError, discover, discover_attention, linear_edges, linear_effects
 from probes.causal_discovery import PartialCorrelationTest, SearchResult, draw, icd, save_picture
 from probes.causal_discovery.causal_learn import causal_learn
@@ -25,6 +25,8 @@ from probes.causal_discovery.linear_model import correlation, partial_correlatio
 from probes.causal_discovery.orientation import _rules9_and_10
 from probes.causal_discovery.pag import Mark
 from tests.hugging_face import save_gpt2
+from tests.lens_versions import needs_lens_3
+from tests.probes.families import tiny
 from tests.probes.latent_dags import LatentDag, attention_with_sink, latent_dag
 
 SEEDS = range(16)
@@ -409,14 +411,29 @@ def test_bidirectional_models_have_no_order(build: Any) -> None:
     tokens = torch.tensor([3, 1, 4, 1, 5, 0])
     assert not discover(model, tokens, n_eff=64).ordered
     assert discover(model, tokens, n_eff=64, ordered=True).ordered
-    names = ("n_layers", "d_model", "d_head", "n_heads", "d_vocab", "attention_dir", "n_ctx")
-    sizes = {name: getattr(model.cfg, name) for name in names}
+
+
+def hooked_encoder() -> Any:
+    from transformer_lens import HookedEncoder
+
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "d_head": 16, "d_mlp": 8, "n_ctx": 12}
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        encoder = HookedEncoder({**sizes, "d_mlp": 8, "act_fn": "gelu"})
+        encoder = HookedEncoder({**sizes, "d_vocab": 7, "act_fn": "gelu"})
     generator = torch.Generator().manual_seed(0)
     for parameter in encoder.parameters():
         parameter.data.normal_(generator=generator)
-    assert len(discover(encoder, tokens, n_eff=64).pag.nodes) == 6
+    return encoder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(hooked_encoder, marks=needs_lens_3), lambda: tiny("BERT")],
+    ids=["HookedEncoder", "BERT"],
+)
+def test_an_encoder_is_read(make: Callable[[], Any]) -> None:
+    with warnings.catch_warnings(action="ignore"):  # BERT's patterns cannot be edited
+        discovery = discover(make(), torch.tensor([3, 1, 4, 1, 5, 0]), n_eff=64)
+    assert len(discovery.pag.nodes) == 6
 
 
 def test_a_bridge_is_read(tmp_path: Path) -> None:

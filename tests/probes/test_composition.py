@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import k_composition
 from tests.probes.wired import planted
 

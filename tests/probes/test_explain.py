@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import ProbeError, explain
 from probes.causal_discovery import Explanation
 from probes.causal_discovery.explanation import METHODS

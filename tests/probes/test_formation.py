@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import HeadScores, score_heads, track_formation
 from tests.probes.wired import planted
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mechcausal.models.adapter import HookedTransformer, HookedTransformerConfig
 from probes import copying_score, repeated_tokens, score_heads
 from probes.heads.stimuli import bos_token, draw_stimuli, fitting_repeat_lengths
 from tests.probes.wired import CONTEXT, POSITION, VOCAB, blank, look_back, planted
@@ -276,6 +275,31 @@ class TestStimuli:
         assert score_heads(build(d_vocab=50), n_sequences=2).sequences == 2
 
 
+def gpt2_weights(model: GPT2LMHeadModel, n_heads: int) -> dict[str, Tensor]:
+    """The weights of a GPT-2 of Hugging Face by TransformerLens's names."""
+    parts: Any = model.transformer
+    weights = {
+        "embed.W_E": parts.wte.weight,
+        "pos_embed.W_pos": parts.wpe.weight,
+        "ln_final.w": parts.ln_f.weight,
+        "ln_final.b": parts.ln_f.bias,
+        "unembed.W_U": model.lm_head.weight.T,
+    }
+    for layer, block in enumerate(parts.h):
+        by_head = block.attn.c_attn.weight.unflatten(1, (3, n_heads, -1)).permute(1, 2, 0, 3)
+        biases = block.attn.c_attn.bias.unflatten(0, (3, n_heads, -1))
+        named = {f"attn.W_{name}": weight for name, weight in zip("QKV", by_head, strict=True)}
+        named |= {f"attn.b_{name}": bias for name, bias in zip("QKV", biases, strict=True)}
+        named["attn.W_O"] = block.attn.c_proj.weight.unflatten(0, (n_heads, -1))
+        named["attn.b_O"] = block.attn.c_proj.bias
+        for name, norm in (("ln1", block.ln_1), ("ln2", block.ln_2)):
+            named |= {f"{name}.w": norm.weight, f"{name}.b": norm.bias}
+        for name, linear in (("in", block.mlp.c_fc), ("out", block.mlp.c_proj)):
+            named |= {f"mlp.W_{name}": linear.weight, f"mlp.b_{name}": linear.bias}
+        weights |= {f"blocks.{layer}.{name}": value for name, value in named.items()}
+    return weights
+
+
 def test_a_bridge_scores_as_the_hooked_transformer_with_the_same_weights(tmp_path: Path):
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 64}
@@ -297,7 +321,7 @@ def test_a_bridge_scores_as_the_hooked_transformer_with_the_same_weights(tmp_pat
         device="cpu",
     )
     hooked = HookedTransformer(config)
-    hooked.load_state_dict(convert_gpt2_weights(original, config), strict=False)
+    hooked.load_state_dict(gpt2_weights(original, n_heads=4), strict=False)
     modes = [module.training for module in bridge.original_model.modules()]
     through_bridge, direct = (
         score_heads(model, n_sequences=8, bos=7) for model in (bridge, hooked)

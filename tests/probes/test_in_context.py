@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import loss_by_position
 from probes.heads.in_context import repeated_pairs
 from probes.reading.labelled import standard_error

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import ablation_effects, mean_ablate, repeated_tokens
 from probes.intervening.ablation import NEGLIGIBLE
 from probes.reading.passes import token_losses

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from probes import ProbeError, ProbeWarning, Tracker, score_heads
 from tests.oracles import seeded
 from tests.probes.conftest import Build

@@ -10,7 +10,8 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from transformer_lens import HookedTransformer
+
+from mechcausal.models.adapter import HookedTransformer
 
 VOCAB, CONTEXT = 20, 16
 TOKEN = slice(0, VOCAB)

@@ -331,7 +331,7 @@ def test_a_model_that_cannot_be_run_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("transformer_lens.HookedTransformer.forward", fail)
+    monkeypatch.setattr("mechcausal.models.adapter.HookedTransformer.forward", fail)
     code, output, errors = command("random")
     assert (code, output) == (2, "")
     assert errors.startswith(f"mechcausal: random: cannot be run: {message}")

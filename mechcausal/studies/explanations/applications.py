@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from mechcausal.studies.explanations.examples import PAD, Examples, hidden_mask
 from mechcausal.studies.explanations.reviews import CLASSES, ReviewRule
 from mechcausal.studies.explanations.sessions import MASK, SessionSource

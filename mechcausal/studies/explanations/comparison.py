@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
+from mechcausal.models.adapter import HookedTransformer
 from mechcausal.studies.explanations.applications import Application
 from mechcausal.studies.explanations.examples import PAD, Examples
 from probes.causal_discovery.explanation import METHODS, Explanation, explain

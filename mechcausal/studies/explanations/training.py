@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechcausal.models.adapter import build_hooked
+from mechcausal.models.adapter import HookedTransformer, HookedTransformerConfig, build_hooked
 
 
 @dataclass(frozen=True, kw_only=True)

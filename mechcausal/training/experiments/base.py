@@ -17,7 +17,7 @@ from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from mechcausal.models.adapter import HookedTransformer
 
 
 Tell = Callable[[str], None]

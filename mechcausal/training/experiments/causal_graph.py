@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from mechcausal.measures.closed_form_observer import ClosedFormObserver
 from mechcausal.measures.figures import History
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.observer import Observer
 from mechcausal.measures.plateaus import find_drops, find_plateaus, steepest_drop
+from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer

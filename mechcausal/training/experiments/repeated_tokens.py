@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from mechcausal.measures.figures import History
 from mechcausal.measures.observation import Observation
-from mechcausal.models.adapter import save_model
+from mechcausal.models.adapter import HookedTransformer, save_model
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import Recipe
