@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mechcausal.measures.figures import STEP, History, figure_of
+from mechcausal.measures.figures import STEP, History, figure_of, own_curves
 from mechcausal.pictures.interactive.style import MOST_HEADS, by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.pictures.terminal.text_matrix import half_blocks, pooled, shaded
@@ -31,6 +31,7 @@ _LINES = 8  # beside the matrices: heading, bar, titles, note, and four curves
 _LARGEST = 44  # characters that a matrix is stretched to
 _SMALLEST = 4
 _MOST_LISTED = 8  # heads of a model on repeated tokens
+_MOST_OWN = 4  # figures of an experiment of the user's own
 _LABEL, _VALUES = 18, 38  # characters beside a sparkline
 
 # Keys of figures, of which the first available one is drawn, and of constants to compare with.
@@ -67,7 +68,7 @@ class Watched:
             total=max(self.progress.n_steps, 1), completed=self.progress.step, width=width
         )
         yield Segment.line()
-        if self.run.kind == "causal_graph":
+        if self.run.has_graph:
             panels = self._panels()
             if panels:
                 yield from self._matrices(panels, width, height - _LINES)
@@ -150,7 +151,8 @@ class Watched:
             yield Text(f"the best {len(listed)} of {order.size} heads", style="dim")
 
     def _curves(self, width: int) -> Iterator[Part]:
-        for keys, references in _CURVES:
+        own = [((key,), ()) for keys in own_curves(self.progress.history).values() for key in keys]
+        for keys, references in (*_CURVES, *own[:_MOST_OWN]):
             key = next((key for key in keys if self._last(key) is not None), None)
             if key is None:
                 continue

@@ -74,13 +74,18 @@ def figures() -> dict[str, RunFigure]:
 
 
 def figure_of(key: str) -> RunFigure:
-    """The figure with this key, also one of a family; an unknown key is its own label.
+    """The figure with this key, also one of a family.
+
+    A key that is not listed, of an experiment of the user's own, is its own label; its unit is nats
+    if it is a loss or starts with `kl`, as in `loss/mine` and `tree/kl_root`.
 
     Example:
         >>> figure_of("loss/gap").title
         'loss above Bayes, nats'
         >>> figure_of("composition/L1H0_reads_L0H1").label
         'L1H0 reads L0H1'
+        >>> figure_of("tree/kl_root").title
+        'tree/kl_root, nats'
     """
     if key in figures():
         return figures()[key]
@@ -88,7 +93,9 @@ def figure_of(key: str) -> RunFigure:
         if match := pattern.fullmatch(key):
             label = family.label.format(**match.groupdict())
             return replace(family, key=key, label=label, short=label)
-    return RunFigure(key=key, label=key, short=key)
+    section, _, name = key.rpartition("/")
+    unit = "nats" if section == "loss" or name.startswith("kl") else ""
+    return RunFigure(key=key, label=key, short=key, unit=unit)
 
 
 def keys_in(history: History, keys: Iterable[str]) -> list[str]:
@@ -107,15 +114,39 @@ def keys_in(history: History, keys: Iterable[str]) -> list[str]:
 def curves(history: History, name: str) -> tuple[str, list[str]]:
     """Title and figures of a picture over training, one of the list's `curves`.
 
+    The picture of losses holds those that the list does not have, too.
+
     Example:
         >>> curves([{"loss/gap": 1.0, "loss/eval": 2.0}], "gap")
         ('loss above its references', ['loss/gap'])
     """
     entry = _listed()["curves"][name]
     keys = keys_in(history, entry["keys"])
+    if name == "loss":
+        keys += _unlisted(history).get("loss", [])
     if "graph/query_attention" not in keys:  # single parents: equals `graph/recovered`
         keys = [key for key in keys if key != "graph/rows_matched"]
     return entry["title"], keys
+
+
+def own_curves(history: History) -> dict[str, list[str]]:
+    """The figures that are not listed, by section: what comes before the last slash of their keys.
+
+    Losses are left out: `curves` has them.
+
+    Example:
+        >>> own_curves([{"train/step": 0, "loss/eval": 1.0, "tree/use_0": 1.0, "tree/use_1": 0.5}])
+        {'tree': ['tree/use_0', 'tree/use_1']}
+    """
+    return {name: keys for name, keys in _unlisted(history).items() if name != "loss"}
+
+
+def _unlisted(history: History) -> dict[str, list[str]]:
+    sections: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for row in history for key in row):
+        if key != STEP and not figure_of(key).meaning:
+            sections.setdefault(key.rpartition("/")[0] or "figures", []).append(key)
+    return sections
 
 
 def axis_limits(keys: Iterable[str], values: Iterable[Value]) -> tuple[float, float] | None:

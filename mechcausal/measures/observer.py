@@ -20,7 +20,7 @@ from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.tasks import Task, predictors, soft_cross_entropy
+from mechcausal.tasks import GraphTask, PriorWithPosterior, predictors, soft_cross_entropy
 from mechcausal.theory import Information, PairwiseTheory, named_edges
 from probes import (
     AttentionGradient,
@@ -71,7 +71,7 @@ class Observer:
     Attributes:
         batch: the evaluation sequences.
         examples: the first few of them, whose attention is recorded individually.
-        bayes: the Bayes loss on them.
+        bayes: the Bayes loss on them; None if the prior does not know its posterior.
         construction: the hand-built solution of the model's kind on them; None if it has none.
         strategy_losses: cross entropy of every strategy on them, nats.
         uniform_induction: `induction/attention` of a last-layer query with uniform attention; NaN
@@ -82,7 +82,7 @@ class Observer:
     def __init__(
         self,
         model: GraphModel,
-        task: Task,
+        task: GraphTask,
         theory: Information,
         *,
         n_sequences: int,
@@ -113,14 +113,16 @@ class Observer:
         self.batch = task.sample(n_sequences, generator=generator)
         tokens, target = self.batch.tokens, self.batch.target
         self.examples = tokens[:_N_EXAMPLES]
-        self.bayes = predictors.bayes_loss(
-            task,
-            self.batch,
-            generator=generator,
-            max_draws=bayes_draws,
-            max_seconds=max_seconds,
-            on_progress=on_progress,
-        )
+        self.bayes: predictors.BayesLoss | None = None
+        if isinstance(task.prior, PriorWithPosterior):
+            self.bayes = predictors.bayes_loss(
+                task,
+                self.batch,
+                generator=generator,
+                max_draws=bayes_draws,
+                max_seconds=max_seconds,
+                on_progress=on_progress,
+            )
         self.construction = best_construction(model, task.graph, self.batch, epsilon=epsilon)
         self._strategies = predictors.strategies(task, tokens)
         self.strategy_losses = {
@@ -268,8 +270,9 @@ class Observer:
 
     def _losses(self, prediction: Tensor) -> dict[str, float]:
         loss = soft_cross_entropy(prediction, self.batch.target, epsilon=self.epsilon).item()
-        losses = {"loss/eval": loss, "loss/bayes": self.bayes.mean}
-        losses["loss/gap"] = loss - self.bayes.mean
+        losses = {"loss/eval": loss}
+        if self.bayes is not None:
+            losses |= {"loss/bayes": self.bayes.mean, "loss/gap": loss - self.bayes.mean}
         if self.construction is not None:
             losses["loss/construction"] = self.construction.loss
             losses["loss/construction_gap"] = loss - self.construction.loss

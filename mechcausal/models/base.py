@@ -28,6 +28,10 @@ _IRRELEVANT_KEYS = ("device", "n_devices", "seed", "model_name", "init_weights",
 Model = TypeVar("Model", bound="GraphModel")
 
 
+class ModelError(ValueError):
+    """A model that cannot do what is asked of it; the message is one line for the user."""
+
+
 class GraphModel(ABC):
     """A HookedTransformer that owns all parameters, with a faster way to compute the same function.
 
@@ -69,6 +73,19 @@ class GraphModel(ABC):
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch vocab"]:
         """The predicted distribution, from the output of the hooked model."""
+
+    def probabilities_by_position(
+        self, output: Float[Tensor, "batch pos vocab"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """The predicted distribution at every position, from the output of the hooked model.
+
+        Raises:
+            ModelError: it predicts at the last position alone.
+        """
+        raise ModelError(
+            f"a {self.kind} model predicts at the last position alone, and the task has labels at "
+            "every position: train a standard one"
+        )
 
     def layer1_attention(
         self, tokens: Int[Tensor, "batch pos"]

@@ -93,6 +93,13 @@ class StandardTransformer(GraphModel):
         self.fixed_embeddings = fixed_embeddings
         self._wire()
 
+    @classmethod
+    def around(cls, hooked: HookedTransformer) -> "StandardTransformer":
+        """A HookedTransformer of your own; its logits are what it predicts."""
+        model = cls.__new__(cls)
+        model._adopt(hooked, {})
+        return model
+
     @property
     def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
         """Every trained parameter, by TransformerLens's name."""
@@ -108,6 +115,12 @@ class StandardTransformer(GraphModel):
     ) -> Float[Tensor, "batch vocab"]:
         """Softmax of the last position's logits."""
         return output[:, -1].softmax(-1)
+
+    def probabilities_by_position(
+        self, output: Float[Tensor, "batch pos vocab"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Softmax of every position's logits."""
+        return output.softmax(-1)
 
     def _saved(self) -> dict[str, Any]:
         return {"fixed_embeddings": self.fixed_embeddings}

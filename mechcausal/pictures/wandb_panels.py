@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechcausal.measures.figures import own_curves
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.style import by_head
@@ -41,6 +42,7 @@ _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
         for name in ("loss", "recovery", "correlations", "formation")
     ),
 )
+_GRAPHLESS = ("heads/prefix_matching",)  # matrices whose pictures need no graph
 
 
 def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:
@@ -56,10 +58,13 @@ def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:
     matrices: Matrices = run.frame()[1] if run.steps else {}
     panels: dict[str, Panel] = {}
     for name, draw, needs in _FIGURES:
-        figure = draw(run) if needs is None or needs in matrices else go.Figure()
+        has_data = needs is None or (needs in matrices and (run.has_graph or needs in _GRAPHLESS))
+        figure = draw(run) if has_data else go.Figure()
         if figure.data:
             panels[f"panels/{name}"] = portable(figure)
-    if "attention/layer0" in matrices and run.truth.any():
+    for section in own_curves(run.history):
+        panels[f"panels/{section}"] = portable(interactive.own(run, section))
+    if run.has_graph and "attention/layer0" in matrices and run.truth.any():
         panels["panels/edges"] = edge_table(run)
     if "heads/prefix_matching" in matrices:
         panels["panels/head_scores"] = head_table(run)

@@ -42,10 +42,16 @@ def check_together(
     """
     if task.kind == "repeated_tokens":
         _check_repeated_tokens(graph, task, model, training)
-    else:
+    elif task.kind != "own":
         _check_graph(graph)
         _check_task(task)
-    _check_model(model, training)
+    if model.kind != "own":
+        _check_model(model, training)
+    if training.batch_size % training.accumulation:
+        raise RecipeError(
+            f"training.accumulation: {training.accumulation} parts do not divide "
+            f"a batch of {training.batch_size}"
+        )
 
 
 def _not_an_option(
@@ -127,9 +133,4 @@ def _check_model(model: ModelSection, training: TrainingSection) -> None:
         raise RecipeError(
             f"model.heads: {list(model.heads)} widen the residual stream "
             f"{widening:,} times; at most 1024 times is possible"
-        )
-    if training.batch_size % training.accumulation:
-        raise RecipeError(
-            f"training.accumulation: {training.accumulation} parts do not divide "
-            f"a batch of {training.batch_size}"
         )

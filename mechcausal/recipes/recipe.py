@@ -23,7 +23,7 @@ from mechcausal.recipes.sections import (
 )
 
 if TYPE_CHECKING:
-    from mechcausal.tasks.priors import Prior
+    from mechcausal.tasks.protocol import Prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class Recipe:
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads. With one, a run repeats bit by bit on the same machine, and small models train
     fastest; with several, rounding may differ from run to run."""
+    experiment: Annotated[str, Field(max_length=500)] | None = None
+    """The caller's own experiment that a run trained. Recorded by `mechcausal.train(recipe,
+    experiment=...)`; no recipe can name one."""
     graph: GraphSection = field(default_factory=GraphSection)
     task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)

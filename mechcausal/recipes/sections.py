@@ -68,8 +68,9 @@ class TaskSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["causal_graph", "repeated_tokens"] = "causal_graph"
-    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random."""
+    kind: Literal["causal_graph", "repeated_tokens", "own"] = "causal_graph"
+    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random. own:
+    an experiment of the caller's own, from Python alone, which may read `graph` and `task`."""
     vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
     """Number of tokens, S; token 0 is the BOS of repeated_tokens."""
     alpha: PositiveFloat | tuple[PositiveFloat, ...] = 0.1
@@ -86,10 +87,11 @@ class ModelSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["simplified", "disentangled", "standard"] = "simplified"
+    kind: Literal["simplified", "disentangled", "standard", "own"] = "simplified"
     """simplified: the paper's two-layer transformer with only A1 and A2, at most one parent per
     position. disentangled: the paper's full transformer, whose residual stream concatenates the
-    layers' outputs. standard: an ordinary transformer, also for repeated_tokens."""
+    layers' outputs. standard: an ordinary transformer, also for repeated_tokens. own: built by the
+    caller, from Python alone."""
     heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
     """Heads of each layer (disentangled)."""
     initial_scale: NonNegativeFloat = 0.0

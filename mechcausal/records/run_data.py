@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -94,9 +94,14 @@ class RunData:
         )
 
     @property
-    def kind(self) -> Literal["causal_graph", "repeated_tokens"]:
-        """Kind of the experiment; repeated_tokens has head scores and no graph."""
+    def kind(self) -> str:
+        """Kind of the experiment, `task.kind` of the recipe; "own" is one of the user's own."""
         return self.recipe.task.kind
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the data come from a causal graph, so that `graph` and `truth` have a meaning."""
+        return self.kind == "causal_graph"
 
     @cached_property
     def graph(self) -> CausalGraph:

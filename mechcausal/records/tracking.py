@@ -255,6 +255,8 @@ class RunRecord:
             self._to_wandb(int(row[STEP] or 0), row)
 
     def _start_wandb(self, recipe: Recipe, mode: WandbMode, *, lean: bool) -> None:
+        kind = recipe.task.kind
+        data = recipe.graph.preset if kind == "causal_graph" else kind
         run = self._wandb = WandbRun(
             mode,
             self.folder,
@@ -264,7 +266,7 @@ class RunRecord:
             project=recipe.wandb.project,
             entity=recipe.wandb.entity,
             group=recipe.wandb.group or recipe.name,
-            tags=[*recipe.wandb.tags, recipe.graph.preset, recipe.model.kind],
+            tags=[*recipe.wandb.tags, data, recipe.model.kind],
             config=recipe_to_dict(recipe),
             allow_val_change=True,
             lean=lean,

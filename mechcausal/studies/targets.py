@@ -128,9 +128,10 @@ def _load_saved(folder: Path, name: str, device: str, *, run: Path | None = None
     kind = kind_of(extra)
     if kind is not None:
         kind.from_saved(folder, model, extra)  # checks the wiring
-    # Models of a causal graph predict only at the last position.
+    # Models of a causal graph predict only at the last position, also those of the user's own.
+    is_of_graph = "bos" not in extra and extra.get("kind") not in (None, "own")
     with running(name):
-        is_language_model = ("bos" in extra or kind is None) and not attends_ahead(model)
+        is_language_model = not is_of_graph and not attends_ahead(model)
     return Target(name, model, bos if isinstance(bos, int) else None, run, is_language_model)
 
 

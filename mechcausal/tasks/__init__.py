@@ -1,21 +1,31 @@
-"""Tasks: sequences drawn from a causal graph, and the distribution a model learns to predict."""
+"""Tasks: sequences, and the distributions a model learns to predict."""
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.tasks.base import Batch, cross_entropies, soft_cross_entropy, to_score
-from mechcausal.tasks.priors import Prior
+from mechcausal.tasks.base import (
+    Batch,
+    batch_loss,
+    cross_entropies,
+    scored_rows,
+    soft_cross_entropy,
+    to_score,
+)
+from mechcausal.tasks.checking import TaskError, check_batch, check_prior
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError
+from mechcausal.tasks.protocol import PredictableTask, Prior, PriorWithPosterior, Task
 from mechcausal.tasks.several_parents import SeveralParentsTask
 from mechcausal.tasks.single_parent import SingleParentTask
 
-Task = SingleParentTask | SeveralParentsTask
-"""Either task; both have `graph`, `prior`, `vocab_size`, `sequence_length` and `sample`."""
+GraphTask = SingleParentTask | SeveralParentsTask
+"""Either task of a causal graph; both have `graph` and `prior` besides what a `Task` has."""
 
 
-def build_task(graph: CausalGraph, prior: Prior) -> Task:
+def build_task(graph: CausalGraph, prior: Prior) -> GraphTask:
     """The single-parent task if the graph is a single-parent graph, else the several-parents task.
 
     Raises:
         GraphError: a position has several parents but the query has none.
-        PriorError: a fixed matrix for a graph with several parents.
+        PriorError: a fixed matrix for a graph with several parents, or a prior of your own for a
+            graph that names the query's parents.
 
     Example:
         >>> from mechcausal.graphs import chain, two_parents
@@ -26,16 +36,30 @@ def build_task(graph: CausalGraph, prior: Prior) -> Task:
     """
     if graph.is_single_parent:
         return SingleParentTask(graph, prior)
+    if not isinstance(prior, DirichletPrior | FixedTransition):
+        raise PriorError(
+            f"{type(prior).__name__}: a graph that names the query's parents needs a "
+            "DirichletPrior or a fixed matrix"
+        )
     return SeveralParentsTask(graph, prior)
 
 
 __all__ = [
     "Batch",
+    "GraphTask",
+    "PredictableTask",
+    "Prior",
+    "PriorWithPosterior",
     "SeveralParentsTask",
     "SingleParentTask",
     "Task",
+    "TaskError",
+    "batch_loss",
     "build_task",
+    "check_batch",
+    "check_prior",
     "cross_entropies",
+    "scored_rows",
     "soft_cross_entropy",
     "to_score",
 ]

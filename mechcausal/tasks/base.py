@@ -2,43 +2,63 @@
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+AnyBatch = TypeVar("AnyBatch", bound="Batch")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, their targets and their transition matrices; of several runs, one after another.
+    """Sequences and their targets; of several runs, one after another.
+
+    A task whose figures need more, such as a lag for every sequence, returns a subclass with
+    further tensors, all of them with the batch axis first.
 
     Attributes:
         tokens: the sequences; in the single-parent task the last position is the query.
-        target: soft label, the distribution of the next token.
-        transition: the matrix `pi` of every sequence; None for several parents, where the
-            transition tensors are integrated out.
+        target: soft labels: the distribution of the next token, or one at every position.
+        transition: the matrix `pi` of every sequence, of tasks that draw one.
+        scored: of labels at every position, those that count; all when absent.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class LagBatch(Batch):
+        ...     lag: Int[Tensor, "batch"] | None = None
+        >>> tokens, target = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 1)
+        >>> LagBatch(tokens, target, lag=torch.tensor([1, 2, 3]))[1:].lag
+        tensor([2, 3])
     """
 
     tokens: Int[Tensor, "*runs batch pos"]
-    target: Float[Tensor, "*runs batch vocab"]
+    target: Float[Tensor, "*runs batch vocab"] | Float[Tensor, "*runs batch pos vocab"]
     transition: Float[Tensor, "*runs batch vocab vocab"] | None = None
+    scored: Bool[Tensor, "*runs batch pos"] | None = None
 
     @property
     def query(self) -> Int[Tensor, "*runs batch"]:
         """The last token of every sequence."""
         return self.tokens[..., -1]
 
-    def run(self, number: int) -> "Batch":
+    @property
+    def labels_positions(self) -> bool:
+        """Whether there is a label at every position."""
+        return self.target.ndim > self.tokens.ndim
+
+    def run(self: AnyBatch, number: int) -> AnyBatch:
         """The sequences of one run, of a batch with a leading run axis."""
-        transition = None if self.transition is None else self.transition[number]
-        return Batch(self.tokens[number], self.target[number], transition)
+        return self._indexed(number)
 
     def __len__(self) -> int:
         """Number of sequences, of a batch without a run axis."""
         return self.tokens.shape[0]
 
-    def __getitem__(self, rows: slice | int) -> "Batch":
+    def __getitem__(self: AnyBatch, rows: slice | int) -> AnyBatch:
         """A slice of the sequences, or one sequence as a batch of one.
 
         Raises:
@@ -54,8 +74,14 @@ class Batch:
             if not -len(self) <= first < len(self):
                 raise IndexError(f"sequence {first}: the batch has {len(self)}")
             rows = slice(first, first + 1 or None)
-        transition = None if self.transition is None else self.transition[rows]
-        return Batch(self.tokens[rows], self.target[rows], transition)
+        return self._indexed(rows)
+
+    def _indexed(self: AnyBatch, index: slice | int) -> AnyBatch:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        indexed = {
+            name: value[index] for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **indexed)
 
 
 def to_score(
@@ -88,6 +114,27 @@ def soft_cross_entropy(
     log_score = to_score(prediction, target, smoothing[..., None, None]).log()
     normaliser = torch.log1p(prediction.shape[-1] * smoothing)
     return normaliser - (target * log_score).sum(-1).mean(-1)
+
+
+def batch_loss(
+    prediction: Float[Tensor, "batch *pos vocab"], batch: Batch, *, epsilon: float = 0.0
+) -> Float[Tensor, ""]:
+    """`soft_cross_entropy` of predictions shaped like the batch's target, over what is scored."""
+    target = batch.target
+    if not batch.labels_positions:
+        return soft_cross_entropy(prediction, target, epsilon=epsilon)
+    return soft_cross_entropy(
+        scored_rows(prediction, batch), scored_rows(target, batch), epsilon=epsilon
+    )
+
+
+def scored_rows(
+    values: Float[Tensor, "batch *pos vocab"], batch: Batch
+) -> Float[Tensor, "row vocab"]:
+    """The rows of a tensor shaped like the batch's target whose labels count."""
+    if batch.labels_positions and batch.scored is not None:
+        return values[batch.scored]
+    return values.reshape(-1, values.shape[-1])
 
 
 def cross_entropies(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR, sample_dirichlet
+from mechcausal.tasks.protocol import Prior
 
 # Entries of the matrices that are eliminated together.
 _CACHED_ENTRIES = 150_000
@@ -168,6 +169,13 @@ class DirichletPrior:
         """Draw transition matrices on the generator's device."""
         return sample_transitions([self], n_samples, generators=[generator], dtype=dtype)[0]
 
+    def posterior_mean(
+        self, transitions: Float[Tensor, "batch vocab vocab"], roots: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab vocab"]:
+        """The mean of the matrix given the transitions; what the roots say has no closed form."""
+        posterior = self.posterior_concentration(transitions)
+        return posterior / posterior.sum(-1, keepdim=True)
+
     def posterior_concentration(
         self, counts: Float[Tensor, "batch vocab vocab"]
     ) -> Float[Tensor, "batch vocab vocab"]:
@@ -222,8 +230,12 @@ class FixedTransition:
         """The same matrix `n_samples` times, on the generator's device."""
         return sample_transitions([self], n_samples, generators=[generator], dtype=dtype)[0]
 
-
-Prior = DirichletPrior | FixedTransition
+    def posterior_mean(
+        self, transitions: Float[Tensor, "batch vocab vocab"], roots: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab vocab"]:
+        """The matrix, whatever the sequence."""
+        matrix = torch.tensor(self.rows, dtype=transitions.dtype, device=transitions.device)
+        return matrix.expand_as(transitions)
 
 
 def sample_transitions(
@@ -247,6 +259,9 @@ def sample_transitions(
         matrices = torch.tensor(fixed, dtype=dtype, device=device)
         return matrices.unsqueeze(1).expand(-1, n_samples, -1, -1)
     rows = [prior.representable for prior in priors if isinstance(prior, DirichletPrior)]
+    if len(rows) < len(priors):
+        pairs = zip(priors, generators, strict=True)
+        return torch.stack([p.sample(n_samples, generator=g, dtype=dtype) for p, g in pairs])
     alpha = torch.tensor(rows, dtype=dtype, device=device)
     runs, vocab = alpha.shape
     shape = (runs, n_samples, vocab, vocab)

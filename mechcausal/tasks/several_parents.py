@@ -17,7 +17,7 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.tasks.base import Batch, cumulative
 from mechcausal.tasks.dirichlet import sample_dirichlet
-from mechcausal.tasks.priors import FixedTransition, Prior, PriorError
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError
 
 # Transition tensors with more entries raise PriorError before they exhaust the memory.
 _MAX_ENTRIES = 10**8
@@ -52,7 +52,7 @@ class SeveralParentsTask:
     """
 
     graph: CausalGraph
-    prior: Prior
+    prior: DirichletPrior | FixedTransition
 
     def __post_init__(self) -> None:
         if self.graph.query_parents is None:

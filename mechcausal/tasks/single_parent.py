@@ -15,7 +15,8 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph, GraphError
 from mechcausal.tasks.base import Batch
 from mechcausal.tasks.dirichlet import draw_for_each
-from mechcausal.tasks.priors import Prior, sample_transitions
+from mechcausal.tasks.priors import sample_transitions
+from mechcausal.tasks.protocol import Prior
 from mechcausal.tasks.sequences import draw_tokens, levels_of
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.support.statistics import mean_of_moments
-from mechcausal.tasks.priors import FixedTransition, Prior, stationary_distribution
+from mechcausal.tasks.priors import FixedTransition, stationary_distribution
+from mechcausal.tasks.protocol import Prior
 from mechcausal.theory.budget import (
     PRODUCTS_PER_SECOND,
     TABLE_ENTRIES_PER_SECOND,

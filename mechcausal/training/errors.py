@@ -21,8 +21,26 @@ class NonFiniteLossError(TrainingError):
     """The loss or its gradient became NaN or infinite; the message says at which step."""
 
 
+def resume_command(folder: Path, recipe: Recipe, *changes: str) -> str:
+    """What resumes a run: a command, or a call in Python for an experiment of the caller's own.
+
+    Example:
+        >>> resume_command(Path("runs/mine"), Recipe(experiment="Coins"), "--allow-change")
+        "mechcausal.resume('runs/mine', experiment=..., allow_change=True)"
+    """
+    if recipe.experiment is None:
+        return shell_command("mechcausal", "resume", folder, *changes)
+    change = ", allow_change=True" if changes else ""
+    return f"mechcausal.resume({str(folder)!r}, experiment=...{change})"
+
+
 def check_finite(
-    loss: float, optimizer: torch.optim.Optimizer, step: int, stage: Stage, folder: Path
+    loss: float,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    stage: Stage,
+    folder: Path,
+    recipe: Recipe,
 ) -> None:
     """Raise before the optimizer writes NaN into the weights.
 
@@ -37,7 +55,7 @@ def check_finite(
         problem = f"the gradient became NaN or infinite (the loss is {loss:g})"
     section = stage.section
     change = (f"--training.{stage.name}.lr", f"{section.lr / 10:g}", "--allow-change")
-    again = shell_command("mechcausal", "resume", folder, *change)
+    again = resume_command(folder, recipe, *change)
     raise NonFiniteLossError(
         f"{problem} at step {step} ({stage.name}, {section.optimizer} with lr {section.lr:g}): "
         "try a smaller learning rate or a larger epsilon; every row before it is kept; "
@@ -47,7 +65,7 @@ def check_finite(
 
 def explained(error: BaseException, folder: Path, recipe: Recipe, when: str) -> BaseException:
     """The error as the user should read it: what happened, and how to resume."""
-    again = shell_command("mechcausal", "resume", folder)
+    again = resume_command(folder, recipe)
     if isinstance(error, StopRequested):
         return StopRequested(f"stopped {when}; resume with: {again}", error.number)
     if isinstance(error, RecordError):

@@ -105,11 +105,11 @@ class ProbeLog:
             observation = self._experiment.observe()
             self.latest_matrices = observation.matrices
             figures |= observation.figures
-            if self._formation_step is None and (
-                observation.figures["induction/score"] >= FORMATION_THRESHOLD
-            ):
-                self._formation_step = step
-            figures["induction/formation_step"] = self._formation_step
+            score = observation.figures.get("induction/score")
+            if score is not None:
+                if self._formation_step is None and score >= FORMATION_THRESHOLD:
+                    self._formation_step = step
+                figures["induction/formation_step"] = self._formation_step
             if step in self._kept_steps:
                 self._keep(step, observation.matrices)
             if step in self._image_steps and not self._lean:

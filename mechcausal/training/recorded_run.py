@@ -24,7 +24,12 @@ from mechcausal.training.checkpointing import Checkpointer
 from mechcausal.training.checkpoints import Checkpoint, environment
 from mechcausal.training.closing_pictures import ClosingPictures
 from mechcausal.training.errors import check_finite, explained
-from mechcausal.training.experiments import Experiment, Generators, build_experiment
+from mechcausal.training.experiments import (
+    Experiment,
+    Generators,
+    OwnExperiment,
+    build_experiment,
+)
 from mechcausal.training.probe_log import ProbeLog
 from mechcausal.training.schedule import schedule
 
@@ -108,6 +113,7 @@ class RecordedRun:
         folder: AbstractContextManager[Path],
         mode: WandbMode,
         *,
+        experiment: OwnExperiment | None = None,
         checkpoint: Checkpoint | None = None,
         rows: Sequence[dict[str, Value]] = (),
         lean: bool = False,
@@ -120,6 +126,7 @@ class RecordedRun:
             recipe: a recipe that `check` accepted.
             folder: gives the run folder, locked until the run has ended.
             mode: W&B mode.
+            experiment: the caller's own, which `check` accepted, too.
             checkpoint: where to resume; None trains from the start.
             rows: rows already in metrics.jsonl.
             lean: for one of very many runs: no pictures, no W&B before the end, probes in closed
@@ -134,6 +141,7 @@ class RecordedRun:
         self.error: BaseException | None = None
         self._folder = folder
         self._mode = mode
+        self._own = experiment
         self._checkpoint = checkpoint
         self._rows = rows
         self._lean = lean
@@ -184,7 +192,11 @@ class RecordedRun:
             )
             try:
                 self.experiment = build_experiment(
-                    recipe, generators, self._tell_preparing(), closed_form=self._lean
+                    recipe,
+                    generators,
+                    self._tell_preparing(),
+                    experiment=self._own,
+                    closed_form=self._lean,
                 )
             except BaseException:
                 with suppress(RecordError):  # report the first error, not what follows from it
@@ -236,7 +248,7 @@ class RecordedRun:
         The model must hold this step's gradients.
         """
         step, probe_log = self._step, self.probe_log
-        check_finite(loss, self._optimizer, step, self._stage, self.folder)
+        check_finite(loss, self._optimizer, step, self._stage, self.folder, self.recipe)
         if step in probe_log.steps:
             probe_log.add(step, loss)
         self._checkpointer.publish(step)

@@ -37,6 +37,8 @@ from mechcausal.support.files import write_atomically
 from mechcausal.support.messages import excerpt
 from mechcausal.support.signals import StopSignal, stop_on_signals
 from mechcausal.training.checkpoints import Checkpoint, differences, environment, newest_checkpoint
+from mechcausal.training.experiments import OwnExperiment
+from mechcausal.training.experiments.own import recorded
 from mechcausal.training.recorded_run import Progress, RecordedRun
 from mechcausal.training.run import RunResult, check, result_of, train_runs
 
@@ -44,6 +46,7 @@ from mechcausal.training.run import RunResult, check, result_of, train_runs
 def resume(
     folder: str | Path,
     *,
+    experiment: OwnExperiment | None = None,
     recipe: Recipe | None = None,
     allow_change: bool = False,
     wandb_mode: WandbMode | None = None,
@@ -58,6 +61,7 @@ def resume(
 
     Args:
         folder: the run folder.
+        experiment: what the run was trained with, if that was the caller's own.
         recipe: the recipe to use; the folder's own when absent.
         allow_change: resume although the recipe, versions, threads or device differ from those of
             the checkpoint. Rows from its step on are computed again; the old rows are copied to a
@@ -80,7 +84,9 @@ def resume(
     if not (folder / RECIPE_FILE).is_file():
         raise RunFolderError(f"{folder}: not a run folder: no {RECIPE_FILE} in it")
     recipe = recipe or load_recipe(folder / RECIPE_FILE)
-    check(recipe)
+    if experiment is not None:
+        recipe = recorded(recipe, experiment)
+    check(recipe, experiment)
     mode = resolve_mode(wandb_mode or recipe.wandb.mode)
     with stop_on_signals(stop) as stop, hold(folder):
         warnings: list[str] = []
@@ -113,6 +119,7 @@ def resume(
             recipe,
             nullcontext(folder),
             mode,
+            experiment=experiment,
             checkpoint=checkpoint,
             rows=rows,
             on_progress=on_progress,

@@ -13,7 +13,8 @@ from mechcausal.records.run_folder import State, new_run_folder
 from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.support.signals import StopRequested, StopSignal, stop_on_signals
 from mechcausal.training.errors import NonFiniteLossError, TrainingError
-from mechcausal.training.experiments import Experiment, check_experiment
+from mechcausal.training.experiments import Experiment, OwnExperiment, check_experiment
+from mechcausal.training.experiments.own import recorded
 from mechcausal.training.recorded_run import Progress, RecordedRun
 
 __all__ = [
@@ -66,6 +67,7 @@ class RunResult:
 def train(
     recipe: Recipe | str | Path,
     *,
+    experiment: OwnExperiment | None = None,
     out: str | Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -75,6 +77,9 @@ def train(
 
     Args:
         recipe: a recipe, its path, or the name of a bundled recipe.
+        experiment: your own: a subclass of `Experiment`, or `functools.partial` of one with its
+            further arguments, such as `partial(TaskExperiment, task=Coins())`. The recipe that is
+            recorded names it.
         out: the run's folder; `runs/<recipe>/<run-id>` when absent.
         on_progress: called before every step.
         on_warning: told what goes wrong with recording, as it does.
@@ -84,29 +89,41 @@ def train(
         The run; its folder is described in `mechcausal.records.run_folder`.
 
     Raises:
-        RecipeError, GraphError, PriorError, TrackingError, RunFolderError: bad input; nothing was
-            trained.
+        RecipeError, GraphError, PriorError, TaskError, ModelError, TrackingError, RunFolderError:
+            bad input; nothing was trained.
         TrainingError: the loss became NaN or infinite, or memory or disk ran out; all rows logged
             so far are kept.
         StopRequested: a signal arrived before the first step.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    check(recipe)
+    if experiment is not None:
+        recipe = recorded(recipe, experiment)
+    check(recipe, experiment)
     recipe = recipe.self_contained()
     mode = resolve_mode(recipe.wandb.mode)
     folder = new_run_folder(recipe, out)
-    run = RecordedRun(recipe, folder, mode, on_progress=on_progress, on_warning=on_warning)
+    run = RecordedRun(
+        recipe,
+        folder,
+        mode,
+        experiment=experiment,
+        on_progress=on_progress,
+        on_warning=on_warning,
+    )
     with stop_on_signals(stop) as stop:
         train_runs([run], stop)
     return result_of(run, stop)
 
 
-def check(recipe: Recipe, *, on_this_machine: bool = True) -> None:
+def check(
+    recipe: Recipe, experiment: OwnExperiment | None = None, *, on_this_machine: bool = True
+) -> None:
     """Check that the recipe can be trained.
 
     Args:
         recipe: a parsed recipe.
+        experiment: the caller's own.
         on_this_machine: whether this machine will train it, and must have the device and the
             memory.
 
@@ -118,7 +135,7 @@ def check(recipe: Recipe, *, on_this_machine: bool = True) -> None:
         raise RecipeError("training: no steps in any stage: nothing to train")
     if on_this_machine:
         device_named(recipe.device)
-    check_experiment(recipe, on_this_machine=on_this_machine)
+    check_experiment(recipe, experiment, on_this_machine=on_this_machine)
 
 
 def train_runs(runs: Sequence[RecordedRun], stop: StopSignal) -> None:

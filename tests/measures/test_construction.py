@@ -16,7 +16,7 @@ from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
-from mechcausal.tasks import Batch, SingleParentTask, Task, build_task, cross_entropies
+from mechcausal.tasks import Batch, GraphTask, SingleParentTask, build_task, cross_entropies
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import Information, pairwise_theory, parent_information
 from tests.left_as_found import left_as_found
@@ -26,11 +26,11 @@ S, T = 3, 10
 FOREST = forest(-1, 0, -1, 1, -1, 3, -1, 5, 0)
 
 
-def task_of(graph: CausalGraph, alpha: float = 0.2) -> Task:
+def task_of(graph: CausalGraph, alpha: float = 0.2) -> GraphTask:
     return build_task(graph, DirichletPrior.symmetric(alpha, S))
 
 
-def observer_of(model: GraphModel, task: Task, kind: type[Observer] = Observer) -> Observer:
+def observer_of(model: GraphModel, task: GraphTask, kind: type[Observer] = Observer) -> Observer:
     theory: Information
     if isinstance(task, SingleParentTask):
         theory = pairwise_theory(task.graph, task.prior, n_priors=20, generator=seeded(1))

@@ -23,7 +23,7 @@ from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.studies.detection import detect
 from mechcausal.studies.targets import Target
-from mechcausal.tasks import SingleParentTask, Task, build_task
+from mechcausal.tasks import GraphTask, SingleParentTask, build_task
 from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.theory import pairwise_theory, parent_information
 from probes import AttentionGradient
@@ -38,53 +38,53 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def simplified() -> tuple[GraphModel, Task]:
+def simplified() -> tuple[GraphModel, GraphTask]:
     model = SimplifiedTransformer(3, 7)
     model.set_ideal(chain(6), strength=2.0)
     return model, build_task(chain(6), PRIOR)
 
 
-def disentangled() -> tuple[GraphModel, Task]:
+def disentangled() -> tuple[GraphModel, GraphTask]:
     model = DisentangledTransformer(3, 6, (2, 1))
     model.initialise(scale=0.3, generator=generator())
     return model, build_task(two_parents(6), PRIOR)
 
 
-def standard() -> tuple[GraphModel, Task]:
+def standard() -> tuple[GraphModel, GraphTask]:
     config = standard_config(3, 7, n_heads=2, d_model=8, d_mlp=8, layer_norm=True)
     return StandardTransformer(config), build_task(chain(6), PRIOR)
 
 
 MODELS = {"simplified": simplified, "disentangled": disentangled, "standard": standard}
-Work = Callable[[GraphModel, Task, Observer], Any]
+Work = Callable[[GraphModel, GraphTask, Observer], Any]
 
 
-def effects_of_edges(model: GraphModel, task: Task, observer: Observer) -> Any:
+def effects_of_edges(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     return edge_effects(model, task.graph, observer.batch, epsilon=EPSILON)
 
 
-def patched(model: GraphModel, task: Task, observer: Observer) -> Any:
+def patched(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     return patch_ideal(model, task.graph, observer.batch, epsilon=EPSILON)
 
 
-def elsewhere(model: GraphModel, task: Task, observer: Observer) -> Any:
+def elsewhere(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     assert isinstance(task, SingleParentTask)
     return evaluate_ood(
         model, task, n_sequences=4, generator=generator(), epsilon=EPSILON, bayes_draws=2
     )
 
 
-def matched(model: GraphModel, task: Task, observer: Observer) -> Any:
+def matched(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     return match_heads(model.layer1_attention(observer.batch.tokens).mean(0), task.graph)
 
 
-def blocks_removed(model: GraphModel, task: Task, observer: Observer) -> Any:
+def blocks_removed(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     assert isinstance(model, DisentangledTransformer)
     tokens = observer.batch.tokens
     return block_effects(model, lambda: model.hooked(tokens).sum().item())
 
 
-def detected(model: GraphModel, task: Task, observer: Observer) -> Any:
+def detected(model: GraphModel, task: GraphTask, observer: Observer) -> Any:
     target = Target("model", model.hooked, None, None, False)
     return detect(target, n_sequences=2, compose=True)
 
@@ -101,7 +101,7 @@ WORKS: dict[str, Work] = {
 }
 
 
-def applies(name: str, model: GraphModel, task: Task) -> bool:
+def applies(name: str, model: GraphModel, task: GraphTask) -> bool:
     """Whether this kind of look exists for the model and its task."""
     if name == "evaluate_ood":
         return isinstance(task, SingleParentTask)
@@ -109,7 +109,7 @@ def applies(name: str, model: GraphModel, task: Task) -> bool:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def looked_at(request: pytest.FixtureRequest) -> tuple[GraphModel, Task, Observer]:
+def looked_at(request: pytest.FixtureRequest) -> tuple[GraphModel, GraphTask, Observer]:
     """A model in training, with gradients, and what looks at it."""
     model, task = MODELS[request.param]()
     graph: CausalGraph = task.graph
@@ -136,7 +136,7 @@ def looked_at(request: pytest.FixtureRequest) -> tuple[GraphModel, Task, Observe
 
 @pytest.mark.parametrize("name", WORKS)
 def test_nothing_is_left_after_a_look(
-    looked_at: tuple[GraphModel, Task, Observer], name: str
+    looked_at: tuple[GraphModel, GraphTask, Observer], name: str
 ) -> None:
     if applies(name, *looked_at[:2]):
         with left_as_found(looked_at[0].hooked):
@@ -160,7 +160,7 @@ def test_nothing_is_left_after_a_look(
     ],
 )
 def test_nothing_is_left_after_a_fault_in_any_kind_of_look(
-    looked_at: tuple[GraphModel, Task, Observer],
+    looked_at: tuple[GraphModel, GraphTask, Observer],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     owner: Any,
@@ -186,7 +186,7 @@ def test_nothing_is_left_after_a_fault_in_any_kind_of_look(
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_takes_gradients_is_as_before_after_a_fault_in_training(
-    looked_at: tuple[GraphModel, Task, Observer], error: type[BaseException]
+    looked_at: tuple[GraphModel, GraphTask, Observer], error: type[BaseException]
 ) -> None:
     model = looked_at[0]
     with (
@@ -199,7 +199,7 @@ def test_what_takes_gradients_is_as_before_after_a_fault_in_training(
 
 
 def test_ctrl_c_at_random_moments_leaves_nothing(
-    looked_at: tuple[GraphModel, Task, Observer],
+    looked_at: tuple[GraphModel, GraphTask, Observer],
 ) -> None:
     model, _, observer = looked_at
     source = random.Random(0)

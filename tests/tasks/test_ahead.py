@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechcausal.graphs import chain, two_parents
-from mechcausal.tasks import Batch, Task, ahead, build_task
+from mechcausal.tasks import Batch, GraphTask, ahead, build_task
 from mechcausal.tasks.ahead import BatchesAhead
 from mechcausal.tasks.priors import DirichletPrior
 from tests.oracles import seeded
@@ -18,7 +18,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["one parent", "two parents"])
-def task(request: pytest.FixtureRequest) -> Task:
+def task(request: pytest.FixtureRequest) -> GraphTask:
     graph = chain(7) if request.param == "one parent" else two_parents(8)
     return build_task(graph, DirichletPrior.symmetric(0.1, vocab_size=3))
 
@@ -32,7 +32,7 @@ def drawing_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("batches")}
 
 
-def test_batches_are_those_of_the_generator(task: Task) -> None:
+def test_batches_are_those_of_the_generator(task: GraphTask) -> None:
     generator, alone = seeded(1), seeded(1)
     batches = BatchesAhead(task, generator)
     for _ in range(50):
@@ -41,7 +41,7 @@ def test_batches_are_those_of_the_generator(task: Task) -> None:
         assert torch.equal(generator.get_state(), alone.get_state())
 
 
-def test_whoever_sets_the_generator_decides_what_comes_next(task: Task) -> None:
+def test_whoever_sets_the_generator_decides_what_comes_next(task: GraphTask) -> None:
     generator = seeded(1)
     batches = BatchesAhead(task, generator)
     for _ in range(5):
@@ -52,14 +52,14 @@ def test_whoever_sets_the_generator_decides_what_comes_next(task: Task) -> None:
     assert all(same(batches.sample(16), batch) for batch in first)
 
 
-def test_another_size_begins_where_the_last_one_ended(task: Task) -> None:
+def test_another_size_begins_where_the_last_one_ended(task: GraphTask) -> None:
     generator, alone = seeded(2), seeded(2)
     batches = BatchesAhead(task, generator)
     for size in (4, 4, 7, 7, 4):
         assert same(batches.sample(size), task.sample(size, generator=alone))
 
 
-def test_one_core_draws_for_itself(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_core_draws_for_itself(task: GraphTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_n_cores", lambda: 1)
     before = drawing_threads()
     batches = BatchesAhead(task, seeded(3))
@@ -68,7 +68,7 @@ def test_one_core_draws_for_itself(task: Task, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_error_comes_when_the_batch_is_asked_for(
-    task: Task, monkeypatch: pytest.MonkeyPatch
+    task: GraphTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> Batch:
         raise MemoryError("no room")
@@ -78,7 +78,7 @@ def test_an_error_comes_when_the_batch_is_asked_for(
         BatchesAhead(task, seeded(4)).sample(4)
 
 
-def test_its_thread_ends_with_it(task: Task) -> None:
+def test_its_thread_ends_with_it(task: GraphTask) -> None:
     before = drawing_threads()
     batches = BatchesAhead(task, seeded(5))
     batches.sample(4)

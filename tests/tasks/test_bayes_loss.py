@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, star, two_parents
-from mechcausal.tasks import Batch, SeveralParentsTask, SingleParentTask, Task, cross_entropies
+from mechcausal.tasks import Batch, GraphTask, SeveralParentsTask, SingleParentTask, cross_entropies
 from mechcausal.tasks.predictors import bayes_loss, bayes_prediction
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from tests.oracles import forest, seeded
@@ -15,7 +15,7 @@ def setting(graph: CausalGraph, n_sequences: int = 512) -> tuple[SingleParentTas
     return task, task.sample(n_sequences, generator=seeded(1))
 
 
-def exactly(task: Task, batch: Batch, n_draws: int) -> torch.Tensor:
+def exactly(task: GraphTask, batch: Batch, n_draws: int) -> torch.Tensor:
     prediction = bayes_prediction(task, batch.tokens, generator=seeded(9), n_draws=n_draws)
     return cross_entropies(prediction, batch.target)
 

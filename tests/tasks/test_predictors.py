@@ -17,7 +17,7 @@ from mechcausal.graphs import (
     star,
     two_parents,
 )
-from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task, cross_entropies
+from mechcausal.tasks import GraphTask, SeveralParentsTask, SingleParentTask, cross_entropies
 from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR
 from mechcausal.tasks.predictors import (
     bayes_prediction,
@@ -31,10 +31,10 @@ from mechcausal.tasks.predictors.unigram import smoothing_total
 from mechcausal.tasks.priors import (
     DirichletPrior,
     FixedTransition,
-    Prior,
     stationary_distribution,
     stationary_with_first_row,
 )
+from mechcausal.tasks.protocol import Prior
 from tests.oracles import forest, integrated_probability, seeded
 
 
@@ -254,10 +254,10 @@ PRIORS = [
 ]
 
 
-def tasks_of(prior: Prior, length: int) -> list[Task]:
+def tasks_of(prior: Prior, length: int) -> list[GraphTask]:
     """Graphs of every kind; with several parents as far as the prior and the length allow."""
     n = length - 1
-    tasks: list[Task] = [
+    tasks: list[GraphTask] = [
         SingleParentTask(graph, prior)
         for graph in (chain(n), icl_pairs(n), star(n), forest(*[-1] * n))
     ]

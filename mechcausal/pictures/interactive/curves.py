@@ -5,7 +5,7 @@ from itertools import cycle
 
 import plotly.graph_objects as go
 
-from mechcausal.measures.figures import STEP, axis_limits, curves, figure_of, keys_in
+from mechcausal.measures.figures import STEP, axis_limits, curves, figure_of, keys_in, own_curves
 from mechcausal.pictures.interactive.style import new_figure
 from mechcausal.pictures.static.style import REFERENCE_DASHES, REFERENCE_GREY
 from mechcausal.records.run_data import RunData
@@ -55,6 +55,16 @@ def weights(run: RunData) -> go.Figure:
 def composition(run: RunData) -> go.Figure:
     """K-composition of the last layer's heads with earlier ones."""
     return _draw(run, *curves(run.history, "composition"))
+
+
+def own(run: RunData, section: str) -> go.Figure:
+    """Figures of an experiment of your own that share the part of their keys before the slash.
+
+    Args:
+        run: a run with figures that docs/figures.md does not list.
+        section: such as "tree" for `tree/kl_root`.
+    """
+    return _draw(run, section, own_curves(run.history).get(section, []))
 
 
 def head_scores(run: RunData, kind: str = "prefix_matching") -> go.Figure:

@@ -13,6 +13,7 @@ from mechcausal.pictures.interactive.style import (
     LARGE,
     MARK_COLOUR,
     MOST_HEADS,
+    SIGNED_SCALE,
     add_squares,
     by_head,
     causal,
@@ -20,6 +21,7 @@ from mechcausal.pictures.interactive.style import (
     head_choices,
     head_label,
     in_a_row,
+    limit_of,
     mark_parents,
     new_figure,
     reduced,
@@ -114,7 +116,7 @@ def _example_figure(
 ) -> go.Figure:
     n_examples, length = values.shape
     layer = _last_layer(run)
-    figure = new_figure(f"layer-{layer} attention of the query{head_label(head, n_heads)}")
+    figure = new_figure(f"{layer} attention of the query{head_label(head, n_heads)}")
     has_text = length <= LARGE
     figure.add_heatmap(
         z=values.astype(np.float32),
@@ -150,10 +152,47 @@ def _example_figure(
     return figure
 
 
-def _last_layer(run: RunData) -> int:
+def _last_layer(run: RunData) -> str:
     model = run.recipe.model
     layers = {"simplified": 2, "disentangled": len(model.heads), "standard": model.n_layers}
-    return layers[model.kind]
+    return f"layer-{layers[model.kind]}" if model.kind in layers else "last-layer"
+
+
+def own_panels(run: RunData, step: int | None = None, *, name: str) -> list[go.Figure]:
+    """A matrix of an experiment of your own, one picture for each entry of a leading axis.
+
+    Args:
+        run: a run with matrices.
+        step: one of `run.steps`; the last when absent.
+        name: of a matrix with two axes, or three.
+
+    Raises:
+        RunDataError: the run has no such matrix, or none at this step.
+    """
+    values = by_head(run.frame(step, needs=name)[1][name].astype(np.float64))
+    signed = bool((values < 0).any())
+    choices = head_choices(len(values), name)
+    figures = []
+    for head in choices:
+        figure = new_figure(name + head_label(head, len(choices)).replace("head", "no."))
+        matrix = reduced(values, head)
+        limit = 1.0 if name.startswith("attention") else limit_of(matrix)
+        figure.add_heatmap(
+            z=matrix.astype(np.float32),
+            zmin=-limit if signed else 0.0,
+            zmax=limit,
+            colorscale=SIGNED_SCALE if signed else ATTENTION_SCALE,
+            hovertemplate="row %{y}, column %{x}<br>%{z:.4g}<extra></extra>",
+            colorbar=COLORBAR,
+            meta={"from": name, "head": head, "as": "matrix", "signed": signed},
+        )
+        figure.update_xaxes(title="column", showgrid=False, zeroline=False, tickformat="d")
+        figure.update_yaxes(
+            title="row", showgrid=False, zeroline=False, tickformat="d", autorange="reversed"
+        )
+        figure.update_layout(margin={"b": 78})
+        figures.append(figure)
+    return figures
 
 
 def head_panels(run: RunData, step: int | None = None) -> list[go.Figure]:

@@ -18,18 +18,31 @@ def frame_captions(run: RunData, step: int) -> dict[str, str]:
     """One or two sentences about every picture of a step, by the picture's name."""
     matrices = run.frames[step]
     row = run.row(step)
-    captions = {}
-    if "attention/layer0" in matrices:
+    captions: dict[str, str] = {}
+    if not run.has_graph:
+        captions |= {
+            matrix_panel(
+                name
+            ): f"From {number(float(values.min()))} to {number(float(values.max()))}."
+            for name, values in matrices.items()
+            if values.ndim in (2, 3) and not name.startswith("heads/")
+        }
+    elif "attention/layer0" in matrices:
         captions["attention"] = _attention(run, matrices)
         captions["graph"] = _graph(run, matrices)
-    if "gradient/pattern" in matrices:
+    if run.has_graph and "gradient/pattern" in matrices:
         captions["gradient"] = _gradient(run, matrices)
         captions["scatter"] = _scatter(row)
-    if "attention/examples" in matrices and run.examples is not None:
+    if run.has_graph and "attention/examples" in matrices and run.examples is not None:
         captions["examples"] = _examples(run, matrices)
     if "heads/prefix_matching" in matrices:
         captions["heads"] = _heads(matrices)
     return captions
+
+
+def matrix_panel(name: str) -> str:
+    """The page's name of the panel of a matrix that only an experiment of the user's own has."""
+    return f"own-{name.replace('/', '-')}"
 
 
 def curve_caption(run: RunData, labels: dict[str, str], step: int) -> str:
@@ -106,6 +119,10 @@ def _scatter(row: Mapping[str, Value]) -> str:
     keys = keys_in([row], [f"gradient/pattern_{name}_correlation" for name in _THEORIES])
     parts = [f"{figure_of(key).label} {number(row[key])}" for key in keys]
     return f"Correlation: {', '.join(parts) or 'not recorded'}. Diamonds are true edges."
+
+
+def _range(values: np.ndarray) -> str:
+    return f"From {number(float(values.min()))} to {number(float(values.max()))}."
 
 
 def _examples(run: RunData, matrices: Matrices) -> str:

@@ -27,13 +27,13 @@ MOST_BYTES = 12_000_000
 MISSING = 65_535
 """Code of NaN."""
 
-PAGE_MATRICES = (
-    "attention/layer0",
-    "gradient/pattern",
-    "attention/examples",
-    *(f"heads/{kind}" for kind in HEAD_SCORES),
-)
-"""The matrices that a page shows."""
+PAGE_MATRICES = {
+    "attention/layer0": True,
+    "gradient/pattern": True,
+    "attention/examples": False,
+    **{f"heads/{kind}": False for kind in HEAD_SCORES},
+}
+"""The matrices that a page shows, and whether only their lower triangle matters."""
 
 
 def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
@@ -46,17 +46,18 @@ def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     """
     if not run.steps:
         return {"steps": [], "kept": 0, "matrices": {}}
-    first = _page_matrices(run.frame()[1])
+    names = page_matrices(run)
+    first = _chosen(run.frame()[1], names)
     per_step = sum(_text_bytes(values) for values in first.values())
     steps = thinned(run.steps, max(2, most_bytes // max(per_step, 1)))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in first}
     ranges: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
     for step in steps:
-        matrices = _page_matrices(run.frames[step])
+        matrices = _chosen(run.frames[step], names)
         for name, values in first.items():
             # A run resumed by another version may lack a matrix at some steps.
             matrix = matrices.get(name, np.full_like(values, np.nan))
-            codes, low, high = quantise(_flat(matrix, _is_causal(name)))
+            codes, low, high = quantise(_flat(matrix, names[name]))
             parts[name].append(codes)
             ranges[name].append((low, high))
     return {
@@ -65,7 +66,7 @@ def pack_frames(run: RunData, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]
         "matrices": {
             name: {
                 "shape": list(values.shape),
-                "triangle": _is_causal(name),
+                "triangle": names[name],
                 "low": [low for low, _ in ranges[name]],
                 "high": [high for _, high in ranges[name]],
                 "data": base64.b64encode(np.concatenate(parts[name]).tobytes()).decode(),
@@ -102,21 +103,28 @@ def rounded(value: Value) -> Value:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _page_matrices(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def page_matrices(run: RunData) -> dict[str, bool]:
+    """The matrices that the run's page shows, and whether only their lower triangle matters.
+
+    Of a run without a graph these are all that have two or three axes.
+    """
+    if run.has_graph:
+        return PAGE_MATRICES
+    kept = run.frame()[1] if run.steps else {}
+    return {name: False for name, values in kept.items() if values.ndim in (2, 3)}
+
+
+def _chosen(matrices: Mapping[str, np.ndarray], names: Mapping[str, bool]) -> dict[str, np.ndarray]:
     selected = {}
-    for name in PAGE_MATRICES:
+    for name, is_triangle in names.items():
         if name in matrices:
             values = matrices[name].astype(np.float64)
-            if _is_causal(name):
+            if is_triangle or (values.ndim == 3 and name != "attention/examples"):
                 values = by_head(values)
                 heads = head_choices(len(values), name)
                 values = np.stack([reduced(values, head) for head in heads])
             selected[name] = values
     return selected
-
-
-def _is_causal(name: str) -> bool:
-    return name in ("attention/layer0", "gradient/pattern")
 
 
 def _flat(values: np.ndarray, triangle: bool) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import __version__
-from mechcausal.measures.figures import STEP, figure_of, keys_in
+from mechcausal.measures.figures import STEP, figure_of, keys_in, own_curves
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.graph import graph_panels
@@ -20,10 +20,11 @@ from mechcausal.pictures.interactive.matrices import (
     example_panels,
     gradient_panels,
     head_panels,
+    own_panels,
 )
 from mechcausal.pictures.interactive.scatter import scatter_panels
 from mechcausal.pictures.interactive.style import Panels
-from mechcausal.pictures.pages.captions import curve_caption, frame_captions, number
+from mechcausal.pictures.pages.captions import curve_caption, frame_captions, matrix_panel, number
 from mechcausal.pictures.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pictures.pages.reproduce import reproduce_command
 from mechcausal.pictures.pages.shell import (
@@ -142,12 +143,12 @@ def _film_panels(
     captions: dict[str, list[str]],
 ) -> str:
     """The panels that follow the slider; panels whose matrices the run lacks are skipped."""
-    available = set(run.frame(frames["steps"][-1])[1]) if frames["steps"] else set()
+    available = set(frames["matrices"])
     if run.examples is None:
         available -= {"attention/examples"}
     per_step = [frame_captions(run, step) for step in frames["steps"]]
     html = []
-    for name, (title, needs, draw) in _FILM.items():
+    for name, (title, needs, draw) in _film(run, available).items():
         drawn = draw(run, None) if needs in available else []
         if not drawn:
             continue
@@ -162,6 +163,17 @@ def _film_panels(
     return "".join(html)
 
 
+def _film(run: RunData, available: Collection[str]) -> dict[str, tuple[str, str, Panels]]:
+    """The panels of a run; without a graph, one for every matrix that is not of head scores."""
+    if run.has_graph:
+        return _FILM
+    own = sorted(name for name in available if not name.startswith("heads/"))
+    panels: dict[str, tuple[str, str, Panels]] = {
+        matrix_panel(name): (name, name, partial(own_panels, name=name)) for name in own
+    }
+    return {"heads": _FILM["heads"], **panels}
+
+
 def _curve_panels(
     run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
 ) -> str:
@@ -172,6 +184,10 @@ def _curve_panels(
     }
     if run.kind == "repeated_tokens":
         drawings |= {kind: partial(interactive.head_scores, kind=kind) for kind in HEAD_SCORES}
+    drawings |= {
+        f"own {section}": partial(interactive.own, section=section)
+        for section in own_curves(run.history)
+    }
     html = []
     for name, draw in drawings.items():
         figure = draw(run)
@@ -213,6 +229,8 @@ def _lead(run: RunData) -> str:
     recipe = run.recipe
     if run.kind == "repeated_tokens":
         about = f"repeated random tokens, {recipe.task.vocab_size} of them"
+    elif not run.has_graph:
+        about = recipe.experiment or run.kind.replace("_", " ")
     else:
         length = run.graph.sequence_length
         about = f"{recipe.graph.preset.replace('_', ' ')} graph, {length} positions, "
@@ -305,7 +323,7 @@ def _footer(run: RunData, frames: Mapping[str, Any]) -> str:
             f"the run has matrices of {frames['kept']} steps; to stay small, this page shows "
             f"{len(frames['steps'])} of them, spread evenly",
         )
-    elif run.kind == "causal_graph" and not frames["steps"]:
+    elif run.has_graph and not frames["steps"]:
         notes.insert(0, "the run has no matrices, so only curves are shown")
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
     return (

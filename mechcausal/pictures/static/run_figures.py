@@ -9,7 +9,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
-from mechcausal.measures.figures import STEP, History, axis_limits, curves, figure_of, keys_in
+from mechcausal.measures.figures import (
+    STEP,
+    History,
+    axis_limits,
+    curves,
+    figure_of,
+    keys_in,
+    own_curves,
+)
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
     EDGE_COLOUR,
@@ -217,6 +225,52 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
     path = folder / "heads.png"
     figure.savefig(path, dpi=110)
     return {"figures/heads": path}
+
+
+def own_heatmaps(
+    matrices: Mapping[str, Tensor],
+) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
+    """Pictures of matrices without a reference, the blocks of a leading axis side by side.
+
+    Colours go from 0 to the largest entry, or are symmetric about 0 if there are negative ones;
+    tensors with fewer than two or more than three axes are left out.
+    """
+    pictures = {}
+    for name, matrix in matrices.items():
+        values = matrix.double().numpy()
+        if values.ndim not in (2, 3) or not values.size or not np.isfinite(values).all():
+            continue
+        signed = bool((values < 0).any())
+        scale = GRADIENT_COLOURS if signed else ATTENTION_COLOURS
+        unit = values if signed else values / (values.max() or 1.0)
+        pictures[name] = _side_by_side(
+            list(unit if unit.ndim == 3 else unit[None]), scale, signed=signed
+        )
+    return pictures
+
+
+def draw_own_figures(
+    folder: Path, *, recipe: Recipe, history: History, stage_starts: Sequence[int]
+) -> dict[str, Path]:
+    """Draw curves.png of an experiment of the user's own: losses, and every group it has.
+
+    Groups are those of the list, and the sections of figures that it does not have.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    panels = [curves(history, name) for name in _PANELS]
+    panels = [(title, keys) for title, keys in panels if keys] + list(own_curves(history).items())
+    if not panels:
+        return {}
+    figure, axes = new_figure(-(-len(panels) // 3), min(len(panels), 3))
+    for axis, (title, keys) in zip(axes, panels, strict=False):
+        _plot(axis, history, title, keys)
+        for start in stage_starts[1:]:
+            axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.suptitle(f"{recipe.name}, seed {recipe.seed}: {_CAPTIONS['curves']}", fontsize=12)
+    figure.savefig(folder / "curves.png", dpi=110)
+    return {"figures/curves": folder / "curves.png"}
 
 
 def head_heatmap(

@@ -160,8 +160,9 @@ def bridge(
 
 def _variants(recipe: Recipe, quick: bool) -> dict[str, Recipe]:
     """The recipe by kind of model."""
-    if recipe.task.kind == "repeated_tokens" or recipe.model.kind == "standard":
-        problem = "no causal graph" if recipe.task.kind == "repeated_tokens" else "a standard model"
+    if recipe.task.kind != "causal_graph" or recipe.model.kind in ("standard", "own"):
+        has_graph = recipe.task.kind == "causal_graph"
+        problem = f"a {recipe.model.kind} model" if has_graph else "no causal graph"
         raise RecipeError(
             f"{recipe.name}: {problem}; the bridge needs a causal graph and a simplified or "
             "disentangled model"

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.studies.replication.runs import Run
-from mechcausal.tasks import Batch, SingleParentTask, Task, cross_entropies
+from mechcausal.tasks import Batch, GraphTask, SingleParentTask, cross_entropies
 from mechcausal.tasks.predictors import bayes_prediction, bigram_prediction
 from mechcausal.tasks.priors import DirichletPrior
 
@@ -50,13 +50,13 @@ def mean_attention(run: Run) -> Float[Tensor, "head query key"]:
 
 
 @lru_cache(maxsize=8)
-def _fresh_batch(task: Task, n_sequences: int, device: str) -> Batch:
+def _fresh_batch(task: GraphTask, n_sequences: int, device: str) -> Batch:
     generator = torch.Generator(device=device).manual_seed(SEED)
     return task.sample(n_sequences, generator=generator)
 
 
 @lru_cache(maxsize=32)  # runs on the same graph share these
-def _references(task: Task, n_sequences: int, n_draws: int, device: str) -> dict[str, Tensor]:
+def _references(task: GraphTask, n_sequences: int, n_draws: int, device: str) -> dict[str, Tensor]:
     batch = _fresh_batch(task, n_sequences, device)
     generator = torch.Generator(device=device).manual_seed(SEED + 1)
     predictions = {

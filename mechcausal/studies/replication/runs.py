@@ -16,7 +16,7 @@ from mechcausal.support.signals import StopRequested
 from mechcausal.sweeps.driver import train_members
 from mechcausal.sweeps.outcome import Outcome
 from mechcausal.sweeps.plan import Member as SweepMember
-from mechcausal.tasks import Task, build_task
+from mechcausal.tasks import GraphTask, build_task
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
         return self.recipe.build_graph()
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> GraphTask:
         """Graph and prior."""
         return build_task(self.graph, self.recipe.build_prior())
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.tasks import SeveralParentsTask, Task
+from mechcausal.tasks import GraphTask, SeveralParentsTask
 from mechcausal.tasks.predictors import single_parent
 from mechcausal.tasks.predictors.bayes_loss import BayesLoss, bayes_loss
 from mechcausal.tasks.predictors.several_parents import context_prediction
@@ -19,10 +19,11 @@ from mechcausal.tasks.predictors.single_parent import (
     uniform_prediction,
 )
 from mechcausal.tasks.predictors.unigram import unigram_prediction
+from mechcausal.tasks.protocol import PriorWithPosterior
 
 
 def bayes_prediction(
-    task: Task,
+    task: GraphTask,
     tokens: Int[Tensor, "batch pos"],
     *,
     generator: torch.Generator,
@@ -43,14 +44,14 @@ def bayes_prediction(
 
 
 def strategies(
-    task: Task, tokens: Int[Tensor, "batch pos"]
+    task: GraphTask, tokens: Int[Tensor, "batch pos"]
 ) -> dict[str, Float[Tensor, "batch vocab"]]:
     """The predictions of every strategy by name, from the least to the most informed.
 
-    Single parent: "uniform", "unigram" and "bigram". If the query has k parents: "uniform",
-    "unigram" and, for m = 1 ... k, the context of the query's last m parents ("bigram",
-    "trigram", "4gram", ...); the last one is the Bayes predictor. Averaged over the prior, no
-    strategy has a larger loss than "uniform".
+    Single parent: "uniform", "unigram" and, if the prior has a `posterior_mean`, "bigram". If the
+    query has k parents: "uniform", "unigram" and, for m = 1 ... k, the context of the query's last
+    m parents ("bigram", "trigram", "4gram", ...); the last one is the Bayes predictor. Averaged
+    over the prior, no strategy has a larger loss than "uniform".
 
     Example:
         >>> from mechcausal.graphs import two_parents
@@ -64,7 +65,8 @@ def strategies(
         "unigram": unigram_prediction(task, tokens),
     }
     if not isinstance(task, SeveralParentsTask):
-        predictions["bigram"] = bigram_prediction(task, tokens)
+        if isinstance(task.prior, PriorWithPosterior):
+            predictions["bigram"] = bigram_prediction(task, tokens)
         return predictions
     for m in range(1, len(task.query_parents) + 1):
         name = {1: "bigram", 2: "trigram"}.get(m, f"{m + 1}gram")

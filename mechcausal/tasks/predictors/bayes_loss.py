@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechcausal.tasks import Batch, SeveralParentsTask, Task, cross_entropies
+from mechcausal.tasks import Batch, GraphTask, SeveralParentsTask, cross_entropies
 from mechcausal.tasks.predictors.several_parents import context_prediction
 from mechcausal.tasks.predictors.single_parent import RootWeights, bigram_prediction
 from mechcausal.tasks.priors import DirichletPrior
@@ -40,7 +40,7 @@ class BayesLoss:
 
 
 def bayes_loss(
-    task: Task,
+    task: GraphTask,
     batch: Batch,
     *,
     generator: torch.Generator,
@@ -50,6 +50,8 @@ def bayes_loss(
 ) -> BayesLoss:
     """The loss of `bayes_prediction`, from no more draws than it takes.
 
+    For a prior of the user's own: of its `posterior_mean`.
+
     Args:
         task: graph and prior.
         batch: sequences, on the generator's device.
@@ -58,6 +60,9 @@ def bayes_loss(
         max_seconds: takes fewer draws if `max_draws` would take longer; counted in operations, not
             timed.
         on_progress: told how many sequences are done, and of how many, in every round of draws.
+
+    Raises:
+        PriorError: the prior has no `posterior_mean`.
 
     Example:
         >>> from mechcausal.graphs import chain

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.tasks import SingleParentTask, Task
+from mechcausal.tasks import GraphTask, SingleParentTask
 from mechcausal.tasks.dirichlet import PROBABILITY_FLOOR, normalised_exponentials, sample_log_gamma
-from mechcausal.tasks.priors import DirichletPrior, stationary_with_first_row
+from mechcausal.tasks.priors import DirichletPrior, PriorError, stationary_with_first_row
+from mechcausal.tasks.protocol import PriorWithPosterior
 
 
 def transition_counts(
@@ -27,8 +28,17 @@ def transition_counts(
     return counts.view(-1, vocab, vocab)
 
 
+def root_counts(
+    task: SingleParentTask, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch vocab"]:
+    """How often each token occurs at a root of the graph."""
+    at_roots = tokens[:, list(task.graph.roots)]
+    counts = torch.zeros(tokens.shape[0], task.vocab_size, device=tokens.device)
+    return counts.scatter_add_(1, at_roots, torch.ones_like(at_roots, dtype=counts.dtype))
+
+
 def uniform_prediction(
-    task: Task, tokens: Int[Tensor, "batch pos"]
+    task: GraphTask, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch vocab"]:
     """1/S for every token."""
     shape = (tokens.shape[0], task.vocab_size)
@@ -42,13 +52,16 @@ def bigram_prediction(
 
     `(alpha_s' + N(query, s')) / sum_s (alpha_s + N(query, s))`, where N counts non-root positions
     only: the likelihood of the roots, which are drawn from `mu`, is ignored. For a fixed matrix,
-    the prediction is its row.
+    the prediction is its row; for another prior, what its `posterior_mean` says.
+
+    Raises:
+        PriorError: the prior has no `posterior_mean`.
     """
     prior = task.prior
-    if not isinstance(prior, DirichletPrior):
-        return torch.tensor(prior.rows, device=tokens.device)[tokens[:, -1]]
-    posterior = prior.posterior_concentration(transition_counts(task, tokens))
-    return _mean_of_query_row(posterior, tokens)
+    if not isinstance(prior, PriorWithPosterior):
+        raise PriorError(f"{type(prior).__name__}: has no posterior_mean")
+    mean = prior.posterior_mean(transition_counts(task, tokens), root_counts(task, tokens))
+    return mean[torch.arange(len(tokens), device=tokens.device), tokens[:, -1]]
 
 
 def bayes_prediction(

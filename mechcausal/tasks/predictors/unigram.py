@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechcausal.tasks import SeveralParentsTask, SingleParentTask, Task
+from mechcausal.tasks import GraphTask, SeveralParentsTask, SingleParentTask
 from mechcausal.tasks.predictors.several_parents import context_prediction
-from mechcausal.tasks.priors import FixedTransition
+from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 
 _MOST_DRAWS, _FEWEST_DRAWS = 1000, 200
 _MAX_ENTRIES = 1_000_000  # entries of matrices and position pairs; _FEWEST_DRAWS takes precedence
@@ -22,7 +22,7 @@ _BISECTIONS = 50
 
 
 def unigram_prediction(
-    task: Task, tokens: Int[Tensor, "batch pos"]
+    task: GraphTask, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch vocab"]:
     """Smoothed frequencies of the context's tokens.
 
@@ -43,7 +43,7 @@ def unigram_prediction(
 
 
 @lru_cache(maxsize=64)
-def smoothing_total(task: Task) -> float:
+def smoothing_total(task: GraphTask) -> float:
     """The A of `unigram_prediction` with the smallest mean cross entropy under the task.
 
     The mean is over sequences from a generator with a fixed seed, so every run gets the same A.
@@ -82,19 +82,22 @@ def smoothing_total(task: Task) -> float:
     return math.sqrt(low * high)
 
 
-def _counts(task: Task, tokens: Tensor) -> Float[Tensor, "batch vocab"]:
+def _counts(task: GraphTask, tokens: Tensor) -> Float[Tensor, "batch vocab"]:
     context = tokens[:, :-1] if isinstance(task, SingleParentTask) else tokens
     counts = torch.zeros(tokens.shape[0], task.vocab_size, device=tokens.device)
     return counts.scatter_add_(1, context, torch.ones_like(context, dtype=counts.dtype))
 
 
-def _prior_mean(task: Task) -> Float[Tensor, "vocab"]:
-    assert not isinstance(task.prior, FixedTransition)
+def _prior_mean(task: GraphTask) -> Float[Tensor, "vocab"]:
+    if not isinstance(task.prior, DirichletPrior):
+        generator = torch.Generator().manual_seed(0)
+        drawn = task.prior.sample(_MOST_DRAWS, generator=generator, dtype=torch.float64)
+        return drawn.mean((0, 1))
     alpha = torch.tensor(task.prior.representable, dtype=torch.float64)
     return alpha / alpha.sum()
 
 
-def _mean_row(task: Task) -> Float[Tensor, "vocab"]:
+def _mean_row(task: GraphTask) -> Float[Tensor, "vocab"]:
     """The mean target for a fixed matrix: over a uniform query, or over the query's parent."""
     assert isinstance(task.prior, FixedTransition)
     matrix = torch.tensor(task.prior.rows, dtype=torch.float64)

@@ -2,28 +2,54 @@
 
 from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe, RecipeError
-from mechcausal.tasks import SeveralParentsTask, Task, build_task
+from mechcausal.tasks import GraphTask, SeveralParentsTask, build_task, check_prior
 from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
-from mechcausal.training.experiments.memory import check_memory, experiment_needs
+from mechcausal.training.experiments.memory import check_memory, experiment_needs, n_probe_steps
+from mechcausal.training.experiments.own import OwnExperiment, build_own, check_own, options_of
 
-__all__ = ["Experiment", "Generators", "Observation", "build_experiment", "check_experiment"]
+__all__ = [
+    "Experiment",
+    "Generators",
+    "Observation",
+    "OwnExperiment",
+    "build_experiment",
+    "check_experiment",
+]
 
 
-def check_experiment(recipe: Recipe, *, on_this_machine: bool = True) -> None:
+def check_experiment(
+    recipe: Recipe, experiment: OwnExperiment | None = None, *, on_this_machine: bool = True
+) -> None:
     """Check quickly, before anything large is allocated, that the experiment can be built.
 
     Args:
         recipe: a parsed recipe.
+        experiment: the caller's own.
         on_this_machine: whether this machine will train it, and must have the memory.
 
     Raises:
-        GraphError, PriorError: the graph or the prior is invalid.
-        RecipeError: the model cannot learn the task, or the run does not fit into memory.
+        GraphError, PriorError, TaskError: the graph, the prior or the task is invalid.
+        RecipeError: the model cannot learn the task, the run does not fit into memory, or the
+            recipe is of the caller's own experiment and that is not given.
     """
+    if experiment is not None:
+        check_own(experiment).check(recipe, **options_of(experiment))
+    elif recipe.experiment is not None or "own" in (recipe.task.kind, recipe.model.kind):
+        raise RecipeError(
+            f"{recipe.name}: the experiment is the caller's own, "
+            f"{recipe.experiment or 'not named'}: pass it in Python, as "
+            "mechcausal.train(recipe, experiment=...) or mechcausal.resume(folder, experiment=...)"
+        )
+    if recipe.task.kind == "own":
+        n_probe_steps(recipe)
+        return
     graph = None
     if recipe.task.kind == "causal_graph":
         graph = recipe.build_graph()
-        task = build_task(graph, recipe.build_prior())
+        prior = options_of(experiment).get("prior")
+        if prior is not None:
+            check_prior(prior, recipe.task.vocab_size)
+        task = build_task(graph, prior or recipe.build_prior())
         check_model(recipe, task)
         length = task.sequence_length
     else:
@@ -39,7 +65,7 @@ def check_experiment(recipe: Recipe, *, on_this_machine: bool = True) -> None:
         check_memory(experiment_needs(recipe, graph, length), recipe.device)
 
 
-def check_model(recipe: Recipe, task: Task) -> None:
+def check_model(recipe: Recipe, task: GraphTask) -> None:
     """Check that the model can learn the task.
 
     Raises:
@@ -64,19 +90,23 @@ def build_experiment(
     generators: Generators,
     tell: Tell = tell_nobody,
     *,
+    experiment: OwnExperiment | None = None,
     closed_form: bool = False,
 ) -> Experiment:
-    """The experiment that a recipe describes.
+    """The experiment that a recipe describes, or the caller's own.
 
     Args:
         recipe: checked.
         generators: of the run.
         tell: called with what is being prepared.
+        experiment: the caller's own, checked.
         closed_form: probe a simplified model in closed form instead of through hooks.
 
     Raises:
         GraphError, PriorError: the graph or the prior is invalid.
     """
+    if experiment is not None:
+        return build_own(experiment, recipe, generators, tell)
     if recipe.task.kind == "repeated_tokens":
         from mechcausal.training.experiments.repeated_tokens import RepeatedTokens
 

@@ -1,11 +1,11 @@
-"""The interface between the training loop and an experiment."""
+"""The interface between the training loop and an experiment, also one of the user's own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechcausal.measures.figures import History
 from mechcausal.measures.observation import Observation
-from mechcausal.recipes import Recipe
+from mechcausal.recipes import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from mechcausal.models.adapter import HookedTransformer
@@ -63,26 +63,44 @@ class Generators:
 class Experiment(ABC):
     """Data, model, probes and pictures of one kind of run.
 
+    One of your own needs `hooked` and `training_loss`; every other method has a default. Its
+    constructor takes the recipe and the generators, and passes them on to this one. Whatever is
+    drawn at random has to come from the generators: a resumed run restores them.
+
     Attributes:
+        kind: `task.kind` of the recipe; "own" for experiments that no recipe can name.
         recipe: what it was built from.
+        generators: the run's sources of randomness.
         notes: limits of its figures, one line each.
     """
 
+    kind: ClassVar[str] = "own"
     recipe: Recipe
+    generators: Generators
     notes: Sequence[str] = ()
+
+    def __init__(self, recipe: Recipe, generators: Generators) -> None:
+        """Store what the run is made of."""
+        self.recipe = recipe
+        self.generators = generators
+
+    @classmethod
+    def check(cls, recipe: Recipe, **options: Any) -> None:
+        """Refuse in one line what cannot be trained, before anything is written.
+
+        Args:
+            recipe: the recipe.
+            options: the further arguments of the constructor.
+
+        Raises:
+            RecipeError, TaskError: it cannot be trained; by default nothing is refused.
+        """
+        return
 
     @property
     @abstractmethod
     def hooked(self) -> "HookedTransformer":
         """The HookedTransformer that owns all parameters."""
-
-    @abstractmethod
-    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """The parameters with these names; "all" stands for every parameter."""
-
-    @abstractmethod
-    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Within the block only these parameters take gradients."""
 
     @abstractmethod
     def training_loss(self, n_sequences: int) -> Tensor:
@@ -95,19 +113,52 @@ class Experiment(ABC):
         """`training_loss` of several experiments of equal shape, each on its own sequences."""
         return torch.stack([experiment.training_loss(n_sequences) for experiment in experiments])
 
-    @abstractmethod
     def losses(self) -> dict[str, float]:
-        """Evaluation losses only, without probes."""
+        """Evaluation losses only, without probes; `loss/eval` decides which checkpoint is best."""
+        return {}
 
-    @abstractmethod
     def observe(self) -> Observation:
         """Run every probe on the model; changes neither weights nor gradients."""
+        return Observation(self.losses(), {})
 
-    @abstractmethod
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What stages may train, by name."""
+        named = self.hooked.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """The parameters with these names; "all" stands for every parameter.
+
+        Raises:
+            RecipeError: a name that the model does not have.
+        """
+        named = self.named_parameters()
+        return [named[name] for name in self.expanded(names)]
+
+    def expanded(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names, with "all" written out; errors as in `parameters`."""
+        named = self.named_parameters()
+        if "all" in names:
+            return tuple(named)
+        if unknown := [name for name in names if name not in named]:
+            raise RecipeError(
+                f"training.algorithm: {self.recipe.training.algorithm} trains {unknown[0]}, which "
+                "this model does not have: choose joint"
+            )
+        return tuple(names)
+
+    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Within the block only these parameters take gradients."""
+        trained = {id(parameter) for parameter in self.parameters(names)}
+        named = self.named_parameters().values()
+        return _frozen([p for p in named if id(p) not in trained])
+
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Pictures of one probe step for W&B, by name."""
+        """Pictures of one probe step for W&B, by name: of every matrix, blocks side by side."""
+        from mechcausal.pictures.static import run_figures
 
-    @abstractmethod
+        return run_figures.own_heatmaps(matrices)
+
     def draw_figures(
         self,
         folder: Path,
@@ -116,11 +167,21 @@ class Experiment(ABC):
         matrices: Mapping[int, Mapping[str, Tensor]],
         stage_starts: Sequence[int],
     ) -> dict[str, Path]:
-        """Draw the run's figures; return the PNG files by their names in W&B."""
+        """Draw the run's figures; return the PNG files by their names in W&B.
 
-    @abstractmethod
+        By default curves.png: one picture for every group of figures that the run has.
+        """
+        from mechcausal.pictures.static import run_figures
+
+        return run_figures.draw_own_figures(
+            folder, recipe=self.recipe, history=history, stage_starts=stage_starts
+        )
+
     def save_model(self, folder: Path) -> None:
         """Write weights and config; `load_model` reads them."""
+        from mechcausal.models.adapter import save_model
+
+        save_model(self.hooked, folder, extra={"kind": self.kind})
 
     def conclusions(self, history: History) -> dict[str, Any]:
         """Results that need the run's full history, for its summary."""
@@ -129,3 +190,14 @@ class Experiment(ABC):
     def reference_matrices(self) -> dict[str, Tensor]:
         """Matrices that those of the probe steps are compared with, such as theory's."""
         return {}
+
+
+@contextmanager
+def _frozen(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

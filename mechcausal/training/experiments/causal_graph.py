@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ from mechcausal.measures.plateaus import find_drops, find_plateaus, steepest_dro
 from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.predicting import graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe
-from mechcausal.tasks import SingleParentTask, Task, build_task, soft_cross_entropy
-from mechcausal.tasks.ahead import BatchesAhead
+from mechcausal.tasks import (
+    Batch,
+    GraphTask,
+    Prior,
+    SingleParentTask,
+    build_task,
+    soft_cross_entropy,
+)
 from mechcausal.tasks.predictors import bayes_prediction
 from mechcausal.tasks.single_parent import sample_each
 from mechcausal.theory import (
@@ -35,7 +43,8 @@ from mechcausal.theory import (
     theory_notes,
 )
 from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
-from mechcausal.training.experiments.models import build_model
+from mechcausal.training.experiments.models import ModelBuilder, build_model
+from mechcausal.training.objective import Objective
 
 # If probing through hooks takes longer, on a busy core, a simplified model's closed form is read.
 _MOST_SECONDS = 20.0
@@ -45,6 +54,9 @@ _MULTIPLICATIONS_PER_SECOND = 1e10  # float32
 class CausalGraphExperiment(Experiment):
     """A model trained in closed form on sequences of a graph and probed through hooks.
 
+    Prior and model may be the caller's:
+    `mechcausal.train(recipe, experiment=partial(CausalGraphExperiment, prior=...))`.
+
     Attributes:
         task: graph and prior.
         theory: pairwise information of graph and prior.
@@ -52,12 +64,16 @@ class CausalGraphExperiment(Experiment):
         observer: probes the model on a fixed evaluation batch.
     """
 
+    kind = "causal_graph"
+
     def __init__(
         self,
         recipe: Recipe,
         generators: Generators,
         tell: Tell = tell_nobody,
         *,
+        prior: Prior | None = None,
+        model: ModelBuilder | None = None,
         closed_form: bool = False,
     ) -> None:
         """Build the task, its theory, the model at its start, and the observer.
@@ -66,14 +82,20 @@ class CausalGraphExperiment(Experiment):
             recipe: the recipe.
             generators: of the run.
             tell: called with what is being prepared.
+            prior: of the transition matrices; the recipe's when absent.
+            model: builds the model; the recipe's when absent.
             closed_form: probe a simplified model in closed form instead of through hooks.
+
+        Raises:
+            ModelError: the caller's model does not fit the task.
         """
+        super().__init__(recipe, generators)
         training, evaluation = recipe.training, recipe.evaluation
-        self.recipe = recipe
-        self.task = build_task(recipe.build_graph(), recipe.build_prior())
+        self.task = build_task(recipe.build_graph(), prior or recipe.build_prior())
         self.theory = _theory(self.task, recipe, generators, tell)
-        self.model = build_model(
-            recipe, self.task, seed=generators.init, device=generators.data.device
+        built = model or partial(build_model, recipe)
+        self.model = graph_model(
+            built(self.task, seed=generators.init, device=generators.data.device), self.task
         )
         self.notes = theory_notes(self.theory, "evaluation.theory_seconds")
         is_simplified = isinstance(self.model, SimplifiedTransformer)
@@ -95,37 +117,41 @@ class CausalGraphExperiment(Experiment):
             on_progress=_counted(tell, "the Bayes loss: {:,} of {:,} sequences"),
         )
         bayes = self.observer.bayes
-        if bayes.n_draws < evaluation.bayes_draws and bayes.excess > bayes.stderr / 10:
+        if bayes is None:
+            self.notes.append(
+                f"{type(self.task.prior).__name__} has no posterior_mean: the Bayes loss and the "
+                "bigram strategy are left out"
+            )
+        elif bayes.n_draws < evaluation.bayes_draws and bayes.excess > bayes.stderr / 10:
             self.notes.append(
                 f"the Bayes loss rests on {bayes.n_draws} of {evaluation.bayes_draws} draws, as "
                 f"many as take about {evaluation.theory_seconds:g} s (evaluation.theory_seconds), "
                 f"and is about {bayes.excess:.2g} nats too high"
             )
-        self._data = generators.data
-        self._batches = BatchesAhead(self.task, generators.data)
+        self.objective = Objective(
+            self.model,
+            self.task,
+            generator=generators.data,
+            epsilon=training.epsilon,
+            relabel=self._with_posterior if training.target == "posterior" else None,
+        )
 
     @property
     def hooked(self) -> HookedTransformer:
         """The HookedTransformer that owns all parameters."""
         return self.model.hooked
 
-    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """The parameters with these names (A1, A2, ...); "all" stands for every parameter."""
-        named = self.model.parameters_by_name
-        return [named[name] for name in self._expanded(names)]
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The model's parameters, by its own names (A1, A2, ...)."""
+        return self.model.parameters_by_name
 
     def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Within the block only these parameters take gradients."""
-        return self.model.training_only(self._expanded(names))
+        return self.model.training_only(self.expanded(names))
 
     def training_loss(self, n_sequences: int) -> Tensor:
         """Cross entropy of the closed form on fresh sequences."""
-        training = self.recipe.training
-        batch = self._batches.sample(n_sequences)
-        target = batch.target
-        if training.target == "posterior":
-            target = bayes_prediction(self.task, batch.tokens, generator=self._data)
-        return soft_cross_entropy(self.model(batch.tokens), target, epsilon=training.epsilon)
+        return self.objective.training_loss(n_sequences)
 
     @classmethod
     def training_losses(
@@ -137,10 +163,15 @@ class CausalGraphExperiment(Experiment):
         tasks = [e.task for e in ours if isinstance(e.task, SingleParentTask)]
         if len(experiments) == 1 or len(models) < len(experiments):
             return super().training_losses(experiments, n_sequences)
-        batch = sample_each(tasks, n_sequences, generators=[e._data for e in ours])
+        batch = sample_each(tasks, n_sequences, generators=[e.generators.data for e in ours])
         prediction = SimplifiedTransformer.predict_each(models, batch.tokens)
         epsilon = [experiment.recipe.training.epsilon for experiment in experiments]
         return soft_cross_entropy(prediction, batch.target, epsilon=prediction.new_tensor(epsilon))
+
+    def _with_posterior(self, batch: Batch) -> Batch:
+        """The batch with the mean of its labels given the sequences."""
+        generator = self.generators.data
+        return replace(batch, target=bayes_prediction(self.task, batch.tokens, generator=generator))
 
     def losses(self) -> dict[str, float]:
         """Evaluation loss, the losses of Bayes and of the construction, and the gaps to both."""
@@ -202,11 +233,8 @@ class CausalGraphExperiment(Experiment):
             matrices |= {"theory/g": theory.g, "theory/gradient": theory.predicted_gradient}
         return matrices
 
-    def _expanded(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(self.model.parameters_by_name) if "all" in names else tuple(names)
 
-
-def _theory(task: Task, recipe: Recipe, generators: Generators, tell: Tell) -> Information:
+def _theory(task: GraphTask, recipe: Recipe, generators: Generators, tell: Tell) -> Information:
     n_priors = recipe.evaluation.theory_priors
     options: dict[str, Any] = {
         "generator": generators.theory,

@@ -98,7 +98,7 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
     data = 3 * s * s if is_drawn else s * t if graph is None else s
     batch = training.batch_size // training.accumulation
     batch_fields = ("training.batch_size (or raise training.accumulation)", *fields)
-    kept = min(_n_probe_steps(recipe), probing.images + probing.dense) if probing.enabled else 0
+    kept = min(n_probe_steps(recipe), probing.images + probing.dense) if probing.enabled else 0
     kept_fields = ("probing.images", "probing.dense", *fields)
     needs = [
         Need("the model", 4 * weights, (*model_fields, *fields), lasting=True),
@@ -163,6 +163,8 @@ def _model_sizes(recipe: Recipe, t: int) -> tuple[int, int, tuple[str, ...]]:
         weights = n_layers * (4 * d * d + 2 * d * (model.d_mlp or 0))
         fields = ("model.d_model", "model.d_mlp", "model.n_layers")
         return weights, n_layers * model.n_heads * t * t, fields
+    if model.kind == "own":
+        return 0, 0, ()
     if model.kind == "simplified":  # its closed form has no scores of a sequence in layer 1
         return 8 * (3 * s + t) * max(s, t), t, ()
     heads = model.heads
@@ -171,7 +173,7 @@ def _model_sizes(recipe: Recipe, t: int) -> tuple[int, int, tuple[str, ...]]:
     return weights, sum(heads[:-1]) * t * t, ("model.heads",)
 
 
-def _n_probe_steps(recipe: Recipe) -> int:
+def n_probe_steps(recipe: Recipe) -> int:
     """An upper limit of the number of probe steps."""
     probing, count = recipe.probing, 2
     for stage in stages(recipe) if probing.enabled else ():

@@ -1,13 +1,20 @@
 """Build the initial model that a recipe describes."""
 
+from collections.abc import Callable
+
 import torch
 
+from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.recipes import ModelSection, Recipe
 from mechcausal.tasks import Task
+
+ModelBuilder = Callable[..., GraphModel | HookedTransformer]
+"""A function `(task, *, seed, device)` that builds the initial model of a run: equal for equal
+seeds, and of the task's sizes."""
 
 
 def build_model(recipe: Recipe, task: Task, *, seed: int, device: torch.device) -> GraphModel:

@@ -1,8 +1,7 @@
 """Induction heads in a standard attention-only transformer on repeated random tokens."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,12 @@ class RepeatedTokens(Experiment):
         hooked: the model.
     """
 
+    kind = "repeated_tokens"
+
     def __init__(self, recipe: Recipe, generators: Generators) -> None:
         """Build and initialise the model, and draw the evaluation sequences."""
         assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
-        self.recipe = recipe
+        super().__init__(recipe, generators)
         self._shortest, self._longest = recipe.task.repeat_lengths
         self._data = generators.data
         self._probe_seed = generators.probes
@@ -55,15 +56,6 @@ class RepeatedTokens(Experiment):
     def hooked(self) -> HookedTransformer:
         """The HookedTransformer, which is trained directly."""
         return self._model.hooked
-
-    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """All parameters, whatever the names."""
-        return list(self._model.parameters_by_name.values())
-
-    @contextmanager
-    def training_only(self, names: tuple[str, ...]) -> Iterator[None]:
-        """All parameters take gradients."""
-        yield
 
     def training_loss(self, n_sequences: int) -> Tensor:
         """Next-token loss on fresh sequences, over all positions."""
