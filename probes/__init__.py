@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Score: what a head does.
+from probes.heads.attention_by_class import ClassAttention, attention_by_class
 from probes.heads.composition import KComposition, k_composition
 from probes.heads.copying import copying_score
 from probes.heads.formation import Formation, track_formation
@@ -33,6 +34,7 @@ from probes.heads.in_context import (
     loss_by_position,
 )
 from probes.heads.induction import AttentionTo, InductionScores
+from probes.heads.positional_share import PositionalShare, positional_share
 from probes.heads.scores import (
     above_chance,
     attention_to,
@@ -44,7 +46,8 @@ from probes.heads.scores import (
 from probes.heads.stimuli import repeated_tokens
 
 # Intervene: what changes without it.
-from probes.intervening.ablation import AblationEffect, ablation_effects, mean_ablate
+from probes.intervening.ablation import mean_ablate
+from probes.intervening.ablation_effects import AblationEffect, ablation_effects
 from probes.intervening.attention_edits import (
     AttentionEffect,
     attention_effects,
@@ -54,6 +57,8 @@ from probes.intervening.attention_edits import (
     redirect,
     replace_pattern,
 )
+from probes.intervening.order_sensitivity import OrderSensitivity, order_sensitivity
+from probes.intervening.tree_projection import TreeProjection, tree_projection
 
 # Read: hooks in, numbers out.
 from probes.reading.activation import Activation, AttentionPattern
@@ -101,6 +106,7 @@ __all__ = [
     "AttentionGradient",
     "AttentionPattern",
     "AttentionTo",
+    "ClassAttention",
     "DirectPath",
     "Discovery",
     "Explanation",
@@ -112,17 +118,21 @@ __all__ = [
     "LabelledTensor",
     "Look",
     "LossGradient",
+    "OrderSensitivity",
     "PairwiseInformation",
     "PositionLoss",
+    "PositionalShare",
     "Probe",
     "ProbeError",
     "ProbeWarning",
     "ResidualInformation",
     "Tracker",
+    "TreeProjection",
     "ablation_effects",
     "above_chance",
     "agreement",
     "attach",
+    "attention_by_class",
     "attention_effects",
     "attention_gradient",
     "attention_to",
@@ -144,7 +154,9 @@ __all__ = [
     "make_uniform",
     "mean_ablate",
     "next_token_loss",
+    "order_sensitivity",
     "pairwise_information",
+    "positional_share",
     "prefix_matching_score",
     "previous_token_score",
     "redirect",
@@ -154,6 +166,7 @@ __all__ = [
     "save_picture",
     "score_heads",
     "track_formation",
+    "tree_projection",
     "uniform_baseline",
 ]
 

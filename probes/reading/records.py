@@ -60,7 +60,7 @@ class Sum(Record):
         if self.batches:
             _require_same_shape(self._sum.shape, values.shape[1:])
         self._dtype = torch.promote_types(values.dtype, torch.float32)
-        self._sum = self._sum + values.sum(0, dtype=_wide(values))
+        self._sum = self._sum + values.sum(0, dtype=wide_type(values))
         self.sequences += len(values)
         self.batches += 1
 
@@ -82,7 +82,7 @@ class Moments(Sum):
 
     def add(self, values: Tensor) -> None:
         """Add one batch `[batch ...]`."""
-        wide = values.to(_wide(values), copy=True)
+        wide = values.to(wide_type(values), copy=True)
         super().add(wide)
         self._dtype = torch.promote_types(values.dtype, torch.float32)
         self._squares = self._squares + wide.square_().sum(0)
@@ -170,6 +170,6 @@ def _require_same_shape(earlier: torch.Size, current: torch.Size) -> None:
         )
 
 
-def _wide(values: Tensor) -> torch.dtype:
+def wide_type(values: Tensor) -> torch.dtype:
     """The type of the sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if values.device.type == "mps" else torch.float64

@@ -20,6 +20,7 @@ from probes import (
     Probe,
     ablation_effects,
     attach,
+    attention_by_class,
     attention_effects,
     copying_score,
     edit_attention,
@@ -28,12 +29,15 @@ from probes import (
     loss_by_position,
     make_uniform,
     mean_ablate,
+    order_sensitivity,
+    positional_share,
+    repeated_tokens,
     score_heads,
     track_formation,
 )
 from probes.heads import composition, copying, head_scores
 from probes.intervening import attention_edits
-from probes.reading import hooking, passes, records
+from probes.reading import hooking, passes, patterns, records
 from probes.reading.attach import ForwardHook
 from tests.left_as_found import changed, fingerprint, interrupted, left_as_found
 
@@ -93,6 +97,11 @@ def effects(model: HookedTransformer, tokens: Tensor) -> Any:
     return attention_effects(model, 0, [("a", knock_out([(3, 1)])), ("b", make_uniform([2]))], loss)
 
 
+def ablated_by_name(model: HookedTransformer, tokens: Tensor) -> Any:
+    repeats = repeated_tokens(2, 4, 7, generator=torch.Generator().manual_seed(0))
+    return ablation_effects(model, [(1, 0)], tokens={"repeats": repeats})
+
+
 WORKS: dict[str, Work] = {
     "attach": probed,
     "empty blocks": empty_blocks,
@@ -106,6 +115,13 @@ WORKS: dict[str, Work] = {
     "track_formation": lambda model, tokens: track_formation([(0, model)], n_sequences=2),
     "k_composition": lambda model, tokens: k_composition(model, [(1, 0)]),
     "copying_score": lambda model, tokens: copying_score(model, 0),
+    "ablation_effects by name": ablated_by_name,
+    "attention_by_class": lambda model, tokens: attention_by_class(
+        model, torch.zeros(6, 6, dtype=torch.int64), tokens
+    ),
+    # Of this model, different sequences would have weights of 0 at different keys.
+    "positional_share": lambda model, tokens: positional_share(model, tokens[:1].expand(3, -1)),
+    "order_sensitivity": lambda model, tokens: order_sensitivity(model, tokens),
 }
 
 
@@ -174,6 +190,10 @@ def test_nothing_is_left_after_a_fault_at_any_hook_of_a_pass(
         ("track_formation", head_scores, "run"),
         ("k_composition", composition, "_factors"),
         ("copying_score", copying, "_wide"),
+        ("ablation_effects by name", passes, "converted"),
+        ("attention_by_class", patterns, "converted"),
+        ("positional_share", patterns, "converted"),
+        ("order_sensitivity", sys.modules["probes.intervening.order_sensitivity"], "split"),
     ],
 )
 def test_nothing_is_left_after_a_fault_in_any_kind_of_work(

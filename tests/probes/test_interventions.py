@@ -1,12 +1,14 @@
 """Heads that carry the circuit, heads that do not, and a model that is the same afterwards."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from mechcausal.models.adapter import HookedTransformer
 from probes import ablation_effects, mean_ablate, repeated_tokens
-from probes.intervening.ablation import NEGLIGIBLE
+from probes.intervening.ablation_effects import NEGLIGIBLE
 from probes.reading.passes import token_losses
 from tests.probes.families import some_tokens, tiny
 from tests.probes.wired import planted
@@ -80,6 +82,63 @@ def test_a_noisy_head_is_not_called_removable(model: HookedTransformer):
         assert effect.removable == (effect.rise + 2 * effect.stderr < NEGLIGIBLE)
     # One sequence has no standard error, so nothing is known.
     assert not any(e.removable for e in ablation_effects(model, heads, n_sequences=1))
+
+
+def test_batches_by_name_have_the_effects_of_each_batch_and_a_control():
+    wiring = planted(0)
+    heads = [wiring.partner, wiring.induction, wiring.useless]
+    source = torch.Generator().manual_seed(0)
+    batches = {f"{n}": repeated_tokens(16, n, 20, generator=source) for n in (5, 8)}
+    effects = ablation_effects(wiring.model, heads, tokens=batches)
+    assert list(effects) == ["5", "8", "control"]
+    for name, batch in batches.items():
+        assert effects[name] == ablation_effects(wiring.model, heads, tokens=batch)
+        needed = {(effect.layer, effect.head): effect.rise > 1 for effect in effects[name]}
+        assert list(needed.values()) == [True, True, False]
+    # Where nothing repeats, the circuit's copies are wrong: without it the loss is lower.
+    for effect in effects["control"][:2]:
+        assert effect.rise < -3 * effect.stderr < 0
+        assert effect.removable
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_control_is_random_and_judged_where_nothing_repeats(
+    model: HookedTransformer, padded: bool
+):
+    tokens = repeated_tokens(6, 5, 7, generator=torch.Generator().manual_seed(0), bos=2)
+    short = repeated_tokens(6, 3, 7, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[:3, 9:] = 1 - int(padded)
+    masks = {"long": mask} if padded else None
+    seen: list[Tensor] = []
+    handle = model.embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    effects = ablation_effects(
+        model, [(1, 0)], tokens={"short": short, "long": tokens}, attention_mask=masks
+    )
+    handle.remove()
+    control = seen[-1]
+    assert control.shape == tokens.shape
+    assert (control[:, 0] == 2).all()  # the first token that all sequences share
+    assert not torch.equal(control, tokens)
+    losses = token_losses(model, control, attention_mask=mask)
+    with mean_ablate(model, [(1, 0)], tokens=control, attention_mask=mask):
+        rises = token_losses(model, control, attention_mask=mask) - losses
+    means, before = [], []
+    for row, (sequence, real) in enumerate(zip(control.tolist(), mask.tolist(), strict=True)):
+        length = sum(real)
+        pairs = list(itertools.pairwise(sequence[:length]))
+        new = [i for i, pair in enumerate(pairs) if pair not in pairs[:i]]
+        means.append(rises[row, new].mean())
+        before.append(losses[row, new].mean())
+    (effect,) = effects["control"]
+    assert effect.rise == pytest.approx(torch.stack(means).mean().item(), abs=1e-4)
+    assert effect.loss == pytest.approx(torch.stack(before).mean().item(), abs=1e-4)
+    assert len(effects["long"]) == 1
+
+
+def test_batches_by_name_without_heads_have_no_effects(model: HookedTransformer):
+    tokens = repeated_tokens(2, 4, 7, generator=torch.Generator().manual_seed(0))
+    assert ablation_effects(model, [], tokens={"a": tokens}) == {"a": (), "control": ()}
 
 
 def test_through_a_bridge():

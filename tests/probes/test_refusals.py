@@ -16,6 +16,7 @@ from probes import (
     ProbeError,
     ablation_effects,
     attach,
+    attention_by_class,
     copying_score,
     edit_attention,
     k_composition,
@@ -23,11 +24,14 @@ from probes import (
     loss_by_position,
     make_uniform,
     mean_ablate,
+    order_sensitivity,
+    positional_share,
     redirect,
     repeated_tokens,
     replace_pattern,
     score_heads,
     track_formation,
+    tree_projection,
 )
 from probes.reading.passes import token_losses
 from tests.probes.conftest import Build
@@ -39,6 +43,10 @@ LABELLED = LabelledTensor("scores", VALUES, ("layer", "head", "key"), {"layer": 
 def draw(**sizes: int) -> Tensor:
     usual = {"batch": 1, "repeat_length": 2, "vocab_size": 3, "n_repeats": 2}
     return repeated_tokens(**usual | sizes, generator=torch.Generator())
+
+
+def by_class(classes: Tensor, **options: Any) -> Any:
+    return attention_by_class(torch.full((2, 1, 3, 3), 1 / 3), classes, **options)
 
 
 # Each row: the call without a model, and its message; the error is a ValueError.
@@ -63,6 +71,37 @@ WRONG_VALUES: list[tuple[Callable[[], Any], str]] = [
         for name in ("batch", "repeat_length", "vocab_size", "n_repeats")
     ),
     (lambda: draw(vocab_size=1, bos=0), "no token remains"),
+    *(
+        (lambda classes=classes, options=options: by_class(classes, **options), message)
+        for classes, options, message in (
+            (
+                torch.zeros(4, 4).long(),
+                {},
+                r"\(4, 4\); 2 sequences of 3 tokens need \(3, 3\)",
+            ),
+            (torch.zeros(3, 3, 3).long(), {}, r"need \(3, 3\) or \(2, 3, 3\) \(query, key\)"),
+            (torch.zeros(3, 3), {}, "classes are of type torch.float32; expected integers"),
+            (torch.ones(3, 3).bool(), {}, "classes are of type torch.bool; expected integers"),
+            (torch.full((3, 3), -2), {}, "classes hold -2; allowed are 0 and above, and -1"),
+            (torch.full((3, 3), -1), {}, "no query sees a key with a class of 0 or above"),
+            (torch.zeros(3, 3).long().fill_diagonal_(-1).tril(), {"causal": True}, "later keys"),
+            (torch.zeros(3, 3).long(), {"tokens": torch.zeros(2, 3).long()}, "go with a model"),
+            (torch.zeros(3, 3).long(), {"layers": 0}, "go with a model"),
+            (
+                torch.zeros(3, 3).long(),
+                {"attention_mask": torch.ones(2, 4)},
+                r"the attention mask has shape \(2, 4\), the pattern's sequences \(2, 3\)",
+            ),
+        )
+    ),
+    (
+        lambda: attention_by_class(torch.eye(3), torch.zeros(3, 3).long()),
+        r"the pattern has shape \(3, 3\) and type torch.float32; expected",
+    ),
+    (
+        lambda: attention_by_class(LABELLED, torch.zeros(3, 3).long()),
+        r"scores has axes \('layer', 'head', 'key'\)",
+    ),
     (lambda: LABELLED.sel(layer=0), r"scores has no layer 0; it has \(3, 5\)"),
     (lambda: LABELLED.sel(head=3), "scores has no head 3; it has 0 to 2"),
     (lambda: LABELLED.sel(query=0), "scores has no axis 'query'; its axes are"),
@@ -98,6 +137,7 @@ def ablated(model: HookedTransformer, head: tuple[int, int]) -> None:
         pass
 
 
+untyped_effects: Any = ablation_effects
 ROW = torch.arange(7)[None]
 LONG = torch.zeros(1, 13, dtype=torch.int64)
 
@@ -144,6 +184,60 @@ WRONG_FOR_A_MODEL: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     ),
     (lambda m: ablated(m, (5, 0)), ProbeError, "layer 5 does not exist"),
     (lambda m: ablation_effects(m, [(0, 0)], tokens=ROW), ProbeError, "no pair of tokens recurs"),
+    (
+        lambda m: ablation_effects(m, [(0, 0)], tokens={"text": ROW}),
+        ProbeError,
+        "no pair of tokens recurs in batch 'text'",
+    ),
+    (lambda m: ablation_effects(m, [(0, 0)], tokens={}), ValueError, r"batches are named \[\]"),
+    (
+        lambda m: ablation_effects(m, [(0, 0)], tokens={"control": ROW}),
+        ValueError,
+        r"named \['control'\]; give at least one, and none named 'control'",
+    ),
+    (
+        lambda m: ablation_effects(m, [], tokens={"a": ROW}, attention_mask={"b": ROW}),
+        ValueError,
+        r"attention masks by the same names, \['a'\]",
+    ),
+    (
+        lambda m: untyped_effects(m, [(0, 0)], tokens=ROW, attention_mask={"a": ROW}),
+        ValueError,
+        "attention masks by name go with batches of tokens by name",
+    ),
+    (
+        lambda m: attention_by_class(m, torch.zeros(7, 7).long()),
+        ValueError,
+        "attention_by_class of a model needs tokens",
+    ),
+    (
+        lambda m: attention_by_class(m, torch.zeros(6, 6).long(), ROW),
+        ValueError,
+        r"classes have shape \(6, 6\); 1 sequences of 7 tokens need \(7, 7\)",
+    ),
+    (lambda m: positional_share(m, ROW), ValueError, "positional_share got one sequence"),
+    (
+        lambda m: positional_share(m, torch.zeros(4, 1).long()),
+        ValueError,
+        "sequences of 1 tokens are too short: some query must see two keys",
+    ),
+    (lambda m: positional_share(m, LONG), ProbeError, "do not fit the context"),
+    (
+        lambda m: order_sensitivity(m, ROW[:, :2]),
+        ValueError,
+        "a sequence of 2 tokens is too short: besides the last, which stay, it needs two",
+    ),
+    (
+        lambda m: order_sensitivity(m, ROW[:, :3], keep_first=True),
+        ValueError,
+        "a sequence of 3 tokens is too short: besides the first and the last",
+    ),
+    (lambda m: order_sensitivity(m, ROW, n_permutations=0), ValueError, "n_permutations is 0"),
+    (
+        lambda m: tree_projection(m, ROW),
+        ProbeError,
+        "HookedTransformer attends to earlier tokens alone: tree_projection needs a bidirectional",
+    ),
     (lambda m: ablation_effects(m, [(0, 0)], n_sequences=0), ValueError, "n_sequences is 0"),
     (
         lambda m: k_composition(m, [(1, 7)]),
@@ -215,6 +309,12 @@ def test_what_does_not_fit_a_model_is_refused_in_one_line(
             lambda m: ablation_effects(m, [(0, 0)]),
             "attends to later tokens",
         ),
+        (
+            {"attention_dir": "bidirectional"},
+            lambda m: tree_projection(m, ROW, from_layer=2),
+            "layer 2 does not exist",
+        ),
+        ({"d_vocab_out": 5}, lambda m: order_sensitivity(m, ROW), "needs logits for every token"),
         ({"d_vocab_out": 5}, loss_by_position, "a loss needs logits for every token"),
         ({"d_vocab_out": 3}, lambda m: copying_score(m, 0), "7 tokens go in, 3 come out"),
     ],
@@ -224,6 +324,33 @@ def test_a_model_of_the_wrong_kind_is_refused_in_one_line(
 ):
     with pytest.raises(ProbeError, match=message) as caught:
         call(build(**sizes))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m: tree_projection(m, ROW, start=2, stop=4),
+            "start 2 and stop 4 leave 2 of 7 tokens; a tree needs at least three",
+        ),
+        (lambda m: tree_projection(m, ROW, stop=-6), "leave 1 of 7 tokens"),
+        (
+            lambda m: tree_projection(m, ROW, attention_mask=(ROW > 0).long()),
+            "sequences hold padding: tree_projection needs sequences of one length",
+        ),
+        (lambda m: tree_projection(m, ROW).recall([]), "recall needs at least one true bracket"),
+        (
+            lambda m: attention_by_class(m, torch.zeros(7, 7).long(), ROW, causal=True),
+            "causal is True, but this attention goes to later keys too",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_bidirectional_model_is_refused_in_one_line(
+    build: Build, call: Callable[[Any], Any], message: str
+):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(build(attention_dir="bidirectional"))
     assert len(str(caught.value).splitlines()) == 1
 
 
