@@ -13,18 +13,30 @@ if TYPE_CHECKING:
     from mechcausal.pictures import interactive as plot  # noqa: F401
 
 _HOMES = {
+    "Batch": "tasks",
     "CausalGraph": "graphs",
+    "CausalGraphExperiment": "training.experiments.causal_graph",
     "DirichletPrior": "tasks.priors",
+    "Experiment": "training.experiments",
     "FixedTransition": "tasks.priors",
+    "Observation": "measures.observation",
     "Recipe": "recipes",
     "RunResult": "training.run",
     "SimplifiedTransformer": "models.simplified",
     "SingleParentTask": "tasks",
+    "Stage": "recipes.stages",
+    "StageSection": "recipes",
+    "StandardTransformer": "models.standard",
+    "Task": "tasks",
+    "TaskExperiment": "training.experiments.any_task",
+    "fit": "training.loop",
     "load_model": "models.adapter",
     "load_recipe": "recipes",
+    "observe": "measures.look",
     "pairwise_theory": "theory",
     "resume": "training.resuming",
     "save_model": "models.adapter",
+    "stages": "recipes.stages",
     "train": "training.run",
 }
 

@@ -1,7 +1,8 @@
 """The schedule of a run: its stages, its probe steps and its learning rates."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from mechcausal.recipes import ProbingSection, Recipe, StageSection
 
@@ -11,16 +12,16 @@ class Stage:
     """One stage of gradient descent.
 
     Attributes:
-        name: "stage1", "stage2" or "joint".
+        name: "stage1", "stage2" or "joint" in runs of a recipe.
         parameters: names of the trained parameters, or "all".
         section: the stage's settings.
-        start: the run's step at which the stage starts.
+        start: the run's step at which the stage starts; `in_sequence` sets it.
     """
 
     name: str
     parameters: tuple[str, ...]
     section: StageSection
-    start: int
+    start: int = 0
 
     @property
     def end(self) -> int:
@@ -31,17 +32,29 @@ class Stage:
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe's algorithm, in order, without stages of 0 steps."""
     training = recipe.training
-    plan: list[tuple[str, tuple[str, ...], StageSection]]
     if training.algorithm == "joint":
-        plan = [("joint", ("all",), training.joint)]
-    else:
-        plan = [("stage1", ("A1",), training.stage1), ("stage2", ("A2",), training.stage2)]
+        return in_sequence([Stage("joint", ("all",), training.joint)])
+    first = Stage("stage1", ("A1",), training.stage1)
+    return in_sequence([first, Stage("stage2", ("A2",), training.stage2)])
+
+
+def in_sequence(plan: Sequence[Stage | StageSection]) -> list[Stage]:
+    """The stages one after another from step 0, without those of 0 steps.
+
+    A bare section trains all parameters, under the name "stage" and its number.
+
+    Example:
+        >>> plan = [StageSection(steps=2), Stage("second", ("A2",), StageSection(steps=3))]
+        >>> [(stage.name, stage.start, stage.end) for stage in in_sequence(plan)]
+        [('stage1', 0, 2), ('second', 2, 5)]
+    """
     result: list[Stage] = []
     start = 0
-    for name, parameters, section in plan:
-        if section.steps:
-            result.append(Stage(name, parameters, section, start))
-            start += section.steps
+    for number, given in enumerate(plan, 1):
+        stage = given if isinstance(given, Stage) else Stage(f"stage{number}", ("all",), given)
+        if stage.section.steps:
+            result.append(replace(stage, start=start))
+            start += stage.section.steps
     return result
 
 

@@ -2,14 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechcausal.models.base import GraphModel, ModelError
 from mechcausal.models.predicting import predict
 from mechcausal.tasks import Batch, Task, batch_loss, check_batch
 from mechcausal.tasks.ahead import BatchesAhead
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What the loop needs of an experiment or an objective."""
+
+    @classmethod
+    def training_losses(cls, experiments: Sequence[Any], n_sequences: int) -> Float[Tensor, "run"]:
+        """The losses of several on fresh sequences, nats."""
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """The parameters with these names; "all" stands for every parameter."""
+
+    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Within the block only these parameters take gradients."""
 
 
 class Objective:
@@ -59,6 +76,13 @@ class Objective:
         if self._relabel is not None:
             batch = self._relabel(batch)
         return batch_loss(predict(self.model, batch), batch, epsilon=self._epsilon)
+
+    @classmethod
+    def training_losses(
+        cls, experiments: Sequence["Objective"], n_sequences: int
+    ) -> Float[Tensor, "run"]:
+        """`training_loss` of several, each on its own sequences."""
+        return torch.stack([each.training_loss(n_sequences) for each in experiments])
 
     def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
         """The parameters with these names; "all" stands for every parameter.

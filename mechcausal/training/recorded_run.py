@@ -1,7 +1,7 @@
 """A run as the training loop sees it: its experiment and optimizer, its record and checkpoints."""
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 from mechcausal.measures.figures import History, Value
 from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.recipes.devices import device_named
-from mechcausal.recipes.stages import Stage, probe_steps, stages
+from mechcausal.recipes.stages import probe_steps, stages
 from mechcausal.records.run_folder import MODEL_FOLDER, State
 from mechcausal.records.tracking import RecordError, RunRecord, writing
 from mechcausal.records.wandb_runs import load_wandb
@@ -30,8 +30,8 @@ from mechcausal.training.experiments import (
     OwnExperiment,
     build_experiment,
 )
+from mechcausal.training.loop import Learner, Trained
 from mechcausal.training.probe_log import ProbeLog
-from mechcausal.training.schedule import schedule
 
 P = ParamSpec("P")
 
@@ -78,7 +78,7 @@ def _contained(
     return contained
 
 
-class RecordedRun:
+class RecordedRun(Trained):
     """A run that writes its record while the loop trains it.
 
     Errors do not leave its methods: they end the run, and `error` holds what the user should read.
@@ -102,9 +102,7 @@ class RecordedRun:
     summary: dict[str, Any]
     _generators: Generators
     _checkpointer: Checkpointer
-    _schedule: Generator[tuple[int, Stage, torch.optim.Optimizer]]
-    _optimizer: torch.optim.Optimizer
-    _stage: Stage
+    _learner: Learner
     _stop: StopSignal
 
     def __init__(
@@ -220,18 +218,23 @@ class RecordedRun:
             self.record, self.probe_log, self.experiment, generators, start=self.start
         )
         self._generators = generators
-        self._schedule = schedule(plan, self.experiment, self.start)
+        self._learner = Learner(self.experiment, plan, start=self.start)
 
     @_contained
     def _open_probe_log(self) -> None:
         self.probe_log.open()
 
+    def begin_step(self) -> bool:
+        """Move to the next step and write a checkpoint if one is due; False after a stop signal."""
+        self._begin_step()
+        return self.is_training
+
     @_contained
-    def begin_step(self) -> None:
-        """Move to the next step and write a checkpoint if one is due; end after a stop signal."""
-        self._step, self._stage, self._optimizer = next(self._schedule)
+    def _begin_step(self) -> None:
+        self._learner.begin_step()
+        self._step = self._learner.number
         if self._checkpoint is not None:
-            self._checkpoint.restore(self.experiment, self._optimizer, self._generators)
+            self._checkpoint.restore(self.experiment, self._learner.optimizer, self._generators)
             self._checkpoint = None
         if self._stop.received is not None and self._step < self.recipe.n_steps:
             self._save_checkpoint()
@@ -239,25 +242,25 @@ class RecordedRun:
             return
         if self._checkpointer.is_due(self._step):
             self._save_checkpoint()
-        self._optimizer.zero_grad()
 
     @_contained
-    def record_step(self, loss: float) -> None:
+    def record_step(self) -> None:
         """Write a row if this is a probe step; end after the last step.
 
         The model must hold this step's gradients.
         """
-        step, probe_log = self._step, self.probe_log
-        check_finite(loss, self._optimizer, step, self._stage, self.folder, self.recipe)
+        step, stage, probe_log = self._step, self._learner.stage, self.probe_log
+        optimizer = self._learner.optimizer
+        check_finite(self.loss, optimizer, step, stage, self.folder, self.recipe)
         if step in probe_log.steps:
-            probe_log.add(step, loss)
+            probe_log.add(step, self.loss)
         self._checkpointer.publish(step)
         if self._on_progress is not None:
             self._on_progress(
                 Progress(
                     step=step,
                     n_steps=self.recipe.n_steps,
-                    stage=self._stage.name,
+                    stage=stage.name,
                     figures=probe_log.latest,
                     matrices=probe_log.latest_matrices,
                     history=probe_log.history,
@@ -270,7 +273,7 @@ class RecordedRun:
     @_contained
     def descend(self) -> None:
         """Take the optimizer's step."""
-        self._optimizer.step()
+        self._learner.descend()
 
     def fail(self, error: BaseException) -> None:
         """End the run with an error."""
@@ -279,7 +282,7 @@ class RecordedRun:
             self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
     def _save_checkpoint(self) -> None:
-        self._checkpointer.save(self._step, self._stage.name, self._optimizer)
+        self._checkpointer.save(self._step, self._learner.stage.name, self._learner.optimizer)
 
     def _end(self, state: State) -> None:
         final = self.folder / MODEL_FOLDER
@@ -289,7 +292,7 @@ class RecordedRun:
 
     def _finish(self, state: State) -> None:
         self.is_training, self.state = False, state
-        self._schedule.close()
+        self._learner.close()
         summary = self.probe_log.summary() | {"train/steps": self._step, "recipe": self.recipe.name}
         self.summary = summary
         record = self.record

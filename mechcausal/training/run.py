@@ -15,6 +15,7 @@ from mechcausal.support.signals import StopRequested, StopSignal, stop_on_signal
 from mechcausal.training.errors import NonFiniteLossError, TrainingError
 from mechcausal.training.experiments import Experiment, OwnExperiment, check_experiment
 from mechcausal.training.experiments.own import recorded
+from mechcausal.training.loop import loop
 from mechcausal.training.recorded_run import Progress, RecordedRun
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "RunResult",
     "TrainingError",
     "check",
-    "fit",
     "train",
     "train_runs",
 ]
@@ -141,7 +141,8 @@ def check(
 def train_runs(runs: Sequence[RecordedRun], stop: StopSignal) -> None:
     """Open runs of equal shape and train them together, until the end or a request to stop.
 
-    Errors are left in the runs. A run that is not open when the request arrives stays untouched.
+    Errors are left in the runs: one that fails leaves the others alone. A run that is not open when
+    the request arrives stays untouched.
 
     Args:
         runs: of recipes that `check` accepted.
@@ -155,45 +156,16 @@ def train_runs(runs: Sequence[RecordedRun], stop: StopSignal) -> None:
             for run in runs:
                 if stop.received is None:
                     run.open(stop)
-            fit(runs)
+            training = runs[0].recipe.training
+            for going in loop(runs, training.batch_size, accumulation=training.accumulation):
+                for run in going:
+                    run.record_step()
         except BaseException as error:  # of all runs at once: out of memory, or Ctrl-C
             for run in runs:
                 if run.is_training:
                     run.fail(error)
             if not isinstance(error, Exception):
                 raise
-
-
-def fit(runs: Sequence[RecordedRun]) -> None:
-    """Train open runs of equal shape together, until each of them has ended.
-
-    Every step draws a batch for each run and takes the gradients of all in one backward pass. A run
-    that fails leaves the others alone.
-    """
-    while True:
-        for run in runs:
-            run.begin_step()
-        runs = [run for run in runs if run.is_training]
-        if not runs:
-            return
-        for run, loss in zip(runs, accumulate_gradients(runs), strict=True):
-            run.record_step(loss)
-        for run in runs:
-            run.descend()
-
-
-def accumulate_gradients(runs: Sequence[RecordedRun]) -> list[float]:
-    """Take the gradients of a batch part by part; return each run's mean loss."""
-    experiments = [run.experiment for run in runs]
-    training = runs[0].recipe.training
-    n_sequences = training.batch_size // training.accumulation
-    totals = [0.0] * len(runs)
-    for _ in range(training.accumulation):
-        losses = type(experiments[0]).training_losses(experiments, n_sequences)
-        (losses.sum() / training.accumulation).backward()
-        parts = losses.tolist()
-        totals = [a + b / training.accumulation for a, b in zip(totals, parts, strict=True)]
-    return totals
 
 
 def result_of(run: RecordedRun, stop: StopSignal) -> RunResult:

@@ -1,17 +1,17 @@
 """The steps of a run: the stage, optimizer and learning rate of each."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 
 from mechcausal.recipes import StageSection
 from mechcausal.recipes.stages import Stage, learning_rate
-from mechcausal.training.experiments import Experiment
+from mechcausal.training.objective import Trainable
 
 
 def schedule(
-    plan: list[Stage], experiment: Experiment, start: int
+    plan: Sequence[Stage], experiment: Trainable, start: int
 ) -> Generator[tuple[int, Stage, torch.optim.Optimizer]]:
     """Number, stage and optimizer of every step from `start` on.
 
