@@ -74,6 +74,10 @@ def bar_on_terminal(*, quiet: bool = False, keep: bool = False) -> "RichProgress
     )
 
 
+_BAR = ("loss/eval", "loss/gap", "graph/recovered", "gradient/residual_correlation")
+"""Figures beside the progress bar, as far as the run has them."""
+
+
 class ProgressBar(Display):
     """A bar of steps with loss, gap and recovered edges; nothing if stderr is no terminal."""
 
@@ -99,7 +103,7 @@ class ProgressBar(Display):
             self._bar.reset(self._task, total=progress.n_steps)  # its clock starts now
         texts = (
             f"{item.short}={value:.0%}" if item.unit == "share" else f"{item.short}={value:.3f}"
-            for item in map(figure_of, ("loss/eval", "loss/gap", "graph/recovered"))
+            for item in map(figure_of, _BAR)
             if (value := progress.figures.get(item.key)) is not None
         )
         self._bar.update(

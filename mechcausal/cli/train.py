@@ -34,6 +34,8 @@ class Train:
 
     recipe: tyro.conf.Positional[str] = ""
     """Path of a recipe (TOML), or the name of a bundled recipe."""
+    text: str | None = None
+    """A text to train on, short for --task.text: topics, stdlib, or a file in UTF-8."""
     out: Path | None = None
     """Folder of this run; runs/<recipe>/<run-id> when absent."""
     wandb_mode: WandbMode | None = None
@@ -56,6 +58,8 @@ def main(arguments: list[str]) -> int:
         start = Train(values=load_recipe(target))
         options = parse(Train, arguments, command="train", default=start)
         recipe = recipe_of(options.values)
+        if options.text is not None:
+            recipe = recipe.with_overrides(task__text=options.text, task__text_sha256=None)
         if options.wandb_mode is not None:
             recipe = recipe.with_overrides(wandb__mode=options.wandb_mode)
     except RecipeError as error:
@@ -139,6 +143,9 @@ _LAST = (
     *("induction/score", "induction/attention", "induction/formation_step"),
     *("loss/eval", "loss/second_copy", "loss/bayes", "loss/construction"),
     *("loss/gap", "loss/construction_gap"),
+    *("loss/unigram", "loss/bigram", "loss/trigram"),
+    *("law/residual_correlation", "law/raw_correlation", "law/direct_path_correlation"),
+    *("law/first_step", "law/last_step"),
 )
 
 

@@ -36,10 +36,12 @@ _LABEL, _VALUES = 18, 38  # characters beside a sparkline
 
 # Keys of figures, of which the first available one is drawn, and of constants to compare with.
 _CURVES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("loss/eval",), ("loss/bayes", "loss/construction")),
+    (("loss/eval",), ("loss/bayes", "loss/construction", "loss/bigram", "loss/trigram")),
     (("loss/second_copy",), ()),
     (("graph/recovered",), ()),
     (("gradient/pattern_theory_correlation", "gradient/pattern_chi2_correlation"), ()),
+    (("gradient/residual_correlation",), ()),
+    (("gradient/raw_correlation",), ()),
     (("induction/score",), ()),
 )
 
@@ -72,6 +74,8 @@ class Watched:
             panels = self._panels()
             if panels:
                 yield from self._matrices(panels, width, height - _LINES)
+        elif "residual/by_lag" in self.progress.matrices:
+            yield from self._lags(height - _LINES)
         elif self.progress.matrices:
             yield from self._heads(height - _LINES)
         yield from self._curves(width)
@@ -149,6 +153,24 @@ class Watched:
         yield table
         if len(listed) < order.size:
             yield Text(f"the best {len(listed)} of {order.size} heads", style="dim")
+
+    def _lags(self, height: int) -> Iterator[Part]:
+        """Residual information and the gradient, summed over heads, at the first lags."""
+        names = ("residual/by_lag", "gradient/by_lag")
+        residual, gradient = (self.progress.matrices[name].float().sum(0).numpy() for name in names)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("lag", "residual information", "gradient"):
+            table.add_column(heading, no_wrap=True)
+        n_listed = max(1, min(len(residual), height - 2))
+        for lag in range(n_listed):
+            cells = [
+                f"{bar(values[lag], np.nanmax(np.abs(values)))} {values[lag]:.3f}"
+                for values in (residual, gradient)
+            ]
+            table.add_row(str(lag + 1), *cells)
+        yield table
+        if n_listed < len(residual):
+            yield Text(f"the first {n_listed} of {len(residual)} lags", style="dim")
 
     def _curves(self, width: int) -> Iterator[Part]:
         own = [((key,), ()) for keys in own_curves(self.progress.history).values() for key in keys]
@@ -273,8 +295,14 @@ def _cells_per_side(n_panels: int, width: int, height: int, cell: int, rows: int
     return min((width - n_panels * _GAP) // n_panels // cell, height * rows)
 
 
+def bar(value: float, largest: float) -> str:
+    """A bar of ten characters, the share of the largest value; empty below 0."""
+    share = value / largest if largest > 0 else 0.0
+    filled = round(min(max(share, 0.0), 1.0) * 10) if math.isfinite(share) else 0
+    return f"{'█' * filled}{'░' * (10 - filled)}"
+
+
 def _gauge(score: float | None) -> str:
     if score is None or math.isnan(score):
         return ""
-    filled = round(min(max(score, 0.0), 1.0) * 10)
-    return f"{'█' * filled}{'░' * (10 - filled)} {score:.2f}"
+    return f"{bar(score, 1.0)} {score:.2f}"

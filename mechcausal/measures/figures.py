@@ -14,6 +14,9 @@ from typing import Any
 
 STEP = "train/step"
 
+HEAD_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
+"""The scores of every head that a run records."""
+
 Value = float | int | None
 History = Sequence[Mapping[str, Value]]
 """One row of figures per probe step, with the step under `train/step`."""
@@ -24,6 +27,8 @@ _RANGES = {
     "correlation": (-1.0, 1.0),
     "score": (-math.inf, 1.0),
     "step": (0.0, math.inf),
+    "χ²": (-math.inf, math.inf),
+    "ratio": (0.0, math.inf),
 }
 
 
@@ -34,7 +39,7 @@ class RunFigure:
     Attributes:
         key: key in metrics.jsonl and W&B; `{...}` stands for the names of a family.
         label: name in pictures and tables.
-        unit: nats, share, correlation, score or step.
+        unit: nats, share, correlation, score, step, χ² or ratio.
         meaning: what the figure says, in Markdown.
         short: heading of a narrow column; the label if the list gives none.
         low: smallest possible value.

@@ -36,13 +36,15 @@ _FIGURES: tuple[tuple[str, Callable[[RunData], go.Figure], str | None], ...] = (
         lambda r: interactive.gradient_scatter(r, _first(r)),
         "gradient/pattern",
     ),
+    ("law_by_lag", interactive.law_by_lag, "residual/by_lag"),
+    ("residual_map", interactive.residual_map, "residual/by_lag"),
     ("heads", interactive.heads, "heads/prefix_matching"),
     *(
         (name, getattr(interactive, name), None)
-        for name in ("loss", "recovery", "correlations", "formation")
+        for name in ("loss", "recovery", "correlations", "law", "formation")
     ),
 )
-_GRAPHLESS = ("heads/prefix_matching",)  # matrices whose pictures need no graph
+_GRAPHLESS = ("heads/prefix_matching", "residual/by_lag")  # matrices whose pictures need no graph
 
 
 def draw_panels(run: RunData, *, page: Path | None = None) -> dict[str, Panel]:

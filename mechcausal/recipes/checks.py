@@ -9,6 +9,7 @@ from mechcausal.recipes.sections import (
     GRAPH_OPTIONS,
     GraphSection,
     ModelSection,
+    TaskKind,
     TaskSection,
     TrainingSection,
 )
@@ -30,6 +31,14 @@ _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
         "positions",
     ),
 }
+# The task options that belong to one kind.
+_TASK_OPTIONS: dict[str, TaskKind] = {
+    "transition": "causal_graph",
+    "repeat_lengths": "repeated_tokens",
+    **dict.fromkeys(("text", "text_sha256", "context", "interleaved"), "text"),
+}
+MAX_CHARACTERS = 256
+"""Most characters told apart; tables of n-grams grow with their third power."""
 
 
 def check_together(
@@ -40,11 +49,16 @@ def check_together(
     Raises:
         RecipeError: the first conflict.
     """
-    if task.kind == "repeated_tokens":
-        _check_repeated_tokens(graph, task, model, training)
-    elif task.kind != "own":
+    _check_owned(task)
+    if task.kind == "causal_graph":
         _check_graph(graph)
         _check_task(task)
+    elif task.kind != "own":
+        _check_without_graph(graph, task, model, training)
+        if task.kind == "text":
+            _check_text(task)
+        else:
+            _check_repeated_tokens(task)
     if model.kind != "own":
         _check_model(model, training)
     if training.batch_size % training.accumulation:
@@ -83,21 +97,34 @@ def _check_task(task: TaskSection) -> None:
         raise RecipeError(
             f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
         )
-    if task.repeat_lengths is not None:
-        raise RecipeError("task.repeat_lengths: belongs to kind repeated_tokens")
     if task.transition is not None and len(task.transition) != task.vocab_size:
         raise RecipeError(
             f"task.transition: {len(task.transition)} rows for a vocabulary of {task.vocab_size}"
         )
 
 
-def _check_repeated_tokens(
+def _check_owned(task: TaskSection) -> None:
+    """Check that no option of another kind of task is given; one's own experiment may read all."""
+    if task.kind == "own":
+        return
+    for item in fields(TaskSection):
+        owner = _TASK_OPTIONS.get(item.name, task.kind)
+        if owner != task.kind and getattr(task, item.name) != item.default:
+            raise RecipeError(f"task.{item.name}: belongs to kind {owner}")
+
+
+def _check_without_graph(
     graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
 ) -> None:
     if model.kind != "standard":
-        raise RecipeError("model.kind: repeated_tokens needs kind standard")
+        raise RecipeError(f"model.kind: {task.kind} needs kind standard")
     if graph != GraphSection():
-        raise RecipeError("graph: repeated_tokens has no graph")
+        raise RecipeError(f"graph: {task.kind} has no graph")
+    if training.target != "sampled":
+        raise RecipeError(f"training.target: {task.kind} only has sampled targets")
+
+
+def _check_repeated_tokens(task: TaskSection) -> None:
     if task.repeat_lengths is None:
         raise RecipeError("task.repeat_lengths: needed by repeated_tokens")
     low, high = task.repeat_lengths
@@ -106,10 +133,15 @@ def _check_repeated_tokens(
             "task.repeat_lengths: shortest (at least 2) and longest (3 to 5000), "
             f"found [{low}, {high}]"
         )
-    if task.transition is not None:
-        raise RecipeError("task.transition: belongs to kind causal_graph")
-    if training.target != "sampled":
-        raise RecipeError("training.target: repeated_tokens only has sampled targets")
+
+
+def _check_text(task: TaskSection) -> None:
+    if task.context is None:
+        raise RecipeError("task.context: needed by text")
+    if not 3 <= task.vocab_size <= MAX_CHARACTERS:
+        raise RecipeError(
+            f"task.vocab_size: 3 to {MAX_CHARACTERS} for text, found {task.vocab_size}"
+        )
 
 
 def _check_model(model: ModelSection, training: TrainingSection) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mechcausal.recipes.errors import RecipeError
 from mechcausal.recipes.recipe import Recipe, parse_recipe, recipe_to_dict
+from mechcausal.support.corpora import CORPORA
 from mechcausal.support.messages import excerpt, suggestion
 
 MAX_FILE_BYTES = 4 * 2**20
@@ -40,6 +41,8 @@ def load_recipe(target: str | Path) -> Recipe:
     match data:
         case {"graph": {"edge_list": str(edge_list)}}:
             data["graph"]["edge_list"] = str(_edge_list_path(path, edge_list))
+        case {"task": {"text": str(name)}} if name not in CORPORA:
+            data["task"]["text"] = str((path.parent / name).absolute())
     return parse_recipe(data, source=str(path))
 
 

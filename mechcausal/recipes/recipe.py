@@ -21,9 +21,13 @@ from mechcausal.recipes.sections import (
     TrainingSection,
     WandbSection,
 )
+from mechcausal.support.corpora import Corpus, TextError, read_corpus
 
 if TYPE_CHECKING:
+    import torch
+
     from mechcausal.tasks.protocol import Prior
+    from mechcausal.tasks.text import TextTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +122,16 @@ class Recipe:
         return build_preset(section.preset, n_positions, **options)
 
     def self_contained(self) -> "Recipe":
-        """The same recipe without an edge-list file: the graph's parents are written out instead.
+        """The same recipe as a run keeps it: with the edge list's parents, or the text's hash.
 
         Raises:
             GraphError: see `build_graph`.
+            RecipeError: see `read_corpus`.
         """
+        if self.task.kind == "text":
+            corpus = self.read_corpus()
+            name = corpus.name if corpus.is_bundled else str(Path(corpus.name).absolute())
+            return self.with_overrides(task__text=name, task__text_sha256=corpus.sha256)
         if self.graph.preset != "edge_list" or self.task.kind != "causal_graph":
             return self
         graph = self.build_graph()
@@ -132,6 +141,38 @@ class Recipe:
         if graph.query_parents is not None:
             values["graph"]["query_parents"] = list(graph.query_parents)
         return parse_recipe(values, source=self.graph.edge_list or self.name)
+
+    def read_corpus(self) -> Corpus:
+        """Read the text of kind text.
+
+        Raises:
+            RecipeError: it cannot be read, or its hash is not the recipe's.
+        """
+        try:
+            return read_corpus(self.task.text or "topics", sha256=self.task.text_sha256)
+        except TextError as error:
+            raise RecipeError(f"task.text: {error}") from None
+
+    def build_text(self, *, device: "torch.device | None" = None) -> "TextTask":
+        """Read, encode and split the text of kind text.
+
+        Raises:
+            RecipeError: see `read_corpus`, or it is too short for the context.
+        """
+        from mechcausal.tasks.text import TextTask
+
+        task, corpus = self.task, self.read_corpus()
+        assert task.context is not None  # parse_recipe has checked it
+        try:
+            return TextTask(
+                corpus,
+                vocab_size=task.vocab_size,
+                context=task.context,
+                interleaved=task.interleaved,
+                device=device,
+            )
+        except TextError as error:
+            raise RecipeError(f"task.text: {error}") from None
 
     def build_prior(self) -> "Prior":
         """Build the prior over transition matrices, or the fixed matrix."""

@@ -17,6 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 WandbMode = Literal["online", "offline", "disabled"]
+TaskKind = Literal["causal_graph", "repeated_tokens", "text", "own"]
 
 # The graph options that each preset takes, besides the sequence length.
 GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -68,17 +69,29 @@ class TaskSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["causal_graph", "repeated_tokens", "own"] = "causal_graph"
-    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random. own:
-    an experiment of the caller's own, from Python alone, which may read `graph` and `task`."""
+    kind: TaskKind = "causal_graph"
+    """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random. text:
+    windows of a real text, character by character. own: an experiment of the caller's own, from
+    Python alone, which may read `graph` and `task`."""
     vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
-    """Number of tokens, S; token 0 is the BOS of repeated_tokens."""
+    """Number of tokens, S; token 0 is the BOS of repeated_tokens, the last one of text stands for
+    every character but the S - 1 most frequent."""
     alpha: PositiveFloat | tuple[PositiveFloat, ...] = 0.1
     """Dirichlet concentration of every row of the transition matrix, or one for each token."""
     transition: tuple[tuple[NonNegativeFloat, ...], ...] | None = None
     """A fixed transition matrix in place of the prior."""
     repeat_lengths: tuple[PositiveInt, PositiveInt] | None = None
     """Shortest and longest block that is repeated, drawn for every batch (repeated_tokens)."""
+    text: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """topics: Python's pydoc_data.topics, the default. stdlib: the standard library's source. Or a
+    text file in UTF-8; in a recipe file, a path from the recipe's folder (text)."""
+    text_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the text, which a run records; another text is refused (text)."""
+    context: Annotated[int, Field(ge=8, le=10_000)] | None = None
+    """Characters of a sequence (text)."""
+    interleaved: bool = False
+    """True interleaves two halves of the text, so that keys at odd lags say nothing about the next
+    character: the control of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +103,8 @@ class ModelSection:
     kind: Literal["simplified", "disentangled", "standard", "own"] = "simplified"
     """simplified: the paper's two-layer transformer with only A1 and A2, at most one parent per
     position. disentangled: the paper's full transformer, whose residual stream concatenates the
-    layers' outputs. standard: an ordinary transformer, also for repeated_tokens. own: built by the
-    caller, from Python alone."""
+    layers' outputs. standard: an ordinary transformer, also for repeated_tokens and text. own:
+    built by the caller, from Python alone."""
     heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
     """Heads of each layer (disentangled)."""
     initial_scale: NonNegativeFloat = 0.0
@@ -175,6 +188,8 @@ class EvaluationSection:
     theory_seconds: PositiveFloat = 60.0
     """Seconds that theory, and the Bayes loss, may each take. Where theory_priors or bayes_draws
     would take longer, fewer are used, and the run says so. Counted from sizes, not by a clock."""
+    max_lag: Annotated[int, Field(ge=3, le=10_000)] = 16
+    """Largest lag of the residual information, at most the context less one (text)."""
 
 
 @dataclass(frozen=True, kw_only=True)

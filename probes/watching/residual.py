@@ -5,12 +5,23 @@ is the query's own token. Over N queries that have the lag, the residual joint i
 
     R_l[a,b] = mean of 1{key = a} (1{y = b} - p(b))
 
-and the residual χ² removes what sampling alone would give:
+and the residual χ² removes what sampling alone would give, each query's product with itself:
 
-    ρ_l = Σ_ab (R_l[a,b]² - N_l[a,b]) / (P_l(a) P_l(b)),  N_l[a,b] = N⁻² Σ 1{key = a} p(b)(1 - p(b))
+    ρ_l = Σ_ab (R_l[a,b]² - N_l[a,b]) / (P_l(a) P_l(b))
+    N_l[a,b] = N⁻² Σ 1{key = a} (1{y = b} - p(b))²
 
-It equals χ²-information at lag l while p is the distribution of single tokens, and is 0 once the
-model has used everything that pairs at that lag say about the next token.
+The squares are observed ones: p(b)(1 - p(b)) is their mean only once the model is calibrated, and
+takes off too much before. ρ equals χ²-information at lag l while p is the distribution of single
+tokens, and is 0 once the model has used everything that pairs at that lag say about the next token.
+
+A model whose mean prediction is not yet the distribution of single tokens has a residual
+`r_l(b) = Σ_a R_l[a,b]` whatever the key is, which shows at every lag, even where the key says
+nothing. The centred residual leaves it out:
+
+    R_l[a,b] - P_l(a) r_l(b) = covariance of 1{key = a} and 1{y = b} - p(b)
+
+Its χ² and that of the misfit, `Σ_b r_l(b)² / P_l(b)`, add up to that of R_l. The misfit is almost
+the same at every lag, so the softmax passes on none of its gradient.
 
 If a model has one layer, no MLP, no normalisation, and keeps positions out of its values, the same
 tables give its gradient exactly. With `OV_h[a] = (W_E[a] W_V + b_V) W_O W_U`, the mean over queries
@@ -49,6 +60,8 @@ class ResidualInformation:
     Attributes:
         chi2: ρ of every lag.
         chi2_stderr: its standard error, a jackknife over blocks of sequences.
+        centred_chi2: ρ of the centred residual, without the misfit of single tokens.
+        centred_chi2_stderr: its standard error.
         joint: R of every lag.
         key_share: P(a) of every lag, over the queries that have it.
         target_share: P(b) of every lag, over the same queries.
@@ -59,12 +72,19 @@ class ResidualInformation:
 
     chi2: Float[Tensor, "lag"]
     chi2_stderr: Float[Tensor, "lag"]
+    centred_chi2: Float[Tensor, "lag"]
+    centred_chi2_stderr: Float[Tensor, "lag"]
     joint: Float[Tensor, "lag key_token target_token"]
     key_share: Float[Tensor, "lag key_token"]
     target_share: Float[Tensor, "lag target_token"]
     n_queries: Int[Tensor, "lag"]
     n_sequences: int
     bucket_share: float
+
+    @property
+    def misfit(self) -> Float[Tensor, "lag"]:
+        """`chi2 - centred_chi2`: the χ² of the mean prediction against the share of each target."""
+        return self.chi2 - self.centred_chi2
 
 
 def residual_information(
@@ -128,7 +148,7 @@ class _Tables:
     def __init__(self, n_blocks: int, n_lags: int, n_symbols: int, device: torch.device) -> None:
         shape = (n_blocks, n_lags, n_symbols, n_symbols)
         self._joint = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._variance = torch.zeros_like(self._joint)
+        self._squares = torch.zeros_like(self._joint)
         self._keys = torch.zeros(shape[:3], dtype=torch.float64, device=device)
         self._targets = torch.zeros_like(self._keys)
 
@@ -141,7 +161,8 @@ class _Tables:
         n_symbols = probabilities.shape[-1]
         target = symbols[:, 1:]
         one_hot = nn.functional.one_hot(target.clamp(min=0), n_symbols).double()
-        residual, variance = one_hot - probabilities, probabilities * (1 - probabilities)
+        residual = one_hot - probabilities
+        squares = residual.square()
         # The query's own padding makes its prediction meaningless.
         predicted = (target >= 0) & (symbols[:, :-1] >= 0)
         for index in range(self._joint.shape[1]):
@@ -149,12 +170,12 @@ class _Tables:
             real = predicted[:, index:] & (key >= 0)
             keys = key[real]
             self._joint[block, index].index_add_(0, keys, residual[:, index:][real])
-            self._variance[block, index].index_add_(0, keys, variance[:, index:][real])
+            self._squares[block, index].index_add_(0, keys, squares[:, index:][real])
             self._keys[block, index] += keys.bincount(minlength=n_symbols)
             self._targets[block, index] += target[:, index:][real].bincount(minlength=n_symbols)
 
     def result(self, n_sequences: int, bucket_share: float) -> ResidualInformation:
-        blocks = (self._joint, self._variance, self._keys, self._targets)
+        blocks = (self._joint, self._squares, self._keys, self._targets)
         totals = [block.sum(0) for block in blocks]
         chi2 = _residual_chi2(*totals)
         n = len(self._joint)
@@ -167,10 +188,13 @@ class _Tables:
             ]
         )
         spread = (without - without.mean(0)).square().sum(0)
+        stderr = (spread * (n - 1) / n).sqrt()
         number = totals[2].sum(-1)
         return ResidualInformation(
-            chi2=chi2,
-            chi2_stderr=(spread * (n - 1) / n).sqrt(),
+            chi2=chi2[0],
+            chi2_stderr=stderr[0],
+            centred_chi2=chi2[1],
+            centred_chi2_stderr=stderr[1],
             joint=totals[0] / number[:, None, None],
             key_share=totals[2] / number.unsqueeze(1),
             target_share=totals[3] / number.unsqueeze(1),
@@ -182,16 +206,29 @@ class _Tables:
 
 def _residual_chi2(
     joint: Float[Tensor, "lag key target"],
-    variance: Float[Tensor, "lag key target"],
+    squares: Float[Tensor, "lag key target"],
     keys: Float[Tensor, "lag key"],
     targets: Float[Tensor, "lag target"],
-) -> Float[Tensor, "lag"]:
-    """ρ of every lag from sums over queries; NaN for a lag without queries."""
+) -> Float[Tensor, "2 lag"]:
+    """ρ of every lag from sums over queries, then ρ of the centred residual; NaN without queries.
+
+    Centred indicators 1{key = a} - P(a) add up to 0, so that the centred sums do not change when
+    the mean of 1{y = b} - p(b) is taken off it, and their squares are those of the difference.
+    """
     number = keys.sum(-1)
+    of_key = keys.unsqueeze(2)
+    share = of_key / number.clamp(min=1)[:, None, None]
+    of_target = joint.sum(1, keepdim=True)
+    mean = of_target / number.clamp(min=1)[:, None, None]
+    centred = joint - share * of_target
+    centred_twice = squares - 2 * mean * joint + mean.square() * of_key
+    centred_squares = centred_twice * (1 - 2 * share)
+    centred_squares += share.square() * centred_twice.sum(1, keepdim=True)
     # N cancels: (joint/N)² / (keys/N · targets/N) = joint² / (keys · targets).
     expected = keys.unsqueeze(2) * targets.unsqueeze(1)
-    terms = torch.where(expected > 0, (joint.square() - variance) / expected, 0.0)
-    return torch.where(number > 0, terms.sum((1, 2)), torch.nan)
+    terms = torch.stack([joint.square() - squares, centred.square() - centred_squares])
+    chi2 = torch.where(expected > 0, terms / expected, 0.0).sum((2, 3))
+    return torch.where(number > 0, chi2, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)

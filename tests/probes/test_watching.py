@@ -251,6 +251,46 @@ def test_the_law_holds_at_every_step(build: Build) -> None:
         optimizer.step()
 
 
+def test_the_centred_residual_is_the_law_without_the_mean_key(build: Build) -> None:
+    """Exactly: ρ is its centred part plus the misfit, the gradient the same plus an offset."""
+    model = one_layer(build, n_heads=3)
+    tokens = chain(160, 8, 7, seed=0)
+    residual = residual_information(model, tokens)
+    shares = residual.key_share.unsqueeze(2), residual.target_share.unsqueeze(1)
+    mean_residual = residual.joint.sum(1)
+    centred = residual.joint - shares[0] * mean_residual.unsqueeze(1)
+    assert torch.allclose(centred.sum(1), torch.zeros(7, 7).double(), atol=1e-15)
+    plain_size, centred_size = (
+        (x.square() / (shares[0] * shares[1])).sum((1, 2)) for x in (residual.joint, centred)
+    )
+    misfit = (mean_residual.square() / residual.target_share).sum(1)
+    assert torch.allclose(plain_size, centred_size + misfit, rtol=0, atol=1e-12)
+    written = model.W_E @ model.W_V[0] + model.b_V[0].unsqueeze(1)
+    circuit = (written @ model.W_O[0] @ model.W_U).detach()
+    measured = descent_by_lag(attention_gradient(model, tokens, wrt="pattern"))
+    offset = torch.einsum("hab,la,lb->hl", circuit, residual.key_share, mean_residual)
+    law = torch.einsum("hab,lab->hl", circuit, centred)
+    assert torch.allclose(law + offset, measured, rtol=0, atol=1e-12)
+    assert offset.abs().max() > 1e-3
+
+
+def test_independent_tokens_leave_misfit_alone_even_for_a_model_far_off(build: Build) -> None:
+    """Independent tokens, some rare, and a uniform model: the centred ρ is 0 without bias."""
+    model, n_tokens = one_layer(build), 7
+    shares = torch.arange(1.0, n_tokens + 1).double() ** 3
+    tokens = torch.multinomial(shares, 2000 * 8, replacement=True, generator=seeded(5)).view(-1, 8)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    residual = residual_information(model, tokens, max_lag=3)
+    seen = residual.target_share
+    misfit = ((seen - 1 / 7).square() / seen).sum(1)
+    assert torch.allclose(residual.misfit, misfit, rtol=2e-3)
+    assert bool((misfit > 10).all())
+    assert bool((residual.centred_chi2.abs() < 4 * residual.centred_chi2_stderr).all())
+    # Taking p(1 - p) off would move it by Σ_b 6 (6/49 - P(b)(1 - P(b))) / N P(b), 0.04 and more.
+    assert bool((residual.centred_chi2_stderr < 0.005).all())
+
+
 @pytest.fixture(scope="module")
 def random_models(build: Build) -> dict[int, HookedTransformer]:
     """One layer without normalisation, for every size of the vocabulary."""

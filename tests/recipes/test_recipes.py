@@ -73,7 +73,7 @@ def file_refusal(path: Path, text: str | bytes | None = None) -> str:
 def test_packaged_recipe_loads_and_builds_its_graph_and_prior(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    if recipe.task.kind == "repeated_tokens":  # has no graph: see test_repeated_tokens.py
+    if recipe.task.kind != "causal_graph":  # see test_repeated_tokens.py and test_text_run.py
         return
     graph, prior = recipe.build_graph(), recipe.build_prior()
     assert build_task(graph, prior).sequence_length == graph.sequence_length
@@ -85,7 +85,7 @@ def test_packaged_recipe_loads_and_builds_its_graph_and_prior(path: Path) -> Non
 
 def test_the_recipes_of_the_issue_come_along() -> None:
     wanted = {"markov_chain", "random_tree", "random_forest", "icl_pairs", "manual", "lag_two"}
-    wanted |= {"repeated_tokens"}
+    wanted |= {"repeated_tokens", "text", "text_interleaved"}
     assert wanted <= set(packaged_recipes())
     markov_chain = load_recipe("markov_chain")
     assert (markov_chain.task.vocab_size, markov_chain.graph.sequence_length) == (10, 20)

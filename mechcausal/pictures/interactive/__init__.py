@@ -15,6 +15,7 @@ from mechcausal.pictures.interactive.curves import (
     formation,
     gap,
     head_scores,
+    law,
     loss,
     own,
     recovery,
@@ -23,6 +24,7 @@ from mechcausal.pictures.interactive.curves import (
 )
 from mechcausal.pictures.interactive.film import film
 from mechcausal.pictures.interactive.graph import causal_graph
+from mechcausal.pictures.interactive.lags import law_by_lag, residual_map
 from mechcausal.pictures.interactive.matrices import attention, examples, gradient, heads
 from mechcausal.pictures.interactive.scatter import gradient_scatter
 
@@ -39,10 +41,13 @@ __all__ = [
     "gradient_scatter",
     "head_scores",
     "heads",
+    "law",
+    "law_by_lag",
     "loss",
     "overlay",
     "own",
     "recovery",
+    "residual_map",
     "strategies",
     "weights",
 ]

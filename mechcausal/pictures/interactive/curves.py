@@ -37,6 +37,11 @@ def correlations(run: RunData) -> go.Figure:
     return _draw(run, *curves(run.history, "correlations"))
 
 
+def law(run: RunData) -> go.Figure:
+    """On text: correlation over lags of the gradient with residual and with raw information."""
+    return _draw(run, *curves(run.history, "law"))
+
+
 def formation(run: RunData) -> go.Figure:
     """Attention and scores of the induction head."""
     return _draw(run, *curves(run.history, "formation"))

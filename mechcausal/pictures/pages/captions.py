@@ -1,6 +1,7 @@
 """Captions that describe each picture in words and numbers, also for screen readers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -9,8 +10,10 @@ from mechcausal.measures.figures import Value, figure_of, keys_in
 from mechcausal.pictures.interactive.graph import WRONG, rows_of
 from mechcausal.pictures.interactive.style import by_head
 from mechcausal.pictures.static.style import HEAD_SCORES
+from mechcausal.recipes import TaskSection
 from mechcausal.records.run_data import Matrices, RunData
 
+_LAWS = ("residual", "raw", "direct_path")
 _THEORIES = ("theory", "chi2", "shannon")
 
 
@@ -35,6 +38,8 @@ def frame_captions(run: RunData, step: int) -> dict[str, str]:
         captions["scatter"] = _scatter(row)
     if run.has_graph and "attention/examples" in matrices and run.examples is not None:
         captions["examples"] = _examples(run, matrices)
+    if "residual/by_lag" in matrices:
+        captions["lags"] = _lags(row, matrices)
     if "heads/prefix_matching" in matrices:
         captions["heads"] = _heads(matrices)
     return captions
@@ -43,6 +48,15 @@ def frame_captions(run: RunData, step: int) -> dict[str, str]:
 def matrix_panel(name: str) -> str:
     """The page's name of the panel of a matrix that only an experiment of the user's own has."""
     return f"own-{name.replace('/', '-')}"
+
+
+def text_lead(task: TaskSection) -> str:
+    """What a run on text reads; of a file the name without its folders."""
+    name = task.text or "topics"
+    titles = {"topics": "Python's help topics", "stdlib": "the standard library's source"}
+    halves = "two halves of " if task.interleaved else ""
+    title = titles.get(name, Path(name).name)
+    return f"{halves}{title}, {task.vocab_size} characters, windows of {task.context}"
 
 
 def curve_caption(run: RunData, labels: dict[str, str], step: int) -> str:
@@ -137,6 +151,17 @@ def _examples(run: RunData, matrices: Matrices) -> str:
     return (
         "Attention on positions whose parent holds the query's token (squares), "
         f"by example: {', '.join(shares)}."
+    )
+
+
+def _lags(row: Mapping[str, Value], matrices: Matrices) -> str:
+    values = matrices["residual/by_lag"][0]
+    lag = int(np.nanargmax(values)) + 1
+    keys = keys_in([row], [f"gradient/{name}_correlation" for name in _LAWS])
+    parts = [f"{figure_of(key).label} {number(row[key])}" for key in keys]
+    return (
+        f"The model has used least of lag {lag}: {number(float(values[lag - 1]))} is left. "
+        f"Correlation over lags: {', '.join(parts) or 'not recorded'}."
     )
 
 

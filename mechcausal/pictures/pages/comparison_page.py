@@ -20,7 +20,7 @@ from mechcausal.pictures.pages.shell import capital, figure_json, page, panel, t
 from mechcausal.records.run_data import RunData
 
 _CURVES: dict[str, tuple[str, ...]] = {
-    "loss/eval": ("loss/bayes", "loss/construction"),
+    "loss/eval": ("loss/bayes", "loss/construction", "loss/unigram", "loss/bigram"),
     "loss/gap": (),
     "loss/construction_gap": (),
     "loss/second_copy": ("loss/chance",),
@@ -28,6 +28,8 @@ _CURVES: dict[str, tuple[str, ...]] = {
     "graph/parent_attention": (),
     "gradient/pattern_theory_correlation": (),
     "gradient/pattern_chi2_correlation": (),
+    "gradient/residual_correlation": (),
+    "gradient/raw_correlation": (),
     "induction/score": (),
     "strategy/kl_bigram": (),
 }

@@ -15,6 +15,7 @@ from mechcausal.measures.figures import STEP, figure_of, keys_in, own_curves
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.graph import graph_panels
+from mechcausal.pictures.interactive.lags import law_panels
 from mechcausal.pictures.interactive.matrices import (
     attention_panels,
     example_panels,
@@ -24,7 +25,13 @@ from mechcausal.pictures.interactive.matrices import (
 )
 from mechcausal.pictures.interactive.scatter import scatter_panels
 from mechcausal.pictures.interactive.style import Panels
-from mechcausal.pictures.pages.captions import curve_caption, frame_captions, matrix_panel, number
+from mechcausal.pictures.pages.captions import (
+    curve_caption,
+    frame_captions,
+    matrix_panel,
+    number,
+    text_lead,
+)
 from mechcausal.pictures.pages.packing import DIGITS, LEVELS, pack_frames, pack_history
 from mechcausal.pictures.pages.reproduce import reproduce_command
 from mechcausal.pictures.pages.shell import (
@@ -33,6 +40,7 @@ from mechcausal.pictures.pages.shell import (
     page,
     pairs_table,
     panel,
+    player,
     text,
     tiles,
     top,
@@ -49,11 +57,12 @@ _MOST_STEPS = 200  # slider steps of a run without matrices
 _HIDDEN_FACTS = ("recipe", "wandb_id", "pid", "host")
 # The figures of the last row, and of the first row, on the page's tiles.
 _LAST = (
-    *("loss/eval", "loss/gap", "loss/construction_gap", "loss/second_copy"),
+    *("loss/eval", "loss/gap", "loss/construction_gap", "loss/second_copy", "loss/bigram"),
     *("graph/recovered", "graph/parent_attention"),
     *("induction/score", "induction/formation_step"),
 )
 _FIRST = ("gradient/edge_hits",)
+_CONCLUSIONS = ("law/residual_correlation", "law/raw_correlation")
 
 # The panels that follow the slider: title, the matrix they need, how to draw them.
 _FILM: dict[str, tuple[str, str, Panels]] = {
@@ -62,6 +71,7 @@ _FILM: dict[str, tuple[str, str, Panels]] = {
     "gradient": ("The gradient beside information theory", "gradient/pattern", gradient_panels),
     "scatter": ("Gradient against theory, pair by pair", "gradient/pattern", scatter_panels),
     "examples": ("The query's attention in examples", "attention/examples", example_panels),
+    "lags": ("Gradient and information, lag by lag", "residual/by_lag", law_panels),
     "heads": ("Scores of every head", "heads/prefix_matching", head_panels),
 }
 _SHAPES = {"graph": ("graph", 1.1), "examples": ("wide", 2.0)}
@@ -123,7 +133,7 @@ def render(run: RunData) -> str:
     body = [
         top(f"{run.recipe.name}, seed {run.recipe.seed}", _lead(run)),
         tiles(_tiles(run)),
-        _player(len(steps)) if steps else "",
+        player(len(steps)) if steps else "",
         f'<section class="panels" aria-label="The run, step by step">{film}</section>'
         if film
         else "",
@@ -164,21 +174,23 @@ def _film_panels(
 
 
 def _film(run: RunData, available: Collection[str]) -> dict[str, tuple[str, str, Panels]]:
-    """The panels of a run; without a graph, one for every matrix that is not of head scores."""
+    """The panels of a run; without a graph, one for every matrix that no other panel shows."""
     if run.has_graph:
         return _FILM
-    own = sorted(name for name in available if not name.startswith("heads/"))
+    of_lags = {"gradient/direct_path", "gradient/by_lag", "residual/by_lag"}
+    rest = set(available) - (of_lags if of_lags <= set(available) else set())
+    own = sorted(name for name in rest if not name.startswith("heads/"))
     panels: dict[str, tuple[str, str, Panels]] = {
         matrix_panel(name): (name, name, partial(own_panels, name=name)) for name in own
     }
-    return {"heads": _FILM["heads"], **panels}
+    return {"lags": _FILM["lags"], "heads": _FILM["heads"], **panels}
 
 
 def _curve_panels(
     run: RunData, steps: list[int], figures: list[go.Figure], captions: dict[str, list[str]]
 ) -> str:
-    names = ["loss", "gap", "recovery", "correlations", "formation", "strategies", "weights"]
-    names += ["composition"]
+    names = ["loss", "gap", "recovery", "correlations", "law", "residual_map", "formation"]
+    names += ["strategies", "weights", "composition"]
     drawings: dict[str, Callable[[RunData], go.Figure]] = {
         name: getattr(interactive, name) for name in names
     }
@@ -193,7 +205,9 @@ def _curve_panels(
         figure = draw(run)
         if not figure.data:
             continue
-        labels = {trace.meta["key"]: trace.name for trace in figure.data}
+        labels: dict[str, str] = {}
+        for trace in figure.data:
+            labels |= trace.meta.get("keys") or {trace.meta["key"]: trace.name}
         captions[name] = [curve_caption(run, labels, step) for step in steps]
         title = figure.layout.title.text
         figure.update_layout(title=None, margin={"t": 26})
@@ -229,6 +243,8 @@ def _lead(run: RunData) -> str:
     recipe = run.recipe
     if run.kind == "repeated_tokens":
         about = f"repeated random tokens, {recipe.task.vocab_size} of them"
+    elif run.kind == "text":
+        about = text_lead(recipe.task)
     elif not run.has_graph:
         about = recipe.experiment or run.kind.replace("_", " ")
     else:
@@ -250,18 +266,10 @@ def _tiles(run: RunData) -> dict[str, str]:
             if value is not None:
                 shown = f"{value:.1%}" if item.unit == "share" else number(value)
                 values_by_label[name + item.title] = shown
+    for key in _CONCLUSIONS:
+        if key in run.summary:
+            values_by_label[figure_of(key).label] = number(run.summary[key])
     return values_by_label
-
-
-def _player(n_steps: int) -> str:
-    return (
-        '<div class="player" role="group" aria-label="Step of training">'
-        '<button id="play" type="button" aria-pressed="false">▶ Play</button>'
-        '<label class="hidden" for="step">Step of training; arrow keys move, space plays</label>'
-        f'<input id="step" type="range" min="0" max="{n_steps - 1}" step="1" value="{n_steps - 1}" '
-        'autocomplete="off"><output id="readout" for="step"></output></div>'
-        '<p class="print-step"></p>'
-    )
 
 
 def _details(run: RunData) -> str:

@@ -161,3 +161,15 @@ def top(title: str, lead: str) -> str:
         '<div><button id="theme" type="button" aria-label="Switch between light and dark">Dark'
         "</button></div></header>"
     )
+
+
+def player(n_steps: int) -> str:
+    """The slider over the steps, with its play button."""
+    return (
+        '<div class="player" role="group" aria-label="Step of training">'
+        '<button id="play" type="button" aria-pressed="false">▶ Play</button>'
+        '<label class="hidden" for="step">Step of training; arrow keys move, space plays</label>'
+        f'<input id="step" type="range" min="0" max="{n_steps - 1}" step="1" value="{n_steps - 1}" '
+        'autocomplete="off"><output id="readout" for="step"></output></div>'
+        '<p class="print-step"></p>'
+    )

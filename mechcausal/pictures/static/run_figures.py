@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS = ("loss", "recovery", "theory", "information", "formation", "strategies")
-_STYLES = {"dash": "--", "dashdot": "-."}
+_STYLES = {"dash": "--", "dashdot": "-.", "dot": ":"}
 _PIXELS = 320  # minimum width and height of a W&B heatmap
 
 Matrices = Mapping[int, Mapping[str, Float[Tensor, "*head query key"]]]
@@ -84,6 +84,13 @@ def _expected_gradient(theory: Information) -> Float[Tensor, "query key"]:
 def heatmap(values: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "height width rgb"]:
     """A picture of values in [0, 1], one square per entry."""
     return _coloured(values, ATTENTION_COLOURS)
+
+
+def signed_heatmap(
+    values: Float[np.ndarray, "rows columns"],
+) -> UInt8[np.ndarray, "height width rgb"]:
+    """A picture of values of either sign, scaled to the largest."""
+    return _side_by_side([values], GRADIENT_COLOURS, signed=True)
 
 
 def draw_figures(
@@ -217,10 +224,10 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
     """Draw heads.png: the loss by copy and every head's scores over training steps."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_figure(1, 4)
-    _plot(axes[0], history, *curves(history, "loss"))
+    plot_curves(axes[0], history, *curves(history, "loss"))
     for axis, kind in zip(axes[1:], HEAD_SCORES, strict=True):
         keys = keys_in(history, [f"heads/{{head}}/{kind}"])
-        _plot(axis, history, kind.replace("_", " "), keys)
+        plot_curves(axis, history, kind.replace("_", " "), keys)
     figure.suptitle(f"{recipe.name}, seed {recipe.seed}: heads over training", fontsize=12)
     path = folder / "heads.png"
     figure.savefig(path, dpi=110)
@@ -263,7 +270,7 @@ def draw_own_figures(
         return {}
     figure, axes = new_figure(-(-len(panels) // 3), min(len(panels), 3))
     for axis, (title, keys) in zip(axes, panels, strict=False):
-        _plot(axis, history, title, keys)
+        plot_curves(axis, history, title, keys)
         for start in stage_starts[1:]:
             axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
     for axis in axes[len(panels) :]:
@@ -294,7 +301,7 @@ def head_heatmap(
     figure.savefig(path, dpi=110)
 
 
-def _plot(axis: "Axes", history: History, title: str, keys: Sequence[str]) -> None:
+def plot_curves(axis: "Axes", history: History, title: str, keys: Sequence[str]) -> None:
     """Draw figures over training steps; constants to compare with are grey."""
     points = {
         key: [(row[STEP], value) for row in history if (value := row.get(key)) is not None]
@@ -321,7 +328,7 @@ def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     """Loss, graph, gradient, induction and strategies over training steps."""
     figure, axes = new_figure(2, 3)
     for axis, name in zip(axes, _PANELS, strict=True):
-        _plot(axis, history, *curves(history, name))
+        plot_curves(axis, history, *curves(history, name))
         if name == "strategies":
             axis.set_yscale("log")
         for start in stage_starts[1:]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from mechcausal.measures.figures import HEAD_SCORES as HEAD_SCORES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,11 +19,12 @@ ATTENTION_COLOURS = "viridis"
 GRADIENT_COLOURS = "PuOr_r"
 EDGE_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR = "#d55e00", "#9aa5b1", "#0072b2"
 REFERENCE_GREY = "#8a94a0"
-REFERENCE_DASHES = {"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"}
+REFERENCE_DASHES = {
+    **{"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"},
+    **{"loss/unigram": "dash", "loss/bigram": "dashdot", "loss/trigram": "dot"},
+}
 """Line styles of losses to compare with, as Plotly names them."""
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-HEAD_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
-"""The scores of a head that pictures show."""
 
 
 def new_figure(n_rows: int, n_columns: int) -> "tuple[Figure, list[Axes]]":

@@ -29,8 +29,8 @@ def check_experiment(
 
     Raises:
         GraphError, PriorError, TaskError: the graph, the prior or the task is invalid.
-        RecipeError: the model cannot learn the task, the run does not fit into memory, or the
-            recipe is of the caller's own experiment and that is not given.
+        RecipeError: the model cannot learn the task, the text cannot be read, the run does not fit
+            into memory, or the recipe is of the caller's own experiment and that is not given.
     """
     if experiment is not None:
         check_own(experiment).check(recipe, **options_of(experiment))
@@ -52,6 +52,11 @@ def check_experiment(
         task = build_task(graph, prior or recipe.build_prior())
         check_model(recipe, task)
         length = task.sequence_length
+    elif recipe.task.kind == "text":
+        assert recipe.task.context is not None  # checked when the recipe was parsed
+        length = recipe.task.context
+        if on_this_machine:
+            recipe.build_text()
     else:
         assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
         length = 2 * recipe.task.repeat_lengths[1] + 1
@@ -104,6 +109,7 @@ def build_experiment(
 
     Raises:
         GraphError, PriorError: the graph or the prior is invalid.
+        RecipeError: the text has changed since it was checked.
     """
     if experiment is not None:
         return build_own(experiment, recipe, generators, tell)
@@ -111,6 +117,10 @@ def build_experiment(
         from mechcausal.training.experiments.repeated_tokens import RepeatedTokens
 
         return RepeatedTokens(recipe, generators)
+    if recipe.task.kind == "text":
+        from mechcausal.training.experiments.text import TextExperiment
+
+        return TextExperiment(recipe, generators)
     from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
     return CausalGraphExperiment(recipe, generators, tell, closed_form=closed_form)

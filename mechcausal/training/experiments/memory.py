@@ -24,6 +24,7 @@ MAX_TENSOR_ENTRIES = 10**8
 """Most entries of one transition tensor."""
 
 _GIB = 2**30
+_LAW_BLOCKS = 16  # of sequences, see `probes.residual_information`
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -84,7 +85,7 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
 
     Args:
         recipe: a parsed recipe.
-        graph: the causal graph, None for repeated tokens.
+        graph: the causal graph, None for repeated tokens and text.
         length: tokens of a sequence, T.
 
     Raises:
@@ -113,6 +114,10 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
     if is_drawn:
         size = 16 * evaluation.bayes_draws * s * s
         needs.append(Need("the Bayes loss", size, ("evaluation.bayes_draws", "task.vocab_size")))
+    if recipe.task.kind == "text":
+        size = 16 * _LAW_BLOCKS * min(evaluation.max_lag, t - 1) * s * s
+        law_fields = ("evaluation.max_lag", "task.vocab_size")
+        needs.append(Need("the tables of residual information", size, law_fields))
     return needs if graph is None else needs + theory_needs(recipe, graph)
 
 
@@ -150,6 +155,8 @@ def _size_fields(recipe: Recipe) -> tuple[str, str]:
     length = "graph.sequence_length"
     if recipe.task.kind == "repeated_tokens":
         length = "task.repeat_lengths"
+    elif recipe.task.kind == "text":
+        length = "task.context"
     elif recipe.graph.preset in ("manual", "edge_list"):
         length = "the graph's positions"
     return "task.vocab_size", length

@@ -10,14 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.measures.figures import History
+from mechcausal.measures.head_figures import head_figures
 from mechcausal.measures.observation import Observation
 from mechcausal.models.adapter import HookedTransformer, save_model
 from mechcausal.pictures.static import run_figures as report
-from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import Recipe
 from mechcausal.training.experiments.base import Experiment, Generators
 from mechcausal.training.experiments.models import build_standard
-from probes import HeadScores, above_chance, repeated_tokens, score_heads
+from probes import HeadScores, repeated_tokens, score_heads
 
 BOS = 0
 
@@ -78,22 +78,8 @@ class RepeatedTokens(Experiment):
 
     def observe(self) -> Observation:
         """Score every head; `induction/score` is the best head's score above chance."""
-        scores = self._scores()
-        figures = self.losses()
-        best = divmod(int(scores.prefix_matching.argmax()), scores.n_heads)
-        score = above_chance(scores.prefix_matching, scores.uniform_baseline)[best]
-        figures["induction/score"] = score.item()
-        figures["induction/prefix_matching"] = scores.prefix_matching[best].item()
-        figures["induction/positional_control"] = scores.positional_control[best].item()
-        figures["induction/copying"] = scores.copying[best].item()
-        matrices = {}
-        for kind in HEAD_SCORES:
-            values = getattr(scores, kind).float().cpu()
-            matrices[f"heads/{kind}"] = values
-            for layer, row in enumerate(values.tolist()):
-                for head, value in enumerate(row):
-                    figures[f"heads/L{layer}H{head}/{kind}"] = value
-        return Observation(figures, matrices)
+        heads, matrices = head_figures(self._scores())
+        return Observation(self.losses() | heads, matrices)
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Scores by layer (rows) and head (columns)."""

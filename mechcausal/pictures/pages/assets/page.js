@@ -105,6 +105,8 @@ function redrawn(trace, layout, matrix) {
     }
     case "rows":
       return { ...trace, z: layers.map((example) => example[how.head]) };
+    case "row": // of the matrix, and where `x` names another, its first row as x
+      return { ...trace, y: layers[0][how.row], ...(how.x && { x: matrix(how.x)[0][0] }) };
     case "plain":
       return { ...trace, z: layers[0] };
     case "points": {
