@@ -3,11 +3,8 @@
 python -m pytest -s tests/benchmarks/bench_watching.py
 """
 
-import re
 import time
 import warnings
-from collections import Counter
-from pydoc_data import topics
 from typing import Any
 
 import pytest
@@ -21,10 +18,7 @@ from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 from mechcausal.theory import pairwise_theory
 from probes import (
     Tracker,
-    attention_gradient,
-    descent_by_lag,
     pairwise_information,
-    residual_information,
 )
 from tests.oracles import seeded
 
@@ -118,57 +112,6 @@ def test_the_gradient_against_information_over_training(mlp: bool) -> None:
                 + " ".join("   – " if c is None or c != c else f"{c:5.2f}" for c in cells),
                 flush=True,
             )
-
-
-def characters(text: str, n_symbols: int = 48) -> Tensor:
-    """The text without its rarer characters and with blanks squeezed, as numbers."""
-    text = re.sub(r"\s+", " ", text)
-    common = [symbol for symbol, _ in Counter(text).most_common(n_symbols)]
-    number = {symbol: i for i, symbol in enumerate(common)}
-    return torch.tensor([number[symbol] for symbol in text if symbol in number])
-
-
-def windows(text: Tensor, n: int, generator: torch.Generator, length: int = 48) -> Tensor:
-    start = torch.randint(len(text) - length, (n, 1), generator=generator)
-    return text[start + torch.arange(length)]
-
-
-@pytest.mark.timeout(0)
-@pytest.mark.parametrize("interleaved", [False, True], ids=["text", "two halves interleaved"])
-def test_the_residual_law_on_text(interleaved: bool) -> None:
-    """Correlation over lags 1-16 of each head's gradient on patterns with residual and raw χ²."""
-    text = characters("".join(topics.topics.values()))
-    if interleaved:  # even positions from one half, odd ones from the other
-        half = len(text) // 2
-        text = torch.stack([text[:half], text[half : 2 * half]], 1).flatten()
-    generator = seeded()
-    held_out = windows(text, 1024, generator)
-    raw = pairwise_information(held_out, by="lag", max_lag=16).chi2
-    sizes = {"n_ctx": 48, "d_vocab": 48, "d_model": 96, "d_head": 24}
-    model = model_of(mlp=True, seed=0, **sizes)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    print("\nstep, r with residual χ², r with raw χ², ρ at lags 1-4, largest |ρ| at odd lags")
-    means: list[Tensor] = []
-    for step in range(301):
-        if step in (0, 15, 30, 45, 60, 90, 120, 150, 200, 300):
-            residual = residual_information(model, held_out)
-            gradient = attention_gradient(model, held_out, wrt="pattern", layers=0)
-            by_lag = descent_by_lag(gradient)[:, :16]
-            with_residual, with_raw = (
-                torch.stack([torch.corrcoef(torch.stack([head, x]))[0, 1] for head in by_lag])
-                for x in (residual.chi2, raw)
-            )
-            if 45 <= step <= 150:
-                means.append(torch.stack([with_residual.mean(), with_raw.mean()]))
-            first = " ".join(f"{value:.3f}" for value in residual.chi2[:4])
-            odd = residual.chi2[0::2].abs().max()
-            r = f"{with_residual.mean():6.2f} {with_raw.mean():6.2f}"
-            print(f"{step:4d} {r}  {first}  {odd:.4f}", flush=True)
-        optimizer.zero_grad()
-        model(windows(text, 48, generator), return_type="loss").backward()
-        optimizer.step()
-    residual_mean, raw_mean = torch.stack(means).mean(0)
-    print(f"steps 45-150: residual {residual_mean:.2f}, raw {raw_mean:.2f}")
 
 
 def test_a_look_costs_little() -> None:

@@ -19,7 +19,7 @@ from mechcausal.pictures.pages.run_page import render
 from mechcausal.pictures.wandb_panels import draw_panels
 from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe, recipe_to_toml
 from mechcausal.records.run_data import RunData
-from mechcausal.records.run_folder import read_metrics, read_summary
+from mechcausal.records.run_folder import RunFolderError, read_metrics, read_summary
 from mechcausal.training.experiments import Generators, build_experiment, check_experiment
 from mechcausal.training.experiments.text import TextExperiment
 from mechcausal.training.resuming import resume
@@ -239,6 +239,11 @@ def test_a_run_is_not_resumed_with_another_text(corpus: Path, tmp_path: Path) ->
     assert all(sha256 in str(caught.value) for sha256 in hashes)
     assert len(str(caught.value).splitlines()) == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+    recipe = load_recipe(tmp_path / "run" / "recipe.toml")
+    recipe = recipe.with_overrides(task__text_sha256=hashes[1])
+    with pytest.raises(RunFolderError, match=f"task.text_sha256 was {hashes[0][:20]}"):
+        resume(tmp_path / "run", recipe=recipe)
+    assert resume(tmp_path / "run", recipe=recipe, allow_change=True).state == "finished"
 
 
 def test_pictures_page_and_panels_are_drawn(corpus: Path, run: RunResult) -> None:
