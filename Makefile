@@ -15,6 +15,10 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 PROCESSORS := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
 NUMERICAL := $(addprefix tests/,probes tasks theory models measures training/test_training.py sweeps/test_batch.py)
 
+# Two processes, each file in one of them. Bytecode is kept, also where the environment says not to: both
+# processes, and each command that a test starts, would compile everything anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-processors soak lint check-format check-lint check-types check-rooms docs format bench wheel clean venv $(VENV)
@@ -27,7 +31,7 @@ demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 	$(BIN)/mechcausal train runs/markov_chain.toml
 
 test: $(STAMP) ## run the whole default test suite, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-processors: $(STAMP) ## run the numerical tests with the arithmetic of other processors
 	@for processor in $(PROCESSORS); do \

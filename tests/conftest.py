@@ -1,19 +1,25 @@
 """What holds for every test: shapes are checked, seeds are fixed, nothing reaches the network."""
 
+import gc
 import json
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
+
+from tests.type_checks import check_annotations
 
 # Checks every annotation, tensor shapes included, at each call; has to precede the first import of
 # either package.
-install_import_hook(["mechcausal", "probes"], "beartype.beartype")
+check_annotations("mechcausal", "probes")
+
+# What is imported for the tests stays, so looking for garbage in it is in vain.
+gc.disable()
 
 settings.register_profile("mechcausal", deadline=None, derandomize=True)
 settings.load_profile("mechcausal")
@@ -32,6 +38,24 @@ os.environ |= {
     # As in the command: waiting threads sleep, so that a busy machine slows tests only a little.
     "OMP_WAIT_POLICY": "passive",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """What the instruments tell a user is no mistake of ours, whatever line it is attributed to."""
+    from probes import ProbeWarning
+
+    warnings.simplefilter("default", ProbeWarning)
 
 
 @pytest.fixture(autouse=True, scope="session")

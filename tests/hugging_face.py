@@ -30,16 +30,18 @@ def save_gpt2(folder: Path, *, tokenizer: bool = False, seed: int = 0) -> Any:
     return model
 
 
-def malicious_pickle(path: Path) -> Path:
-    """Write a pickle that makes a file beside it when it is opened; return that file's path."""
-    marker = path.with_name(f"{path.name}.was_run")
-    path.write_bytes(pickle.dumps(_Malicious(marker)))
-    return marker
+class Payload:
+    """Makes a folder when it is unpickled."""
 
-
-class _Malicious:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.marker),)
+
+
+def malicious_pickle(path: Path) -> Path:
+    """Write a pickle that makes a file beside it when it is opened; return that file's path."""
+    marker = path.with_name(f"{path.name}.was_run")
+    path.write_bytes(pickle.dumps(Payload(marker)))
+    return marker

@@ -11,10 +11,23 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph
 from mechcausal.tasks import SeveralParentsTask, SingleParentTask
+from mechcausal.tasks.priors import DirichletPrior
+
+MIXED = CausalGraph(((), (0,), (0, 1), (0, 1), (2,), (1, 3)), (2, 5))
+"""One and two parents."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SeveralParentsTask:
+    return SeveralParentsTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
+
+
+def z_score(values: Tensor, expected: float) -> float:
+    """How many standard errors the mean lies from what is expected."""
+    return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
 
 
 def random_patterns(n_heads: int, length: int, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Run folders and runs in memory without any training, for tests of what is drawn from them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
 from mechcausal.records.run_data import RunData
+from mechcausal.records.run_folder import read_metrics
+from mechcausal.training.run import Progress
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -152,6 +154,21 @@ def write_run(folder: Path, run: RunData, *, finished: bool = True) -> Path:
             save_file(dict(matrices), folder / "matrices" / f"{step:08d}.safetensors")
         save_file(dict(run.references), folder / "matrices" / "references.safetensors")
     return folder
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of a run's rows."""
+    return [int(row["train/step"] or 0) for row in read_metrics(folder)]
+
+
+def at(step: int, action: Callable[[], Any]) -> Callable[[Progress], None]:
+    """As `on_progress`: do something at a step."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            action()
+
+    return on_progress
 
 
 def _stepwise(frames: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -75,9 +75,9 @@ def random_sem(
     return LatentDag(dag, tuple(node for node in range(nodes) if node not in gone)), attention
 
 
-def skeleton_f1(found: np.ndarray, truth: np.ndarray) -> float:
-    true, false = (found & truth).sum(), (found & ~truth).sum()
-    missing = (~found & truth).sum()
+def skeleton_f1(estimated: np.ndarray, truth: np.ndarray) -> float:
+    true, false = (estimated & truth).sum(), (estimated & ~truth).sum()
+    missing = (~estimated & truth).sum()
     return float(2 * true / max(1, 2 * true + false + missing))
 
 
@@ -98,10 +98,10 @@ LISTED = {
 def direct_skeleton(attention: np.ndarray, observed: tuple[int, ...]) -> np.ndarray:
     """The direct reading of the observed rows and columns, rows scaled to sum to 1 again."""
     part = attention[np.ix_(observed, observed)]
-    found = np.zeros(part.shape, dtype=bool)
+    estimated = np.zeros(part.shape, dtype=bool)
     for j, i in linear_edges(part / part.sum(1, keepdims=True)):
-        found[i, j] = found[j, i] = True
-    return found
+        estimated[i, j] = estimated[j, i] = True
+    return estimated
 
 
 @pytest.mark.parametrize("degree", [2.0, 3.0])
@@ -136,7 +136,7 @@ def test_many_tokens_beside_a_sink() -> None:
         cells = []
         for ordered in (True, False):
             start = time.perf_counter()
-            found = icd(test, ordered=ordered, time_budget=20.0)
+            graph = icd(test, ordered=ordered, time_budget=20.0)
             seconds = time.perf_counter() - start
-            cells.append(f"{seconds:9.2f} {found.tests:6} {len(found.pag.edges()):6}")
-        print(f"{spread:16} {'  '.join(cells)}  {found.complete}")
+            cells.append(f"{seconds:9.2f} {graph.tests:6} {len(graph.pag.edges()):6}")
+        print(f"{spread:16} {'  '.join(cells)}  {graph.complete}")

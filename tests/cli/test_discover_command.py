@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from mechcausal.models.adapter import load_model, save_model
 from probes import discover_attention
-from tests.commands import Command, outcome
+from tests.commands import Command, check_refused, outcome
 from tests.hugging_face import save_gpt2
 from tests.probes.latent_dags import attention_with_sink
 from tests.probes.wired import blank
@@ -182,11 +182,11 @@ T = ("--tokens", "1,2,3")
         (("absent/model/x", *T), "no such folder"),
     ],
 )
-def test_wrong_input_is_one_line(command: Command, arguments, message: str) -> None:
-    code, output, errors = command(*arguments)
-    assert (code, output) == (2, "")
-    assert errors.count("\n") == 1
-    assert message in errors
+@pytest.mark.usefixtures("command")
+def test_wrong_input_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments, message: str
+) -> None:
+    check_refused(capsys, ["discover", *arguments], [message], folder)
 
 
 def test_a_model_that_cannot_be_run_is_one_line(

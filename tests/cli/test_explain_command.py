@@ -16,7 +16,7 @@ from mechcausal.studies.explanations.training import fit
 from mechcausal.support.signals import StopRequested
 from mechcausal.training.run import NonFiniteLossError, TrainingError
 from probes.causal_discovery.explanation import METHODS
-from tests.commands import Command, outcome
+from tests.commands import Command, check_refused, outcome
 from tests.studies.test_text_classifier import TEXT, save_bert
 
 LISTED = ("causal", "random", "occlusion", "attention", "exhaustive", "minimum")
@@ -177,15 +177,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda v: " ".join(v)[:60])
+@pytest.mark.usefixtures("command")
 def test_bad_input_is_one_line_and_exit_code_2(
-    command: Command, tmp_path: Path, arguments: list[str], parts: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ) -> None:
     Path("bad.csv").write_text("a,b\n1,2\n")
-    before = sorted(tmp_path.rglob("*"))
-    code, output, errors = command(*arguments)
-    assert (code, output) == (2, "")
-    assert errors.startswith("mechcausal: ")
-    assert errors.count("\n") == 1
-    for part in parts:
-        assert part in errors
-    assert sorted(tmp_path.rglob("*")) == before
+    check_refused(capsys, ["explain", *arguments], parts, tmp_path)

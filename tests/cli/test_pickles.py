@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -15,21 +14,11 @@ import torch
 
 from mechcausal.cli import main as cli
 from mechcausal.models.adapter import save_model
-from tests.hugging_face import save_gpt2
+from tests.hugging_face import Payload, save_gpt2
 from tests.probes.wired import blank
 
 EDGE_RECIPE = '[graph]\npreset = "edge_list"\nedge_list = "graph.txt"\n'
 ROOT = Path(__file__).parents[2]
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 def plain(path: Path, marker: Path) -> None:
@@ -58,8 +47,9 @@ def test_the_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
 RECIPES = ("recipe.toml", "recipe.pkl", "recipe", "recipe.pt")
 TARGETS = ("model.safetensors", "pytorch_model.bin", "config.json", "model.pt", "recipe.toml")
 BESIDE = ("recipe.toml", "matrices.safetensors", "metrics.jsonl", "summary.json", "optimizer.pt")
+PICKLES = ("pytorch_model.bin", "model.pt", "model.ckpt")
 WEIGHTS = (
-    *("pytorch_model.bin", "model.pt", "model.pth", "model.pkl", "model.ckpt", "model.npz"),
+    *("model.pth", "model.pkl", "model.npz"),
     *("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
 NEEDED = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -85,6 +75,7 @@ READERS = [
     *(("model", name, DETECT, "accepted") for name in BESIDE),
     *(("gpt2", name, DETECT, "refused") for name in NEEDED),
     *(("gpt2", name, DETECT, "either") for name in OPTIONAL),
+    *(("gpt2 without weights", name, DETECT, "named") for name in PICKLES),
     *(("gpt2 without weights", name, DETECT, "refused") for name in WEIGHTS),
 ]
 

@@ -21,14 +21,8 @@ from mechcausal.sweeps.driver import SweepResult
 from mechcausal.sweeps.plan import plan
 from mechcausal.training.errors import explained
 from mechcausal.training.run import RunResult, TrainingError, train
+from tests.commands import check_refused, refused
 from tests.training.test_resuming import crashed, killed, tiny
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line with which a command refuses its arguments."""
-    assert main([str(argument) for argument in arguments]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 def test_a_killed_run_is_listed_resumed_and_listed_again(
@@ -157,10 +151,8 @@ def test_bad_input_is_one_line(
     part: str,
 ) -> None:
     (tmp_path / "file").touch()
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    line = refused(capsys, *(a.format(tmp=tmp_path, run=finished) for a in arguments))
-    assert part in line
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    words = [word.format(tmp=tmp_path, run=finished) for word in arguments]
+    check_refused(capsys, words, [part], finished)
 
 
 def test_a_run_that_is_being_written_is_left_alone(

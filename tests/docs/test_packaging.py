@@ -89,8 +89,8 @@ def test_wheel_holds_the_recipes_of_the_checkout_and_no_records(
             if name.startswith("mechcausal/_recipes/")
         }
     runs = repository / "runs"
-    found = [*runs.glob("*.toml"), *runs.glob("sweeps/*.toml")]
-    tracked = {path.relative_to(runs).as_posix(): path.read_bytes() for path in found}
+    recipes = [*runs.glob("*.toml"), *runs.glob("sweeps/*.toml")]
+    tracked = {path.relative_to(runs).as_posix(): path.read_bytes() for path in recipes}
     assert {"markov_chain.toml", "sweeps/recovery.toml"} <= set(tracked)
     assert shipped == tracked
 

@@ -28,13 +28,13 @@ SHELL = ("sh", "bash", "shell", "console")
 
 def blocks(text: str, *languages: str) -> list[tuple[int, str, bool]]:
     """Line number, content and mark of every fenced block in one of the languages."""
-    found = []
+    fenced = []
     for match in FENCE.finditer(text):
         if match[2] in languages:
             before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1].strip()
             line = text.count("\n", 0, match.start()) + 1
-            found.append((line, match[3], before == MARK))
-    return found
+            fenced.append((line, match[3], before == MARK))
+    return fenced
 
 
 def commands(text: str) -> Iterator[tuple[int, list[str]]]:

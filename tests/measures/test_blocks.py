@@ -121,8 +121,8 @@ def test_shares_are_those_of_the_weights_without_what_is_hidden(heads: tuple[int
             for query, rows in model.streams(layer).items():
                 for key, columns in model.streams(layer).items():
                     share = float(square[rows, columns].sum() / square.sum())
-                    found = shares.pop(f"blocks/A{layer + 1}.{head}/{query}:{key}")
-                    assert found == pytest.approx(share, abs=1e-9)
+                    drawn_share = shares.pop(f"blocks/A{layer + 1}.{head}/{query}:{key}")
+                    assert drawn_share == pytest.approx(share, abs=1e-9)
     readout = model.W.detach().double().clone()
     streams = model.streams(len(heads))
     assert set(shares) == {f"blocks/W/{stream}" for stream in streams}
@@ -293,14 +293,14 @@ def test_block_effects_leave_the_model_as_it_was_and_survive_errors() -> None:
     def loss() -> float:
         return -model(tokens)[:, 0].log().mean().item()
 
-    whole = loss()
+    loss_before = loss()
     effects = block_effects(model, loss)
     assert set(effects) == set(block_shares(model))
     for name, value in model.parameters_by_name.items():
         assert torch.equal(value, before[name])
     with torch.no_grad():
         model.block(1, 0, "token", "0.1/token").zero_()
-    assert loss() - whole == pytest.approx(effects["blocks/A2.0/token:0.1/token"], abs=1e-7)
+    assert loss() - loss_before == pytest.approx(effects["blocks/A2.0/token:0.1/token"], abs=1e-7)
 
     def fails() -> float:
         if calls:

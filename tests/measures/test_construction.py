@@ -46,9 +46,9 @@ def observer_of(model: GraphModel, task: GraphTask, kind: type[Observer] = Obser
 
 
 def of(model: GraphModel, graph: CausalGraph, batch: Batch, epsilon: float = 1e-3) -> Construction:
-    found = best_construction(model, graph, batch, epsilon=epsilon)
-    assert found is not None
-    return found
+    built = best_construction(model, graph, batch, epsilon=epsilon)
+    assert built is not None
+    return built
 
 
 # --- Its numbers ---
@@ -67,10 +67,10 @@ def test_the_loss_of_one_chain_by_hand() -> None:
         return -sum(t * math.log(f) for t, f in zip((0.3, 0.6, 0.1), shares, strict=True))
 
     best = minimize_scalar(by_hand, bounds=(0, 5), method="bounded", options={"xatol": 1e-6})
-    found = of(SimplifiedTransformer(3, 6), chain(5), Batch(tokens, target))
-    assert found.loss == pytest.approx(best.fun, abs=1e-7)
-    assert found.beta == pytest.approx(best.x, rel=1e-3)
-    assert found.gain is None
+    built = of(SimplifiedTransformer(3, 6), chain(5), Batch(tokens, target))
+    assert built.loss == pytest.approx(best.fun, abs=1e-7)
+    assert built.beta == pytest.approx(best.x, rel=1e-3)
+    assert built.gain is None
 
 
 def test_the_loss_of_one_sequence_with_two_parents_by_hand() -> None:
@@ -90,11 +90,11 @@ def test_the_loss_of_one_sequence_with_two_parents_by_hand() -> None:
         logs = [gain * share - math.log(total) for share in shares]
         return -sum(t * log for t, log in zip((0.2, 0.1, 0.7), logs, strict=True))
 
-    found = of(DisentangledTransformer(3, 6, (2, 1)), graph, Batch(tokens, target), epsilon=0.0)
-    assert found.gain is not None
-    assert found.loss == pytest.approx(by_hand(found.beta, found.gain), abs=1e-6)
-    around = [(found.beta * b, found.gain * g) for b in (0.9, 1.1) for g in (0.9, 1.1)]
-    assert all(found.loss <= by_hand(*scales) + 1e-9 for scales in around)
+    built = of(DisentangledTransformer(3, 6, (2, 1)), graph, Batch(tokens, target), epsilon=0.0)
+    assert built.gain is not None
+    assert built.loss == pytest.approx(by_hand(built.beta, built.gain), abs=1e-6)
+    neighbours = [(built.beta * b, built.gain * g) for b in (0.9, 1.1) for g in (0.9, 1.1)]
+    assert all(built.loss <= by_hand(*scales) + 1e-9 for scales in neighbours)
 
 
 MODELS: list[tuple[GraphModel, CausalGraph]] = [
@@ -114,27 +114,27 @@ def test_a_model_set_to_the_construction_has_its_loss(
     model: GraphModel, graph: CausalGraph
 ) -> None:
     watcher = observer_of(model, task_of(graph))
-    found = watcher.construction
-    assert found is not None
+    built = watcher.construction
+    assert built is not None
     if isinstance(model, DisentangledTransformer):
-        model.set_ideal(graph, beta=found.beta, gain=found.gain)
+        model.set_ideal(graph, beta=built.beta, gain=built.gain)
     else:
         assert isinstance(model, SimplifiedTransformer)
-        model.set_ideal(graph, beta=found.beta)
+        model.set_ideal(graph, beta=built.beta)
     losses = watcher.losses()
-    assert losses["loss/construction"] == found.loss
-    assert losses["loss/eval"] == pytest.approx(found.loss, abs=1e-5)
+    assert losses["loss/construction"] == built.loss
+    assert losses["loss/eval"] == pytest.approx(built.loss, abs=1e-5)
     assert losses["loss/construction_gap"] == pytest.approx(0.0, abs=1e-5)
     # The best predictor on average; on a few sequences within its standard error.
-    assert losses["loss/bayes"] < found.loss + 2 * watcher.bayes.stderr
+    assert losses["loss/bayes"] < built.loss + 2 * watcher.bayes.stderr
 
 
 @pytest.mark.parametrize(("model", "graph"), MODELS, ids=IDS)
 def test_no_other_scale_does_better(model: GraphModel, graph: CausalGraph) -> None:
     batch = task_of(graph).sample(150, generator=seeded(3))
-    found = of(model, graph, batch)
+    built = of(model, graph, batch)
     for beta in (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0):
-        for gain in (1.0, 2.0, 3.0, 5.0, 8.0) if found.gain else (None,):
+        for gain in (1.0, 2.0, 3.0, 5.0, 8.0) if built.gain else (None,):
             if isinstance(model, DisentangledTransformer):
                 model.set_ideal(graph, beta=beta, gain=gain)
             else:
@@ -142,29 +142,29 @@ def test_no_other_scale_does_better(model: GraphModel, graph: CausalGraph) -> No
                 model.set_ideal(graph, beta=beta)
             prediction = model(batch.tokens).detach()
             loss = cross_entropies(prediction, batch.target, epsilon=1e-3).mean().item()
-            assert found.loss <= loss + 1e-6
+            assert built.loss <= loss + 1e-6
 
 
 def test_a_known_matrix_without_noise_is_read_off() -> None:
     rows = tuple(tuple(float(p) for p in row) for row in torch.eye(S).roll(1, dims=1).tolist())
     batch = build_task(chain(T - 1), FixedTransition(rows)).sample(300, generator=seeded(3))
-    found = of(SimplifiedTransformer(S, T), chain(T - 1), batch)
-    assert math.isfinite(found.loss)
-    assert found.beta > 5
+    built = of(SimplifiedTransformer(S, T), chain(T - 1), batch)
+    assert math.isfinite(built.loss)
+    assert built.beta > 5
 
 
 def test_without_smoothing_a_token_never_seen_costs_without_end() -> None:
     tokens = torch.tensor([[0, 1, 0, 1, 0, 1]])
     batch = Batch(tokens, torch.tensor([[0.5, 0.4, 0.1]]))
-    found = of(SimplifiedTransformer(3, 6), chain(5), batch, epsilon=0.0)
-    assert found.loss == math.inf
+    built = of(SimplifiedTransformer(3, 6), chain(5), batch, epsilon=0.0)
+    assert built.loss == math.inf
 
 
 @pytest.mark.parametrize("graph", [chain(T - 1), FOREST], ids=["chain", "forest"])
 def test_rows_without_parents_do_best_when_uniform(graph: CausalGraph) -> None:
     batch = task_of(graph).sample(2000, generator=seeded(5))
     model = SimplifiedTransformer(S, T)
-    found = of(model, graph, batch)
+    built = of(model, graph, batch)
     others = [i for i in range(T) if i >= len(graph.parents) or not graph.parents[i]]
     for key in ("itself", "first"):
 
@@ -177,7 +177,7 @@ def test_rows_without_parents_do_best_when_uniform(graph: CausalGraph) -> None:
             return cross_entropies(prediction, batch.target, epsilon=1e-3).mean().item()
 
         best = minimize_scalar(loss, bounds=(0.05, 20), method="bounded")
-        assert found.loss < best.fun
+        assert built.loss < best.fun
 
 
 def test_choosing_the_scales_on_the_sequences_hardly_flatters() -> None:
@@ -187,10 +187,10 @@ def test_choosing_the_scales_on_the_sequences_hardly_flatters() -> None:
     gains, right = [], of(model, graph, many)
     for part in range(8):
         few = many[part * 250 : (part + 1) * 250]
-        found = of(model, graph, few)
+        built = of(model, graph, few)
         model.set_ideal(graph, beta=right.beta, gain=right.gain or 0.0)
         loss = cross_entropies(model(few.tokens).detach(), few.target, epsilon=1e-3)
-        gains.append(loss.mean().item() - found.loss)
+        gains.append(loss.mean().item() - built.loss)
         assert -1e-5 < gains[-1] < loss.std().item() / math.sqrt(len(few))
     assert sum(gains) / len(gains) < 0.01
 

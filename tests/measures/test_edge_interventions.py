@@ -89,9 +89,9 @@ def test_an_edge_matters_where_the_parent_holds_the_query() -> None:
     graph = forest(-1, 0, 1, -1, 1, 0)
     model = ideal(graph, vocab_size=4)
     batch = sample(graph, vocab_size=4, n=400)
-    whole = sequence_losses(model, batch, epsilon=EPSILON)
+    undisturbed = sequence_losses(model, batch, epsilon=EPSILON)
     with edit_attention(model.hooked, {0: knock_out([(2, 1)])}):
-        rises = sequence_losses(model, batch, epsilon=EPSILON) - whole
+        rises = sequence_losses(model, batch, epsilon=EPSILON) - undisturbed
     # The row becomes uniform over the keys 0 and 2: without the query among the three, no change.
     touched = (batch.tokens[:, :3] == batch.tokens[:, -1:]).any(1)
     assert not rises[~touched].any()
@@ -109,7 +109,7 @@ def test_every_effect_is_what_the_formula_gives_with_that_pattern() -> None:
     batch = sample(graph, vocab_size=3)
     effects = edge_effects(model, graph, batch, epsilon=EPSILON, generator=seeded(5)).effects
     pattern = model.attention1().detach()
-    whole = losses_by_hand(model, pattern, batch)
+    undisturbed = losses_by_hand(model, pattern, batch)
     for effect in effects:
         changed = pattern.clone()
         lost: list[tuple[int, int]] = []
@@ -127,8 +127,8 @@ def test_every_effect_is_what_the_formula_gives_with_that_pattern() -> None:
         for parent, child in lost:
             changed[child, parent] = 0.0
             changed[child] /= changed[child].sum()
-        rises = losses_by_hand(model, changed, batch) - whole
-        assert effect.loss == pytest.approx(whole.mean().item(), abs=1e-6)
+        rises = losses_by_hand(model, changed, batch) - undisturbed
+        assert effect.loss == pytest.approx(undisturbed.mean().item(), abs=1e-6)
         assert effect.rise == pytest.approx(rises.mean().item(), abs=1e-6)
         assert effect.stderr == pytest.approx(rises.std().item() / 16, abs=1e-6)
 
@@ -136,33 +136,33 @@ def test_every_effect_is_what_the_formula_gives_with_that_pattern() -> None:
 def test_keys_without_attention_change_nothing() -> None:
     graph = random_forest(11, edge_probability=0.8, generator=seeded(4))
     model, batch = ideal(graph, vocab_size=3), sample(graph, vocab_size=3)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    assert len(found.of("non_edge")) == len(found.of("edge")) == len(graph.edges)
-    for effect in found.of("non_edge"):
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    assert len(measured.of("non_edge")) == len(measured.of("edge")) == len(graph.edges)
+    for effect in measured.of("non_edge"):
         assert abs(effect.rise) < 1e-7
-    (roots,) = found.of("roots")
+    (roots,) = measured.of("roots")
     # The ideal rows of roots are uniform already.
     assert abs(roots.rise) < 1e-7
-    assert found.means["edge"][0] > 5 * found.means["edge"][1]
+    assert measured.means["edge"][0] > 5 * measured.means["edge"][1]
 
 
 def test_what_is_done_where() -> None:
     graph = forest(-1, 0, 0, 2, -1, 4)
     model, batch = ideal(graph, vocab_size=3), sample(graph, vocab_size=3, n=16)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    assert [pair(effect) for effect in found.of("edge")] == list(graph.edges)
-    assert [pair(effect) for effect in found.of("redirect")] == list(graph.edges)
-    for effect in found.of("non_edge"):
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    assert [pair(effect) for effect in measured.of("edge")] == list(graph.edges)
+    assert [pair(effect) for effect in measured.of("redirect")] == list(graph.edges)
+    for effect in measured.of("non_edge"):
         key, child = pair(effect)
         assert 0 <= key <= child
         assert (key, child) not in graph.edges
-    for effect in found.of("redirect"):
+    for effect in measured.of("redirect"):
         parent, child = pair(effect)
         # Position 1 has no other earlier position: it copies itself.
         allowed = {1} if child == 1 else set(range(child)) - {parent}
         assert effect.new_parent in allowed
-    assert {effect.head for effect in found.effects} == {0, None}
-    counts = {kind: len(found.of(kind)) for kind in ("all_edges", "roots", "query")}
+    assert {effect.head for effect in measured.effects} == {0, None}
+    counts = {kind: len(measured.of(kind)) for kind in ("all_edges", "roots", "query")}
     assert counts == {"all_edges": 1, "roots": 1, "query": 0}
 
 
@@ -172,8 +172,8 @@ def test_draws_follow_the_generator() -> None:
 
     def drawn(seed: int | None) -> list[int | None]:
         generator = None if seed is None else seeded(seed)
-        found = edge_effects(model, graph, batch, epsilon=EPSILON, generator=generator)
-        return [effect.new_parent or effect.parent for effect in found.effects]
+        measured = edge_effects(model, graph, batch, epsilon=EPSILON, generator=generator)
+        return [effect.new_parent or effect.parent for effect in measured.effects]
 
     state = torch.get_rng_state()
     assert drawn(None) == drawn(0)
@@ -184,18 +184,18 @@ def test_draws_follow_the_generator() -> None:
 def test_rows_and_figures_are_plain() -> None:
     graph = icl_pairs(5)
     model, batch = ideal(graph, vocab_size=3), sample(graph, vocab_size=3, n=16)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    rows = found.rows()
-    assert len(rows) == len(found.effects) == 3 * 2 + 2
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    rows = measured.rows()
+    assert len(rows) == len(measured.effects) == 3 * 2 + 2
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
     assert {type(value) for row in rows for value in row.values()} <= {str, int, float, type(None)}
-    figures = found.figures()
+    figures = measured.figures()
     for kind in ("edge", "non_edge", "redirect"):
-        mean = sum(effect.rise for effect in found.of(kind)) / 2
+        mean = sum(effect.rise for effect in measured.of(kind)) / 2
         assert figures[f"interventions/{kind}_rise"] == pytest.approx(mean)
     difference = figures["interventions/edge_rise"] - figures["interventions/non_edge_rise"]
     assert figures["interventions/edge_minus_non_edge_rise"] == pytest.approx(difference)
-    (everything,) = found.of("all_edges")
+    (everything,) = measured.of("all_edges")
     assert figures["interventions/all_edges_rise"] == everything.rise
     assert figures["interventions/all_edges_stderr"] == everything.stderr
 
@@ -203,9 +203,9 @@ def test_rows_and_figures_are_plain() -> None:
 def test_a_graph_without_edges_has_only_roots() -> None:
     graph = forest(-1, -1, -1)
     model, batch = ideal(graph, vocab_size=3), sample(graph, vocab_size=3, n=8)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    assert [effect.kind for effect in found.effects] == ["roots"]
-    assert found.means == {}
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    assert [effect.kind for effect in measured.effects] == ["roots"]
+    assert measured.means == {}
     for effect in patch_ideal(model, graph, batch, epsilon=EPSILON):
         assert abs(effect.rise) < 1e-7
 
@@ -240,13 +240,13 @@ def test_the_ideal_pattern_repairs_layer_1_and_an_untrained_one_spoils_the_ideal
     model.initialise(beta0=5.0)
     batch = sample(graph, vocab_size=3, n=500)
     effects = by_kind(patch_ideal(model, graph, batch, epsilon=EPSILON, beta=5.0))
-    whole = sequence_losses(ideal(graph, vocab_size=3), batch, epsilon=EPSILON).mean().item()
+    undisturbed = sequence_losses(ideal(graph, vocab_size=3), batch, epsilon=EPSILON).mean().item()
     repaired = effects["ideal_into_trained"]
     # Untrained rows are uniform, as the ideal rows of roots and of the query are.
-    assert repaired.loss + repaired.rise == pytest.approx(whole, abs=1e-6)
+    assert repaired.loss + repaired.rise == pytest.approx(undisturbed, abs=1e-6)
     assert repaired.rise < -10 * repaired.stderr
     for kind in ("trained_into_ideal", "whole_trained_into_ideal"):
-        assert effects[kind].loss == pytest.approx(whole, abs=1e-6)
+        assert effects[kind].loss == pytest.approx(undisturbed, abs=1e-6)
         assert effects[kind].rise == pytest.approx(-repaired.rise, abs=1e-6)
 
 
@@ -255,18 +255,18 @@ def test_the_ideal_pattern_repairs_layer_1_and_an_untrained_one_spoils_the_ideal
 
 def test_a_trained_model_uses_every_edge_and_nothing_else_and_its_pattern_is_ideal() -> None:
     model, graph, batch = trained()
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    for effect in found.of("edge"):
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    for effect in measured.of("edge"):
         assert effect.rise > 3 * effect.stderr
-    smallest = min(effect.rise for effect in found.of("edge"))
-    for effect in found.of("non_edge"):
+    smallest = min(effect.rise for effect in measured.of("edge"))
+    for effect in measured.of("non_edge"):
         assert abs(effect.rise) < 0.2 * smallest
-    rise, stderr = found.means["edge_minus_non_edge"]
+    rise, stderr = measured.means["edge_minus_non_edge"]
     assert rise > 10 * stderr
-    assert found.means["redirect"][0] > 10 * found.means["redirect"][1]
-    (everything,) = found.of("all_edges")
+    assert measured.means["redirect"][0] > 10 * measured.means["redirect"][1]
+    (everything,) = measured.of("all_edges")
     assert everything.rise > 10 * everything.stderr
-    assert everything.rise > found.means["edge"][0]
+    assert everything.rise > measured.means["edge"][0]
     effects = by_kind(patch_ideal(model, graph, batch, epsilon=EPSILON))
     for kind in ("ideal_into_trained", "trained_into_ideal"):
         assert abs(effects[kind].rise) < 0.02 * everything.rise
@@ -291,8 +291,8 @@ def hand_built(graph: CausalGraph, *, swapped: bool = False) -> DisentangledTran
 def test_heads_are_matched_to_parents_row_by_row(swapped: bool) -> None:
     graph = two_parents(8)
     model, batch = hand_built(graph, swapped=swapped), sample(graph, vocab_size=3, n=64)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    heads = {(effect.child, effect.parent): effect.head for effect in found.of("edge")}
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    heads = {(effect.child, effect.parent): effect.head for effect in measured.of("edge")}
     assert (heads[4, 1], heads[4, 3]) == ((1, 0) if swapped else (0, 1))
     assert (heads[6, 2], heads[6, 5]) == (0, 1)
     (effect,) = patch_ideal(model, graph, batch, epsilon=EPSILON)
@@ -308,15 +308,15 @@ def test_heads_are_matched_to_parents_row_by_row(swapped: bool) -> None:
 def test_the_last_row_serves_the_query() -> None:
     graph = k_gram(8, 2)
     model, batch = hand_built(graph), sample(graph, vocab_size=3, n=400)
-    found = edge_effects(model, graph, batch, epsilon=EPSILON)
-    assert max(pair(effect)[1] for effect in found.of("edge")) == 6
-    (query,) = found.of("query")
+    measured = edge_effects(model, graph, batch, epsilon=EPSILON)
+    assert max(pair(effect)[1] for effect in measured.of("edge")) == 6
+    (query,) = measured.of("query")
     assert (query.child, query.head) == (7, None)
     with edit_attention(model.hooked, {0: knock_out([(7, 6), (7, 7)])}):
         without = sequence_losses(model, batch, epsilon=EPSILON)
     rises = without - sequence_losses(model, batch, epsilon=EPSILON)
     assert query.rise == pytest.approx(rises.mean().item(), abs=1e-6)
-    assert "interventions/query_rise" in found.figures()
+    assert "interventions/query_rise" in measured.figures()
 
 
 def test_more_parents_than_heads_have_no_ideal_pattern() -> None:

@@ -45,10 +45,10 @@ def test_no_other_assignment_gives_more_attention(graph: CausalGraph, n_heads: i
     matching = match_heads(attention, graph)
     rows = {child: row for child, row in enumerate(graph.parents[:-1]) if row}
     assert set(matching.rows) == set(rows)
-    found = [(attention[:, c], matching.rows[c], row) for c, row in rows.items()]
+    columns = [(attention[:, c], matching.rows[c], row) for c, row in rows.items()]
     assert matching.query is not None
-    found.append((attention[:, -1], matching.query, graph.query_parents or ()))
-    for row, heads, parents in found:
+    columns.append((attention[:, -1], matching.query, graph.query_parents or ()))
+    for row, heads, parents in columns:
         ways = all_assignments(n_heads, len(parents))
         assert heads in ways
         most = max(sum(served(row, way, parents)) for way in ways)
@@ -58,7 +58,7 @@ def test_no_other_assignment_gives_more_attention(graph: CausalGraph, n_heads: i
 @pytest.mark.parametrize("n_heads", [1, 2, 3])
 def test_figures_equal_loops(n_heads: int) -> None:
     attention = random_patterns(n_heads, 7, seed=5)
-    best, hits, whole = [], [], []
+    best, hits, matched = [], [], []
     for child, parents in enumerate(UNEVEN.parents[:-1]):
         row = attention[:, child]
         ways = all_assignments(n_heads, len(parents))
@@ -69,11 +69,11 @@ def test_figures_equal_loops(n_heads: int) -> None:
             for h, p in zip(heads, parents, strict=True)
         ]
         hits += hit
-        whole += [all(hit)] if parents else []
+        matched += [all(hit)] if parents else []
     figures = matching_figures(attention, UNEVEN)
     assert figures["graph/parent_attention"] == pytest.approx(sum(best) / 7, rel=1e-6)
     assert figures["graph/recovered"] == pytest.approx(sum(hits) / 7)
-    assert figures["graph/rows_matched"] == pytest.approx(sum(whole) / 4)
+    assert figures["graph/rows_matched"] == pytest.approx(sum(matched) / 4)
     assert ("graph/head_consistency" in figures) == (n_heads > 1)
 
 

@@ -91,10 +91,10 @@ def test_gradient_figures_equal_loops(graph: CausalGraph) -> None:
             scaled = (gradient[i, :i] * (i + 1)).double()
             left += (scaled - scaled.mean()).tolist()
             right += (information[i, :i] - information[i, :i].mean()).tolist()
-        found = figures[f"gradient/{name}_correlation"]
-        assert found == pytest.approx(np.corrcoef(left, right)[0, 1])
-        found = figures[f"gradient/{name}_spearman"]
-        assert found == pytest.approx(stats.spearmanr(left, right)[0], abs=0.02)
+        value = figures[f"gradient/{name}_correlation"]
+        assert value == pytest.approx(np.corrcoef(left, right)[0, 1])
+        value = figures[f"gradient/{name}_spearman"]
+        assert value == pytest.approx(stats.spearmanr(left, right)[0], abs=0.02)
     assert figures["gradient/edge_hits"] == edge_hits(gradient, graph)
 
 

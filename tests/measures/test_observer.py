@@ -118,12 +118,12 @@ def test_it_names_the_figures_of_the_design(look: Look) -> None:
 def test_examples_are_the_first_sequences_seen_by_the_last_layer(heads: tuple[int, ...]) -> None:
     model = of_heads(*heads)
     watcher = watch(model, two_parents(LENGTH))
-    found = watcher.observe().matrices["attention/examples"]
+    attention = watcher.observe().matrices["attention/examples"]
     assert torch.equal(watcher.examples, watcher.batch.tokens[:4])
     with torch.no_grad():
         _, cache = model.hooked.run_with_cache(watcher.examples)
     expected = cache[f"blocks.{len(heads) - 1}.attn.hook_pattern"][:, : heads[-1], -1]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(attention, expected)
 
 
 def test_the_gradient_of_the_scores_is_that_of_a1(look: Look) -> None:
@@ -131,8 +131,8 @@ def test_the_gradient_of_the_scores_is_that_of_a1(look: Look) -> None:
     loss = soft_cross_entropy(model(watcher.batch.tokens), watcher.batch.target, epsilon=1e-3)
     (gradient,) = torch.autograd.grad(loss, model.parameters_by_name["A1"])
     expected = -gradient[0, S : S + T, :T]
-    found = observation.matrices["gradient/scores"].to(expected.dtype)
-    assert (found - expected).norm() < 1e-6 * expected.norm()
+    gradient = observation.matrices["gradient/scores"].to(expected.dtype)
+    assert (gradient - expected).norm() < 1e-6 * expected.norm()
     assert observation.figures["loss/eval"] == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -140,10 +140,10 @@ def test_the_gradient_of_the_pattern_is_that_of_a_free_pattern() -> None:
     model = SimplifiedTransformer(S, T)
     model.initialise(beta0=1.0)
     watcher = observe_with(model)
-    found = watcher.observe().matrices["gradient/pattern"][:-1, :-1].double()
+    gradient = watcher.observe().matrices["gradient/pattern"][:-1, :-1].double()
     # Same generator, so the same sequences.
     expected, _ = pattern_gradient(watcher.task, 300, beta0=1.0, epsilon=1e-3, seed=2)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_parts_of_the_batch_add_up(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,11 +256,11 @@ def test_the_gradient_of_the_scores_is_that_of_what_is_added_to_them(
     (gradient,) = torch.autograd.grad(loss, model.parameters_by_name["A1"])
     expected = -gradient[: heads[0], S : S + LENGTH, S : S + LENGTH]
     observation = watcher.observe()
-    found = observation.matrices["gradient/scores"]
+    gradient = observation.matrices["gradient/scores"]
     several = heads[0] > 1
-    assert found.shape == ((heads[0], LENGTH, LENGTH) if several else (LENGTH, LENGTH))
+    assert gradient.shape == ((heads[0], LENGTH, LENGTH) if several else (LENGTH, LENGTH))
     expected = expected if several else expected[0]
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert observation.figures["loss/eval"] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -277,13 +277,13 @@ def test_the_gradient_of_the_pattern_of_every_head_is_that_of_a_free_pattern() -
     stream = torch.cat([h, *(pattern @ h for pattern in patterns)], -1)
     prediction = (stream[:, -1] @ model.W).softmax(-1)
     soft_cross_entropy(prediction, watcher.batch.target, epsilon=1e-3).backward()
-    found = watcher.observe().matrices["gradient/pattern"]
+    gradient = watcher.observe().matrices["gradient/pattern"]
     for head, pattern in enumerate(patterns):
         assert pattern.grad is not None
         row = -pattern.grad.sum(0)[-1]
         expected = row - row.mean()
-        assert (found[head, -1] - expected).norm() < 1e-4 * expected.norm()
-        assert not found[head, :-1].any()
+        assert (gradient[head, -1] - expected).norm() < 1e-4 * expected.norm()
+        assert not gradient[head, :-1].any()
 
 
 def test_figures_of_two_heads_stand_beside_those_of_their_sum() -> None:
@@ -299,9 +299,9 @@ def test_figures_of_two_heads_stand_beside_those_of_their_sum() -> None:
         ("gradient/head1/pattern_", matrices["gradient/pattern"][1] / n_keys),
     ):
         expected = gradient_figures(gradient, watcher.theory, prefix=prefix)
-        shown = {k: v for k, v in expected.items() if k in figures}
-        assert {k: figures[k] for k in shown} == pytest.approx(shown)
-        assert shown.keys() >= {prefix + name for name in ("edge_hits", "chi2_correlation")}
+        present = {k: v for k, v in expected.items() if k in figures}
+        assert {k: figures[k] for k in present} == pytest.approx(present)
+        assert present.keys() >= {prefix + name for name in ("edge_hits", "chi2_correlation")}
     assert "gradient/head2/pattern_edge_hits" not in figures
     one = watch(of_heads(1, 1), graph).observe().figures
     assert not any(name.startswith("gradient/head") for name in one)

@@ -39,9 +39,9 @@ def rows_of(
 @pytest.mark.parametrize("steps", [EVERY_10, LOGARITHMIC], ids=["every 10", "logarithmic"])
 def test_known_plateaus_are_found(steps: Sequence[int], noise: float) -> None:
     rows = rows_of(steps_down, steps, noise)
-    found = find_plateaus(rows)[-2:]  # every 10 steps is too rare for a plateau of 10 steps
+    plateaus = find_plateaus(rows)[-2:]  # every 10 steps is too rare for a plateau of 10 steps
     ends = [(DROPS[0], DROPS[1]), (DROPS[1], 4000)]
-    for plateau, level, (start, stop) in zip(found, LEVELS[1:], ends, strict=True):
+    for plateau, level, (start, stop) in zip(plateaus, LEVELS[1:], ends, strict=True):
         assert plateau.level == pytest.approx(level, abs=0.01 + noise)
         assert start < plateau.start < 2.2 * start
         assert stop / 2 < plateau.stop < stop
@@ -84,8 +84,8 @@ def test_spikes_are_no_drops() -> None:
     for n in (40, 100, 101):
         rows[n]["loss/eval"] = 3.0
     clean = find_plateaus(rows_of(steps_down, LOGARITHMIC))
-    found = find_plateaus(rows)
-    assert [p.level for p in found] == pytest.approx([p.level for p in clean], abs=0.01)
+    plateaus = find_plateaus(rows)
+    assert [p.level for p in plateaus] == pytest.approx([p.level for p in clean], abs=0.01)
 
 
 def test_plateaus_name_the_strategy_with_the_smallest_divergence() -> None:
@@ -139,9 +139,9 @@ def test_another_loss_can_be_asked_for() -> None:
         for row in rows_of(steps_down, LOGARITHMIC)
     ]
     assert find_plateaus(rows) == []
-    found = find_plateaus(rows, loss="loss/train")
-    assert len(found) == 3
-    assert isinstance(found[0], Plateau)
+    plateaus = find_plateaus(rows, loss="loss/train")
+    assert len(plateaus) == 3
+    assert isinstance(plateaus[0], Plateau)
 
 
 def test_a_shoulder_and_the_drop_after_it_are_found_where_nothing_stands_still() -> None:
@@ -149,9 +149,9 @@ def test_a_shoulder_and_the_drop_after_it_are_found_where_nothing_stands_still()
     levels = [1.6 / (1 + s / 400) ** 0.3 - (0.3 if s > 1000 else 0.0) for s in steps]
     history = [{"train/step": s, "loss/eval": v} for s, v in zip(steps, levels, strict=True)]
     assert find_drops(history) == []
-    found = steepest_drop(history)
-    assert found is not None
-    shoulder, drop = found
+    steepest = steepest_drop(history)
+    assert steepest is not None
+    shoulder, drop = steepest
     assert (drop.start, drop.stop) == (1000, 1100)
     assert 1000 < drop.middle < 1100
     assert drop.height == pytest.approx(levels[10] - levels[11])

@@ -51,12 +51,12 @@ def definition(tokens: Tensor, attention: list[Tensor], readout: Tensor, vocab_s
 
 def gradients(model: DisentangledTransformer) -> list[Tensor]:
     """The gradients as they lie in the parameters, idle heads and blocks included."""
-    found = []
+    gradients = []
     for parameter in model.parameters_by_name.values():
         assert parameter.grad is not None
-        found.append(parameter.grad.clone())
+        gradients.append(parameter.grad.clone())
     model.hooked.zero_grad()
-    return found
+    return gradients
 
 
 def loss(prediction: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def loss(prediction: Tensor) -> Tensor:
     return -(target * (prediction + 1e-3).log()).sum(1).mean()
 
 
-def check_close(found: Tensor, expected: Tensor, *, floor: float = 1e-8) -> None:
+def check_close(actual: Tensor, expected: Tensor, *, floor: float = 1e-8) -> None:
     """Equal to 1e-5 of the norm; the floor is for what all but cancels."""
-    error = (found.detach().double() - expected.detach().double()).norm()
+    error = (actual.detach().double() - expected.detach().double()).norm()
     assert error < 1e-5 * expected.detach().double().norm() + floor
 
 
@@ -96,12 +96,12 @@ def check_definition(model: DisentangledTransformer, *, floor: float = 1e-8) -> 
     loss(prediction).backward()
     *of_attention, of_readout = gradients(model)
     check_close(of_readout, readout.grad, floor=floor)
-    for layer, (weight, found) in enumerate(zip(exact, of_attention, strict=True)):
+    for layer, (weight, gradient) in enumerate(zip(exact, of_attention, strict=True)):
         width = model.widths[layer]
-        used = found[: model.heads[layer], :width, :width]
+        used = gradient[: model.heads[layer], :width, :width]
         check_close(used, weight.grad, floor=floor)
         # Whatever is not A gets nothing: idle heads, and streams that come later.
-        assert found.count_nonzero() == used.count_nonzero()
+        assert gradient.count_nonzero() == used.count_nonzero()
 
 
 @pytest.mark.parametrize(("vocab_size", "length", "heads"), SIZES)
@@ -149,9 +149,9 @@ def test_streams_partition_the_width(heads: tuple[int, ...]) -> None:
     assert model.widths == stream_widths(3, 5, heads)
     for layer, width in enumerate(model.widths):
         places = list(model.streams(layer).values())
-        covered = [i for place in places for i in range(place.start, place.stop)]
+        covered = [i for columns in places for i in range(columns.start, columns.stop)]
         assert covered == list(range(width))
-        assert all(place.stop - place.start in (3, 5) for place in places)
+        assert all(columns.stop - columns.start in (3, 5) for columns in places)
     assert len(model.streams(len(heads))) == 2 * math.prod(n + 1 for n in heads)
 
 
@@ -172,14 +172,14 @@ def test_every_name_addresses_what_it_says(heads: tuple[int, ...]) -> None:
     for layer in range(len(heads) + 1):
         last = layer == len(heads)
         name = f"blocks.{layer - last}.hook_resid_{'post' if last else 'pre'}"
-        for stream, place in model.streams(layer).items():
+        for stream, columns in model.streams(layer).items():
             *path, kind = stream.split("/")
             seen = torch.arange(length)
             for reader in path:
                 seen = (seen - steps[reader]).clamp(min=0)
             expected = one_hot(tokens[:, seen], 4) if kind == "token" else one_hot(seen, length)
-            found = cache[name][..., place]
-            torch.testing.assert_close(found, expected.float().expand_as(found), msg=stream)
+            part = cache[name][..., columns]
+            torch.testing.assert_close(part, expected.float().expand_as(part), msg=stream)
     # What the readout is given is what its names say.
     stream = list(model.streams(len(heads)))[-2]
     with torch.no_grad():
@@ -200,12 +200,12 @@ def test_blocks_are_views_that_change_both_forms() -> None:
         for key in list(model.streams(layer))[-2:]
     ]
     before = model(tokens).detach()
-    for place in places:
+    for block in places:
         with torch.no_grad():
-            model.block(*place)[:, 0] += 1.0
+            model.block(*block)[:, 0] += 1.0
         after = model(tokens).detach()
         hooked = model.probabilities(model.hooked(tokens))
-        assert (after - before).abs().max() > 1e-5, place
+        assert (after - before).abs().max() > 1e-5, block
         torch.testing.assert_close(after, hooked, atol=1e-6, rtol=1e-4)
         before = after
     for stream in model.streams(2):
@@ -305,13 +305,13 @@ def test_the_ideal_solution_predicts_the_frequencies_of_its_context(
     tokens = random_tokens(model, n=400)
     checked = 0
     for sequence, logits in zip(tokens.tolist(), model.logits(tokens).detach() / 2, strict=True):
-        found = followers(graph, sequence)
+        following = followers(graph, sequence)
         # Rows of roots see averages of what came before, which match where all of it is alike.
         single = graph.query_parents is None
         copies = {sequence[-1]} if single else {sequence[p] for p in graph.query_parents or ()}
-        if not found or (sequence[0] in copies if single else len(copies) == 1):
+        if not following or (sequence[0] in copies if single else len(copies) == 1):
             continue
-        share = torch.tensor([found.count(token) / len(found) for token in range(3)])
+        share = torch.tensor([following.count(token) / len(following) for token in range(3)])
         torch.testing.assert_close(logits, share, atol=1e-3, rtol=0.0)
         checked += 1
     assert checked > 50

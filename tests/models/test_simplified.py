@@ -43,8 +43,8 @@ def formula(A1: Tensor, A2: Tensor, tokens: Tensor) -> Tensor:
     return X.T @ torch.softmax(torch.softmax(A1 + mask, dim=1) @ X @ A2 @ X[-1], dim=0)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("vocab_size", "length"), SIZES)

@@ -247,8 +247,8 @@ def test_activation_checkpointing_is_read_once(
     plain, checkpointed = build(), build()
     for block in checkpointed.blocks:
         block.forward = partial(again, block.forward)
-    for expected, found in zip(readings(plain), readings(checkpointed), strict=True):
-        assert torch.allclose(expected, found, equal_nan=True)
+    for expected, actual in zip(readings(plain), readings(checkpointed), strict=True):
+        assert torch.allclose(expected, actual, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -107,8 +107,8 @@ def hugging_face(folder: Path, *, tracked: bool, resume: bool = False) -> tuple[
 def test_the_trainer_is_tracked_resumed_and_left_alone(tmp_path: Path) -> None:
     alone, _ = hugging_face(tmp_path / "alone", tracked=False)
     trainer, tracker = hugging_face(tmp_path / "tracked", tracked=True)
-    for expected, found in zip(alone.model.parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(expected, found)
+    for expected, actual in zip(alone.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(expected, actual)
     assert [look.step for look in tracker.looks] == [0, 1, 2, 4, 6]
     logged = [row for row in trainer.state.log_history if "probes/prefix_matching/max" in row]
     assert [row["global_step"] for row in logged] == [0, 1, 2, 4, 6]
@@ -164,8 +164,8 @@ def test_lightning_is_tracked_resumed_and_left_alone(tmp_path: Path, build: Buil
     alone, tracked = copy.deepcopy(first), copy.deepcopy(first)
     lightning_run(tmp_path / "alone", alone, tracked=False)
     tracker = lightning_run(tmp_path / "tracked", tracked, tracked=True)
-    for expected, found in zip(alone.parameters(), tracked.parameters(), strict=True):
-        assert torch.equal(expected, found)
+    for expected, actual in zip(alone.parameters(), tracked.parameters(), strict=True):
+        assert torch.equal(expected, actual)
     assert [look.step for look in tracker.looks] == [0, 1, 2, 4, 6]
     [table] = (tmp_path / "tracked").rglob("metrics.csv")
     assert "probes/prefix_matching/max" in table.read_text().splitlines()[0]

@@ -155,10 +155,10 @@ def test_groups_find_the_graph_where_pooling_misleads() -> None:
 
 def test_batches_and_devices_of_tokens_do_not_matter() -> None:
     tokens = torch.randint(4, (50, 5), generator=seeded())
-    whole = pairwise_information(tokens, vocab_size=4)
+    together = pairwise_information(tokens, vocab_size=4)
     batches = pairwise_information(iter(tokens.to(torch.int16).split(7)), vocab_size=4)
-    assert torch.equal(whole.chi2.nan_to_num(), batches.chi2.nan_to_num())
-    assert torch.equal(whole.chi2_stderr.nan_to_num(), batches.chi2_stderr.nan_to_num())
+    assert torch.equal(together.chi2.nan_to_num(), batches.chi2.nan_to_num())
+    assert torch.equal(together.chi2_stderr.nan_to_num(), batches.chi2_stderr.nan_to_num())
 
 
 def test_rare_tokens_share_a_bucket_and_only_lose_information() -> None:

@@ -35,6 +35,7 @@ from probes import (
 )
 from probes.reading.passes import token_losses
 from tests.probes.conftest import Build
+from tests.refusals import raises_one_line
 
 VALUES = torch.arange(12.0).reshape(2, 3, 2)
 LABELLED = LabelledTensor("scores", VALUES, ("layer", "head", "key"), {"layer": (3, 5)})
@@ -117,9 +118,8 @@ WRONG_VALUES: list[tuple[Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize(("call", "message"), WRONG_VALUES)
 def test_a_wrong_value_is_refused_in_one_line(call: Callable[[], Any], message: str):
-    with pytest.raises(ValueError, match=message) as caught:
+    with raises_one_line(ValueError, match=message):
         call()
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def edited(model: HookedTransformer, layer: int, edit: Any) -> None:
@@ -289,9 +289,8 @@ WRONG_FOR_A_MODEL: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
 def test_what_does_not_fit_a_model_is_refused_in_one_line(
     model: HookedTransformer, call: Callable[[Any], Any], error: type[Exception], message: str
 ):
-    with pytest.raises(error, match=message) as caught:
+    with raises_one_line(error, match=message):
         call(model)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -322,9 +321,8 @@ def test_what_does_not_fit_a_model_is_refused_in_one_line(
 def test_a_model_of_the_wrong_kind_is_refused_in_one_line(
     build: Build, sizes: dict[str, Any], call: Callable[[Any], Any], message: str
 ):
-    with pytest.raises(ProbeError, match=message) as caught:
+    with raises_one_line(ProbeError, match=message):
         call(build(**sizes))
-    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

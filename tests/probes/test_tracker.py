@@ -117,11 +117,11 @@ def test_training_goes_on_as_if_nobody_looked(
             warnings.simplefilter("error", ProbeWarning)
             watched = train(model, track, **options)
     assert [look.step for look in track.looks] == [0, 1, 2]
-    for expected, found in zip(alone, watched, strict=True):
+    for expected, actual in zip(alone, watched, strict=True):
         if isinstance(expected, Tensor):
-            assert torch.equal(expected, found)
+            assert torch.equal(expected, actual)
         else:
-            assert expected == found
+            assert expected == actual
 
 
 def test_looks_read_the_model_as_it_is(model: HookedTransformer) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import wandb
 
-from mechcausal.measures.figures import STEP
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.records import wandb_runs
-from mechcausal.records.run_folder import read_metrics, read_process
+from mechcausal.records.run_folder import read_process
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.records.wandb_runs import WandbRun
 from mechcausal.sweeps.batch import train_batch
 from mechcausal.training.resuming import resume
-from mechcausal.training.run import Progress, train
+from mechcausal.training.run import train
+from tests.run_folders import at, steps_of
 from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -83,22 +83,10 @@ class User:
         assert wandb_steps(fragment) == self.steps
 
 
-def steps_of(folder: Path) -> list[int]:
-    return [int(row[STEP] or 0) for row in read_metrics(folder)]
-
-
 def arrived(folder: Path) -> list[int]:
     """The steps that W&B has of our run."""
     ours = fragments(folder, read_process(folder)["wandb_id"])
     return sorted(step for fragment in ours for step in wandb_steps(fragment) or ())
-
-
-def at(step: int, action: Callable[[], Any]) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            action()
-
-    return on_progress
 
 
 def all_of_us(folder: Path) -> None:

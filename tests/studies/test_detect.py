@@ -20,7 +20,7 @@ from mechcausal.records.wandb_fragments import count_wandb_rows
 from mechcausal.studies.detection import Detection, detect
 from mechcausal.studies.targets import load_target
 from mechcausal.training.run import RunResult
-from tests.commands import Command, outcome
+from tests.commands import Command, check_refused, outcome
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
 
@@ -300,19 +300,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda v: " ".join(v)[:60])
+@pytest.mark.usefixtures("command")
 def test_bad_input_is_one_line_and_exit_code_2(
-    command: Command, folder: Path, arguments: list[str], parts: list[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ) -> None:
-    before = sorted(folder.rglob("*"))
-    code, output, errors = command(*arguments)
-    assert code == 2
-    assert errors.startswith("mechcausal: ")
-    assert errors.count("\n") == 1
-    assert errors.endswith("\n")
-    for part in parts:
-        assert part in errors
-    assert output == ""
-    assert sorted(folder.rglob("*")) == before
+    check_refused(capsys, ["detect", *arguments], parts, folder)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from mechcausal.sweeps.plan import plan, size
 from mechcausal.sweeps.sweep import Sweep, SweepError
 from mechcausal.sweeps.wandb_sweep import wandb_config
 from mechcausal.training.run import train
+from tests.commands import refused
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -248,10 +249,7 @@ def test_bad_input_is_one_line_and_nothing_is_started(
     text, *parts = REFUSED[case]
     head = "" if text.startswith("recipe") else 'recipe = "manual"\n'
     file, out = write(tmp_path, head + text), tmp_path / "out"
-    assert main(["sweep", str(file), "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
+    error = refused(capsys, "sweep", file, "--out", out)
     assert all(part in error for part in parts), error
     assert not engine.ran
     assert not out.exists()
@@ -273,10 +271,7 @@ def test_options_that_do_not_go_together_are_refused(
         (["--workers", "0"], "--workers is 0"),
         (["--engine", "slurm"], "slurm"),
     ):
-        assert main(["sweep", str(file), *options]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert message in error
+        assert message in refused(capsys, "sweep", file, *options)
 
 
 def test_dask_needs_an_address_and_no_scheduler_is_started(
@@ -287,11 +282,8 @@ def test_dask_needs_an_address_and_no_scheduler_is_started(
         monkeypatch.delattr(distributed, started)
     file = write(tmp_path, 'recipe = "manual"\n[axes]\nseed = [1]')
     for options in ([], ["--address", ""]):
-        command = ["sweep", str(file), "--engine", "dask", "--out", str(tmp_path / "out")]
-        assert main([*command, *options]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("mechcausal: --engine dask needs --address, ")
-        assert error.count("\n") == 1
+        command = ["sweep", file, "--engine", "dask", "--out", tmp_path / "out", *options]
+        assert "mechcausal: --engine dask needs --address, " in refused(capsys, *command)
     with pytest.raises(SweepError, match="needs --address"):
         run_sweep(load_sweep(file), tmp_path / "out", engine="dask")
     with pytest.raises(SweepError, match="--engine batched is now the option --batch"):
@@ -482,10 +474,10 @@ def test_archives_hold_regular_files_below_their_folder_alone(
 def schema() -> object:
     """W&B's own, from its package sweeps, which `make` installs without what its code needs."""
     try:
-        found = metadata.files("sweeps") or []
+        files = metadata.files("sweeps") or []
     except metadata.PackageNotFoundError:
         pytest.skip("W&B's package sweeps is not installed")
-    (file,) = (path for path in found if path.name == "schema.json")
+    (file,) = (path for path in files if path.name == "schema.json")
     return json.loads(Path(str(file.locate())).read_text())
 
 
@@ -551,8 +543,7 @@ def test_what_wandb_has_no_form_for_is_refused(
         ("task.vocab_size = {low = 2, high = 100, log = true}", 'kind = "random"\nsamples = 2'),
     ):
         file = write(tmp_path, f"{head}\n{TINY}\n[axes]\n{axes}\n")
-        assert main(["sweep", str(file), "--as-wandb", str(tmp_path / "w.yaml")]) == 2
-        assert "W&B" in capsys.readouterr().err
+        assert "W&B" in refused(capsys, "sweep", file, "--as-wandb", tmp_path / "w.yaml")
         assert not (tmp_path / "w.yaml").exists()
 
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from mechcausal.graphs import (
     CausalGraph,
@@ -35,16 +34,11 @@ from mechcausal.tasks.priors import (
     stationary_with_first_row,
 )
 from mechcausal.tasks.protocol import Prior
-from tests.oracles import forest, integrated_probability, seeded
+from tests.oracles import forest, integrated_probability, seeded, z_score
 
 
 def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SingleParentTask:
     return SingleParentTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
-
-
-def z_score(values: Tensor, expected: float) -> float:
-    stderr = values.std().item() / len(values) ** 0.5
-    return float((values.mean().item() - expected) / stderr)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,11 +133,11 @@ def test_roots_matter_to_bayes() -> None:
 def test_bayes_takes_the_sequences_in_parts() -> None:
     task = symmetric_task(icl_pairs(7), 0.5, 3)
     tokens = task.sample(10, generator=seeded(1)).tokens
-    whole, parts = (
+    together, parts = (
         bayes_prediction(task, tokens, generator=seeded(2), n_draws=20_000, max_elements=elements)
         for elements in (10**7, 3 * 20_000 * 9)
     )
-    assert (whole - parts).abs().max() < 0.02
+    assert (together - parts).abs().max() < 0.02
 
 
 def test_bayes_needs_few_draws_where_roots_say_nothing() -> None:

@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, GraphError, chain, k_gram, two_parents
 from mechcausal.tasks import (
@@ -26,16 +25,19 @@ from mechcausal.tasks.predictors import (
 )
 from mechcausal.tasks.predictors.unigram import smoothing_total
 from mechcausal.tasks.priors import DirichletPrior, FixedTransition, PriorError
-from tests.oracles import integrated_probability, seeded, urn_counts
+from tests.oracles import (
+    MIXED,
+    integrated_probability,
+    seeded,
+    symmetric_task,
+    urn_counts,
+    z_score,
+)
+from tests.refusals import raises_one_line
 
-MIXED = CausalGraph(((), (0,), (0, 1), (0, 1), (2,), (1, 3)), (2, 5))
 THREE_PARENTS = CausalGraph(((), (), (), (0, 1, 2), (1, 2, 3), (3,), (0, 2, 5)), (3, 4, 6))
 NEW_NUMBER = CausalGraph(((), (0,), (1,), (0,)), (1, 2, 3))
 STICKY = FixedTransition(((0.9, 0.1), (0.2, 0.8)))
-
-
-def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SeveralParentsTask:
-    return SeveralParentsTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
 
 
 def draw(task: SeveralParentsTask, sampler: str, n: int, seed: int) -> Batch:
@@ -43,10 +45,6 @@ def draw(task: SeveralParentsTask, sampler: str, n: int, seed: int) -> Batch:
     if sampler == "urn":
         return task.sample(n, generator=generator)
     return task.sample_given(task.sample_tensors(n, generator=generator), generator=generator)
-
-
-def z_score(values: Tensor, expected: float) -> float:
-    return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
 
 
 @pytest.mark.parametrize("sampler", ["urn", "tensors"])
@@ -159,9 +157,8 @@ def test_a_fixed_matrix_serves_one_parent() -> None:
 def test_tasks_that_make_no_sense_are_refused_in_one_line(
     graph: CausalGraph, prior: DirichletPrior | FixedTransition, error: type, words: str
 ) -> None:
-    with pytest.raises(error, match=words) as caught:
+    with raises_one_line(error, match=words):
         SeveralParentsTask(graph, prior)
-    assert "\n" not in str(caught.value)
 
 
 def test_wrong_tensors_are_refused_in_one_line() -> None:

