@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechcausal.tasks.sequences import draw_rows
+
 MAX_LEAVES = 1024
 
 
@@ -131,10 +133,10 @@ class Hierarchy:
         q, device = self.grammar.n_symbols, generator.device
         root = torch.randint(q, (n_sequences,), generator=generator, device=device)
         laws = self.grammar.descent(self.filter).to(device)
-        nodes = torch.stack([_draw(law[root], generator) for law in laws], 1)
+        nodes = torch.stack([draw_rows(law[root], generator) for law in laws], 1)
         rules = self.grammar.rules.flatten(1).to(device)
         for _ in range(self.depth - self.filter):
-            pairs = _draw(rules[nodes.flatten()], generator).view(nodes.shape)
+            pairs = draw_rows(rules[nodes.flatten()], generator).view(nodes.shape)
             nodes = torch.stack([pairs // q, pairs % q], -1).flatten(1)
         return nodes, root
 
@@ -199,10 +201,6 @@ def evidence_of(
     seen = tokens.unsqueeze(-1) == torch.arange(n_symbols, device=tokens.device)
     hidden = (tokens < 0) | (tokens >= n_symbols)
     return (seen | hidden.unsqueeze(-1)).double()
-
-
-def _draw(law: Float[Tensor, "n outcome"], generator: torch.Generator) -> Int[Tensor, "n"]:
-    return torch.multinomial(law, 1, generator=generator).squeeze(1)
 
 
 def _normalised(messages: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens along the edges of graphs, for the sequences of one run or of many at once."""
+"""Draw tokens: along the edges of graphs, for one run or many at once, and from single rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,3 +89,8 @@ def draw_tokens(
             token = torch.searchsorted(passed, drawn, right=True)
             tokens.index_copy_(0, part.position, token.view(rows.shape))
     return tokens
+
+
+def draw_rows(rows: Float[Tensor, "n outcome"], generator: torch.Generator) -> Int[Tensor, "n"]:
+    """One outcome from each distribution, on the generator's device."""
+    return torch.multinomial(rows, 1, generator=generator).squeeze(1)
