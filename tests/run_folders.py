@@ -58,6 +58,28 @@ def heads_recipe() -> Recipe:
     return parse_recipe(data, source="test")
 
 
+def tree_recipe() -> Recipe:
+    """A masked leaf of trees with four leaves."""
+    data = {
+        "name": "small-tree",
+        "task": {"kind": "tree", "vocab_size": 3, "depth": 2},
+        "model": {"kind": "standard", "attention": "bidirectional", "n_heads": 1, "d_model": 16},
+        "training": {"algorithm": "joint", "epsilon": 1e-4, "joint": {"steps": 40}},
+    }
+    return parse_recipe(data, source="test")
+
+
+def lags_recipe() -> Recipe:
+    """Lags 1 and 2 in sequences of 12 tokens."""
+    data = {
+        "name": "lags",
+        "task": {"kind": "selective_lags", "vocab_size": 3, "lags": [1, 2], "context": 12},
+        "model": {"kind": "standard", "d_model": 16},
+        "training": {"algorithm": "joint", "joint": {"steps": 40}},
+    }
+    return parse_recipe(data, source="test")
+
+
 def matrices_of(recipe: Recipe, seed: int) -> dict[str, np.ndarray]:
     """Random attention and gradients, or scores of heads, of the right shapes."""
     generator = np.random.default_rng(seed)

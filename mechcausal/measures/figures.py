@@ -103,6 +103,10 @@ def figure_of(key: str) -> RunFigure:
     return RunFigure(key=key, label=key, short=key, unit=unit)
 
 
+TASK_CURVES = ("tree", "scales", "heights", "lags")
+"""Pictures over training that belong to one kind of task, see `curves`."""
+
+
 def keys_in(history: History, keys: Iterable[str]) -> list[str]:
     """Which of the keys the rows have; a family becomes its members, in the rows' order.
 

@@ -25,6 +25,7 @@ def standard_config(
     d_mlp: int | None = None,
     layer_norm: bool = False,
     positions: str = "standard",
+    attention: str = "causal",
     initial_scale: float = 0.0,
     device: str = "cpu",
 ) -> HookedTransformerConfig:
@@ -39,6 +40,7 @@ def standard_config(
         d_mlp: width of the ReLU MLPs; no MLPs when absent.
         layer_norm: whether LayerNorm precedes every attention layer, MLP and the unembedding.
         positions: "standard", or "shortformer" (positions enter only queries and keys).
+        attention: "causal", or "bidirectional" (every position sees all others).
         initial_scale: standard deviation of the initial weights; 0.8 / sqrt(d_model) when 0.
         device: where the model lives.
     """
@@ -54,6 +56,7 @@ def standard_config(
         d_vocab=vocab_size,
         normalization_type="LN" if layer_norm else None,
         positional_embedding_type=positions,
+        attention_dir=attention,
         initializer_range=initial_scale
         or -1.0,  # a negative value selects TransformerLens's default
         default_prepend_bos=False,

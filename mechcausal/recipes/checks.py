@@ -28,17 +28,25 @@ _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
         "d_mlp",
         "layer_norm",
         "embeddings",
+        "attention",
         "positions",
     ),
 }
-# The task options that belong to one kind.
-_TASK_OPTIONS: dict[str, TaskKind] = {
-    "transition": "causal_graph",
-    "repeat_lengths": "repeated_tokens",
-    **dict.fromkeys(("text", "text_sha256", "context", "interleaved"), "text"),
+# The task options that belong to some kinds only.
+_TASK_OPTIONS: dict[str, tuple[TaskKind, ...]] = {
+    "transition": ("causal_graph",),
+    "matrices": ("causal_graph",),
+    "repeat_lengths": ("repeated_tokens",),
+    **dict.fromkeys(("text", "text_sha256", "interleaved"), ("text",)),
+    "context": ("text", "selective_lags"),
+    "lags": ("selective_lags",),
+    **dict.fromkeys(("depth", "filter", "sigma", "predict"), ("tree",)),
+    "seed": ("causal_graph", "selective_lags", "tree"),
 }
 MAX_CHARACTERS = 256
 """Most characters told apart; tables of n-grams grow with their third power."""
+MAX_SYMBOLS = 64
+"""Most symbols of a tree; its rules grow with their third power."""
 
 
 def check_together(
@@ -55,10 +63,16 @@ def check_together(
         _check_task(task)
     elif task.kind != "own":
         _check_without_graph(graph, task, model, training)
-        if task.kind == "text":
-            _check_text(task)
-        else:
-            _check_repeated_tokens(task)
+        check = {
+            "repeated_tokens": _check_repeated_tokens,
+            "text": _check_text,
+            "tree": _check_tree,
+            "selective_lags": _check_selective_lags,
+        }
+        check[task.kind](task)
+        if (task.kind == "tree") != (model.attention == "bidirectional"):
+            needed = "bidirectional" if task.kind == "tree" else "causal"
+            raise RecipeError(f"model.attention: {task.kind} needs {needed}")
     if model.kind != "own":
         _check_model(model, training)
     if training.batch_size % training.accumulation:
@@ -101,6 +115,8 @@ def _check_task(task: TaskSection) -> None:
         raise RecipeError(
             f"task.transition: {len(task.transition)} rows for a vocabulary of {task.vocab_size}"
         )
+    if task.transition is not None and task.matrices is not None:
+        raise RecipeError("task.matrices: does not go with task.transition, which is one matrix")
 
 
 def _check_owned(task: TaskSection) -> None:
@@ -108,9 +124,9 @@ def _check_owned(task: TaskSection) -> None:
     if task.kind == "own":
         return
     for item in fields(TaskSection):
-        owner = _TASK_OPTIONS.get(item.name, task.kind)
-        if owner != task.kind and getattr(task, item.name) != item.default:
-            raise RecipeError(f"task.{item.name}: belongs to kind {owner}")
+        owners = _TASK_OPTIONS.get(item.name, (task.kind,))
+        if task.kind not in owners and getattr(task, item.name) != item.default:
+            raise RecipeError(f"task.{item.name}: belongs to kind {' and '.join(owners)}")
 
 
 def _check_without_graph(
@@ -141,6 +157,36 @@ def _check_text(task: TaskSection) -> None:
     if not 3 <= task.vocab_size <= MAX_CHARACTERS:
         raise RecipeError(
             f"task.vocab_size: 3 to {MAX_CHARACTERS} for text, found {task.vocab_size}"
+        )
+
+
+def _check_tree(task: TaskSection) -> None:
+    if task.depth is None:
+        raise RecipeError("task.depth: needed by tree")
+    if task.filter > task.depth:
+        raise RecipeError(
+            f"task.filter: 0 to the depth, {task.depth}, allowed; found {task.filter}"
+        )
+    if task.vocab_size > MAX_SYMBOLS:
+        raise RecipeError(
+            f"task.vocab_size: at most {MAX_SYMBOLS} symbols for tree, found {task.vocab_size}"
+        )
+
+
+def _check_selective_lags(task: TaskSection) -> None:
+    if task.lags is None or task.context is None:
+        missing = "lags" if task.lags is None else "context"
+        raise RecipeError(f"task.{missing}: needed by selective_lags")
+    if len(set(task.lags)) != len(task.lags) or not task.lags:
+        raise RecipeError(f"task.lags: distinct lags needed, found {list(task.lags)}")
+    if max(task.lags) >= task.context:
+        raise RecipeError(
+            f"task.lags: at most {task.context - 1} in a context of {task.context}, "
+            f"found {max(task.lags)}"
+        )
+    if isinstance(task.alpha, tuple) and len(task.alpha) != task.vocab_size:
+        raise RecipeError(
+            f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
         )
 
 

@@ -26,7 +26,7 @@ from mechcausal.support.corpora import Corpus, TextError, read_corpus
 if TYPE_CHECKING:
     import torch
 
-    from mechcausal.tasks.protocol import Prior
+    from mechcausal.tasks.protocol import Prior, Task
     from mechcausal.tasks.text import TextTask
 
 
@@ -175,14 +175,50 @@ class Recipe:
             raise RecipeError(f"task.text: {error}") from None
 
     def build_prior(self) -> "Prior":
-        """Build the prior over transition matrices, or the fixed matrix."""
+        """Build the prior over transition matrices, or the fixed matrix.
+
+        Raises:
+            PriorError: too many `task.matrices`.
+        """
+        from mechcausal.tasks.finite_prior import FinitePrior
         from mechcausal.tasks.priors import DirichletPrior, FixedTransition
 
-        if self.task.transition is not None:
-            return FixedTransition(self.task.transition)
-        if isinstance(self.task.alpha, tuple):
-            return DirichletPrior(self.task.alpha)
-        return DirichletPrior.symmetric(self.task.alpha, self.task.vocab_size)
+        task = self.task
+        if task.transition is not None:
+            return FixedTransition(task.transition)
+        concentration = task.alpha
+        if not isinstance(concentration, tuple):
+            concentration = (concentration,) * task.vocab_size
+        prior = DirichletPrior(concentration)
+        return prior if task.matrices is None else FinitePrior(prior, task.matrices, self.task_seed)
+
+    @property
+    def task_seed(self) -> int:
+        """Seed of what all sequences share: `task.seed`, or the run's."""
+        return self.seed if self.task.seed is None else self.task.seed
+
+    def build_task(self) -> "Task":
+        """Build the task of kind tree or selective_lags."""
+        import torch
+
+        from mechcausal.tasks.hierarchy import Grammar, Hierarchy
+        from mechcausal.tasks.hierarchy_tasks import MaskedLeafTask, RootTask
+        from mechcausal.tasks.priors import DirichletPrior, FixedTransition
+        from mechcausal.tasks.selective_lags import SelectiveLagTask
+
+        task, generator = self.task, torch.Generator().manual_seed(self.task_seed)
+        if task.kind == "tree":
+            assert task.depth is not None  # parse_recipe has checked it
+            grammar = Grammar.random(task.vocab_size, generator=generator, sigma=task.sigma)
+            tree = Hierarchy(grammar, task.depth, task.filter)
+            return MaskedLeafTask(tree) if task.predict == "leaf" else RootTask(tree)
+        assert task.kind == "selective_lags"
+        assert task.lags is not None  # parse_recipe has checked both
+        assert task.context is not None
+        prior = self.build_prior()
+        assert isinstance(prior, DirichletPrior)
+        (matrix,) = prior.sample(1, generator=generator, dtype=torch.float64)
+        return SelectiveLagTask(FixedTransition.from_matrix(matrix), task.lags, task.context)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 WandbMode = Literal["online", "offline", "disabled"]
-TaskKind = Literal["causal_graph", "repeated_tokens", "text", "own"]
+TaskKind = Literal["causal_graph", "repeated_tokens", "text", "tree", "selective_lags", "own"]
 
 # The graph options that each preset takes, besides the sequence length.
 GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -71,13 +71,18 @@ class TaskSection:
 
     kind: TaskKind = "causal_graph"
     """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random. text:
-    windows of a real text, character by character. own: an experiment of the caller's own, from
-    Python alone, which may read `graph` and `task`."""
+    windows of a real text, character by character. tree: the leaves of random trees, of which one
+    leaf or the root is to be predicted. selective_lags: a Markov chain whose lag each sequence
+    draws. own: an experiment of the caller's own, from Python alone, which may read `graph` and
+    `task`."""
     vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
     """Number of tokens, S; token 0 is the BOS of repeated_tokens, the last one of text stands for
-    every character but the S - 1 most frequent."""
+    every character but the S - 1 most frequent. Of tree: the symbols, without the mask token."""
     alpha: PositiveFloat | tuple[PositiveFloat, ...] = 0.1
     """Dirichlet concentration of every row of the transition matrix, or one for each token."""
+    matrices: PositiveInt | None = None
+    """Draw this many matrices once, of which every sequence takes one; default: every sequence
+    draws a new one (causal_graph)."""
     transition: tuple[tuple[NonNegativeFloat, ...], ...] | None = None
     """A fixed transition matrix in place of the prior."""
     repeat_lengths: tuple[PositiveInt, PositiveInt] | None = None
@@ -88,10 +93,24 @@ class TaskSection:
     text_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 of the text, which a run records; another text is refused (text)."""
     context: Annotated[int, Field(ge=8, le=10_000)] | None = None
-    """Characters of a sequence (text)."""
+    """Characters or tokens of a sequence (text, selective_lags)."""
     interleaved: bool = False
     """True interleaves two halves of the text, so that keys at odd lags say nothing about the next
     character: the control of text."""
+    lags: tuple[PositiveInt, ...] | None = None
+    """The lags that a sequence draws from (selective_lags)."""
+    depth: Annotated[int, Field(ge=1, le=10)] | None = None
+    """Levels of the tree below its root; 2^depth leaves (tree)."""
+    filter: NonNegativeInt = 0
+    """Level whose nodes are independent given the root: 0 for the full tree, `depth` for
+    independent leaves (tree)."""
+    sigma: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Spread of the logits of a symbol's rules; 0 makes all its rules equally likely (tree)."""
+    predict: Literal["leaf", "root"] = "leaf"
+    """leaf: one masked leaf of each sequence. root: the symbol at the root (tree)."""
+    seed: Seed | None = None
+    """Seed of what all sequences share: the `matrices`, the matrix of selective_lags, the rules of
+    tree. Follows the run's seed when absent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +122,8 @@ class ModelSection:
     kind: Literal["simplified", "disentangled", "standard", "own"] = "simplified"
     """simplified: the paper's two-layer transformer with only A1 and A2, at most one parent per
     position. disentangled: the paper's full transformer, whose residual stream concatenates the
-    layers' outputs. standard: an ordinary transformer, also for repeated_tokens and text. own:
-    built by the caller, from Python alone."""
+    layers' outputs. standard: an ordinary transformer, for every kind of task. own: built by the
+    caller, from Python alone."""
     heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
     """Heads of each layer (disentangled)."""
     initial_scale: NonNegativeFloat = 0.0
@@ -122,6 +141,8 @@ class ModelSection:
     """LayerNorm before every part (standard)."""
     embeddings: Literal["learned", "fixed"] = "learned"
     """fixed: one-hot tokens and positions, not trained (standard)."""
+    attention: Literal["causal", "bidirectional"] = "causal"
+    """bidirectional: every position sees all others, as tree needs (standard)."""
     positions: Literal["standard", "shortformer"] = "standard"
     """Positions added to the residual stream, or only to queries and keys (standard)."""
 

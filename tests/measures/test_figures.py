@@ -10,7 +10,13 @@ import torch
 from mechcausal.measures.figures import axis_limits, figure_of, figures, keys_in
 from mechcausal.recipes import Recipe
 from mechcausal.training.experiments import Generators, build_experiment
-from tests.run_folders import heads_recipe, recipe_of, two_parents_recipe
+from tests.run_folders import (
+    heads_recipe,
+    lags_recipe,
+    recipe_of,
+    tree_recipe,
+    two_parents_recipe,
+)
 
 
 def figures_table() -> str:
@@ -29,7 +35,14 @@ def test_the_page_of_figures_shows_the_list(repository: Path) -> None:
     assert figures_table() in page, f"docs/figures.md needs this table:\n{figures_table()}"
 
 
-@pytest.mark.parametrize("recipe", [recipe_of(), two_parents_recipe(), heads_recipe()])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipe_of(),
+        recipe_of(task__matrices=4),
+        *(two_parents_recipe(), heads_recipe(), tree_recipe(), lags_recipe()),
+    ],
+)
 def test_every_figure_of_a_run_is_listed_and_in_its_range(recipe: Recipe) -> None:
     recipe = recipe.with_overrides(evaluation__n_sequences=16, evaluation__theory_priors=10)
     experiment = build_experiment(recipe, Generators.from_seed(0, torch.device("cpu")))

@@ -44,7 +44,7 @@ def joint(seed: int, q: int, depth: int, level: int) -> dict[tuple[int, ...], Te
     below = [leaves_below(symbol, depth - level) for symbol in range(q)]
     table: dict[tuple[int, ...], Tensor] = {}
     for root in range(q):
-        law = {(): 1.0 / q}
+        law: dict[tuple[int, ...], float] = {(): 1.0 / q}
         for node in range(2**level):
             symbols = reached(root, node)
             law = {

@@ -62,6 +62,16 @@ def composition(run: RunData) -> go.Figure:
     return _draw(run, *curves(run.history, "composition"))
 
 
+def of_task(run: RunData, group: str) -> go.Figure:
+    """Figures of one kind of task over training.
+
+    Args:
+        run: a run.
+        group: one of `TASK_CURVES`.
+    """
+    return _draw(run, *curves(run.history, group))
+
+
 def own(run: RunData, section: str) -> go.Figure:
     """Figures of an experiment of your own that share the part of their keys before the slash.
 

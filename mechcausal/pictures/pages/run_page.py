@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechcausal import __version__
-from mechcausal.measures.figures import STEP, figure_of, keys_in, own_curves
+from mechcausal.measures.figures import STEP, TASK_CURVES, figure_of, keys_in, own_curves
 from mechcausal.pictures import interactive
 from mechcausal.pictures.interactive.film import thinned
 from mechcausal.pictures.interactive.graph import graph_panels
@@ -196,6 +196,7 @@ def _curve_panels(
     }
     if run.kind == "repeated_tokens":
         drawings |= {kind: partial(interactive.head_scores, kind=kind) for kind in HEAD_SCORES}
+    drawings |= {group: partial(interactive.of_task, group=group) for group in TASK_CURVES}
     drawings |= {
         f"own {section}": partial(interactive.own, section=section)
         for section in own_curves(run.history)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph
 from mechcausal.measures.figures import (
     STEP,
+    TASK_CURVES,
     History,
     axis_limits,
     curves,
@@ -259,12 +260,12 @@ def own_heatmaps(
 def draw_own_figures(
     folder: Path, *, recipe: Recipe, history: History, stage_starts: Sequence[int]
 ) -> dict[str, Path]:
-    """Draw curves.png of an experiment of the user's own: losses, and every group it has.
+    """Draw curves.png of a run without a graph: losses, and every group of figures it has.
 
     Groups are those of the list, and the sections of figures that it does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    panels = [curves(history, name) for name in _PANELS]
+    panels = [curves(history, name) for name in (*_PANELS, "weights", *TASK_CURVES)]
     panels = [(title, keys) for title, keys in panels if keys] + list(own_curves(history).items())
     if not panels:
         return {}

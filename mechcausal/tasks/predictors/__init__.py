@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.tasks import GraphTask, SeveralParentsTask
+from mechcausal.tasks.finite_prior import FinitePrior
 from mechcausal.tasks.predictors import single_parent
 from mechcausal.tasks.predictors.bayes_loss import BayesLoss, bayes_loss
+from mechcausal.tasks.predictors.retrieval import retrieval_predictions
 from mechcausal.tasks.predictors.several_parents import context_prediction
 from mechcausal.tasks.predictors.single_parent import (
     bigram_prediction,
@@ -48,7 +50,8 @@ def strategies(
 ) -> dict[str, Float[Tensor, "batch vocab"]]:
     """The predictions of every strategy by name, from the least to the most informed.
 
-    Single parent: "uniform", "unigram" and, if the prior has a `posterior_mean`, "bigram". If the
+    Single parent: "uniform", "unigram" and, if the prior has a `posterior_mean`, "bigram"; with a
+    `FinitePrior` see `retrieval_predictions`. If the
     query has k parents: "uniform", "unigram" and, for m = 1 ... k, the context of the query's last
     m parents ("bigram", "trigram", "4gram", ...); the last one is the Bayes predictor. Averaged
     over the prior, no strategy has a larger loss than "uniform".
@@ -65,7 +68,9 @@ def strategies(
         "unigram": unigram_prediction(task, tokens),
     }
     if not isinstance(task, SeveralParentsTask):
-        if isinstance(task.prior, PriorWithPosterior):
+        if isinstance(task.prior, FinitePrior):
+            predictions |= retrieval_predictions(task, tokens)
+        elif isinstance(task.prior, PriorWithPosterior):
             predictions["bigram"] = bigram_prediction(task, tokens)
         return predictions
     for m in range(1, len(task.query_parents) + 1):

@@ -57,6 +57,8 @@ def check_experiment(
         length = recipe.task.context
         if on_this_machine:
             recipe.build_text()
+    elif recipe.task.kind in ("tree", "selective_lags"):
+        length = recipe.build_task().sequence_length
     else:
         assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
         length = 2 * recipe.task.repeat_lengths[1] + 1
@@ -121,6 +123,14 @@ def build_experiment(
         from mechcausal.training.experiments.text import TextExperiment
 
         return TextExperiment(recipe, generators)
+    if recipe.task.kind == "tree":
+        from mechcausal.training.experiments.tree import TreeExperiment
+
+        return TreeExperiment(recipe, generators)
+    if recipe.task.kind == "selective_lags":
+        from mechcausal.training.experiments.selective_lags import LagExperiment
+
+        return LagExperiment(recipe, generators)
     from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 
     return CausalGraphExperiment(recipe, generators, tell, closed_form=closed_form)

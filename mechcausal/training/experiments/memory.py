@@ -85,7 +85,7 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
 
     Args:
         recipe: a parsed recipe.
-        graph: the causal graph, None for repeated tokens and text.
+        graph: the causal graph, None for tasks without one.
         length: tokens of a sequence, T.
 
     Raises:
@@ -155,8 +155,10 @@ def _size_fields(recipe: Recipe) -> tuple[str, str]:
     length = "graph.sequence_length"
     if recipe.task.kind == "repeated_tokens":
         length = "task.repeat_lengths"
-    elif recipe.task.kind == "text":
+    elif recipe.task.kind in ("text", "selective_lags"):
         length = "task.context"
+    elif recipe.task.kind == "tree":
+        length = "task.depth"
     elif recipe.graph.preset in ("manual", "edge_list"):
         length = "the graph's positions"
     return "task.vocab_size", length

@@ -51,6 +51,7 @@ def build_standard(
         d_mlp=section.d_mlp,
         layer_norm=section.layer_norm,
         positions=section.positions,
+        attention=section.attention,
         initial_scale=section.initial_scale,
         device=str(device),
     )

@@ -1,0 +1,91 @@
+"""Leaves of random trees: does a model find belief propagation, and in which order of scales?"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechcausal.measures.figures import STEP, History
+from mechcausal.measures.observation import Observation
+from mechcausal.recipes import Recipe
+from mechcausal.tasks.base import scored_rows
+from mechcausal.tasks.hierarchy_tasks import BAYES, use_of_scales
+from mechcausal.training.experiments.any_task import TaskExperiment
+from mechcausal.training.experiments.base import Generators
+
+FORMED = 0.5
+"""A scale counts as used from the first probe step at which its coefficient reaches this."""
+
+
+class TreeExperiment(TaskExperiment):
+    """A bidirectional transformer on the leaves of trees, compared with belief propagation."""
+
+    kind = "tree"
+
+    def __init__(self, recipe: Recipe, generators: Generators) -> None:
+        """Draw the grammar, build the model at its start, and draw the evaluation trees."""
+        super().__init__(recipe, generators, task=recipe.build_task())
+
+    def observe(self) -> Observation:
+        """Losses, KL to belief propagation, the use of each scale, and attention by height."""
+        observation = super().observe()
+        assert observation.prediction is not None
+        predicted = scored_rows(observation.prediction, self.observer.batch).double()
+        by_filter = self.observer.predictions
+        figures = observation.figures | {
+            f"tree/kl_{name}": _divergence(exact, predicted) for name, exact in by_filter.items()
+        }
+        for height, used in use_of_scales(predicted, by_filter).items():
+            figures[f"tree/use_of_scale_{height}"] = used
+        same = predicted.argmax(-1) == by_filter[BAYES].argmax(-1)
+        figures["tree/agreement"] = same.double().mean().item()
+        figures |= attention_by_height(observation.matrices)
+        return replace(observation, figures=figures)
+
+    def conclusions(self, history: History) -> dict[str, Any]:
+        """The first probe step at which each scale was used by half, by height."""
+        steps = {}
+        depth = self.recipe.task.depth or 0
+        for height in range(1, depth - self.recipe.task.filter + 1):
+            key = f"tree/use_of_scale_{height}"
+            used = [row[STEP] for row in history if (row.get(key) or 0.0) >= FORMED]
+            steps[f"tree/step_of_scale_{height}"] = used[0] if used else None
+        return steps
+
+
+def attention_by_height(matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean attention by the height of the leaves' common ancestor, relative to uniform attention.
+
+    Args:
+        matrices: `attention/layerN` for every layer, [head, query, key].
+    """
+    figures = {}
+    for name, attention in matrices.items():
+        heights = common_heights(attention.shape[-1])
+        for height in range(int(heights.max()) + 1):
+            mask = heights == height
+            share = (attention * mask).sum(-1).double().mean().item()
+            uniform = mask.double().mean().item()
+            layer = name.removeprefix("attention/layer")
+            figures[f"tree/attention_L{layer}_height_{height}"] = share / uniform
+    return figures
+
+
+def common_heights(n_leaves: int) -> Int[Tensor, "leaf leaf"]:
+    """The height of every two leaves' lowest common ancestor: 0 for a leaf and itself.
+
+    Example:
+        >>> common_heights(4).tolist()
+        [[0, 1, 2, 2], [1, 0, 2, 2], [2, 2, 0, 1], [2, 2, 1, 0]]
+    """
+    leaves = range(n_leaves)
+    return torch.tensor([[(a ^ b).bit_length() for b in leaves] for a in leaves])
+
+
+def _divergence(exact: Float[Tensor, "row symbol"], model: Float[Tensor, "row symbol"]) -> float:
+    """Mean KL(exact || model) in nats, with 0 log 0 = 0."""
+    ratio = torch.where(exact > 0, exact / model, 1.0)
+    return (exact * ratio.log()).sum(-1).mean().item()
