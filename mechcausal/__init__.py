@@ -29,7 +29,7 @@ _HOMES = {
     "StandardTransformer": "models.standard",
     "Task": "tasks",
     "TaskExperiment": "training.experiments.any_task",
-    "fit": "training.loop",
+    "fit": "training.fit",
     "load_model": "models.adapter",
     "load_recipe": "recipes",
     "observe": "measures.look",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,21 +11,6 @@ from mechcausal.models.base import GraphModel, ModelError
 from mechcausal.models.predicting import predict
 from mechcausal.tasks import Batch, Task, batch_loss, check_batch
 from mechcausal.tasks.ahead import BatchesAhead
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """What the loop needs of an experiment or an objective."""
-
-    @classmethod
-    def training_losses(cls, experiments: Sequence[Any], n_sequences: int) -> Float[Tensor, "run"]:
-        """The losses of several on fresh sequences, nats."""
-
-    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
-        """The parameters with these names; "all" stands for every parameter."""
-
-    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Within the block only these parameters take gradients."""
 
 
 class Objective:

@@ -1,13 +1,30 @@
 """The steps of a run: the stage, optimizer and learning rate of each."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechcausal.recipes import StageSection
 from mechcausal.recipes.stages import Stage, learning_rate
-from mechcausal.training.objective import Trainable
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What the loop needs of an experiment or an objective."""
+
+    @classmethod
+    def training_losses(cls, experiments: Sequence[Any], n_sequences: int) -> Float[Tensor, "run"]:
+        """The losses of several on fresh sequences, nats."""
+
+    def parameters(self, names: Sequence[str]) -> list[torch.nn.Parameter]:
+        """The parameters with these names; "all" stands for every parameter."""
+
+    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Within the block only these parameters take gradients."""
 
 
 def schedule(

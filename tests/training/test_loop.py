@@ -17,7 +17,8 @@ from mechcausal.tasks import Batch, SingleParentTask, TaskError
 from mechcausal.tasks.priors import DirichletPrior
 from mechcausal.training.experiments import Generators
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
-from mechcausal.training.loop import Step, fit
+from mechcausal.training.fit import fit
+from mechcausal.training.loop import Step
 from mechcausal.training.run import train
 from tests.oracles import seeded
 from tests.small_recipes import GRAPH

@@ -22,8 +22,9 @@ REFERENCE_GREY = "#8a94a0"
 REFERENCE_DASHES = {
     **{"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"},
     **{"loss/unigram": "dash", "loss/bigram": "dashdot", "loss/trigram": "dot"},
+    "lags/posterior": "dash",
 }
-"""Line styles of losses to compare with, as Plotly names them."""
+"""Line styles of constants to compare with, as Plotly names them."""
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 

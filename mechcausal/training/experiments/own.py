@@ -6,7 +6,6 @@ from functools import partial
 from inspect import isabstract, signature
 from typing import Any
 
-from mechcausal.models.adapter import HookedTransformer
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.recipes.stages import stages
 from mechcausal.support.messages import excerpt
@@ -76,6 +75,8 @@ def build_own(
     Raises:
         RecipeError: it holds no recipe or no HookedTransformer, or lacks a stage's parameters.
     """
+    from mechcausal.models.adapter import HookedTransformer  # takes seconds to load
+
     wants = signature(experiment).parameters
     options = {"tell": tell} if "tell" in wants else {}
     built = experiment(recipe, generators, **options)
