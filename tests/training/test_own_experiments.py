@@ -1,5 +1,6 @@
 """Experiments of the user's own: a task, a prior, a model, a class; recorded, resumed, refused."""
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from mechcausal.cli import main as cli
+from mechcausal.cli.watch import Watched
 from mechcausal.models.adapter import HookedTransformer, build_hooked, load_model
 from mechcausal.models.base import ModelError
 from mechcausal.models.standard import StandardTransformer, standard_config
@@ -134,6 +137,18 @@ def test_its_folder_is_read_by_everything_that_reads_runs(
         assert cli.main([command, str(target)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "the experiment is the caller's own, TaskExperiment(task=Coins" in line
+
+
+def test_it_is_watched_live_by_its_own_figures(run: RunResult) -> None:
+    rows = [{**row, "coins/error": 0.125} for row in run.history]
+    progress = Progress(6, 6, "joint", figures=rows[-1], history=rows)
+    console = Console(width=100, height=30, file=io.StringIO(), force_terminal=True)
+    console.print(Watched(RunData(name="mine", recipe=run.experiment.recipe), progress))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "coins/error" in text
+    assert "0.125" in text
+    assert "evaluation" in text or "loss" in text
 
 
 def stop_at(step: int) -> Any:
@@ -446,6 +461,11 @@ def test_a_model_of_causal_graphs_does_not_learn_another_task(tmp_path: Path) ->
             experiment=coins,
             out=tmp_path / "run",
         )
+
+
+def test_labels_are_those_of_the_task(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"training.target: posterior is for causal graphs"):
+        train(recipe_of(training__target="posterior"), experiment=coins, out=tmp_path / "run")
 
 
 def test_a_graph_with_a_query_takes_no_prior_of_ones_own(tmp_path: Path) -> None:

@@ -11,13 +11,11 @@ from torch import Tensor
 from mechcausal.graphs import CausalGraph
 from mechcausal.measures.figures import (
     STEP,
-    TASK_CURVES,
     History,
     axis_limits,
     curves,
     figure_of,
     keys_in,
-    own_curves,
 )
 from mechcausal.pictures.static.style import (
     ATTENTION_COLOURS,
@@ -41,7 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PANELS = ("loss", "recovery", "theory", "information", "formation", "strategies")
+PANELS = ("loss", "recovery", "theory", "information", "formation", "strategies")
+"""The curves of a run's figures, by their names in the list of figures."""
 _STYLES = {"dash": "--", "dashdot": "-.", "dot": ":"}
 _PIXELS = 320  # minimum width and height of a W&B heatmap
 
@@ -66,12 +65,12 @@ def heatmaps(
         panels = list(matrix.double().numpy().reshape(-1, length, length))
         if name.startswith("attention"):
             panels.append(_truth(theory.graph))
-            pictures[name] = _side_by_side(panels, ATTENTION_COLOURS, signed=False)
+            pictures[name] = side_by_side(panels, ATTENTION_COLOURS, signed=False)
         else:
             if name == "gradient/pattern":
                 panels = [values / np.arange(1, length + 1)[:, None] for values in panels]
             panels.append(expected)
-            pictures[name] = _side_by_side(panels, GRADIENT_COLOURS, signed=True)
+            pictures[name] = side_by_side(panels, GRADIENT_COLOURS, signed=True)
     return pictures
 
 
@@ -91,7 +90,7 @@ def signed_heatmap(
     values: Float[np.ndarray, "rows columns"],
 ) -> UInt8[np.ndarray, "height width rgb"]:
     """A picture of values of either sign, scaled to the largest."""
-    return _side_by_side([values], GRADIENT_COLOURS, signed=True)
+    return side_by_side([values], GRADIENT_COLOURS, signed=True)
 
 
 def draw_figures(
@@ -235,52 +234,6 @@ def draw_head_figures(folder: Path, *, recipe: Recipe, history: History) -> dict
     return {"figures/heads": path}
 
 
-def own_heatmaps(
-    matrices: Mapping[str, Tensor],
-) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
-    """Pictures of matrices without a reference, the blocks of a leading axis side by side.
-
-    Colours go from 0 to the largest entry, or are symmetric about 0 if there are negative ones;
-    tensors with fewer than two or more than three axes are left out.
-    """
-    pictures = {}
-    for name, matrix in matrices.items():
-        values = matrix.double().numpy()
-        if values.ndim not in (2, 3) or not values.size or not np.isfinite(values).all():
-            continue
-        signed = bool((values < 0).any())
-        scale = GRADIENT_COLOURS if signed else ATTENTION_COLOURS
-        unit = values if signed else values / (values.max() or 1.0)
-        pictures[name] = _side_by_side(
-            list(unit if unit.ndim == 3 else unit[None]), scale, signed=signed
-        )
-    return pictures
-
-
-def draw_own_figures(
-    folder: Path, *, recipe: Recipe, history: History, stage_starts: Sequence[int]
-) -> dict[str, Path]:
-    """Draw curves.png of a run without a graph: losses, and every group of figures it has.
-
-    Groups are those of the list, and the sections of figures that it does not have.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    panels = [curves(history, name) for name in (*_PANELS, "weights", *TASK_CURVES)]
-    panels = [(title, keys) for title, keys in panels if keys] + list(own_curves(history).items())
-    if not panels:
-        return {}
-    figure, axes = new_figure(-(-len(panels) // 3), min(len(panels), 3))
-    for axis, (title, keys) in zip(axes, panels, strict=False):
-        plot_curves(axis, history, title, keys)
-        for start in stage_starts[1:]:
-            axis.axvline(start, color=OTHER_COLOUR, lw=0.8, ls=":")
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    figure.suptitle(f"{recipe.name}, seed {recipe.seed}: {_CAPTIONS['curves']}", fontsize=12)
-    figure.savefig(folder / "curves.png", dpi=110)
-    return {"figures/curves": folder / "curves.png"}
-
-
 def head_heatmap(
     path: Path,
     panels: Mapping[str, Float[np.ndarray, "layer head"]],
@@ -328,7 +281,7 @@ def plot_curves(axis: "Axes", history: History, title: str, keys: Sequence[str])
 def draw_curves(history: History, stage_starts: Sequence[int]) -> "Figure":
     """Loss, graph, gradient, induction and strategies over training steps."""
     figure, axes = new_figure(2, 3)
-    for axis, name in zip(axes, _PANELS, strict=True):
+    for axis, name in zip(axes, PANELS, strict=True):
         plot_curves(axis, history, *curves(history, name))
         if name == "strategies":
             axis.set_yscale("log")
@@ -360,7 +313,8 @@ def _circle_parents(axis: "Axes", graph: CausalGraph, colour: str, n_rows: int) 
     circle(axis, cells, graph.sequence_length, colour)
 
 
-def _side_by_side(panels: Sequence[np.ndarray], scale: str, *, signed: bool) -> np.ndarray:
+def side_by_side(panels: Sequence[np.ndarray], scale: str, *, signed: bool) -> np.ndarray:
+    """One picture of several matrices; signed values each by their own largest entry."""
     parts: list[np.ndarray] = []
     for values in panels:
         limit = np.abs(values).max() or 1.0

@@ -76,6 +76,11 @@ class TaskExperiment(Experiment):
                 f"task: a {type(task).__name__} lacks vocab_size, sequence_length or sample"
             )
         check_batch(task, task.sample(2, generator=torch.Generator().manual_seed(0)), 2)
+        if recipe.training.target != "sampled":
+            raise RecipeError(
+                f"training.target: {recipe.training.target} is for causal graphs; your own task "
+                "says in its labels what is learned"
+            )
         if options.get("model") is None and recipe.model.kind != "standard":
             raise RecipeError(
                 f"model.kind: {recipe.model.kind} learns causal graphs alone; this task needs kind "

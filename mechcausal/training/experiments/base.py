@@ -155,9 +155,9 @@ class Experiment(ABC):
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Pictures of one probe step for W&B, by name: of every matrix, blocks side by side."""
-        from mechcausal.pictures.static import run_figures
+        from mechcausal.pictures.static import own_figures
 
-        return run_figures.own_heatmaps(matrices)
+        return own_figures.own_heatmaps(matrices)
 
     def draw_figures(
         self,
@@ -171,9 +171,9 @@ class Experiment(ABC):
 
         By default curves.png: one picture for every group of figures that the run has.
         """
-        from mechcausal.pictures.static import run_figures
+        from mechcausal.pictures.static import own_figures
 
-        return run_figures.draw_own_figures(
+        return own_figures.draw_own_figures(
             folder, recipe=self.recipe, history=history, stage_starts=stage_starts
         )
 
