@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-for
+LENS4 := .venv-lens4
 PIP_FLAGS ?= -qq
 PIP := $(BIN)/python -m pip $(PIP_FLAGS) --disable-pip-version-check --no-input install -c constraints.txt
 
@@ -21,10 +22,10 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loa
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-processors soak lint check-format check-lint check-types check-rooms docs format bench wheel clean venv $(VENV)
+.PHONY: help demo test test-lens4 test-processors soak lint check-format check-lint check-types check-rooms docs format bench wheel clean venv $(VENV)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 	@echo "  PYTHON=...            the interpreter to set up with (default: the first of python3.13, 3.12, 3.11, python3)"
 
 demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
@@ -32,6 +33,9 @@ demo: $(STAMP) ## train on a Markov chain and watch the causal graph appear
 
 test: $(STAMP) ## run the whole default test suite, in two processes
 	$(PYTEST)
+
+test-lens4: $(LENS4)/.installed-for ## run the same suite with TransformerLens 4.x
+	$(LENS4)/bin/python -m pytest -n 2 --dist loadfile
 
 test-processors: $(STAMP) ## run the numerical tests with the arithmetic of other processors
 	@for processor in $(PROCESSORS); do \
@@ -70,8 +74,8 @@ bench: $(STAMP) ## measure speed (tests/benchmarks, not part of `make test`)
 wheel: $(STAMP) ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
-clean: ## remove .venv, builds and caches; records in runs/ stay
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, builds and caches; records in runs/ stay
+	rm -rf $(VENV) $(LENS4) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mechcausal probes tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv $(VENV): $(STAMP)
@@ -94,3 +98,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation -e ".[dev]"
 	@$(PIP) --no-deps sweeps # for the schema in it; what its code needs does not go with numpy 2
 	@echo "$(CURDIR)" > $(STAMP)
+
+# Seconds instead of minutes: it finds in .venv what constraints-lens4.txt does not replace.
+$(LENS4)/.installed-for: $(STAMP) constraints-lens4.txt
+	@rm -rf $(LENS4)
+	@$(BIN)/python -m venv --without-pip $(LENS4)
+	@$(BIN)/python -c 'import sys, sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(LENS4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	@$(BIN)/python -m pip --python $(LENS4)/bin/python $(PIP_FLAGS) --disable-pip-version-check --no-input \
+		install --no-deps -r constraints-lens4.txt
+	@echo "$(CURDIR)" > $@

@@ -1,9 +1,11 @@
-"""Marks what a test can only show with one of the TransformerLens versions that are supported."""
+"""Which of the supported TransformerLens versions the tests run with."""
 
 import pytest
 import transformer_lens
 
+HAS_LENS_3 = "HookedTransformer" in transformer_lens.__all__
+
 needs_lens_3 = pytest.mark.skipif(
-    "HookedTransformer" not in transformer_lens.__all__,
+    not HAS_LENS_3,
     reason="TransformerLens 4.0 removed its own HookedTransformer and HookedEncoder",
 )

@@ -1,8 +1,11 @@
 """The parts of `mechcausal.models.hooked_transformer`, with TransformerLens's names.
 
 Names of parameters, buffers and hook points are those of TransformerLens 3.9, and parameters are
-registered in its order, in which initial weights are drawn.
+registered in its order, in which initial weights are drawn. Tests check annotations at each call
+except here, since torch.compile cannot trace those checks.
 """
+
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +24,7 @@ def _zeros(config: HookedTransformerConfig, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, dtype=config.dtype))
 
 
+@no_type_check
 class Embed(nn.Module):
     """Token embeddings."""
 
@@ -33,6 +37,7 @@ class Embed(nn.Module):
         return self.W_E[tokens]
 
 
+@no_type_check
 class PosEmbed(nn.Module):
     """Position embeddings; positions count the tokens that are not padding."""
 
@@ -51,6 +56,7 @@ class PosEmbed(nn.Module):
         return torch.where(mask.unsqueeze(-1), self.W_pos[positions], 0)
 
 
+@no_type_check
 class LayerNorm(nn.Module):
     """LayerNorm with a hook point for its scale, computed in float32 at least."""
 
@@ -71,6 +77,7 @@ class LayerNorm(nn.Module):
         return normalized.to(self.w.dtype) * self.w + self.b
 
 
+@no_type_check
 class Attention(nn.Module):
     """An attention layer."""
 
@@ -106,22 +113,32 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """`Σ_heads softmax(q k^T / scale) v W_O + b_O`; like 3.9, only causal layers are masked."""
-        q = self.hook_q(_by_head(query_input, self.W_Q, self.b_Q)).transpose(1, 2)
-        k = self.hook_k(_by_head(key_input, self.W_K, self.b_K)).transpose(1, 2)
-        v = self.hook_v(_by_head(value_input, self.W_V, self.b_V)).transpose(1, 2)
+        q = self.hook_q(self._by_head(query_input, self.W_Q, self.b_Q)).transpose(1, 2)
+        k = self.hook_k(self._by_head(key_input, self.W_K, self.b_K)).transpose(1, 2)
+        v = self.hook_v(self._by_head(value_input, self.W_V, self.b_V)).transpose(1, 2)
         scores = q @ k.mT / self.attn_scale
         if self.causal:
             past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             seen = past if mask is None else past & mask[:, None, None]
             scores = torch.where(seen, scores, self.IGNORE)
-        pattern = self.hook_attn_scores(scores).softmax(-1)
+        pattern = F.softmax(self.hook_attn_scores(scores), dim=-1)
         # A query at padding may see no key at all.
         pattern = self.hook_pattern(torch.where(pattern.isnan(), 0, pattern))
         z = self.hook_z((pattern.to(v.dtype) @ v).transpose(1, 2))
         output = self.W_O.flatten(0, 1).T.contiguous()
         return F.linear(z.flatten(2), output, self.b_O)
 
+    @staticmethod
+    def _by_head(
+        x: Float[Tensor, "batch pos d_model"],
+        weight: Float[Tensor, "head d_model d_head"],
+        bias: Float[Tensor, "head d_head"],
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        rows = weight.transpose(1, 2).flatten(0, 1)
+        return F.linear(x, rows, bias.flatten()).view(*x.shape[:-1], *bias.shape)
 
+
+@no_type_check
 class MLP(nn.Module):
     """An MLP of one hidden layer."""
 
@@ -143,6 +160,7 @@ class MLP(nn.Module):
         return output
 
 
+@no_type_check
 class Block(nn.Module):
     """An attention layer and, unless the model has none, an MLP."""
 
@@ -187,6 +205,7 @@ class Block(nn.Module):
         return after
 
 
+@no_type_check
 class Unembed(nn.Module):
     """From the residual stream to logits."""
 
@@ -200,16 +219,6 @@ class Unembed(nn.Module):
         """`x W_U + b_U`."""
         logits: Tensor = self.hook_out(F.linear(self.hook_in(x), self.W_U.T.contiguous(), self.b_U))
         return logits
-
-
-def _by_head(
-    x: Float[Tensor, "batch pos d_model"],
-    weight: Float[Tensor, "head d_model d_head"],
-    bias: Float[Tensor, "head d_head"],
-) -> Float[Tensor, "batch pos head d_head"]:
-    rows = weight.transpose(1, 2).flatten(0, 1)
-    flat = F.linear(x, rows, bias.flatten())
-    return flat.view(*x.shape[:-1], *bias.shape)
 
 
 def _norm(config: HookedTransformerConfig) -> nn.Module:

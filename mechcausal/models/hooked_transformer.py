@@ -6,7 +6,7 @@ points and results. Left out are text as input, generation, and hook points that
 switch in the config (`hook_result`, `hook_attn_in`, ...).
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
+@no_type_check  # as in hooked_blocks
 class HookedTransformer(HookedRootModule):
     """A transformer with TransformerLens's hook points.
 
@@ -80,34 +81,45 @@ class HookedTransformer(HookedRootModule):
 
     def forward(
         self,
-        input: Int[Tensor, "*batch pos"],
+        input: Tensor,
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         loss_per_token: bool = False,
         *,
         attention_mask: Tensor | None = None,
+        start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
         """Logits, the next-token loss, both, or None, which skips the unembedding.
 
         Args:
-            input: tokens.
+            input: tokens `[batch pos]` or `[pos]`; with `start_at_layer` the residual stream.
             return_type: what to return.
             loss_per_token: the loss of each token after the first instead of their mean, in nats.
-            attention_mask: 0 at padding.
+            attention_mask: 0 at padding, `[batch pos]`.
+            start_at_layer: begin at this layer, with `input` as the residual stream before it.
             stop_at_layer: return the residual stream before this layer.
 
         Raises:
-            ValueError: the mask has another shape than the tokens.
+            ValueError: the mask has another shape than the tokens, or a pass that starts at a layer
+                needs tokens: for a loss, or for positions in queries and keys (shortformer).
         """
-        tokens = torch.atleast_2d(input).to(self.W_E.device)
-        mask = None if attention_mask is None else attention_mask.to(tokens.device).bool()
-        if mask is not None and mask.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {[*mask.shape]}, tokens {[*tokens.shape]}")
-        residual = self.hook_embed(self.embed(tokens))
-        positions = self.hook_pos_embed(self.pos_embed(tokens, mask))
-        if self.cfg.positional_embedding_type == "standard":
-            residual, positions = residual + positions, None
-        for block in self.blocks[:stop_at_layer]:
+        mask = None if attention_mask is None else attention_mask.to(self.W_E.device).bool()
+        positions = None
+        shortformer = self.cfg.positional_embedding_type == "shortformer"
+        if start_at_layer is None:
+            tokens = torch.atleast_2d(input).to(self.W_E.device)
+            if mask is not None and mask.shape != tokens.shape:
+                shapes = f"{[*mask.shape]}, tokens {[*tokens.shape]}"
+                raise ValueError(f"attention_mask has shape {shapes}")
+            residual = self.hook_embed(self.embed(tokens))
+            positions = self.hook_pos_embed(self.pos_embed(tokens, mask))
+            if not shortformer:
+                residual, positions = residual + positions, None
+        elif shortformer or return_type in ("loss", "both"):
+            raise ValueError(f"start_at_layer is {start_at_layer}: this pass needs tokens")
+        else:
+            residual = input
+        for block in self.blocks[start_at_layer:stop_at_layer]:
             residual = block(residual, shortformer_pos_embed=positions, attention_mask=mask)
         if stop_at_layer is not None:
             return residual
@@ -118,7 +130,7 @@ class HookedTransformer(HookedRootModule):
         logits = self.unembed(residual)
         if return_type == "logits":
             return logits
-        loss = _next_token_loss(logits, tokens, mask, loss_per_token)
+        loss = self._next_token_loss(logits, tokens, mask, loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
     def run_with_cache(
@@ -148,16 +160,16 @@ class HookedTransformer(HookedRootModule):
             return torch.stack([getattr(getattr(b, _STACKED[name]), name) for b in self.blocks])
         return super().__getattr__(name)
 
-
-def _next_token_loss(
-    logits: Float[Tensor, "batch pos vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"] | None,
-    per_token: bool,
-) -> Tensor:
-    losses = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
-    if mask is None:
-        return losses if per_token else losses.mean()
-    both = mask[:, :-1] & mask[:, 1:]
-    losses = torch.where(both, losses, 0)
-    return losses if per_token else losses.sum() / both.sum()
+    @staticmethod
+    def _next_token_loss(
+        logits: Float[Tensor, "batch pos vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"] | None,
+        per_token: bool,
+    ) -> Tensor:
+        losses = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
+        if mask is None:
+            return losses if per_token else losses.mean()
+        both = mask[:, :-1] & mask[:, 1:]
+        losses = torch.where(both, losses, 0)
+        return losses if per_token else losses.sum() / both.sum()

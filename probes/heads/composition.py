@@ -74,7 +74,7 @@ def k_composition(
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> composition = k_composition(model, [(1, 0), (1, 1)])

@@ -34,7 +34,7 @@ def copying_score(model: nn.Module, layer: int) -> Float[Tensor, "head"]:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
     >>> import warnings
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 1, "d_model": 3, "d_head": 3, "n_ctx": 2, "d_vocab": 3}
     >>> with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
     ...     model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})

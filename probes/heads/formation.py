@@ -111,7 +111,7 @@ def track_formation(
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads".
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> formation = track_formation([(0, model), (10, model)], n_sequences=4)

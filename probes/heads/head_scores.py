@@ -88,7 +88,7 @@ def score_heads(
         ProbeError: the model has no attention, the context is too short for two repeats, a token
             is outside the vocabulary, or no token recurs.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> scores = score_heads(model, n_sequences=8)

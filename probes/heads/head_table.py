@@ -98,7 +98,7 @@ class HeadScores:
         "Interpretability in the Wild".
 
     >>> from probes import score_heads
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> scores = score_heads(HookedTransformer({**sizes, "attn_only": True, "device": "cpu"}))
     >>> scores

@@ -67,7 +67,7 @@ def loss_by_position(
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads".
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 1, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> reading = loss_by_position(model)
@@ -166,7 +166,7 @@ def in_context_score(
     Source:
         Olsson et al. 2022, "In-context Learning and Induction Heads", with positions 50 and 500.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 1, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> in_context_score(model, torch.randint(20, (16, 8)), early=1, late=7).n_sequences

@@ -92,7 +92,7 @@ def positional_share(
         ProbeError: the tokens do not fit the model, it shows no pattern, or attention weights are 0
             where other sequences have some, so that the scores are lost.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> _ = model.embed.W_E.data.zero_()  # only positions are left

@@ -53,7 +53,7 @@ def mean_ablate(
         ProbeError: a head does not exist, or the tokens do not fit the model.
 
     >>> import torch
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])

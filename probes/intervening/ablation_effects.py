@@ -124,7 +124,7 @@ def ablation_effects(
             not fit the model, no pair of tokens recurs, or the model predicts another vocabulary
             than it reads, or attends to later tokens.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> from probes import repeated_tokens
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})

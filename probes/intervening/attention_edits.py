@@ -63,7 +63,7 @@ def edit_attention(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None
             pattern or changes its shape, or the model computes z before it runs the pattern hook
             (as a bridge does where the original model computes attention): no edit has an effect.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])

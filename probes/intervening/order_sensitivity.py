@@ -74,7 +74,7 @@ def order_sensitivity(
         ValueError: a sequence has fewer than two tokens to permute, or `n_permutations` is below 1.
         ProbeError: the tokens do not fit the model, or it predicts another vocabulary.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> tokens = torch.randint(20, (8, 6), generator=torch.Generator().manual_seed(0))

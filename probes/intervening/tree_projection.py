@@ -106,7 +106,7 @@ def tree_projection(
         Murty et al. 2023, "Characterizing Intrinsic Compositionality in Transformers with Tree
         Projections".
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> sizes |= {"attn_only": True, "attention_dir": "bidirectional", "device": "cpu", "seed": 0}
     >>> trees = tree_projection(HookedTransformer(sizes), torch.tensor([[1, 2, 3], [4, 5, 6]]))

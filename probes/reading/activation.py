@@ -41,7 +41,7 @@ class Activation(LayerProbe[Concatenated | Sum]):
         ValueError: `hook` or `reduce` is not allowed, or a function comes without `axes`.
 
     >>> import torch
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> from probes import attach
     >>> sizes = {"n_layers": 2, "n_heads": 1, "d_model": 4, "d_head": 4, "n_ctx": 5, "d_vocab": 3}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})

@@ -92,7 +92,7 @@ def attach(model: nn.Module, *probes: *Probes) -> AbstractContextManager[tuple[*
         ProbeError: on entering: the model lacks what a probe reads, or a probe is already attached.
 
     >>> import warnings
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> from probes import AttentionGradient, AttentionPattern
     >>> sizes = {"n_layers": 2, "n_heads": 1, "d_model": 4, "d_head": 4, "n_ctx": 5, "d_vocab": 3}
     >>> with warnings.catch_warnings(action="ignore", category=DeprecationWarning):

@@ -168,7 +168,7 @@ def check_attention(
     Raises:
         ProbeError: probes cannot read the model, or the tokens do not fit it.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8, "d_vocab": 20}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu"})
     >>> check_attention(model).problems()

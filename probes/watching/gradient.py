@@ -87,7 +87,7 @@ def attention_gradient(
         ProbeError: tokens that the model cannot read, a loss that is not a finite scalar that
             depends on the model's attention, or whatever `AttentionGradient` refuses.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 6, "d_vocab": 5}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> gradient = attention_gradient(model, torch.randint(5, (32, 6)))

@@ -112,7 +112,7 @@ def residual_information(
         ValueError: one sequence, one position, or an argument out of range.
         ProbeError: tokens that the model cannot read, or a model without next-token logits.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 6, "d_vocab": 5}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> residual_information(model, torch.randint(5, (64, 6))).joint.shape
@@ -256,7 +256,7 @@ def direct_path(model: nn.Module, residual: ResidualInformation, *, layer: int =
         ProbeError: no such layer, weights of another kind, or residual information in which rare
             tokens share a bucket.
 
-    >>> from transformer_lens import HookedTransformer
+    >>> from mechcausal.models.adapter import HookedTransformer
     >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 6, "d_vocab": 5}
     >>> model = HookedTransformer({**sizes, "attn_only": True, "device": "cpu", "seed": 0})
     >>> path = direct_path(model, residual_information(model, torch.randint(5, (64, 6))))

@@ -51,7 +51,7 @@ class Tracker:
       `.../edge_hits` and `.../chance`: see `agreement`.
 
     Example:
-        >>> from transformer_lens import HookedTransformer
+        >>> from mechcausal.models.adapter import HookedTransformer
         >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 8}
         >>> model = HookedTransformer({**sizes, "d_vocab": 5, "attn_only": True, "device": "cpu"})
         >>> held_out = torch.randint(5, (64, 8), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -203,7 +202,7 @@ def test_installed_wheel_trains_a_recipe_from_an_unrelated_folder(
     python = environment / "bin" / "python"
     # Lends the dependencies without a download. A .pth file adds the folder alone, not what the
     # .pth files in it name, so an editable install of the checkout stays out of sight.
-    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    folders = [path for path in sys.path if Path(path).name == "site-packages"]
     (site_packages,) = environment.glob("lib/python*/site-packages")
     (site_packages / "dependencies.pth").write_text("\n".join(folders))
     pip = (sys.executable, "-m", "pip", "--python", python)

@@ -103,7 +103,11 @@ def test_outputs_activations_and_gradients_are_those_of_transformer_lens(
                 theirs_both = theirs(tokens, return_type="both", **options)
                 differ_at_most(ours_both.loss, theirs_both.loss, bound)
                 differ_at_most(ours(tokens, return_type="loss", **options), theirs_both.loss, bound)
-    differ_at_most(ours(tokens, stop_at_layer=1), theirs(tokens, stop_at_layer=1), bound)
+    halfway = theirs(tokens, stop_at_layer=1)
+    differ_at_most(ours(tokens, stop_at_layer=1), halfway, bound)
+    if original.cfg.positional_embedding_type == "standard":
+        rest = ours(halfway, start_at_layer=1)
+        differ_at_most(rest, theirs(halfway, start_at_layer=1), bound)
     for name in ("W_E", "W_pos", "W_U", "b_U", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert (ours(tokens, return_type=None), theirs(tokens, return_type=None)) == (None, None)
@@ -189,6 +193,14 @@ def test_a_config_that_ours_cannot_compute_is_refused(
     sizes = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_ctx": 4, "d_vocab": 3, "device": "cpu"}
     with pytest.raises(ValueError, match=message):
         OWN_CONFIG(**sizes | changes)
+
+
+def test_a_pass_without_the_tokens_that_it_needs_is_refused() -> None:
+    sizes = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_ctx": 4, "d_vocab": 3, "device": "cpu"}
+    shortformer = OWN(sizes | {"positional_embedding_type": "shortformer"})
+    for model, return_type in ((OWN(sizes), "loss"), (shortformer, "logits")):
+        with pytest.raises(ValueError, match="start_at_layer is 0: this pass needs tokens"):
+            model(torch.zeros(1, 4, 16), start_at_layer=0, return_type=return_type)
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

@@ -28,6 +28,7 @@ from probes import (
     check_attention,
 )
 from probes.reading.hooking import Hooks
+from tests.lens_versions import HAS_LENS_3
 
 VOCAB, N_LAYERS, N_HEADS = 11, 2, 2
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -100,7 +101,8 @@ def _native() -> Any:
     return TransformerBridge.boot_native(config)
 
 
-def _bridge(name: str) -> Any:
+def hugging_face_model(name: str) -> tuple[Any, Any]:
+    """A family's random model as Hugging Face has it, and a tokenizer."""
     model_class, config_class, sizes = HUGGING_FACE[name]
     library: Any = transformers
     config = getattr(library, config_class)(**sizes, **_SPECIAL, **_DROPOUT, vocab_size=VOCAB)
@@ -115,11 +117,18 @@ def _bridge(name: str) -> Any:
     words = WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
     make: Any = transformers.PreTrainedTokenizerFast
     special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "t0")
-    tokenizer = make(tokenizer_object=Tokenizer(words), **special)
+    return model.eval(), make(tokenizer_object=Tokenizer(words), **special)
+
+
+def _bridge(name: str) -> Any:
+    model, tokenizer = hugging_face_model(name)
     return TransformerBridge.boot_transformers(
-        f"tiny-{model_class}", hf_model=model.eval(), tokenizer=tokenizer, device="cpu"
+        f"tiny-{type(model).__name__}", hf_model=model, tokenizer=tokenizer, device="cpu"
     )
 
+
+# Cells that depend on the version of TransformerLens: with 3.9, with 4.3.
+EDITS_OF_NATIVE = ("not guaranteed: refused", "guaranteed")
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "HookedTransformer": _hooked,
@@ -287,12 +296,15 @@ def table() -> str:
             dropout = "not guaranteed: refused"
         elif right(result.in_training):
             dropout = "guaranteed" if result.has_attention_dropout else "has none"
+        edits = "not guaranteed: refused" if result.check.late else "guaranteed"
+        if family == "native bridge" and edits == EDITS_OF_NATIVE[not HAS_LENS_3]:
+            edits = "{} (3.9); {} (4.3)".format(*EDITS_OF_NATIVE)
         row = (
             family,
             "sum to less than 1 (sink)" if result.check.sink else "sum to 1",
             "guaranteed" if right(result.trained) and result.check.unread == () else "wrong",
             dropout,
-            "not guaranteed: refused" if result.check.late else "guaranteed",
+            edits,
             "the pattern" if result.scores_hook_holds_pattern else "scores",
         )
         lines.append(" | ".join(row))

@@ -100,7 +100,7 @@ def test_rows_masked_from_end_to_end_by_padding_give_zeros(
     padding[0, :2] = 0
     probes = AttentionGradient(), AttentionGradient("pattern")
     with attach(model, *probes):
-        model(tokens, attention_mask=padding, padding_side="left")[:, -1].square().sum().backward()
+        model(tokens, attention_mask=padding)[:, -1].square().sum().backward()
     for probe in probes:
         assert probe.reading().values.isfinite().all()
         assert probe.stderr().values.isfinite().all()
@@ -252,7 +252,7 @@ def test_two_forward_passes_before_one_backward(model: HookedTransformer, tokens
         return loss
 
     def padded() -> Tensor:
-        logits = model(tokens, attention_mask=padding, padding_side="left")
+        logits = model(tokens, attention_mask=padding)
         loss: Tensor = logits[:, -1].square().sum()
         return loss
 

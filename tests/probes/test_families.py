@@ -20,11 +20,12 @@ from probes import (
 )
 from probes.reading import attention_check
 from tests.left_as_found import left_as_found
+from tests.lens_versions import HAS_LENS_3
 from tests.probes import families
 from tests.probes.families import FAMILIES, examined, random_loss, some_tokens, tiny
 
 close = torch.testing.assert_close
-SHOWN_AFTER_USE = ("native bridge", "GPT-Neo", "GPT-J", "OPT", "BERT")
+SHOWN_AFTER_USE = (*(["native bridge"] if HAS_LENS_3 else []), "GPT-Neo", "GPT-J", "OPT", "BERT")
 SINKS = ("gpt-oss",)
 # Keys that layers 0 and 1 see, where that is not all up to the query.
 WINDOWS = {
