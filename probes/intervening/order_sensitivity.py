@@ -99,10 +99,10 @@ def order_sensitivity(
     if keep_first:
         movable &= positions != first.unsqueeze(1)
     if int(movable.sum(1).min()) < 2:
-        kept = "the first and the last" if keep_first else "the last"
+        kept = "the first and the last, which stay" if keep_first else "the last, which stays"
         raise ValueError(
-            f"a sequence of {int(text.sum(1).min())} tokens is too short: besides {kept}, which "
-            "stay, it needs two to permute"
+            f"a sequence of {int(text.sum(1).min())} tokens is too short: besides {kept}, it "
+            "needs two to permute"
         )
     source = torch.Generator().manual_seed(0) if generator is None else generator
     with undisturbed(model):

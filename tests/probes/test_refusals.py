@@ -225,12 +225,12 @@ WRONG_FOR_A_MODEL: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (
         lambda m: order_sensitivity(m, ROW[:, :2]),
         ValueError,
-        "a sequence of 2 tokens is too short: besides the last, which stay, it needs two",
+        "a sequence of 2 tokens is too short: besides the last, which stays, it needs two",
     ),
     (
         lambda m: order_sensitivity(m, ROW[:, :3], keep_first=True),
         ValueError,
-        "a sequence of 3 tokens is too short: besides the first and the last",
+        "a sequence of 3 tokens is too short: besides the first and the last, which stay",
     ),
     (lambda m: order_sensitivity(m, ROW, n_permutations=0), ValueError, "n_permutations is 0"),
     (

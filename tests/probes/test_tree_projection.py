@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformer_lens
 from torch import Tensor
 
 from mechcausal.models.adapter import HookedTransformer
@@ -216,6 +217,22 @@ def test_nothing_is_left_after_an_interrupted_pass(build: Build, nth_pass: int):
     handle.remove()
     with left_as_found(model):
         tree_projection(model, some(2, 4))
+
+
+@pytest.mark.skipif(not hasattr(transformer_lens, "HookedEncoder"), reason="TransformerLens 4.x")
+def test_a_hooked_encoder_is_read_too():
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 8, "d_vocab": 7}
+    more = {"d_mlp": 32, "act_fn": "gelu", "attention_dir": "bidirectional", "device": "cpu"}
+    config = transformer_lens.HookedTransformerConfig(**sizes, **more, dtype=torch.float64)
+    with warnings.catch_warnings(action="ignore"):
+        encoder = transformer_lens.HookedEncoder(config)
+    for parameter in encoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.3, generator=seeded(parameter.numel()))
+    with left_as_found(encoder):
+        chart = tree_projection(encoder, some(2, 5)).chart
+    close(chart[:, 0, 5], torch.ones(2, dtype=torch.float64), **EXACT)
+    assert (chart[:, 0, 1:5] < 1 - 1e-6).all()
 
 
 def test_a_bridge_whose_patterns_cannot_be_edited_is_refused():
