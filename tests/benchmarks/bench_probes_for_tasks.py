@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechcausal import load_model
 from mechcausal.models.adapter import HookedTransformer
+from mechcausal.tasks.hierarchy import Grammar, Hierarchy, evidence_of
 from mechcausal.training.checkpoints import checkpoint_folders
 from probes import (
     ablation_effects,
@@ -94,46 +95,6 @@ MASK = SYMBOLS
 BRACKETS = [(i, i + 2**h) for h in range(1, DEPTH) for i in range(0, LEAVES, 2**h)]
 
 
-class Grammar:
-    """Each symbol has four of the sixteen ordered pairs; `rules[a, b, c]` is the chance of (b, c).
-
-    Garnier-Brun et al. 2025, "How transformers learn structured data: insights from hierarchical
-    filtering", without a filter.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        owner = torch.randperm(SYMBOLS**2, generator=generator) % SYMBOLS
-        logits = torch.randn(SYMBOLS**2, generator=generator)
-        own = owner == torch.arange(SYMBOLS)[:, None]
-        rules = torch.where(own, logits, -torch.inf).softmax(-1)
-        self.rules = rules.view(SYMBOLS, SYMBOLS, SYMBOLS)
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Leaves `[n, 8]`."""
-        level = torch.randint(SYMBOLS, (n, 1), generator=generator)
-        for _ in range(DEPTH):
-            pairs = self.rules.flatten(1)[level.flatten()]
-            drawn = torch.multinomial(pairs, 1, generator=generator).view(n, -1)
-            level = torch.stack([drawn // SYMBOLS, drawn % SYMBOLS], dim=-1).flatten(1)
-        return level
-
-    def posteriors(self, leaves: Tensor) -> Tensor:
-        """The distribution of every leaf given all others, `[n, 8, symbol]`: belief propagation."""
-        ups = [torch.nn.functional.one_hot(leaves, SYMBOLS).float()]
-        for _ in range(DEPTH):
-            left, right = ups[-1][:, ::2], ups[-1][:, 1::2]
-            up = torch.einsum("abc,nvb,nvc->nva", self.rules, left, right)
-            ups.append(up / up.sum(-1, keepdim=True))
-        down = torch.full((len(leaves), 1, SYMBOLS), 1 / SYMBOLS)
-        for up in reversed(ups[:-1]):
-            left, right = up[:, ::2], up[:, 1::2]
-            to_left = torch.einsum("nva,abc,nvc->nvb", down, self.rules, right)
-            to_right = torch.einsum("nva,abc,nvb->nvc", down, self.rules, left)
-            down = torch.stack([to_left, to_right], dim=2).flatten(1, 2)
-            down = down / down.sum(-1, keepdim=True)
-        return down
-
-
 def tree_model(seed: int) -> HookedTransformer:
     config: dict[str, Any] = {
         "n_layers": DEPTH,
@@ -154,7 +115,7 @@ def tree_model(seed: int) -> HookedTransformer:
         return HookedTransformer(config)
 
 
-def train(model: HookedTransformer, grammar: Grammar, steps: int, seed: int) -> float:
+def train(model: HookedTransformer, tree: Hierarchy, steps: int, seed: int) -> float:
     """Predict a masked leaf; returns the last divergence from belief propagation, in nats."""
     generator = seeded(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -162,10 +123,11 @@ def train(model: HookedTransformer, grammar: Grammar, steps: int, seed: int) -> 
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 if step < 0.75 * steps else 1e-4
-        leaves = grammar.sample(256, generator)
+        leaves, _ = tree.sample(256, generator=generator)
         hidden = torch.randint(LEAVES, (256, 1), generator=generator)
         row = torch.arange(256)
-        truth = grammar.posteriors(leaves)[row, hidden[:, 0]]
+        posteriors = tree.infer(evidence_of(leaves, SYMBOLS)).leaves
+        truth = posteriors[row, hidden[:, 0]].float()
         masked = leaves.scatter(1, hidden, MASK)
         predicted = model(masked)[row, hidden[:, 0]].log_softmax(-1)
         loss = -(truth * predicted).sum(-1).mean()
@@ -184,10 +146,11 @@ def test_tree_model() -> None:
     position = range(LEAVES)
     heights = torch.tensor([[(q ^ k).bit_length() for k in position] for q in position])
     for seed in SEEDS:
-        grammar, model = Grammar(seeded(seed)), tree_model(seed)
-        tokens = grammar.sample(256, seeded(100 + seed))
+        tree = Hierarchy(Grammar.random(SYMBOLS, generator=seeded(seed)), DEPTH)
+        model = tree_model(seed)
+        tokens, _ = tree.sample(256, generator=seeded(100 + seed))
         untrained = tree_projection(model, tokens).recall(BRACKETS)
-        divergence = train(model, grammar, 6000, seed)
+        divergence = train(model, tree, 2000, seed)
         print(f"\nseed {seed}: KL from belief propagation {divergence:.4f} nats")
         print(f"  untrained: brackets {untrained[0]:.2f}, per sequence {untrained[1].mean():.3f}")
         for from_layer in range(DEPTH):
