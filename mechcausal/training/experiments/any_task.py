@@ -1,25 +1,21 @@
 """Any task, learned by a standard transformer or a model of the user's own."""
 
-from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.task_observer import TaskObserver
-from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.predicting import graph_model
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import Task, TaskError, check_batch
-from mechcausal.training.experiments.base import Experiment, Generators
+from mechcausal.training.experiments.base import Generators, ModelExperiment
 from mechcausal.training.experiments.models import ModelBuilder, build_model
 from mechcausal.training.objective import Objective
 
 
-class TaskExperiment(Experiment):
+class TaskExperiment(ModelExperiment):
     """A model trained to predict the labels of a task.
 
     The model is the standard transformer that the recipe describes, or the caller's. The figures
@@ -87,23 +83,6 @@ class TaskExperiment(Experiment):
                 "standard, or a model of your own"
             )
 
-    @property
-    def hooked(self) -> HookedTransformer:
-        """The HookedTransformer that owns all parameters."""
-        return self.model.hooked
-
-    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The model's parameters, by its own names."""
-        return self.model.parameters_by_name
-
-    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Within the block only these parameters take gradients."""
-        return self.model.training_only(self.expanded(names))
-
-    def training_loss(self, n_sequences: int) -> Tensor:
-        """Cross entropy on fresh sequences, over the labels that count."""
-        return self.objective.training_loss(n_sequences)
-
     def losses(self) -> dict[str, float]:
         """Evaluation loss and, if the task knows it, the Bayes loss and the gap to it."""
         return self.observer.losses()
@@ -111,7 +90,3 @@ class TaskExperiment(Experiment):
     def observe(self) -> Observation:
         """Losses, the divergence from every prediction of the task, and attention."""
         return self.observer.observe()
-
-    def save_model(self, folder: Path) -> None:
-        """Write weights and config; `load_model` and the model's own `load` read them."""
-        self.model.save(folder)

@@ -18,6 +18,8 @@ from mechcausal.recipes import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from mechcausal.models.adapter import HookedTransformer
+    from mechcausal.models.base import GraphModel
+    from mechcausal.training.objective import Objective
 
 
 Tell = Callable[[str], None]
@@ -190,6 +192,39 @@ class Experiment(ABC):
     def reference_matrices(self) -> dict[str, Tensor]:
         """Matrices that those of the probe steps are compared with, such as theory's."""
         return {}
+
+
+class ModelExperiment(Experiment):
+    """An experiment that trains a GraphModel on the labels of a task.
+
+    Attributes:
+        model: the trained model.
+        objective: its loss on fresh sequences.
+    """
+
+    model: "GraphModel"
+    objective: "Objective"
+
+    @property
+    def hooked(self) -> "HookedTransformer":
+        """The HookedTransformer that owns all parameters."""
+        return self.model.hooked
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The model's parameters, by its own names (A1, A2, ...)."""
+        return self.model.parameters_by_name
+
+    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Within the block only these parameters take gradients."""
+        return self.model.training_only(self.expanded(names))
+
+    def training_loss(self, n_sequences: int) -> Tensor:
+        """Cross entropy on fresh sequences, over the labels that count."""
+        return self.objective.training_loss(n_sequences)
+
+    def save_model(self, folder: Path) -> None:
+        """Write weights and config; `load_model` and the model's own `load` read them."""
+        self.model.save(folder)
 
 
 @contextmanager

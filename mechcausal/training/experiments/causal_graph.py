@@ -1,14 +1,12 @@
 """The paper's experiments: a transformer learns the causal graph of its data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +15,6 @@ from mechcausal.measures.figures import History
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.observer import Observer
 from mechcausal.measures.plateaus import find_drops, find_plateaus, steepest_drop
-from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.predicting import graph_model
@@ -42,7 +39,13 @@ from mechcausal.theory import (
     parent_information,
     theory_notes,
 )
-from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
+from mechcausal.training.experiments.base import (
+    Experiment,
+    Generators,
+    ModelExperiment,
+    Tell,
+    tell_nobody,
+)
 from mechcausal.training.experiments.models import ModelBuilder, build_model
 from mechcausal.training.objective import Objective
 
@@ -51,7 +54,7 @@ _MOST_SECONDS = 20.0
 _MULTIPLICATIONS_PER_SECOND = 1e10  # float32
 
 
-class CausalGraphExperiment(Experiment):
+class CausalGraphExperiment(ModelExperiment):
     """A model trained in closed form on sequences of a graph and probed through hooks.
 
     Prior and model may be the caller's:
@@ -136,23 +139,6 @@ class CausalGraphExperiment(Experiment):
             relabel=self._with_posterior if training.target == "posterior" else None,
         )
 
-    @property
-    def hooked(self) -> HookedTransformer:
-        """The HookedTransformer that owns all parameters."""
-        return self.model.hooked
-
-    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The model's parameters, by its own names (A1, A2, ...)."""
-        return self.model.parameters_by_name
-
-    def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Within the block only these parameters take gradients."""
-        return self.model.training_only(self.expanded(names))
-
-    def training_loss(self, n_sequences: int) -> Tensor:
-        """Cross entropy of the closed form on fresh sequences."""
-        return self.objective.training_loss(n_sequences)
-
     @classmethod
     def training_losses(
         cls, experiments: Sequence[Experiment], n_sequences: int
@@ -210,10 +196,6 @@ class CausalGraphExperiment(Experiment):
             files["figures/blocks"] = folder / "blocks.png"
             figure.savefig(folder / "blocks.png", dpi=110)
         return files
-
-    def save_model(self, folder: Path) -> None:
-        """Write weights and config; the model's own `load` and `load_model` read them."""
-        self.model.save(folder)
 
     def conclusions(self, history: History) -> dict[str, Any]:
         """Plateaus of the loss with the model's strategy on each, and the drops between them."""
