@@ -12,6 +12,7 @@ from mechcausal.models.adapter import HookedTransformer
 from probes import ProbeError, tree_projection
 from probes.intervening.tree_projection import _greedy_tree
 from tests.left_as_found import left_as_found
+from tests.lens_versions import needs_lens_3
 from tests.oracles import seeded
 from tests.probes.conftest import Build
 from tests.probes.families import some_tokens, tiny
@@ -219,7 +220,7 @@ def test_nothing_is_left_after_an_interrupted_pass(build: Build, nth_pass: int):
         tree_projection(model, some(2, 4))
 
 
-@pytest.mark.skipif(not hasattr(transformer_lens, "HookedEncoder"), reason="TransformerLens 4.x")
+@needs_lens_3
 def test_a_hooked_encoder_is_read_too():
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 8, "d_vocab": 7}
     more = {"d_mlp": 32, "act_fn": "gelu", "attention_dir": "bidirectional", "device": "cpu"}
