@@ -288,7 +288,7 @@ def test_another_version_or_device_is_named_and_needs_leave(
     from mechcausal.training import recorded_run as training
 
     real = checkpoints.environment
-    other = {"torch": "1.0", "threads": 7, "device": "cuda (B9000)"}
+    other = {"torch": "1.0", "transformer-lens": "3.0", "threads": 7, "device": "cuda (B9000)"}
     for module in (training, checkpoints):
         monkeypatch.setattr(module, "environment", lambda device: real(device) | other)
     folder = killed(tmp_path / "run", 17)
@@ -298,6 +298,25 @@ def test_another_version_or_device_is_named_and_needs_leave(
         resume(folder)
     assert all(f"{name} was {value}, is " in str(caught.value) for name, value in other.items())
     assert resume(folder, allow_change=True).state == "finished"
+
+
+def test_a_folder_from_before_a_version_was_recorded_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechcausal.training import checkpoints
+    from mechcausal.training import recorded_run as training
+
+    real = checkpoints.environment
+
+    def older(device: torch.device) -> dict[str, Any]:
+        return {name: value for name, value in real(device).items() if name != "transformer-lens"}
+
+    for module in (training, checkpoints):
+        monkeypatch.setattr(module, "environment", older)
+    folder = killed(tmp_path / "run", 17)
+    for module in (training, checkpoints):
+        monkeypatch.setattr(module, "environment", real)
+    assert resume(folder).state == "finished"
 
 
 def test_a_change_that_the_checkpoint_cannot_follow_is_refused(killed_at_17: Path) -> None:
