@@ -82,15 +82,15 @@ def figure_of(key: str) -> RunFigure:
     """The figure with this key, also one of a family.
 
     A key that is not listed, of an experiment of the user's own, is its own label; its unit is nats
-    if it is a loss or starts with `kl`, as in `loss/mine` and `tree/kl_root`.
+    if it is a loss or starts with `kl`, as in `loss/mine` and `coins/kl_fair`.
 
     Example:
         >>> figure_of("loss/gap").title
         'loss above Bayes, nats'
         >>> figure_of("composition/L1H0_reads_L0H1").label
         'L1H0 reads L0H1'
-        >>> figure_of("tree/kl_root").title
-        'tree/kl_root, nats'
+        >>> figure_of("coins/kl_fair").title
+        'coins/kl_fair, nats'
     """
     if key in figures():
         return figures()[key]
@@ -144,8 +144,8 @@ def own_curves(history: History) -> dict[str, list[str]]:
     Losses are left out: `curves` has them.
 
     Example:
-        >>> own_curves([{"train/step": 0, "loss/eval": 1.0, "tree/use_0": 1.0, "tree/use_1": 0.5}])
-        {'tree': ['tree/use_0', 'tree/use_1']}
+        >>> own_curves([{"train/step": 0, "loss/eval": 1.0, "coins/bias": 1.0, "coins/error": 0.5}])
+        {'coins': ['coins/bias', 'coins/error']}
     """
     return {name: keys for name, keys in _unlisted(history).items() if name != "loss"}
 

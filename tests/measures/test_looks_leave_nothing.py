@@ -148,7 +148,7 @@ def test_nothing_is_left_after_a_look(
     [
         ("observe", HookPoint, "forward", 5, KeyboardInterrupt),
         ("observe", observer_module, "soft_cross_entropy", 1, ValueError),
-        ("observe", records, "_wide", 0, KeyboardInterrupt),
+        ("observe", records, "wide_type", 0, KeyboardInterrupt),
         ("observe", AttentionGradient, "_add", 1, KeyboardInterrupt),
         ("losses", observer_module, "soft_cross_entropy", 0, ValueError),
         ("edge_effects", interventions, "cross_entropies", 1, KeyboardInterrupt),

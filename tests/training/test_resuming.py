@@ -30,7 +30,7 @@ from mechcausal.records.run_folder import (
 from mechcausal.records.wandb_fragments import fragments, wandb_steps
 from mechcausal.support.signals import StopRequested
 from mechcausal.training.checkpoints import checkpoint_folders
-from mechcausal.training.experiments import Experiment
+from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
 from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, RunResult, TrainingError, train
 from tests import kill_runs
@@ -506,14 +506,14 @@ def test_formation_is_kept_in_detail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], kept: tuple[int, ...]
 ) -> None:
     left = iter(scores)
-    real = Experiment.__subclasses__()[0].observe
+    real = CausalGraphExperiment.observe
 
     def observe(self: Any) -> Any:
         observation = real(self)
         observation.figures["induction/score"] = next(left)
         return observation
 
-    monkeypatch.setattr(Experiment.__subclasses__()[0], "observe", observe)
+    monkeypatch.setattr(CausalGraphExperiment, "observe", observe)
     saved_steps(tmp_path, monkeypatch, checkpoints__schedule="formation", checkpoints__every=100)
     steps = [int(row[STEP] or 0) for row in read_metrics(tmp_path / "run")]
     assert set(checkpoint_folders(tmp_path / "run")) == {steps[i] for i in kept} | {24}
