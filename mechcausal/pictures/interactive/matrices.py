@@ -172,23 +172,25 @@ def own_panels(run: RunData, step: int | None = None, *, name: str) -> list[go.F
     values = by_head(run.frame(step, needs=name)[1][name].astype(np.float64))
     signed = bool((values < 0).any())
     choices = head_choices(len(values), name)
+    is_attention = name.startswith("attention/")
+    row, column = ("query position", "key position") if is_attention else ("row", "column")
     figures = []
     for head in choices:
         figure = new_figure(name + head_label(head, len(choices)).replace("head", "no."))
         matrix = reduced(values, head)
-        limit = 1.0 if name.startswith("attention") else limit_of(matrix)
+        limit = 1.0 if is_attention else limit_of(matrix)
         figure.add_heatmap(
             z=matrix.astype(np.float32),
             zmin=-limit if signed else 0.0,
             zmax=limit,
             colorscale=SIGNED_SCALE if signed else ATTENTION_SCALE,
-            hovertemplate="row %{y}, column %{x}<br>%{z:.4g}<extra></extra>",
+            hovertemplate=f"{row} %{{y}}, {column} %{{x}}<br>%{{z:.4g}}<extra></extra>",
             colorbar=COLORBAR,
             meta={"from": name, "head": head, "as": "matrix", "signed": signed},
         )
-        figure.update_xaxes(title="column", showgrid=False, zeroline=False, tickformat="d")
+        figure.update_xaxes(title=column, showgrid=False, zeroline=False, tickformat="d")
         figure.update_yaxes(
-            title="row", showgrid=False, zeroline=False, tickformat="d", autorange="reversed"
+            title=row, showgrid=False, zeroline=False, tickformat="d", autorange="reversed"
         )
         figure.update_layout(margin={"b": 78})
         figures.append(figure)
