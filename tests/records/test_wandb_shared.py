@@ -12,7 +12,7 @@ import wandb
 from mechcausal.recipes import Recipe, parse_recipe
 from mechcausal.records import wandb_runs
 from mechcausal.records.run_folder import read_process
-from mechcausal.records.wandb_fragments import fragments, wandb_steps
+from mechcausal.records.wandb_fragments import fragments, steps_when_written, wandb_steps
 from mechcausal.records.wandb_runs import WandbRun
 from mechcausal.sweeps.batch import train_batch
 from mechcausal.training.resuming import resume
@@ -80,7 +80,9 @@ class User:
         wandb.finish()
         assert wandb.run is None
         (fragment,) = (self.folder / "wandb").glob("offline-run-*")
-        assert wandb_steps(fragment) == self.steps
+        # W&B's service may still be writing when `finish` returns.
+        written = steps_when_written([fragment], len(self.steps), seconds=10)
+        assert written == {fragment: self.steps}
 
 
 def arrived(folder: Path) -> list[int]:
