@@ -139,6 +139,10 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         return
     if recipe.task.kind == "text":
         return
+    if recipe.task.kind in ("tree", "selective_lags"):
+        if _is_small(recipe, None, recipe.build_task().sequence_length):
+            build_experiment(recipe, Generators.from_seed(recipe.seed, torch.device("cpu")))
+        return
     graph = recipe.build_graph()
     check_graph(graph)
     task = build_task(graph, recipe.build_prior())

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.benchmark
 RECIPES = [
     name
     for name in packaged_recipes()  # those of the paper's figures: `mechcausal replicate`
-    if load_recipe(name).task.kind == "causal_graph" and not name.startswith("figure")
+    if load_recipe(name).training.algorithm == "two_stage"
 ]
 
 
