@@ -99,6 +99,11 @@ def test_matrices_make_a_finite_prior_with_its_strategies() -> None:
             {"model__attention": "causal"},
             "model.attention: tree needs bidirectional",
         ),
+        (
+            tree_recipe(),
+            {"task__depth": 10, "task__vocab_size": 64, "evaluation__n_sequences": 100_000},
+            "are for belief propagation: reduce task.depth, task.vocab_size",
+        ),
         (lags_recipe(), {"task__lags": [1, 12]}, "at most 11 in a context of 12, found 12"),
         (lags_recipe(), {"task__lags": [2, 2]}, "distinct lags needed, found [2, 2]"),
         (lags_recipe(), {"task__kind": "lags"}, "task.kind"),

@@ -118,6 +118,10 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
         size = 16 * _LAW_BLOCKS * min(evaluation.max_lag, t - 1) * s * s
         law_fields = ("evaluation.max_lag", "task.vocab_size")
         needs.append(Need("the tables of residual information", size, law_fields))
+    if recipe.task.kind == "tree":  # the messages of all pairs of siblings, before they are summed
+        messages = max(batch, evaluation.n_sequences) * (t // 2) * s * s
+        tree_fields = ("task.depth", "task.vocab_size", "evaluation.n_sequences", batch_fields[0])
+        needs.append(Need("belief propagation", 8 * messages, tree_fields))
     return needs if graph is None else needs + theory_needs(recipe, graph)
 
 
