@@ -46,7 +46,7 @@ def strategy_figures(
     smoothed = _smoothed(prediction, epsilon)
     by_name = {name: _smoothed(strategy, epsilon) for name, strategy in strategies.items()}
     figures = {
-        f"strategy/kl_{name}": _divergence(smoothed, strategy).item()
+        f"strategy/kl_{name}": divergence(smoothed, strategy).item()
         for name, strategy in by_name.items()
     }
     if len(by_name) > 1:
@@ -95,8 +95,8 @@ def nearest_mixture(
         w = _newton_step(w, p, q, slope)
     w = w / w.sum()
     mixed = torch.einsum("k,k...s->...s", w, torch.stack(list(strategies.values())).double().cpu())
-    divergence = _divergence(prediction.double().cpu(), mixed).item()
-    return Mixture(dict(zip(strategies, w.tolist(), strict=True)), max(divergence, 0.0))
+    smallest = divergence(prediction.double().cpu(), mixed).item()
+    return Mixture(dict(zip(strategies, w.tolist(), strict=True)), max(smallest, 0.0))
 
 
 def _newton_step(
@@ -124,7 +124,9 @@ def _smoothed(distribution: Tensor, epsilon: float) -> Tensor:
     return (distribution.double() + epsilon) / (1 + distribution.shape[-1] * epsilon)
 
 
-def _divergence(prediction: Tensor, strategy: Tensor) -> Tensor:
-    """Mean `KL(prediction || strategy)` with 0 log 0 = 0."""
+def divergence(
+    prediction: Float[Tensor, "*any vocab"], strategy: Float[Tensor, "*any vocab"]
+) -> Float[Tensor, ""]:
+    """Mean `KL(prediction || strategy)` in nats, with 0 log 0 = 0."""
     ratio = torch.where(prediction > 0, prediction / strategy, 1.0)
     return (prediction * ratio.log()).sum(-1).mean()

@@ -18,11 +18,11 @@ from mechcausal.tasks import (
     cross_entropies,
     scored_rows,
 )
+from mechcausal.tasks.protocol import BAYES
 from probes import AttentionPattern, attach
 
 # Limit on attention entries of one pass; larger evaluation batches are split.
 _MAX_ENTRIES = 4_000_000
-BAYES = "bayes"
 
 
 class TaskObserver:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from mechcausal.tasks.base import Batch
 from mechcausal.tasks.hierarchy import Hierarchy, evidence_of
-
-BAYES = "bayes"
+from mechcausal.tasks.protocol import BAYES
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mechcausal.tasks.base import Batch
 
+BAYES = "bayes"
+"""Name of the best possible predictor of a task."""
+
 
 @runtime_checkable
 class Task(Protocol):

@@ -5,14 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mechcausal.measures.figures import STEP, History
 from mechcausal.measures.observation import Observation
+from mechcausal.measures.strategies import divergence
 from mechcausal.recipes import Recipe
 from mechcausal.tasks.base import scored_rows
-from mechcausal.tasks.hierarchy_tasks import BAYES, use_of_scales
+from mechcausal.tasks.hierarchy_tasks import use_of_scales
+from mechcausal.tasks.protocol import BAYES
 from mechcausal.training.experiments.any_task import TaskExperiment
 from mechcausal.training.experiments.base import Generators
 
@@ -36,7 +38,8 @@ class TreeExperiment(TaskExperiment):
         predicted = scored_rows(observation.prediction, self.observer.batch).double()
         by_filter = self.observer.predictions
         figures = observation.figures | {
-            f"tree/kl_{name}": _divergence(exact, predicted) for name, exact in by_filter.items()
+            f"tree/kl_{name}": divergence(exact, predicted).item()
+            for name, exact in by_filter.items()
         }
         for height, used in use_of_scales(predicted, by_filter).items():
             figures[f"tree/use_of_scale_{height}"] = used
@@ -83,9 +86,3 @@ def common_heights(n_leaves: int) -> Int[Tensor, "leaf leaf"]:
     """
     leaves = range(n_leaves)
     return torch.tensor([[(a ^ b).bit_length() for b in leaves] for a in leaves])
-
-
-def _divergence(exact: Float[Tensor, "row symbol"], model: Float[Tensor, "row symbol"]) -> float:
-    """Mean KL(exact || model) in nats, with 0 log 0 = 0."""
-    ratio = torch.where(exact > 0, exact / model, 1.0)
-    return (exact * ratio.log()).sum(-1).mean().item()
