@@ -17,6 +17,7 @@ from mechcausal.tasks.hierarchy_tasks import use_of_scales
 from mechcausal.tasks.protocol import BAYES
 from mechcausal.training.experiments.any_task import TaskExperiment
 from mechcausal.training.experiments.base import Generators
+from probes import attention_by_class
 
 FORMED = 0.5
 """A scale counts as used from the first probe step at which its coefficient reaches this."""
@@ -67,13 +68,12 @@ def attention_by_height(matrices: Mapping[str, Tensor]) -> dict[str, float]:
     """
     figures = {}
     for name, attention in matrices.items():
+        layer = name.removeprefix("attention/layer")
         heights = common_heights(attention.shape[-1])
-        for height in range(int(heights.max()) + 1):
-            mask = heights == height
-            share = (attention * mask).sum(-1).double().mean().item()
-            uniform = mask.double().mean().item()
-            layer = name.removeprefix("attention/layer")
-            figures[f"tree/attention_L{layer}_height_{height}"] = share / uniform
+        by_height = attention_by_class(attention.unsqueeze(0), heights, causal=False)
+        ratios = by_height.ratio[0].mean(0).tolist()  # over heads
+        for height, ratio in zip(by_height.classes, ratios, strict=True):
+            figures[f"tree/attention_L{layer}_height_{height}"] = ratio
     return figures
 
 
