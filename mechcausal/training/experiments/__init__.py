@@ -4,6 +4,7 @@ from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import GraphTask, SeveralParentsTask, build_task, check_prior
 from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
+from mechcausal.training.experiments.kinds import KINDS
 from mechcausal.training.experiments.memory import check_memory, experiment_needs, n_probe_steps
 from mechcausal.training.experiments.own import OwnExperiment, build_own, check_own, options_of
 
@@ -43,25 +44,17 @@ def check_experiment(
     if recipe.task.kind == "own":
         n_probe_steps(recipe)
         return
+    kind = KINDS[recipe.task.kind]
     graph = None
     if recipe.task.kind == "causal_graph":
         graph = recipe.build_graph()
         prior = options_of(experiment).get("prior")
         if prior is not None:
             check_prior(prior, recipe.task.vocab_size)
-        task = build_task(graph, prior or recipe.build_prior())
-        check_model(recipe, task)
-        length = task.sequence_length
-    elif recipe.task.kind == "text":
-        assert recipe.task.context is not None  # checked when the recipe was parsed
-        length = recipe.task.context
-        if on_this_machine:
-            recipe.build_text()
-    elif recipe.task.kind in ("tree", "selective_lags"):
-        length = recipe.build_task().sequence_length
-    else:
-        assert recipe.task.repeat_lengths is not None  # checked when the recipe was parsed
-        length = 2 * recipe.task.repeat_lengths[1] + 1
+        check_model(recipe, build_task(graph, prior or recipe.build_prior()))
+    elif recipe.task.kind == "text" and on_this_machine:
+        recipe.build_text()
+    length = kind.length(recipe)
     model, vocab = recipe.model, recipe.task.vocab_size
     if model.kind == "standard" and model.embeddings == "fixed" and model.d_model < vocab + length:
         raise RecipeError(
@@ -115,22 +108,7 @@ def build_experiment(
     """
     if experiment is not None:
         return build_own(experiment, recipe, generators, tell)
-    if recipe.task.kind == "repeated_tokens":
-        from mechcausal.training.experiments.repeated_tokens import RepeatedTokens
-
-        return RepeatedTokens(recipe, generators)
-    if recipe.task.kind == "text":
-        from mechcausal.training.experiments.text import TextExperiment
-
-        return TextExperiment(recipe, generators)
-    if recipe.task.kind == "tree":
-        from mechcausal.training.experiments.tree import TreeExperiment
-
-        return TreeExperiment(recipe, generators)
-    if recipe.task.kind == "selective_lags":
-        from mechcausal.training.experiments.selective_lags import LagExperiment
-
-        return LagExperiment(recipe, generators)
-    from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
-
-    return CausalGraphExperiment(recipe, generators, tell, closed_form=closed_form)
+    kind = KINDS[recipe.task.kind].load()
+    if recipe.task.kind == "causal_graph":
+        return kind(recipe, generators, tell=tell, closed_form=closed_form)
+    return kind(recipe, generators)

@@ -17,6 +17,7 @@ from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.recipes.stages import stages
 from mechcausal.theory.elimination import elimination_width
 from mechcausal.theory.information import MAX_STATES
+from mechcausal.training.experiments.kinds import KINDS
 
 MAX_PROBE_STEPS = 1_000_000
 """Most probe steps in one run; each is a row of its history."""
@@ -156,16 +157,9 @@ def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
 
 def _size_fields(recipe: Recipe) -> tuple[str, str]:
     """The fields that determine the numbers of tokens and of positions."""
-    length = "graph.sequence_length"
-    if recipe.task.kind == "repeated_tokens":
-        length = "task.repeat_lengths"
-    elif recipe.task.kind in ("text", "selective_lags"):
-        length = "task.context"
-    elif recipe.task.kind == "tree":
-        length = "task.depth"
-    elif recipe.graph.preset in ("manual", "edge_list"):
-        length = "the graph's positions"
-    return "task.vocab_size", length
+    if recipe.task.kind == "own" or recipe.graph.preset in ("manual", "edge_list"):
+        return "task.vocab_size", "the graph's positions"
+    return "task.vocab_size", KINDS[recipe.task.kind].length_field
 
 
 def _model_sizes(recipe: Recipe, t: int) -> tuple[int, int, tuple[str, ...]]:
