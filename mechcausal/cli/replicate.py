@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -24,11 +24,16 @@ class Replicate:
     no name, for all of them."""
     quick: bool = False
     """Fewer seeds and graphs and shorter runs: a quarter of an hour on two cores."""
+    paper_settings: bool = False
+    """Train with the authors' optimisers, steps and batches, one seed of each graph: an hour or
+    more for each run and core. An interrupted command goes on where it stopped."""
+    recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
+    """Measure only the runs of these recipes, such as figure2_chain."""
     json: bool = False
     """Print one JSON list: figure, quantity, paper, ours, stderr, theory, holds."""
     out: Path | None = None
     """Folder for table, page, pictures and runs; finished runs in it are reused.
-    runs/replication or runs/replication-quick when absent."""
+    runs/replication, runs/replication-quick or runs/replication-paper when absent."""
     page: Path | None = None
     """Also write the page to this file, with copies of the pictures in a folder beside it."""
     workers: int | None = None
@@ -49,7 +54,8 @@ def main(arguments: list[str]) -> int:
     figures = tuple(name for name in options.figures if name != "all")
     if figures and "all" in options.figures:
         raise RefusedError(f"all stands for every figure: leave out {figures[0]}")
-    folder = options.out or Path("runs") / ("replication-quick" if options.quick else "replication")
+    suffix = "-quick" if options.quick else "-paper" if options.paper_settings else ""
+    folder = options.out or Path("runs") / f"replication{suffix}"
     from mechcausal.recipes import RecipeError
     from mechcausal.recipes.devices import device_named
     from mechcausal.records.run_folder import RunFolderError
@@ -57,8 +63,13 @@ def main(arguments: list[str]) -> int:
     from mechcausal.studies.replication.driver import ReplicationError, check_figures, replicate
     from mechcausal.studies.replication.page import publish
 
+    chosen: dict[str, Any] = {
+        "quick": options.quick,
+        "paper_settings": options.paper_settings,
+        "recipes": options.recipes,
+    }
     try:
-        check_figures(figures)
+        check_figures(figures, **chosen)
         device_named(options.device)
         resolve_mode(options.wandb_mode)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +77,7 @@ def main(arguments: list[str]) -> int:
         replication = replicate(
             figures,
             folder=folder,
-            quick=options.quick,
+            **chosen,
             workers=options.workers,
             device=options.device,
             wandb_mode=options.wandb_mode,
@@ -82,7 +93,7 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"{folder}: {error.strerror or error}") from None
     if options.page is not None:
         try:
-            publish(replication, options.page, quick=options.quick)
+            publish(replication, options.page)
         except OSError as error:
             raise RefusedError(f"{options.page}: {error.strerror or error}") from None
     if options.json:

@@ -15,6 +15,7 @@ from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, Replica
 from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
 from mechcausal.studies.replication.figures import forests
 from mechcausal.studies.replication.page import measured, number, publish
+from mechcausal.studies.replication.paper_settings import with_paper_settings
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run, run_all
 from mechcausal.support.signals import StopRequested
@@ -56,12 +57,12 @@ def quickly(
     folder: Path, figures: Sequence[str] = (), *, processes: bool = False, **options: Any
 ) -> Replication:
     """A quick replication of miniatures, with two forests."""
-    options = {"workers": 2, "adjust": miniature, **options}
+    options = {"workers": 2, "adjust": miniature, "quick": True, **options}
     with without_figures() as monkeypatch:
         monkeypatch.setattr(forests, "N_GRAPHS_QUICK", 2)
         if not processes:
             monkeypatch.setattr(runs, "train_members", train_here)
-        return replicate(figures, folder=folder, quick=True, wandb_mode="disabled", **options)
+        return replicate(figures, folder=folder, wandb_mode="disabled", **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +105,13 @@ def test_table_and_pages_agree(everything: Replication, tmp_path: Path) -> None:
     assert stored == [row.as_json() for row in everything.rows]
     keys = ["figure", "quantity", "paper", "ours", "stderr", "theory", "holds"]
     assert all(list(row) == keys for row in stored)
-    publish(everything, tmp_path / "docs" / "published.md", quick=False)
-    for page, pictures, options in (
-        (everything.folder / PAGE_FILE, "figures", " --quick"),
-        (tmp_path / "docs" / "published.md", "published", ""),
+    publish(everything, tmp_path / "docs" / "published.md")
+    for page, pictures in (
+        (everything.folder / PAGE_FILE, "figures"),
+        (tmp_path / "docs" / "published.md", "published"),
     ):
         text = page.read_text(encoding="utf-8")
-        assert f"Made by `mechcausal replicate all{options}`" in text
+        assert "Made by `mechcausal replicate all --quick`" in text
         assert all(f"| {row.quantity} |" in text for row in everything.rows)
         for path in everything.pictures.values():
             assert f"({pictures}/{path.name})" in text
@@ -201,6 +202,67 @@ def test_a_stopped_training_is_not_measured(
         quickly(tmp_path, ["figure9"], processes=True)
     assert caught.value.number == signal.SIGTERM
     assert not (tmp_path / TABLE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "recipe", "sequences", "optimizer", "lr", "schedule", "weight_decay"),
+    [
+        ("figure2", "figure2_icl", 2**27, "sgd", 1.0, "cosine", 0.0),
+        ("figure7", "figure5_two_parents", 2**26, "adamw", 0.01, "cosine", 1e-4),
+        ("figure8", "figure8_mlp", 2**22, "adamw", 0.01, "cosine", 2e-4),
+        ("figure9", "figure9_forest", 2**24, "sgd", 1.0, "constant", 0.0),
+    ],
+)
+def test_the_papers_settings(
+    figure: str,
+    recipe: str,
+    sequences: int,
+    optimizer: str,
+    lr: float,
+    schedule: str,
+    weight_decay: float,
+) -> None:
+    members = with_paper_settings(FIGURES[figure].members(False))
+    built = [member.build() for member in members if member.recipe == recipe]
+    assert [r.seed for r in built] == list(range(20 if figure == "figure9" else 1))
+    for settings in built:
+        stage = settings.training.joint
+        assert (settings.training.batch_size, settings.n_training_sequences) == (1024, sequences)
+        assert (stage.optimizer, stage.lr, stage.schedule) == (optimizer, lr, schedule)
+        assert (stage.weight_decay, stage.warmup) == (weight_decay, 0)
+
+
+def test_one_recipe_can_be_run_with_the_papers_settings(tmp_path: Path) -> None:
+    trained: list[str] = []
+    replication = quickly(
+        tmp_path,
+        ["figure2", "figure6"],
+        quick=False,
+        paper_settings=True,
+        recipes=["figure2_chain"],
+        on_done=lambda name, outcome: trained.append(name) if outcome == "trained" else None,
+    )
+    assert trained == ["figure2_chain-paper-seed0"]
+    assert {row.figure for row in replication.rows} == {"figure2", "figure6"}
+    page = (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+    command = "mechcausal replicate figure2 figure6 --paper-settings --recipes figure2_chain"
+    assert f"Made by `{command}`" in page
+
+
+@pytest.mark.parametrize(
+    ("figures", "options", "message"),
+    [
+        (["ood"], {"paper_settings": True}, "ood: the paper has no settings for it"),
+        (["figure2"], {"recipes": ["figure9_forest"]}, "--recipes: figure9_forest: these figures"),
+        (["figure2"], {"paper_settings": True, "quick": True}, "exclude each other"),
+    ],
+)
+def test_settings_that_a_figure_does_not_have_are_refused(
+    tmp_path: Path, figures: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ReplicationError, match=message):
+        replicate(figures, folder=tmp_path / "new", wandb_mode="disabled", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_figure_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from mechcausal.recipes import Recipe, WandbMode
 from mechcausal.records.wandb_runs import resolve_mode
 from mechcausal.studies.replication.figures import FIGURES, Figure
 from mechcausal.studies.replication.page import write_page, write_table
+from mechcausal.studies.replication.paper_settings import with_paper_settings
 from mechcausal.studies.replication.result import Replication, Row
-from mechcausal.studies.replication.runs import Run, run_all
+from mechcausal.studies.replication.runs import Member, Run, run_all
 from mechcausal.studies.study_runs import log_table, start_run
 from mechcausal.support.messages import first_line
 
@@ -25,6 +26,8 @@ def replicate(
     *,
     folder: str | Path,
     quick: bool = False,
+    paper_settings: bool = False,
+    recipes: Sequence[str] = (),
     workers: int | None = None,
     device: str = "cpu",
     wandb_mode: WandbMode | None = None,
@@ -38,6 +41,9 @@ def replicate(
         figures: names in `FIGURES`; all of them when empty.
         folder: folder for runs, which are reused, and for table, page and pictures.
         quick: fewer seeds and graphs, shorter runs.
+        paper_settings: train with the authors' optimisers, steps and batches, see `PAPER_SETTINGS`;
+            without names, the figures that have them.
+        recipes: names of bundled recipes, to measure only their runs; all when empty.
         workers: runs to train at a time, one thread each; one per core when absent.
         device: device of every run.
         wandb_mode: see `wandb_runs.resolve_mode`.
@@ -49,12 +55,13 @@ def replicate(
         Rows, pictures and failures. A figure whose runs failed has no rows.
 
     Raises:
-        ReplicationError: an unknown figure.
+        ReplicationError: an unknown figure, one without the paper's settings, a recipe that no
+            figure uses, or both `quick` and `paper_settings`.
         TrackingError: WANDB_MODE is not a W&B mode.
         StopRequested: a signal stopped the training.
         OSError: the folder cannot be written.
     """
-    chosen = _chosen(figures)
+    chosen = _chosen(figures, quick=quick, paper_settings=paper_settings, recipes=recipes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mode = resolve_mode(wandb_mode)
@@ -69,7 +76,7 @@ def replicate(
         }
         return adjust(recipe.with_overrides(**changes))
 
-    needed = [member for figure in chosen.values() for member in figure.members(quick)]
+    needed = [member for _, members in chosen.values() for member in members]
     runs, failed = run_all(
         needed,
         folder,
@@ -80,9 +87,9 @@ def replicate(
     rows: list[Row] = []
     pictures: dict[str, Path] = {}
     warnings: list[str] = []
-    for name, figure in chosen.items():
-        own = [runs[member.name] for member in figure.members(quick) if member.name in runs]
-        if len(own) < len(figure.members(quick)):
+    for name, (figure, members) in chosen.items():
+        own = [runs[member.name] for member in members if member.name in runs]
+        if len(own) < len(members):
             failed[name] = "not measured, because a run that it needs failed"
             continue
         rows += figure.measure(own, quick)
@@ -92,27 +99,62 @@ def replicate(
             warnings.append(f"{name}: not drawn: {type(error).__name__}: {first_line(error)}")
         on_done(name, "measured")
     made = () if len(chosen) == len(FIGURES) else tuple(chosen)
-    replication = Replication(rows, pictures, failed, folder, warnings, made)
+    options = _options(quick, paper_settings, recipes)
+    replication = Replication(rows, pictures, failed, folder, warnings, made, options)
     write_table(replication, folder / TABLE_FILE)
-    write_page(replication, folder / PAGE_FILE, quick=quick)
+    write_page(replication, folder / PAGE_FILE)
     _log(replication, mode, group)
     return replication
 
 
-def check_figures(figures: Sequence[str]) -> None:
-    """Check the names of figures.
+def check_figures(
+    figures: Sequence[str],
+    *,
+    quick: bool = False,
+    paper_settings: bool = False,
+    recipes: Sequence[str] = (),
+) -> None:
+    """Check that these figures can be made so; arguments and errors as of `replicate`."""
+    _chosen(figures, quick=quick, paper_settings=paper_settings, recipes=recipes)
 
-    Raises:
-        ReplicationError: a name is unknown.
-    """
+
+def _chosen(
+    figures: Sequence[str], *, quick: bool, paper_settings: bool, recipes: Sequence[str]
+) -> dict[str, tuple[Figure, list[Member]]]:
+    """The figures to make, each with the runs to measure."""
+    if quick and paper_settings:
+        raise ReplicationError("--quick and --paper-settings exclude each other: leave out one")
     for name in figures:
         if name not in FIGURES:
             raise ReplicationError(f"{name}: no such figure; allowed: {', '.join(FIGURES)}, all")
+    chosen: dict[str, tuple[Figure, list[Member]]] = {}
+    used: list[str] = []
+    for name, figure in FIGURES.items():
+        members = figure.members(quick)
+        if paper_settings:
+            members = with_paper_settings(members) if figure.in_paper else []
+        if figures and name not in figures:
+            continue
+        if figures and not members:
+            raise ReplicationError(
+                f"{name}: the paper has no settings for it; --paper-settings is for "
+                f"{', '.join(f for f, figure in FIGURES.items() if figure.in_paper)}"
+            )
+        used += [member.recipe for member in members]
+        members = [member for member in members if not recipes or member.recipe in recipes]
+        if members:
+            chosen[name] = figure, members
+    if unknown := [name for name in recipes if name not in used]:
+        raise ReplicationError(
+            f"--recipes: {unknown[0]}: these figures train {', '.join(dict.fromkeys(used))}"
+        )
+    return chosen
 
 
-def _chosen(figures: Sequence[str]) -> dict[str, Figure]:
-    check_figures(figures)
-    return {name: figure for name, figure in FIGURES.items() if not figures or name in figures}
+def _options(quick: bool, paper_settings: bool, recipes: Sequence[str]) -> tuple[str, ...]:
+    """The command's options, for the page."""
+    options = ["--quick"] if quick else ["--paper-settings"] if paper_settings else []
+    return tuple([*options, "--recipes", *recipes] if recipes else options)
 
 
 def _draw(figure: Figure, runs: list[Run], folder: Path, quick: bool) -> dict[str, Path]:

@@ -40,7 +40,7 @@ def measured(row: Row) -> str:
     return number(row.ours) + error
 
 
-def publish(replication: Replication, page: Path, *, quick: bool) -> None:
+def publish(replication: Replication, page: Path) -> None:
     """Write the page to any file, with copies of the pictures in a folder of the same name."""
     picture_folder = page.parent / page.stem
     picture_folder.mkdir(parents=True, exist_ok=True)
@@ -48,20 +48,20 @@ def publish(replication: Replication, page: Path, *, quick: bool) -> None:
         name: Path(shutil.copyfile(path, picture_folder / path.name))
         for name, path in replication.pictures.items()
     }
-    write_page(replace(replication, pictures=pictures), page, quick=quick)
+    write_page(replace(replication, pictures=pictures), page)
 
 
-def _command(figures: tuple[str, ...], quick: bool) -> str:
-    options = ["--quick"] if quick else []
-    return shell_command("mechcausal", "replicate", *(figures or ["all"]), *options)
+def _command(replication: Replication) -> str:
+    figures = replication.figures or ("all",)
+    return shell_command("mechcausal", "replicate", *figures, *replication.options)
 
 
-def write_page(replication: Replication, page: Path, *, quick: bool) -> None:
+def write_page(replication: Replication, page: Path) -> None:
     """Write the page in Markdown; links to pictures are relative to it."""
     lines = [
         "# The paper, figure by figure",
         "",
-        f"Made by `{_command(replication.figures, quick)}`: "
+        f"Made by `{_command(replication)}`: "
         "*How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
         "Lee, ICML 2024), its values, ours (± standard error over seeds, graphs or sequences), and "
         "the theory's. An empty cell: the paper, or theory, gives no number.",

@@ -50,6 +50,7 @@ class Replication:
         folder: folder of the runs, the pictures, the table and the page.
         warnings: problems with recording and drawing.
         figures: the figures that were made; empty for all of them.
+        options: the command's options that decided what was trained.
     """
 
     rows: list[Row]
@@ -58,6 +59,7 @@ class Replication:
     folder: Path
     warnings: list[str] = field(default_factory=list)
     figures: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:

@@ -25,11 +25,16 @@ FIGURES: dict[str, Figure] = {
     ),
     "figure8": Figure(single_parent.mlp_members, single_parent.measure_mlp, single_parent.draw_mlp),
     "figure9": Figure(forests.members, forests.measure, forests.draw),
-    "theory": Figure(gradients.members, gradients.measure, gradients.draw),
+    "theory": Figure(gradients.members, gradients.measure, gradients.draw, in_paper=False),
     "ood": Figure(
-        out_of_distribution.members, out_of_distribution.measure, out_of_distribution.draw
+        out_of_distribution.members,
+        out_of_distribution.measure,
+        out_of_distribution.draw,
+        in_paper=False,
     ),
-    "interventions": Figure(interventions.members, interventions.measure, interventions.draw),
+    "interventions": Figure(
+        interventions.members, interventions.measure, interventions.draw, in_paper=False
+    ),
 }
 
 __all__ = ["FIGURES", "Figure"]

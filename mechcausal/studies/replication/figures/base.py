@@ -28,11 +28,13 @@ class Figure:
         members: the runs; the argument is `quick`.
         measure: rows of the table, from those runs in the same order, and `quick`.
         draw: pictures by name, `<figure>` or `<figure>_<part>`.
+        in_paper: whether it is a figure of the paper, with settings of its own.
     """
 
     members: Callable[[bool], list[Member]]
     measure: Callable[[list[Run], bool], list[Row]]
     draw: Callable[[list[Run], bool], Mapping[str, "Drawing"]]
+    in_paper: bool = True
 
 
 def loss_curves(runs: list[Run]) -> tuple[dict[str, History], dict[str, float]]:
