@@ -57,6 +57,7 @@ from probes.intervening.attention_edits import (
     redirect,
     replace_pattern,
 )
+from probes.intervening.clamps import clamp, fixed_to, forbid, frozen_pattern, previous_token
 from probes.intervening.order_sensitivity import OrderSensitivity, order_sensitivity
 from probes.intervening.tree_projection import TreeProjection, tree_projection
 
@@ -137,6 +138,7 @@ __all__ = [
     "attention_gradient",
     "attention_to",
     "check_attention",
+    "clamp",
     "copying_score",
     "descent_by_lag",
     "direct_path",
@@ -145,6 +147,9 @@ __all__ = [
     "duplicate_token_score",
     "edit_attention",
     "explain",
+    "fixed_to",
+    "forbid",
+    "frozen_pattern",
     "in_context_score",
     "k_composition",
     "knock_out",
@@ -158,6 +163,7 @@ __all__ = [
     "pairwise_information",
     "positional_share",
     "prefix_matching_score",
+    "previous_token",
     "previous_token_score",
     "redirect",
     "repeated_tokens",

@@ -51,7 +51,10 @@ class ClosedFormObserver(Observer):
 
     @torch.no_grad()
     def observe(self) -> Observation:
-        """Compute all readings in closed form, see `Observer.observe`."""
+        """Compute all readings in closed form; those of a clamped model through hooks."""
+        if self.model.is_clamped:
+            with torch.enable_grad():
+                return super().observe()
         model, total = self.model, len(self.batch)
         attention1 = model.attention1()
         rows = max(self._at_once, 128) if self._is_long else self._at_once

@@ -20,7 +20,10 @@ from mechcausal.models.adapter import (
     save_model,
 )
 from mechcausal.support.messages import excerpt
-from probes import AttentionPattern, attach
+from probes import AttentionPattern, attach, clamp
+from probes.intervening.attention_edits import Edit
+from probes.intervening.clamp_kinds import Clamp
+from probes.intervening.clamps import Clamps, checked_clamps
 
 # Keys of a config that do not change what the model computes.
 _IRRELEVANT_KEYS = ("device", "n_devices", "seed", "model_name", "init_weights", "tokenizer_name")
@@ -46,8 +49,11 @@ class GraphModel(ABC):
     """
 
     kind: ClassVar[str]
+    closed_form_is_clamped: ClassVar[bool] = False
+    """Whether `__call__` holds what `clamped` holds."""
     hooked: HookedTransformer
     heads: tuple[int, ...]
+    _clamps: Mapping[int, tuple[Edit, ...]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +118,58 @@ class GraphModel(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Context manager in which no parameter requires gradients; probes add their own."""
         return self.training_only(())
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether a `clamped` block is open."""
+        return bool(self._clamps)
+
+    @contextmanager
+    def clamped(self, clamps: Clamps) -> Iterator[None]:
+        """Hold parts of attention fixed inside the block, through hooks and in closed form alike.
+
+        Blocks nest; see `probes.clamp`.
+
+        Raises:
+            ValueError, ProbeError: as `probes.clamp`.
+            ModelError: the model's closed form cannot be clamped.
+        """
+        if not self.closed_form_is_clamped:
+            raise ModelError(
+                f"{type(self).__name__} computes attention in a closed form, which clamps do not "
+                "reach"
+            )
+        before, given = self._clamps, checked_clamps(self.hooked, clamps)
+        for layer, edits in given.items():
+            for edit in edits:
+                if isinstance(edit, Clamp):  # the hooked model may have more heads, unused
+                    edit.check(layer, self.heads[layer], self.sequence_length)
+        layers = before.keys() | given.keys()
+        both = {layer: (*before.get(layer, ()), *given.get(layer, ())) for layer in layers}
+        with clamp(self.hooked, given):
+            try:
+                self._clamps = both
+                yield
+            finally:
+                self._clamps = before
+
+    def _held(
+        self, layer: int, pattern: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """A layer's pattern of the closed form, with what is clamped of it."""
+        for edit in self._clamps.get(layer, ()):
+            pattern = edit(pattern)
+        return pattern
+
+    def _held_last_row(
+        self, layer: int, row: Float[Tensor, "batch head key"]
+    ) -> Float[Tensor, "batch head key"]:
+        """The last row of a layer's pattern, with what is clamped of it."""
+        if layer not in self._clamps:
+            return row
+        # Edits take whole patterns; they change row by row, so that other rows may be anything.
+        above = row.new_zeros(*row.shape[:2], row.shape[-1] - 1, row.shape[-1])
+        return self._held(layer, torch.cat([above, row.unsqueeze(2)], dim=2))[:, :, -1]
 
     def save(self, folder: str | Path) -> None:
         """Write weights and config; read them back with `load` or `load_model`."""

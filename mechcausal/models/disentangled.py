@@ -80,6 +80,7 @@ class DisentangledTransformer(GraphModel):
     """
 
     kind = "disentangled"
+    closed_form_is_clamped = True
 
     def __init__(
         self,
@@ -211,8 +212,8 @@ class DisentangledTransformer(GraphModel):
         last = len(self.heads) - 1
         for layer in range(last):
             scores = self._first_scores(one_hot) if layer == 0 else self._scores(layer, parts)
-            patterns = scores.masked_fill(self._future, -torch.inf).softmax(-1).unbind(1)
-            parts = parts + [_times(pattern, part) for pattern in patterns for part in parts]
+            patterns = self._held(layer, scores.masked_fill(self._future, -torch.inf).softmax(-1))
+            parts += [_times(pattern, part) for pattern in patterns.unbind(1) for part in parts]
         # Only the last position's row of the last layer matters; it sees every key, so no mask.
         # Computed stream by stream to skip products with the identity (see `_times`).
         final = torch.cat([part[:, -1] for part in parts], dim=-1)
@@ -223,7 +224,7 @@ class DisentangledTransformer(GraphModel):
                 queries.split([p.shape[-1] for p in parts], -1), parts, strict=True
             )
         )
-        pattern = total.softmax(-1)
+        pattern = self._held_last_row(last, total.softmax(-1))
         attended = torch.cat([_times(pattern, part) for part in parts], dim=-1)
         return torch.cat([final, attended.flatten(1)], dim=-1) @ self.W
 

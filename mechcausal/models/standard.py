@@ -74,6 +74,7 @@ class StandardTransformer(GraphModel):
     """
 
     kind = "standard"
+    closed_form_is_clamped = True  # it has none: hooks reach all of it
 
     def __init__(
         self, config: HookedTransformerConfig, *, seed: int = 0, fixed_embeddings: bool = False
