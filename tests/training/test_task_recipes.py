@@ -45,6 +45,15 @@ def test_a_run_is_recorded_read_back_and_resumed(recipe: Recipe, tmp_path: Path)
     assert mechcausal.resume(tmp_path / "again").history[-1] == result.history[-1]
 
 
+def test_a_fresh_model_of_trees_has_not_used_any_sibling() -> None:
+    recipe = tree_recipe().with_overrides(**SMALL)
+    experiment = build_experiment(recipe, Generators.from_seed(0, torch.device("cpu")))
+    figures = experiment.observe().figures
+    for height in (1, 2):
+        assert figures[f"tree/residual_block_{height}"] > 0.05
+    assert figures["tree/residual_pair_1"] == pytest.approx(figures["tree/residual_block_1"])
+
+
 def test_a_tree_run_says_when_each_scale_was_used() -> None:
     recipe = tree_recipe().with_overrides(**SMALL)
     experiment = build_experiment(recipe, Generators.from_seed(0, torch.device("cpu")))

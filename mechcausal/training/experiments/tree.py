@@ -11,14 +11,20 @@ from torch import Tensor
 from mechcausal.measures.figures import STEP, History
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.strategies import divergence
+from mechcausal.measures.tree_residuals import residuals_by_height
+from mechcausal.models.base import GraphModel
 from mechcausal.recipes import Recipe
 from mechcausal.tasks.base import scored_rows
-from mechcausal.tasks.hierarchy_tasks import use_of_scales
+from mechcausal.tasks.hierarchy import Hierarchy, evidence_of
+from mechcausal.tasks.hierarchy_tasks import MaskedLeafTask, use_of_scales
 from mechcausal.tasks.protocol import BAYES
 from mechcausal.training.experiments.any_task import TaskExperiment
 from mechcausal.training.experiments.base import Generators
 from probes import attention_by_class
 
+_MASKED_ROWS = 4096  # sequences that residual information is read from, one for each hidden leaf
+_ROWS_AT_A_TIME = 2048
+_FEWEST_TREES = 64  # no residual information from fewer
 FORMED = 0.5
 """A scale counts as used from the first probe step at which its coefficient reaches this."""
 
@@ -31,6 +37,14 @@ class TreeExperiment(TaskExperiment):
     def __init__(self, recipe: Recipe, generators: Generators) -> None:
         """Draw the grammar, build the model at its start, and draw the evaluation trees."""
         super().__init__(recipe, generators, task=recipe.build_task())
+        self._residuals = None
+        if isinstance(self.task, MaskedLeafTask):
+            n_trees = _MASKED_ROWS // self.task.sequence_length
+            if n_trees >= _FEWEST_TREES:
+                generator = torch.Generator(device=generators.data.device)
+                self._residuals = _Masked(
+                    self.task.tree, n_trees, generator.manual_seed(generators.probes)
+                )
 
     def observe(self) -> Observation:
         """Losses, KL to belief propagation, the use of each scale, and attention by height."""
@@ -47,6 +61,8 @@ class TreeExperiment(TaskExperiment):
         same = predicted.argmax(-1) == by_filter[BAYES].argmax(-1)
         figures["tree/agreement"] = same.double().mean().item()
         figures |= attention_by_height(observation.matrices)
+        if self._residuals is not None:
+            figures |= self._residuals.figures(self.model)
         return replace(observation, figures=figures)
 
     def conclusions(self, history: History) -> dict[str, Any]:
@@ -58,6 +74,33 @@ class TreeExperiment(TaskExperiment):
             used = [row[STEP] for row in history if (row.get(key) or 0.0) >= FORMED]
             steps[f"tree/step_of_scale_{height}"] = used[0] if used else None
         return steps
+
+
+class _Masked:
+    """Trees with each leaf hidden in turn, and what is left of a leaf's siblings to learn."""
+
+    def __init__(self, tree: Hierarchy, n_trees: int, generator: torch.Generator) -> None:
+        q, n_leaves = tree.grammar.n_symbols, tree.n_leaves
+        self._leaves, _ = tree.sample(n_trees, generator=generator)
+        self._exact = tree.infer(evidence_of(self._leaves, q)).leaves
+        hidden = torch.eye(n_leaves, dtype=torch.bool, device=self._leaves.device)
+        self._tokens = self._leaves.unsqueeze(1).expand(-1, n_leaves, -1).masked_fill(hidden, q)
+
+    @torch.no_grad()
+    def figures(self, model: GraphModel) -> dict[str, float]:
+        """`tree/residual_block_h` and `tree/residual_pair_h`, see `residuals_by_height`."""
+        n_leaves = self._tokens.shape[1]
+        own = torch.arange(n_leaves, device=self._tokens.device)
+        predicted = []
+        for tokens in self._tokens.split(max(1, _ROWS_AT_A_TIME // n_leaves)):
+            output = model.probabilities_by_position(model.hooked(tokens.flatten(0, 1)))
+            predicted.append(output.view(*tokens.shape, -1)[:, own, own, :-1])
+        residuals = residuals_by_height(self._leaves, self._exact, torch.cat(predicted))
+        return {
+            f"tree/residual_{name}_{height}": value
+            for height, residual in residuals.items()
+            for name, value in residual._asdict().items()
+        }
 
 
 def attention_by_height(matrices: Mapping[str, Tensor]) -> dict[str, float]:
