@@ -15,6 +15,8 @@ from mechcausal.support.messages import first_line
 
 TABLE_FILE = "replication.json"
 PAGE_FILE = "replication.md"
+TASKS = "tasks"
+"""Stands for every figure that goes beyond the first paper."""
 
 
 class ReplicationError(ValueError):
@@ -38,7 +40,8 @@ def replicate(
     """Reproduce figures of the paper.
 
     Args:
-        figures: names in `FIGURES`; all of them when empty.
+        figures: names in `FIGURES`, or "tasks" for all that go beyond the first paper; all others
+            when empty.
         folder: folder for runs, which are reused, and for table, page and pictures.
         quick: fewer seeds and graphs, shorter runs.
         paper_settings: train with the authors' optimisers, steps and batches, see `PAPER_SETTINGS`;
@@ -98,9 +101,8 @@ def replicate(
         except Exception as error:  # a failed picture must not lose the measurements
             warnings.append(f"{name}: not drawn: {type(error).__name__}: {first_line(error)}")
         on_done(name, "measured")
-    made = () if len(chosen) == len(FIGURES) else tuple(chosen)
     options = _options(quick, paper_settings, recipes)
-    replication = Replication(rows, pictures, failed, folder, warnings, made, options)
+    replication = Replication(rows, pictures, failed, folder, warnings, tuple(figures), options)
     write_table(replication, folder / TABLE_FILE)
     write_page(replication, folder / PAGE_FILE)
     _log(replication, mode, group)
@@ -125,20 +127,22 @@ def _chosen(
     if quick and paper_settings:
         raise ReplicationError("--quick and --paper-settings exclude each other: leave out one")
     for name in figures:
-        if name not in FIGURES:
-            raise ReplicationError(f"{name}: no such figure; allowed: {', '.join(FIGURES)}, all")
+        if name not in FIGURES and name != TASKS:
+            allowed = ", ".join([*FIGURES, TASKS, "all"])
+            raise ReplicationError(f"{name}: no such figure; allowed: {allowed}")
     chosen: dict[str, tuple[Figure, list[Member]]] = {}
     used: list[str] = []
     for name, figure in FIGURES.items():
+        beyond = figure.group == TASKS
+        if not (name in figures or (TASKS in figures if beyond else not figures)):
+            continue
         members = figure.members(quick)
         if paper_settings:
-            members = with_paper_settings(members) if figure.in_paper else []
-        if figures and name not in figures:
-            continue
+            members = with_paper_settings(members) if figure.group == "paper" else []
         if figures and not members:
             raise ReplicationError(
                 f"{name}: the paper has no settings for it; --paper-settings is for "
-                f"{', '.join(f for f, figure in FIGURES.items() if figure.in_paper)}"
+                f"{', '.join(f for f, figure in FIGURES.items() if figure.group == 'paper')}"
             )
         used += [member.recipe for member in members]
         members = [member for member in members if not recipes or member.recipe in recipes]

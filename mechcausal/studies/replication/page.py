@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from mechcausal.studies.replication.figures import FIGURES
 from mechcausal.studies.replication.result import Replication, Row
 from mechcausal.support.messages import shell_command
 
@@ -58,15 +59,24 @@ def _command(replication: Replication) -> str:
 
 def write_page(replication: Replication, page: Path) -> None:
     """Write the page in Markdown; links to pictures are relative to it."""
-    lines = [
-        "# The paper, figure by figure",
-        "",
-        f"Made by `{_command(replication)}`: "
-        "*How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
-        "Lee, ICML 2024), its values, ours (± standard error over seeds, graphs or sequences), and "
-        "the theory's. An empty cell: the paper, or theory, gives no number.",
-    ]
     figures = list(dict.fromkeys(row.figure for row in replication.rows))
+    beyond = bool(figures) and all(FIGURES[figure].group == "tasks" for figure in figures)
+    title, source = (
+        ("Tasks beyond the paper", "tasks with exact predictors")
+        if beyond
+        else (
+            "The paper, figure by figure",
+            "*How Transformers Learn Causal Structure with Gradient Descent* (Nichani, Damian, "
+            "Lee, ICML 2024)",
+        )
+    )
+    lines = [
+        f"# {title}",
+        "",
+        f"Made by `{_command(replication)}`: {source}, the paper's values, ours (± standard error "
+        "over seeds, graphs or sequences), and the theory's. An empty cell: the paper, or theory, "
+        "gives no number.",
+    ]
     for figure in figures:
         lines += ["", f"## {figure}", "", "| quantity | paper | ours | theory | verdict |"]
         lines += ["|---|---:|---:|---:|---|"]

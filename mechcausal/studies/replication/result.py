@@ -49,7 +49,7 @@ class Replication:
         failed: error messages by run or figure.
         folder: folder of the runs, the pictures, the table and the page.
         warnings: problems with recording and drawing.
-        figures: the figures that were made; empty for all of them.
+        figures: what was asked for; empty for all figures of the first paper.
         options: the command's options that decided what was trained.
     """
 

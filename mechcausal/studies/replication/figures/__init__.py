@@ -4,9 +4,12 @@ from mechcausal.studies.replication.figures import (
     forests,
     gradients,
     interventions,
+    lags,
+    mixtures,
     out_of_distribution,
     several_parents,
     single_parent,
+    trees,
 )
 from mechcausal.studies.replication.figures.base import Figure
 
@@ -25,16 +28,19 @@ FIGURES: dict[str, Figure] = {
     ),
     "figure8": Figure(single_parent.mlp_members, single_parent.measure_mlp, single_parent.draw_mlp),
     "figure9": Figure(forests.members, forests.measure, forests.draw),
-    "theory": Figure(gradients.members, gradients.measure, gradients.draw, in_paper=False),
+    "theory": Figure(gradients.members, gradients.measure, gradients.draw, group="theory"),
     "ood": Figure(
         out_of_distribution.members,
         out_of_distribution.measure,
         out_of_distribution.draw,
-        in_paper=False,
+        group="theory",
     ),
     "interventions": Figure(
-        interventions.members, interventions.measure, interventions.draw, in_paper=False
+        interventions.members, interventions.measure, interventions.draw, group="theory"
     ),
+    "mixtures": Figure(mixtures.members, mixtures.measure, mixtures.draw, group="tasks"),
+    "lags": Figure(lags.members, lags.measure, lags.draw, group="tasks"),
+    "trees": Figure(trees.members, trees.measure, trees.draw, group="tasks"),
 }
 
 __all__ = ["FIGURES", "Figure"]

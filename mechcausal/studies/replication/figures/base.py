@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,13 +28,14 @@ class Figure:
         members: the runs; the argument is `quick`.
         measure: rows of the table, from those runs in the same order, and `quick`.
         draw: pictures by name, `<figure>` or `<figure>_<part>`.
-        in_paper: whether it is a figure of the paper, with settings of its own.
+        group: "paper", a figure of the first paper, which has settings of its own; "theory", a
+            claim about its models; "tasks", a task beyond it.
     """
 
     members: Callable[[bool], list[Member]]
     measure: Callable[[list[Run], bool], list[Row]]
     draw: Callable[[list[Run], bool], Mapping[str, "Drawing"]]
-    in_paper: bool = True
+    group: Literal["paper", "theory", "tasks"] = "paper"
 
 
 def loss_curves(runs: list[Run]) -> tuple[dict[str, History], dict[str, float]]:
