@@ -19,6 +19,7 @@ from mechcausal.measures.observation import Observation
 from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.predicting import parts_of
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.tasks import GraphTask, PriorWithPosterior, predictors, soft_cross_entropy
 from mechcausal.theory import Information, PairwiseTheory, named_edges
@@ -34,8 +35,6 @@ from probes import (
     repeated_tokens,
 )
 
-# Limit on attention entries, or activations, of one pass; larger evaluation batches are split.
-_MAX_ENTRIES = 4_000_000
 # Sequences whose last-layer attention is recorded individually, for pictures.
 _N_EXAMPLES = 4
 
@@ -213,12 +212,8 @@ class Observer:
     def _backward(self) -> Tensor:
         """Run forward and backward passes over the evaluation batch; return the predictions."""
         model, total = self.model, len(self.batch)
-        config = model.hooked.cfg
-        entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
-        rows = max(1, _MAX_ENTRIES // entries)
         predictions = []
-        for start in range(0, total, rows):
-            part = self.batch[start : start + rows]
+        for part in parts_of(self.batch, model):
             prediction = model.probabilities(model.hooked(part.tokens))
             loss = soft_cross_entropy(prediction, part.target, epsilon=self.epsilon)
             # Weighted so that the parts sum to the mean loss of the batch.

@@ -7,9 +7,8 @@ from torch import Tensor
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.base import GraphModel
-from mechcausal.models.predicting import predict, predict_hooked
+from mechcausal.models.predicting import parts_of, predict, predict_hooked
 from mechcausal.tasks import (
-    Batch,
     PredictableTask,
     Task,
     TaskError,
@@ -20,9 +19,6 @@ from mechcausal.tasks import (
 )
 from mechcausal.tasks.protocol import BAYES
 from probes import AttentionPattern, attach
-
-# Limit on attention entries of one pass; larger evaluation batches are split.
-_MAX_ENTRIES = 4_000_000
 
 
 class TaskObserver:
@@ -78,7 +74,8 @@ class TaskObserver:
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """The model's loss on the evaluation sequences, that of Bayes, and their difference."""
-        return self._losses(torch.cat([predict(self.model, part) for part in self._parts()]))
+        parts = parts_of(self.batch, self.model)
+        return self._losses(torch.cat([predict(self.model, part) for part in parts]))
 
     @torch.no_grad()
     def observe(self) -> Observation:
@@ -89,7 +86,8 @@ class TaskObserver:
         """
         pattern = AttentionPattern(reduce="mean")
         with self.model.frozen(), attach(self.model.hooked, pattern):
-            prediction = torch.cat([predict_hooked(self.model, part) for part in self._parts()])
+            parts = parts_of(self.batch, self.model)
+            prediction = torch.cat([predict_hooked(self.model, part) for part in parts])
         figures = self._losses(prediction)
         figures |= strategy_figures(
             scored_rows(prediction, self.batch), self.predictions, epsilon=self.epsilon
@@ -100,12 +98,6 @@ class TaskObserver:
             for layer, heads in enumerate(self.model.heads)
         }
         return Observation(figures, matrices, prediction)
-
-    def _parts(self) -> list[Batch]:
-        config = self.model.hooked.cfg
-        entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
-        size = max(1, _MAX_ENTRIES // entries)
-        return [self.batch[start : start + size] for start in range(0, len(self.batch), size)]
 
     def _losses(self, prediction: Float[Tensor, "batch *pos vocab"]) -> dict[str, float]:
         loss = batch_loss(prediction, self.batch, epsilon=self.epsilon).item()

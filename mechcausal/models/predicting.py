@@ -1,5 +1,7 @@
 """What a model predicts of a batch, whichever of the tokens the batch labels."""
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -7,6 +9,9 @@ from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel, ModelError
 from mechcausal.models.standard import StandardTransformer
 from mechcausal.tasks import Batch, Task
+
+# Limit on attention entries, or activations, of one pass.
+_MAX_ENTRIES = 4_000_000
 
 
 def graph_model(model: GraphModel | HookedTransformer, task: Task) -> GraphModel:
@@ -41,6 +46,14 @@ def graph_model(model: GraphModel | HookedTransformer, task: Task) -> GraphModel
             f"the model knows {model.vocab_size} tokens, the task has {task.vocab_size}"
         )
     return model
+
+
+def parts_of(batch: Batch, model: GraphModel) -> Iterator[Batch]:
+    """The batch in parts that the model can read in one pass each without much memory."""
+    config = model.hooked.cfg
+    entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
+    size = max(1, _MAX_ENTRIES // entries)
+    return (batch[start : start + size] for start in range(0, len(batch), size))
 
 
 def predict(model: GraphModel, batch: Batch) -> Float[Tensor, "batch *pos vocab"]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mechcausal.graphs import CausalGraph, chain, icl_pairs, two_parents
-from mechcausal.measures import observer as observer_module
 from mechcausal.measures.closed_form_observer import ClosedFormObserver
 from mechcausal.measures.metrics import gradient_figures, induction_mask
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.observer import Observer
+from mechcausal.models import predicting
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
@@ -148,7 +148,7 @@ def test_the_gradient_of_the_pattern_is_that_of_a_free_pattern() -> None:
 
 def test_parts_of_the_batch_add_up(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     _, watcher, full = look
-    monkeypatch.setattr(observer_module, "_MAX_ENTRIES", 70 * T**2)  # 300 = 4 * 70 + 20
+    monkeypatch.setattr(predicting, "_MAX_ENTRIES", 70 * T**2)  # 300 = 4 * 70 + 20
     parts = watcher.observe()
     assert parts.figures == pytest.approx(full.figures, rel=1e-4, abs=1e-6, nan_ok=True)
     assert parts.prediction is not None

@@ -306,7 +306,7 @@ def test_evaluation_is_split_without_changing_the_figures(
     run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mechcausal.measures.observer._MAX_ENTRIES", 1000
+        "mechcausal.models.predicting._MAX_ENTRIES", 1000
     )  # 15 of 64 sequences at a time
     other = train(tiny(), out=tmp_path / "other")
     for key in ("loss/eval", "graph/f1", "gradient/theory_correlation", "induction/score"):
