@@ -34,6 +34,8 @@ FIGURES = {
     *("loss/in_context_gain", "loss/chance"),
     *("induction/score", "induction/prefix_matching", "induction/positional_control"),
     *("induction/copying", "induction/formation_step"),
+    *("strategy/kl_uniform", "strategy/kl_copy", "strategy/mixture_kl"),
+    *("strategy/weight_uniform", "strategy/weight_copy"),
 }
 KINDS = ("prefix_matching", "previous_token", "duplicate_token")
 
@@ -259,6 +261,18 @@ def test_losses_are_consistent() -> None:
     assert losses["loss/chance"] == pytest.approx(math.log(11))
 
 
+def test_a_model_that_guesses_is_the_uniform_strategy() -> None:
+    guessing = experiment()
+    with torch.no_grad():
+        guessing.hooked.unembed.W_U.zero_()
+        guessing.hooked.unembed.b_U.fill_(0.0)
+        guessing.hooked.unembed.b_U[BOS] = -40.0
+    figures = guessing.observe().figures
+    assert figures["strategy/kl_uniform"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["strategy/weight_uniform"] == pytest.approx(1.0, abs=1e-4)
+    assert figures["strategy/kl_copy"] > 1.0
+
+
 def test_looking_changes_nothing() -> None:
     built = experiment()
     with left_as_found(built.hooked):
@@ -314,6 +328,11 @@ def test_the_recipe_grows_an_induction_circuit(tmp_path: Path) -> None:
     assert score > 0.02  # beyond what random matrices give
     (effect,) = (e for e in detection.ablations or () if (e.layer, e.head) == partner)
     assert effect.rise >= 1
+
+    # Guessing at the start, copying at the end.
+    copied = [row["strategy/weight_copy"] or 0.0 for row in result.history]
+    assert copied[0] < 0.1
+    assert copied[-1] > 0.7
 
     # The head forms while the loss of the second copy falls.
     models = ((step, load_model(path)) for step, path in checkpoint_folders(result.folder).items())

@@ -123,6 +123,9 @@ def test_a_look_writes_the_figures_of_the_law(trained: TextExperiment) -> None:
     with torch.no_grad():
         expected = built.hooked(built.windows, return_type="loss").item()
     assert figures["loss/eval"] == pytest.approx(expected, abs=1e-5)
+    weights = [figures[f"strategy/weight_{name}"] for name in ("unigram", "bigram", "trigram")]
+    assert sum(weights) == pytest.approx(1.0)
+    assert figures["strategy/mixture_kl"] <= figures["strategy/kl_bigram"]
 
 
 def test_heads_lost_in_noise_count_in_no_correlation(trained: TextExperiment) -> None:

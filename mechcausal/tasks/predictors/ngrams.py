@@ -6,6 +6,7 @@ from torch import Tensor
 
 STRENGTH = 5.0
 """How many observations the shorter context counts for."""
+_MAX_ENTRIES = 16_000_000
 
 
 def ngram_losses(
@@ -18,14 +19,45 @@ def ngram_losses(
 ) -> Float[Tensor, "order"]:
     """Mean losses on `windows` of n-gram models fitted to `training`, from unigram to `order`.
 
+    All predictions are scored but that of a window's first token. Arguments as of
+    `ngram_predictions`.
+
+    Returns:
+        Nats, by n - 1.
+
+    Example:
+        >>> alternating = torch.arange(200).view(1, -1) % 2
+        >>> [round(loss, 1) for loss in ngram_losses(alternating, alternating, 2).tolist()]
+        [0.7, 0.0, 0.0]
+    """
+    target = windows[:, 1:, None].long()
+    losses = torch.zeros(order, dtype=torch.float64, device=windows.device)
+    rows = max(1, _MAX_ENTRIES // (order * windows.shape[1] * vocab_size))
+    models = _counts(training, vocab_size, order, stride)
+    for part, next_token in zip(windows.split(rows), target.split(rows), strict=True):
+        predictions = _predictions(models, part, vocab_size, stride)
+        probability = predictions.gather(-1, next_token.expand(order, -1, -1, -1))
+        losses -= probability.log().sum((1, 2, 3))
+    return losses / target.numel()
+
+
+def ngram_predictions(
+    training: Int[Tensor, "part pos"],
+    windows: Int[Tensor, "window window_pos"],
+    vocab_size: int,
+    *,
+    order: int = 3,
+    stride: int = 1,
+) -> Float[Tensor, "order window window_pos-1 vocab"]:
+    """What n-gram models fitted to `training` predict of every token but a window's first.
+
     Each order is interpolated with the one below, with `κ = STRENGTH` and add-one smoothing at the
     bottom, where c counts n-grams in the training parts and h is the n - 1 tokens before b:
 
         p_n(b | h) = (c(h, b) + κ p_{n-1}(b | h without its first token)) / (c(h) + κ)
         p_1(b) = (c(b) + 1) / (N + V)
 
-    All predictions are scored but that of a window's first token; where a window holds fewer than
-    n - 1 tokens before, they use those.
+    Where a window holds fewer than n - 1 tokens before, they use those.
 
     Args:
         training: tokens in [0, vocab_size).
@@ -34,30 +66,47 @@ def ngram_losses(
         order: largest n.
         stride: distance between the tokens of an n-gram; 2 for interleaved text.
 
-    Returns:
-        Nats, by n - 1.
-
     Source:
         MacKay and Peto 1995, "A hierarchical Dirichlet language model".
 
     Example:
         >>> alternating = torch.arange(200).view(1, -1) % 2
-        >>> [round(loss, 1) for loss in ngram_losses(alternating, alternating, 2).tolist()]
-        [0.7, 0.0, 0.0]
+        >>> ngram_predictions(alternating, alternating[:, :4], 2)[1, 0].round(decimals=1)
+        tensor([[0., 1.],
+                [1., 0.],
+                [0., 1.]], dtype=torch.float64)
     """
-    frequency = training.long().flatten().bincount(minlength=vocab_size).double()
-    probability = (frequency[windows[:, 1:].long()] + 1) / (frequency.sum() + vocab_size)
-    losses = [-probability.log().mean()]
-    for n in range(2, order + 1):
-        seen, asked = (_codes(tokens, n, stride, vocab_size) for tokens in (training, windows))
+    return _predictions(_counts(training, vocab_size, order, stride), windows, vocab_size, stride)
+
+
+def _counts(
+    training: Int[Tensor, "part pos"], vocab_size: int, order: int, stride: int
+) -> list[Float[Tensor, "context vocab"]]:
+    """How often each token follows each context, for n from 1 to `order`."""
+    codes = (_codes(training, n, stride, vocab_size).flatten() for n in range(1, order + 1))
+    return [
+        code.bincount(minlength=vocab_size**n).double().view(-1, vocab_size)
+        for n, code in enumerate(codes, start=1)
+    ]
+
+
+def _predictions(
+    models: list[Float[Tensor, "_ vocab"]],
+    windows: Int[Tensor, "window window_pos"],
+    vocab_size: int,
+    stride: int,
+) -> Float[Tensor, "order window window_pos-1 vocab"]:
+    frequency = models[0] + 1
+    unigram = (frequency / frequency.sum()).expand(*windows[:, 1:].shape, -1)
+    predictions = [unigram]
+    for n, counts in enumerate(models[1:], start=2):
         start = (n - 1) * stride - 1  # the first prediction with n - 1 tokens before
-        counts = seen.flatten().bincount(minlength=vocab_size**n).double()
-        of_context = counts.view(-1, vocab_size).sum(1)
-        ngrams = counts[asked] + STRENGTH * probability[:, start:]
-        contexts = of_context[asked // vocab_size] + STRENGTH
-        probability = torch.cat([probability[:, :start], ngrams / contexts], 1)
-        losses.append(-probability.log().mean())
-    return torch.stack(losses)
+        below = predictions[-1]
+        context = _codes(windows[:, :-stride], n - 1, stride, vocab_size)
+        seen = counts[context]
+        above = (seen + STRENGTH * below[:, start:]) / (seen.sum(-1, keepdim=True) + STRENGTH)
+        predictions.append(torch.cat([below[:, :start], above], 1))
+    return torch.stack(predictions)
 
 
 def _codes(

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechcausal.measures.figures import History
 from mechcausal.measures.head_figures import head_figures
 from mechcausal.measures.observation import Observation
+from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.adapter import HookedTransformer, save_model
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe
@@ -79,7 +80,22 @@ class RepeatedTokens(Experiment):
     def observe(self) -> Observation:
         """Score every head; `induction/score` is the best head's score above chance."""
         heads, matrices = head_figures(self._scores())
-        return Observation(self.losses() | heads, matrices)
+        return Observation(self.losses() | self._strategies() | heads, matrices)
+
+    @torch.no_grad()
+    def _strategies(self) -> dict[str, float]:
+        """The model on the second copy beside guessing and beside copying, see `strategy_figures`.
+
+        Copying predicts the token that followed in the first copy, from the second copy's second
+        token on: before, nothing says that the block has ended.
+        """
+        tokens, longest = self._evaluation, self._longest
+        predicted = self._model.hooked(tokens)[:, longest + 1 : -1].softmax(-1)
+        uniform = torch.full_like(predicted, 1 / (predicted.shape[-1] - 1))
+        uniform[..., BOS] = 0.0
+        copied = torch.nn.functional.one_hot(tokens[:, longest + 2 :], predicted.shape[-1])
+        strategies = {"uniform": uniform, "copy": copied.to(predicted)}
+        return strategy_figures(predicted, strategies, epsilon=self.recipe.training.epsilon)
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Scores by layer (rows) and head (columns)."""

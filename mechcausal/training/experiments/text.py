@@ -12,16 +12,18 @@ from mechcausal.measures.figures import History
 from mechcausal.measures.head_figures import head_figures
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.residual_law import law_in_window, read_law
+from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.adapter import HookedTransformer, save_model
 from mechcausal.pictures.static import law_figures
 from mechcausal.recipes import Recipe
-from mechcausal.tasks.predictors.ngrams import ngram_losses
+from mechcausal.tasks.predictors.ngrams import ngram_losses, ngram_predictions
 from mechcausal.training.experiments.base import Experiment, Generators
 from mechcausal.training.experiments.models import build_standard
 from probes import pairwise_information, score_heads
 from probes.reading.passes import token_losses
 
 _LEVELS = ("unigram", "bigram", "trigram")
+_MAX_ENTRIES = 12_000  # characters on which the model is compared with n-grams
 
 
 class TextExperiment(Experiment):
@@ -67,6 +69,14 @@ class TextExperiment(Experiment):
         self._levels = {
             f"loss/{name}": loss for name, loss in zip(_LEVELS, losses.tolist(), strict=True)
         }
+        self._compared = self.windows[: max(1, _MAX_ENTRIES // self.windows.shape[1])]
+        predictions = ngram_predictions(
+            self.task.training,
+            self._compared,
+            self.task.vocab_size,
+            stride=2 if self.task.interleaved else 1,
+        )
+        self._strategies = dict(zip(_LEVELS, predictions, strict=True))
         self.information = pairwise_information(
             self.windows,
             vocab_size=self.task.vocab_size,
@@ -102,7 +112,12 @@ class TextExperiment(Experiment):
         generator = torch.Generator(device=self._data.device).manual_seed(self._probe_seed)
         scores = score_heads(self.hooked, n_sequences=16, generator=generator, bos=None)
         heads, score_matrices = head_figures(scores)
-        return Observation(self.losses() | law.figures | heads, law.matrices | score_matrices)
+        with torch.no_grad():
+            predicted = self.hooked(self._compared)[:, :-1].softmax(-1)
+        epsilon = self.recipe.training.epsilon
+        strategies = strategy_figures(predicted, self._strategies, epsilon=epsilon)
+        figures = self.losses() | law.figures | heads | strategies
+        return Observation(figures, law.matrices | score_matrices)
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Gradients by head (rows) and lag (columns), and scores by layer and head."""
