@@ -34,6 +34,7 @@ from probes.heads.in_context import (
     loss_by_position,
 )
 from probes.heads.induction import AttentionTo, InductionScores
+from probes.heads.logit_attribution import LogitAttribution, direct_logit_attribution
 from probes.heads.positional_share import PositionalShare, positional_share
 from probes.heads.scores import (
     above_chance,
@@ -57,6 +58,7 @@ from probes.intervening.attention_edits import (
     redirect,
     replace_pattern,
 )
+from probes.intervening.circuit import Circuit, HeadEffect, PathEffect, find_circuit
 from probes.intervening.clamps import clamp, fixed_to, forbid, frozen_pattern, previous_token
 from probes.intervening.order_sensitivity import OrderSensitivity, order_sensitivity
 from probes.intervening.tree_projection import TreeProjection, tree_projection
@@ -66,6 +68,7 @@ from probes.reading.activation import Activation, AttentionPattern
 from probes.reading.attach import Probe, attach
 from probes.reading.attention_check import AttentionCheck, check_attention
 from probes.reading.attention_gradient import AttentionGradient
+from probes.reading.attention_view import attention_view
 from probes.reading.errors import ProbeError, ProbeWarning
 from probes.reading.labelled import LabelledTensor
 
@@ -107,20 +110,24 @@ __all__ = [
     "AttentionGradient",
     "AttentionPattern",
     "AttentionTo",
+    "Circuit",
     "ClassAttention",
     "DirectPath",
     "Discovery",
     "Explanation",
     "Formation",
+    "HeadEffect",
     "HeadScores",
     "InContextScore",
     "InductionScores",
     "KComposition",
     "LabelledTensor",
+    "LogitAttribution",
     "Look",
     "LossGradient",
     "OrderSensitivity",
     "PairwiseInformation",
+    "PathEffect",
     "PositionLoss",
     "PositionalShare",
     "Probe",
@@ -137,16 +144,19 @@ __all__ = [
     "attention_effects",
     "attention_gradient",
     "attention_to",
+    "attention_view",
     "check_attention",
     "clamp",
     "copying_score",
     "descent_by_lag",
+    "direct_logit_attribution",
     "direct_path",
     "discover",
     "discover_attention",
     "duplicate_token_score",
     "edit_attention",
     "explain",
+    "find_circuit",
     "fixed_to",
     "forbid",
     "frozen_pattern",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -38,6 +38,11 @@ class Detect:
     loss."""
     compose: bool = False
     """Report which earlier heads the keys of the induction heads read (K-composition)."""
+    circuit: bool = False
+    """Patch paths from previous-token heads to the keys, queries and values of the induction heads:
+    which ones the predictions rest on; also direct logit attribution and resample ablation."""
+    circuit_all: bool = False
+    """As --circuit, from every earlier head: one more pass for each path."""
     all: bool = False
     """Show every head, not only the highest and those with a verdict."""
     json: bool = False
@@ -94,6 +99,7 @@ def main(arguments: list[str]) -> int:
                 seed=options.seed,
                 ablate=options.ablate,
                 compose=options.compose,
+                circuit=_circuit(options),
             )
         if options.heatmap is not None:
             draw_heatmap(detection, options.heatmap)
@@ -110,13 +116,19 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(detection.to_dict(), indent=2, allow_nan=False))
     elif options.csv:
-        print(detection.scores.to_frame().to_csv(index=False), end="")
+        print(detection.to_frame().to_csv(index=False), end="")
     else:
         _print_tables(detection, everything=options.all)
         for label, location in (("heatmap", options.heatmap), ("W&B", wandb_location)):
             if location is not None:
                 print(f"{label + ':':9}{location}")
     return 0
+
+
+def _circuit(options: Detect) -> Literal["previous", "all"] | None:
+    if options.circuit_all:
+        return "all"
+    return "previous" if options.circuit else None
 
 
 def _print_tables(detection: "Detection", *, everything: bool) -> None:
@@ -163,6 +175,8 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
         _print_ablations(console, detection)
     if detection.composition is not None:
         _print_composition(console, detection)
+    if detection.circuit is not None:
+        _print_circuit(console, detection)
 
 
 def _print_ablations(console: Any, detection: "Detection") -> None:
@@ -196,6 +210,45 @@ def _print_composition(console: Any, detection: "Detection") -> None:
             for (layer, head), score in partners
         )
         console.print(f"keys of induction head {later[0]}.{later[1]} read: {circuit or 'nothing'}")
+
+
+def _print_circuit(console: Any, detection: "Detection") -> None:
+    circuit = detection.circuit
+    assert circuit is not None
+    if not circuit.heads:
+        console.print("circuit: no previous-token or induction head")
+        return
+    table = make_table(("head", "verdict", "direct logit", "resampled (nats)"), n_left=2)
+    for effect in circuit.heads:
+        if detection.scores.verdicts[effect.layer, effect.head]:
+            verdict = detection.scores.verdicts[effect.layer, effect.head]
+            table.add_row(
+                f"{effect.layer}.{effect.head}",
+                ", ".join(verdict).replace("_", " "),
+                f"{effect.logit:+.3f} ± {_number(effect.logit_stderr)}",
+                f"{effect.rise:+.3f} ± {_number(effect.rise_stderr)}",
+            )
+    console.print(table)
+    console.print(
+        f"paths: rise of the second copy's loss ({circuit.loss:.3f} nats a token), drop of prefix "
+        "matching"
+    )
+    inputs = {"k": "keys", "q": "queries", "v": "values"}
+    for path in circuit.named:
+        (layer, head), (later, receiver) = path.sender, path.receiver
+        kind = "previous token " if detection.is_previous_token(path.sender) else ""
+        console.print(
+            f"{kind}{layer}.{head} → {inputs[path.input]} of induction {later}.{receiver}: "
+            f"{path.rise:+.3f} ± {_number(path.rise_stderr)} nats, "
+            f"{path.attention_drop:+.3f} ± {_number(path.attention_drop_stderr)}"
+        )
+    others = [path for path in circuit.paths if not path.named]
+    rule = f"{circuit.standard_errors:g} standard errors and {circuit.negligible:g} nats"
+    largest = max((path.rise for path in others), default=None)
+    console.print(
+        f"{len(others)} of {len(circuit.paths)} paths do not exceed {rule}"
+        + ("" if largest is None else f"; the largest of them: {largest:+.3f}")
+    )
 
 
 def _at_offset(score: float | None, offset: int) -> str:

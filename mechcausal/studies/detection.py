@@ -1,10 +1,10 @@
-"""Find a model's induction heads: scores, ablation and K-composition."""
+"""Find a model's induction heads: scores, ablation, K-composition and the circuit."""
 
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,14 +16,17 @@ from mechcausal.studies.study_runs import start_run
 from mechcausal.studies.targets import Target
 from probes import (
     AblationEffect,
+    Circuit,
     HeadScores,
     KComposition,
     PositionLoss,
     ablation_effects,
+    find_circuit,
     k_composition,
     loss_by_position,
     score_heads,
 )
+from probes.intervening.circuit import heads_below
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Detection:
         in_context: loss by position; None for a model that makes no next-token predictions.
         ablations: effects of ablating induction and previous-token heads; None if not requested.
         composition: of earlier heads with the induction heads; None if not requested.
+        circuit: effects of earlier heads through the induction heads' keys, queries and values;
+            None if not requested.
     """
 
     target: Target
@@ -43,6 +48,7 @@ class Detection:
     in_context: PositionLoss | None
     ablations: tuple[AblationEffect, ...] | None
     composition: KComposition | None
+    circuit: Circuit | None = None
 
     def is_previous_token(self, head: tuple[int, int]) -> bool:
         """Whether "previous_token" is among a head's verdicts."""
@@ -51,8 +57,8 @@ class Detection:
     def to_dict(self) -> dict[str, Any]:
         """JSON values: `HeadScores.to_dict` and the requested interventions.
 
-        Adds `in_context` (loss by position and gain, nats), `ablations`, and `composition` (for
-        each induction head the earlier heads, strongest first).
+        Adds `in_context` (loss by position and gain, nats), `ablations`, `composition` (for each
+        induction head the earlier heads, strongest first), and `circuit` (`Circuit.to_dict`).
         """
         content = self.scores.to_dict(self.target.name)
         if self.in_context is not None:
@@ -83,7 +89,36 @@ class Detection:
                 }
                 for layer, head in self.composition.later
             ]
+        if self.circuit is not None:
+            content["circuit"] = self.circuit.to_dict()
         return content
+
+    def to_frame(self) -> Any:
+        """One row per head: `HeadScores.to_frame`, and columns of the circuit if requested.
+
+        These are `logit`, `logit_stderr`, `rise`, `rise_stderr` (see `HeadEffect`), and for the
+        keys, queries and values (k, q, v) of a receiver `reads_k` (the senders of named paths),
+        `reads_k_rise` and `reads_k_stderr` (of the first one); empty where there is none.
+        """
+        frame = self.scores.to_frame()
+        if self.circuit is None:
+            return frame
+        by_head: dict[tuple[int, int], dict[str, Any]] = {}
+        for effect in self.circuit.heads:
+            values = asdict(effect)
+            by_head[values.pop("layer"), values.pop("head")] = values
+        for path in reversed(self.circuit.named):  # so that the largest rise comes last
+            row, name = by_head[path.receiver], f"reads_{path.input}"
+            sender = "L{}H{}".format(*path.sender)  # 0.10 would be read as a number
+            row[name] = f"{sender} {row[name]}" if name in row else sender
+            row[f"{name}_rise"], row[f"{name}_stderr"] = path.rise, path.rise_stderr
+        columns = ["logit", "logit_stderr", "rise", "rise_stderr"]
+        columns += [f"reads_{i}{part}" for i in "kqv" for part in ("", "_rise", "_stderr")]
+        heads = zip(frame["layer"], frame["head"], strict=True)
+        rows = [by_head.get(head, {}) for head in heads]
+        for column in columns:
+            frame[column] = [row.get(column) for row in rows]
+        return frame
 
 
 def detect(
@@ -95,8 +130,9 @@ def detect(
     seed: int = 0,
     ablate: bool = False,
     compose: bool = False,
+    circuit: Literal["previous", "all"] | None = None,
 ) -> Detection:
-    """Score every head; on request ablate heads and compute K-composition.
+    """Score every head; on request ablate heads, compute K-composition and patch paths.
 
     Args:
         target: the model.
@@ -106,13 +142,16 @@ def detect(
         seed: seed of the random tokens.
         ablate: mean-ablate the induction and previous-token heads, one at a time.
         compose: K-composition of earlier heads with the induction heads.
+        circuit: path patching from previous-token heads, or from all earlier heads, to the keys,
+            queries and values of the induction heads.
 
     Raises:
-        ValueError, ProbeError: see `probes.score_heads`; also for `ablate` with a model that does
-            not predict every token.
+        ValueError, ProbeError: see `probes.score_heads` and `probes.find_circuit`; also for
+            `ablate` and `circuit` with a model that does not predict every token.
     """
-    if ablate and not target.predicts_every_token:
-        raise ValueError("--ablate needs next-token predictions, which this model does not make")
+    for flag, is_given in (("--ablate", ablate), ("--circuit", circuit is not None)):
+        if is_given and not target.predicts_every_token:
+            raise ValueError(f"{flag} needs next-token predictions, which this model does not make")
     model = target.model
 
     def generator() -> torch.Generator:
@@ -138,7 +177,18 @@ def detect(
             model, heads, n_sequences=min(n_sequences, 32), generator=generator(), bos=target.bos
         )
     composition = k_composition(model, induction) if compose else None
-    return Detection(target, scores, in_context, ablations, composition)
+    paths = None
+    if circuit is not None:
+        last = max((layer for layer, _ in induction), default=0)
+        paths = find_circuit(
+            model,
+            previous if circuit == "previous" else heads_below(model, last),
+            induction,
+            n_sequences=min(n_sequences, 32),
+            generator=generator(),
+            bos=target.bos,
+        )
+    return Detection(target, scores, in_context, ablations, composition, paths)
 
 
 def draw_heatmap(detection: Detection, path: Path) -> None:
@@ -185,6 +235,8 @@ def log_to_wandb(detection: Detection, mode: WandbMode, warnings: list[str]) -> 
         rows["in_context_gain"] = detection.in_context.in_context_gain
     for effect in detection.ablations or ():
         rows[f"ablation/L{effect.layer}H{effect.head}"] = effect.rise
+    for path in detection.circuit.named if detection.circuit is not None else ():
+        rows[f"circuit/{path}"] = path.rise
     run.log(0, rows, pictures)
     run.finish({}, exit_code=0)
     return run.location

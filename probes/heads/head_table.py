@@ -5,14 +5,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.heads.head_pictures import draw_panels, html_table
 from probes.heads.scores import above_chance
+from probes.reading.frames import pandas
 from probes.reading.hook_names import Head
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Verdict: TypeAlias = Literal["induction", "previous_token", "duplicate_token", "positional"]
 
@@ -39,6 +44,9 @@ _MORE_COLUMNS = (
     "duplicate_token_uniform",
     "positional_uniform",
 )
+
+_LISTED = 5
+"""How many heads without a verdict a notebook lists."""
 
 CONTROLS = {"prefix_matching": "positional_control", "duplicate_token": "duplicate_control"}
 """For a score, the field with the same attention in sequences that do not repeat."""
@@ -230,9 +238,48 @@ class HeadScores:
 
         Columns: those of a head in `to_dict`, then the remaining scores; `verdict` is a list.
         """
-        import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+        return pandas().DataFrame(self._rows((*COLUMNS, *_MORE_COLUMNS)))
 
-        return pd.DataFrame(self._rows((*COLUMNS, *_MORE_COLUMNS)))
+    def plot(self, *scores: str) -> "Figure":
+        """Draw scores by layer and head; a frame marks the heads with the score's verdict.
+
+        Args:
+            *scores: names of scores; by default prefix matching, previous and duplicate token.
+
+        Returns:
+            A matplotlib figure, drawn without a display; a notebook shows it,
+            `figure.savefig("heads.png")` writes it.
+
+        Raises:
+            ValueError: there is no such score.
+        """
+        names = scores or ("prefix_matching", "previous_token", "duplicate_token")
+        panels = {name: self.score(name) for name in names}
+        verdicts: dict[str, Verdict] = {"prefix_matching": "induction"}
+        verdicts |= {"previous_token": "previous_token", "duplicate_token": "duplicate_token"}
+        verdicts |= {"positional": "positional"}
+        marked = {name: self.heads(verdicts[name]) for name in names if name in verdicts}
+        title = f"{self.sequences} sequences; framed: verdict at threshold {self.threshold:g}"
+        return draw_panels(panels, self.layers, marked, title)
+
+    def _repr_html_(self) -> str:
+        """A table of the heads with a verdict and the five highest, for notebooks."""
+        listed = [row for i, row in enumerate(self._rows(COLUMNS)) if i < _LISTED or row["verdict"]]
+        names = ("prefix_matching", "positional_control", "previous_token", "duplicate_token")
+        rows = [
+            [
+                f"{row['layer']}.{row['head']}",
+                *(f"{row[name]:.3f}" for name in (*names, "copying")),
+                ", ".join(row["verdict"]).replace("_", " "),
+            ]
+            for row in listed
+        ]
+        headings = ("head", *(name.replace("_", " ") for name in names), "copying", "verdict")
+        caption = (
+            f"{len(self.verdicts)} heads, {self.sequences} sequences, threshold "
+            f"{self.threshold:g}; {len(rows)} listed, to_frame() has all"
+        )
+        return html_table(caption, headings, rows)
 
     def _rows(self, columns: tuple[str, ...]) -> list[dict[str, Any]]:
         values = {name: getattr(self, name).tolist() for name in columns}

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import product
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from probes.reading.frames import pandas
 
 Label: TypeAlias = int | str
 
@@ -102,6 +105,25 @@ class LabelledTensor:
     def stderr(self, axis: str) -> "LabelledTensor":
         """The `standard_error` of `mean(axis)`."""
         return self._keep(standard_error(self.values, self._dim(axis)), drop=(axis,))
+
+    def to_frame(self) -> Any:
+        """A pandas frame in long form: one row per number, one column per axis, and `value`.
+
+        An axis with labels has them in its column, any other axis the index. The frame is as long
+        as there are numbers: choose with `sel` or average first.
+
+        Raises:
+            ProbeError: pandas is not installed.
+
+        >>> losses = torch.tensor([1.0, 2.0])
+        >>> reading = LabelledTensor("loss", losses, ("layer",), {"layer": (4, 7)})
+        >>> reading.to_frame().to_dict("list")
+        {'layer': [4, 7], 'value': [1.0, 2.0]}
+        """
+        labels = [self.coords.get(axis, range(size)) for axis, size in self.shape.items()]
+        rows = list(product(*labels))
+        columns = {axis: [row[i] for row in rows] for i, axis in enumerate(self.axes)}
+        return pandas().DataFrame({**columns, "value": self.values.cpu().flatten().tolist()})
 
     def _dim(self, axis: str) -> int:
         if axis not in self.axes:

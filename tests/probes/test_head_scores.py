@@ -230,6 +230,30 @@ class TestExport:
         assert math.isfinite(row["prefix_matching"])
         json.loads(scores.to_json())
 
+    def test_a_figure_frames_the_heads_with_a_verdict(self):
+        wiring = planted(0)
+        scores = score_heads(wiring.model, n_sequences=5)
+        figure = scores.plot()
+        panels = [axis for axis in figure.axes if axis.get_title()]
+        assert [axis.get_title() for axis in panels] == [
+            "prefix matching",
+            "previous token",
+            "duplicate token",
+        ]
+        framed = {
+            (round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)) for patch in panels[0].patches
+        }
+        assert framed == {wiring.induction, wiring.useless}
+        with pytest.raises(ValueError, match="no score 'colour'"):
+            scores.plot("colour")
+
+    def test_a_notebook_lists_every_head_with_a_verdict(self):
+        wiring = planted(0)
+        page = score_heads(wiring.model, n_sequences=5)._repr_html_()
+        for head, verdicts in wiring.verdicts.items():
+            row = next(r for r in page.split("<tr>") if f"<td>{head[0]}.{head[1]}</td>" in r)
+            assert verdicts[0].replace("_", " ") in row
+
     def test_top_and_heads_are_sorted_and_checked(self):
         wiring = planted(0)
         scores = score_heads(wiring.model, n_sequences=5)

@@ -1,6 +1,9 @@
+import sys
+
+import pytest
 import torch
 
-from probes import LabelledTensor
+from probes import LabelledTensor, ProbeError
 
 VALUES = torch.arange(12.0).reshape(2, 3, 2)
 
@@ -29,3 +32,18 @@ def test_mean_and_standard_error_leave_out_nan():
     assert x.mean("b").values.tolist() == [2.0, 4.0]
     assert x.stderr("b").values[0].item() == 1.0  # s² = 2, n = 2
     assert x.stderr("b").values[1].isnan()
+
+
+def test_a_frame_has_a_row_for_every_number():
+    frame = labelled().to_frame()
+    assert list(frame.columns) == ["layer", "head", "key", "value"]
+    assert list(frame["value"]) == VALUES.flatten().tolist()
+    for row in frame.itertuples():
+        index = ((3, 5).index(row.layer), row.head, row.key)
+        assert VALUES[index] == row.value
+
+
+def test_a_frame_without_pandas_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ProbeError, match="pip install pandas"):
+        labelled().to_frame()

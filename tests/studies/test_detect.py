@@ -146,6 +146,33 @@ def test_composition_names_the_previous_token_head_that_is_read(
         assert all(read["layer"] < row["layer"] for read in row["reads"])
 
 
+def test_the_circuit_is_named_with_its_effects(command: Command, as_json, wiring: Planted) -> None:
+    options = ("wired", "--sequences", "16", "--circuit")
+    content = as_json(*options)["circuit"]
+    named = [path for path in content["paths"] if path["named"]]
+    assert [(tuple(p["sender"]), tuple(p["receiver"]), p["input"]) for p in named] == [
+        (wiring.partner, wiring.induction, "k")
+    ]
+    everything = as_json("wired", "--sequences", "16", "--circuit-all")["circuit"]
+    assert [path for path in everything["paths"] if path["named"]] == named
+    assert len(everything["paths"]) > len(content["paths"])
+    _, output, errors = command(*options)
+    sender, receiver = ("{}.{}".format(*head) for head in (wiring.partner, wiring.induction))
+    line = next(line for line in output.splitlines() if "→" in line)
+    assert line.startswith(f"previous token {sender} → keys of induction {receiver}: +")
+    assert f"{named[0]['rise']:+.3f} ± {named[0]['rise_stderr']:.3f} nats" in line
+    assert not errors
+    _, table, _ = command(*options, "--csv")
+    rows = {
+        (int(row["layer"]), int(row["head"])): row for row in csv.DictReader(io.StringIO(table))
+    }
+    row = rows[wiring.induction]
+    assert row["reads_k"] == "L{}H{}".format(*wiring.partner)
+    assert float(row["reads_k_rise"]) == pytest.approx(named[0]["rise"])
+    assert float(row["logit"]) > 5
+    assert not rows[wiring.duplicate]["logit"]
+
+
 def test_seed_and_step_choose_the_numbers(as_json) -> None:
     final = as_json("run")
     assert as_json("run", "--seed", "0") == final
@@ -247,8 +274,9 @@ def test_heads_without_a_verdict_are_counted_or_shown(command: Command) -> None:
 
 
 def test_it_says_when_no_head_can_be_ablated_or_read(command: Command) -> None:
-    _, output, _ = command("run", "--step", "0", "--ablate", "--compose")
+    _, output, _ = command("run", "--step", "0", "--ablate", "--compose", "--circuit")
     assert "no induction or previous-token head to ablate" in output
+    assert "circuit: no previous-token or induction head" in output
     assert "composition: no induction head" in output
 
 
@@ -293,6 +321,7 @@ BAD = [
     (["pickled"], ["pytorch_model.bin is a pickle, which is never opened"]),
     (["mamba"], ["mamba", "attention"]),
     (["graph", "--ablate"], ["graph: --ablate needs next-token predictions"]),
+    (["graph", "--circuit"], ["graph: --circuit needs next-token predictions"]),
     (["wired", "--wandb", "--wandb-mode", "bogus"], ["bogus"]),
     (["wired", "--wandb-mode", "offline"], ["--wandb-mode goes with --wandb"]),
     (["wired", "run"], ["run"]),
