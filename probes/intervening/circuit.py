@@ -225,10 +225,10 @@ def find_circuit(
     rises = [_mean(patching.resampled([head]).loss - intact.loss) for head in heads]
     attribution = attribute_logits(model, tokens, pairs, max_batch_bytes)
     effects = []
-    for (layer, head), rise in zip(heads, rises, strict=True):
-        index = attribution.layers.index(layer), head
-        logit, stderr = attribution.logit[index].item(), attribution.stderr[index].item()
-        effects.append(HeadEffect(layer, head, logit, stderr, *rise))
+    for (layer, number), change in zip(heads, rises, strict=True):
+        index = attribution.layers.index(layer), number
+        logit, error = attribution.logit[index].item(), attribution.stderr[index].item()
+        effects.append(HeadEffect(layer, number, logit, error, *change))
     return Circuit(
         heads=tuple(effects),
         paths=tuple(paths),

@@ -107,10 +107,11 @@ def logit_directions(
             f"the logits of {type(model).__name__} are not its unembedding of the final norm: "
             "contributions to them are not defined"
         )
-    directions = unembed[:, targets].movedim(0, -1) - unembed.mean(1)
+    directions: Tensor = unembed[:, targets].movedim(0, -1) - unembed.mean(1)
     if norm is not None:
         directions = norm.centred(directions * norm.weight.to(wide)) * factor
-    return gain * directions
+    scaled: Tensor = gain * directions
+    return scaled
 
 
 def _without_mean(size: int) -> Tensor:

@@ -153,7 +153,8 @@ def test_contributions_add_up_to_the_logit(build: Build, norm: str | None):
             part = (part - part.mean(-1, keepdim=True)) / scale * model.ln_final.w
         centred = part @ model.W_U
         gathered = centred[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-        return (gathered - centred[:, :-1].mean(-1))[:, 5:].mean()
+        mean: Tensor = (gathered - centred[:, :-1].mean(-1))[:, 5:].mean()
+        return mean
 
     total = direct(cache["hook_embed"] + cache["hook_pos_embed"])
     for layer in (0, 1):
