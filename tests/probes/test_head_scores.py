@@ -240,9 +240,8 @@ class TestExport:
             "previous token",
             "duplicate token",
         ]
-        framed = {
-            (round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)) for patch in panels[0].patches
-        }
+        frames: Any = panels[0].patches
+        framed = {(round(frame.get_y() + 0.5), round(frame.get_x() + 0.5)) for frame in frames}
         assert framed == {wiring.induction, wiring.useless}
         with pytest.raises(ValueError, match="no score 'colour'"):
             scores.plot("colour")
