@@ -139,7 +139,7 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         return
     if recipe.task.kind == "text":
         return
-    if recipe.task.kind in ("tree", "selective_lags"):
+    if recipe.task.kind in ("tree", "selective_lags", "in_context_graphs"):
         if _is_small(recipe, None, recipe.build_task().sequence_length):
             build_experiment(recipe, Generators.from_seed(recipe.seed, torch.device("cpu")))
         return

@@ -80,6 +80,17 @@ def lags_recipe() -> Recipe:
     return parse_recipe(data, source="test")
 
 
+def contexts_recipe() -> Recipe:
+    """Trees of four tokens, three examples and one to predict, and the model tailored to them."""
+    data = {
+        "name": "contexts",
+        "task": {"kind": "in_context_graphs", "vocab_size": 3, "positions": 4, "examples": 3},
+        "model": {"kind": "in_context_graphs", "n_heads": 3, "initial_scale": 0.1},
+        "training": {"algorithm": "joint", "joint": {"steps": 40, "optimizer": "adam"}},
+    }
+    return parse_recipe(data, source="test")
+
+
 def matrices_of(recipe: Recipe, seed: int) -> dict[str, np.ndarray]:
     """Random attention and gradients, or scores of heads, of the right shapes."""
     generator = np.random.default_rng(seed)

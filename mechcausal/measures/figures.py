@@ -103,7 +103,16 @@ def figure_of(key: str) -> RunFigure:
     return RunFigure(key=key, label=key, short=key, unit=unit)
 
 
-TASK_CURVES = ("tree", "scales", "residuals", "heights", "lags")
+TASK_CURVES = (
+    "tree",
+    "scales",
+    "residuals",
+    "heights",
+    "lags",
+    "parents",
+    "kernel",
+    "copies",
+)
 """Pictures over training that belong to one kind of task, see `curves`."""
 
 

@@ -72,10 +72,21 @@ class TaskObserver:
             self.bayes = cross_entropies(self.predictions[BAYES], target).mean().item()
 
     @torch.no_grad()
+    def predict(self) -> Float[Tensor, "batch *pos vocab"]:
+        """What the model predicts of the evaluation sequences, without hooks."""
+        parts = parts_of(self.batch, self.model)
+        return torch.cat([predict(self.model, part) for part in parts])
+
+    @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """The model's loss on the evaluation sequences, that of Bayes, and their difference."""
-        parts = parts_of(self.batch, self.model)
-        return self._losses(torch.cat([predict(self.model, part) for part in parts]))
+        return self._losses(self.predict())
+
+    def figures_of(self, prediction: Float[Tensor, "batch *pos vocab"]) -> dict[str, float]:
+        """Losses of a prediction, and its divergence from every prediction of the task."""
+        return self._losses(prediction) | strategy_figures(
+            scored_rows(prediction, self.batch), self.predictions, epsilon=self.epsilon
+        )
 
     @torch.no_grad()
     def observe(self) -> Observation:
@@ -88,10 +99,7 @@ class TaskObserver:
         with self.model.frozen(), attach(self.model.hooked, pattern):
             parts = parts_of(self.batch, self.model)
             prediction = torch.cat([predict_hooked(self.model, part) for part in parts])
-        figures = self._losses(prediction)
-        figures |= strategy_figures(
-            scored_rows(prediction, self.batch), self.predictions, epsilon=self.epsilon
-        )
+        figures = self.figures_of(prediction)
         reading = pattern.reading()
         matrices = {
             f"attention/layer{layer}": reading.sel(layer=layer).values[:heads].cpu()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models.wired_weights import plain_weights
 from mechcausal.support.messages import excerpt
 
 try:
@@ -115,8 +116,8 @@ def save_model(
     content = {"format": FORMAT, "config": config, "extra": extra or {}}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    named = model.named_parameters()
-    weights = {name: value.detach().cpu().contiguous() for name, value in named}
+    named = plain_weights(model).items()
+    weights = {name: value.cpu().contiguous() for name, value in named}
     (folder / WEIGHTS_FILE).write_bytes(save(weights))
 
 

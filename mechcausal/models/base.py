@@ -93,6 +93,18 @@ class GraphModel(ABC):
             "every position: train a standard one"
         )
 
+    def predict_positions(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """The predicted distribution at every position, differentiable in the parameters.
+
+        By default from the hooked model; a model with a closed form overrides it.
+
+        Raises:
+            ModelError: it predicts at the last position alone.
+        """
+        return self.probabilities_by_position(self.hooked(tokens))
+
     def layer1_attention(
         self, tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch head query key"]:

@@ -7,6 +7,7 @@ from typing import Any
 from mechcausal.models.adapter import ModelFileError, load_with_extra
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.in_context_graphs import InContextGraphTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer
 from mechcausal.support.messages import excerpt
@@ -15,6 +16,7 @@ KINDS: tuple[type[GraphModel], ...] = (
     SimplifiedTransformer,
     DisentangledTransformer,
     StandardTransformer,
+    InContextGraphTransformer,
 )
 
 

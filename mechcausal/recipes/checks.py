@@ -20,6 +20,7 @@ _OPTIONAL_GRAPH_OPTIONS = ("seed", "query_parents")
 _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "simplified": (),
     "disentangled": ("heads", "initial_scale"),
+    "in_context_graphs": ("n_heads", "initial_scale", "own_column"),
     "standard": (
         "initial_scale",
         "n_layers",
@@ -40,13 +41,16 @@ _TASK_OPTIONS: dict[str, tuple[TaskKind, ...]] = {
     **dict.fromkeys(("text", "text_sha256", "interleaved"), ("text",)),
     "context": ("text", "selective_lags"),
     "lags": ("selective_lags",),
+    **dict.fromkeys(("positions", "examples"), ("in_context_graphs",)),
     **dict.fromkeys(("depth", "filter", "sigma", "predict"), ("tree",)),
-    "seed": ("causal_graph", "selective_lags", "tree"),
+    "seed": ("causal_graph", "selective_lags", "in_context_graphs", "tree"),
 }
 MAX_CHARACTERS = 256
 """Most characters told apart; tables of n-grams grow with their third power."""
 MAX_SYMBOLS = 64
 """Most symbols of a tree; its rules grow with their third power."""
+MAX_CONTEXT = 10_000
+"""Most tokens of all examples of a context."""
 
 
 def check_together(
@@ -68,11 +72,16 @@ def check_together(
             "text": _check_text,
             "tree": _check_tree,
             "selective_lags": _check_selective_lags,
+            "in_context_graphs": _check_in_context_graphs,
         }
         check[task.kind](task)
         if (task.kind == "tree") != (model.attention == "bidirectional"):
             needed = "bidirectional" if task.kind == "tree" else "causal"
             raise RecipeError(f"model.attention: {task.kind} needs {needed}")
+    if model.kind == "in_context_graphs" and task.kind not in ("in_context_graphs", "own"):
+        raise RecipeError(
+            f"model.kind: in_context_graphs learns the task of that name alone, not {task.kind}"
+        )
     if model.kind != "own":
         _check_model(model, training)
     if training.batch_size % training.accumulation:
@@ -107,10 +116,7 @@ def _check_graph(graph: GraphSection) -> None:
 
 
 def _check_task(task: TaskSection) -> None:
-    if isinstance(task.alpha, tuple) and len(task.alpha) != task.vocab_size:
-        raise RecipeError(
-            f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
-        )
+    _check_alpha(task)
     if task.transition is not None and len(task.transition) != task.vocab_size:
         raise RecipeError(
             f"task.transition: {len(task.transition)} rows for a vocabulary of {task.vocab_size}"
@@ -132,8 +138,9 @@ def _check_owned(task: TaskSection) -> None:
 def _check_without_graph(
     graph: GraphSection, task: TaskSection, model: ModelSection, training: TrainingSection
 ) -> None:
-    if model.kind != "standard":
-        raise RecipeError(f"model.kind: {task.kind} needs kind standard")
+    kinds = ("standard", "in_context_graphs") if task.kind == "in_context_graphs" else ("standard",)
+    if model.kind not in kinds:
+        raise RecipeError(f"model.kind: {task.kind} needs kind {' or '.join(kinds)}")
     if graph != GraphSection():
         raise RecipeError(f"graph: {task.kind} has no graph")
     if training.target != "sampled":
@@ -184,6 +191,23 @@ def _check_selective_lags(task: TaskSection) -> None:
             f"task.lags: at most {task.context - 1} in a context of {task.context}, "
             f"found {max(task.lags)}"
         )
+    _check_alpha(task)
+
+
+def _check_in_context_graphs(task: TaskSection) -> None:
+    if task.positions is None or task.examples is None:
+        missing = "positions" if task.positions is None else "examples"
+        raise RecipeError(f"task.{missing}: needed by in_context_graphs")
+    length = (task.examples + 1) * task.positions
+    if length > MAX_CONTEXT:
+        raise RecipeError(
+            f"task.examples: {task.examples} + 1 examples of {task.positions} positions are "
+            f"{length:,} tokens; at most {MAX_CONTEXT:,} are allowed"
+        )
+    _check_alpha(task)
+
+
+def _check_alpha(task: TaskSection) -> None:
     if isinstance(task.alpha, tuple) and len(task.alpha) != task.vocab_size:
         raise RecipeError(
             f"task.alpha: {len(task.alpha)} values for a vocabulary of {task.vocab_size}"
@@ -203,6 +227,10 @@ def _check_model(model: ModelSection, training: TrainingSection) -> None:
         raise RecipeError(
             "model.initial_scale: must be above 0 with several heads in a layer, "
             "since equal heads stay equal"
+        )
+    if model.kind == "in_context_graphs" and model.n_heads > 1 and model.initial_scale == 0:
+        raise RecipeError(
+            "model.initial_scale: must be above 0 with several heads, since equal heads stay equal"
         )
     if model.kind == "standard" and model.d_model % model.n_heads:
         raise RecipeError(f"model.d_model: {model.d_model} is no multiple of {model.n_heads} heads")

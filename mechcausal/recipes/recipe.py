@@ -198,11 +198,12 @@ class Recipe:
         return self.seed if self.task.seed is None else self.task.seed
 
     def build_task(self) -> "Task":
-        """Build the task of kind tree or selective_lags."""
+        """Build the task of kind tree, selective_lags or in_context_graphs."""
         import torch
 
         from mechcausal.tasks.hierarchy import Grammar, Hierarchy
         from mechcausal.tasks.hierarchy_tasks import MaskedLeafTask, RootTask
+        from mechcausal.tasks.in_context_graphs import InContextGraphTask, possible_kernel
         from mechcausal.tasks.priors import DirichletPrior, FixedTransition
         from mechcausal.tasks.selective_lags import SelectiveLagTask
 
@@ -212,12 +213,16 @@ class Recipe:
             grammar = Grammar.random(task.vocab_size, generator=generator, sigma=task.sigma)
             tree = Hierarchy(grammar, task.depth, task.filter)
             return MaskedLeafTask(tree) if task.predict == "leaf" else RootTask(tree)
-        assert task.kind == "selective_lags"
-        assert task.lags is not None  # parse_recipe has checked both
-        assert task.context is not None
         prior = self.build_prior()
         assert isinstance(prior, DirichletPrior)
         (matrix,) = prior.sample(1, generator=generator, dtype=torch.float64)
+        if task.kind == "in_context_graphs":
+            assert task.positions is not None  # parse_recipe has checked both
+            assert task.examples is not None
+            return InContextGraphTask(possible_kernel(matrix), task.positions, task.examples)
+        assert task.kind == "selective_lags"
+        assert task.lags is not None  # parse_recipe has checked both
+        assert task.context is not None
         return SelectiveLagTask(FixedTransition.from_matrix(matrix), task.lags, task.context)
 
 

@@ -17,7 +17,15 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 WandbMode = Literal["online", "offline", "disabled"]
-TaskKind = Literal["causal_graph", "repeated_tokens", "text", "tree", "selective_lags", "own"]
+TaskKind = Literal[
+    "causal_graph",
+    "repeated_tokens",
+    "text",
+    "tree",
+    "selective_lags",
+    "in_context_graphs",
+    "own",
+]
 
 # The graph options that each preset takes, besides the sequence length.
 GRAPH_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -73,8 +81,8 @@ class TaskSection:
     """causal_graph: sequences that the graph generates. repeated_tokens: [BOS r r], r random. text:
     windows of a real text, character by character. tree: the leaves of random trees, of which one
     leaf or the root is to be predicted. selective_lags: a Markov chain whose lag each sequence
-    draws. own: an experiment of the caller's own, from Python alone, which may read `graph` and
-    `task`."""
+    draws. in_context_graphs: examples of a random tree that each sequence draws. own: an experiment
+    of the caller's own, from Python alone, which may read `graph` and `task`."""
     vocab_size: Annotated[int, Field(ge=2, le=10_000)] = 10
     """Number of tokens, S; token 0 is the BOS of repeated_tokens, the last one of text stands for
     every character but the S - 1 most frequent. Of tree: the symbols, without the mask token."""
@@ -99,6 +107,11 @@ class TaskSection:
     character: the control of text."""
     lags: tuple[PositiveInt, ...] | None = None
     """The lags that a sequence draws from (selective_lags)."""
+    positions: Annotated[int, Field(ge=3, le=100)] | None = None
+    """Tokens of an example; each but the first has a random parent before it
+    (in_context_graphs)."""
+    examples: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Complete examples before the one that is predicted (in_context_graphs)."""
     depth: Annotated[int, Field(ge=1, le=10)] | None = None
     """Levels of the tree below its root; 2^depth leaves (tree)."""
     filter: NonNegativeInt = 0
@@ -109,8 +122,8 @@ class TaskSection:
     predict: Literal["leaf", "root"] = "leaf"
     """leaf: one masked leaf of each sequence. root: the symbol at the root (tree)."""
     seed: Seed | None = None
-    """Seed of what all sequences share: the `matrices`, the matrix of selective_lags, the rules of
-    tree. Follows the run's seed when absent."""
+    """Seed of what all sequences share: the `matrices`, the matrix of selective_lags and of
+    in_context_graphs, the rules of tree. Follows the run's seed when absent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +132,26 @@ class ModelSection:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["simplified", "disentangled", "standard", "own"] = "simplified"
+    kind: Literal["simplified", "disentangled", "standard", "in_context_graphs", "own"] = (
+        "simplified"
+    )
     """simplified: the paper's two-layer transformer with only A1 and A2, at most one parent per
     position. disentangled: the paper's full transformer, whose residual stream concatenates the
-    layers' outputs. standard: an ordinary transformer, for every kind of task. own: built by the
-    caller, from Python alone."""
+    layers' outputs. standard: an ordinary transformer, for every kind of task. in_context_graphs:
+    two layers tailored to the task of that name. own: built by the caller, from Python alone."""
     heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1, 1)
     """Heads of each layer (disentangled)."""
     initial_scale: NonNegativeFloat = 0.0
-    """Initial standard deviation of the attention matrices (disentangled), or of all weights, where
-    0 means TransformerLens's 0.8 / sqrt(d_model) (standard)."""
+    """Initial standard deviation of the attention matrices (disentangled), of the heads' choice of
+    an example (in_context_graphs), or of all weights, where 0 means TransformerLens's
+    0.8 / sqrt(d_model) (standard)."""
     n_layers: Annotated[int, Field(ge=1, le=100)] = 2
     """Layers (standard)."""
     n_heads: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Heads of every layer (standard)."""
+    """Heads of every layer (standard), or heads that copy from an example (in_context_graphs)."""
+    own_column: Annotated[float, Field(ge=-100, le=100)] = 3.0
+    """Initial score of a head for the same column of other examples; others start at 0. From 0,
+    training gets stuck (in_context_graphs)."""
     d_model: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Width of the residual stream, a multiple of n_heads (standard)."""
     d_mlp: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

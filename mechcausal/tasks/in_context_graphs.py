@@ -14,6 +14,22 @@ from mechcausal.tasks.base import Batch
 from mechcausal.tasks.priors import FixedTransition, stationary_distribution
 from mechcausal.tasks.sequences import draw_rows
 
+SMALLEST_TRANSITION = 1e-3
+"""Smallest entry of a kernel that `possible_kernel` makes, before its rows are normalised."""
+
+
+def possible_kernel(matrix: Float[Tensor, "vocab vocab"]) -> FixedTransition:
+    """The matrix with every entry raised to `SMALLEST_TRANSITION`, rows normalised.
+
+    With zeros, one impossible transition would rule out a parent.
+
+    Example:
+        >>> [round(p, 4) for p in possible_kernel(torch.eye(2)).rows[0]]
+        [0.999, 0.001]
+    """
+    raised = matrix.double().clamp(min=SMALLEST_TRANSITION)
+    return FixedTransition.from_matrix(raised / raised.sum(1, keepdim=True))
+
 
 @dataclass(frozen=True)
 class ContextBatch(Batch):
@@ -76,25 +92,41 @@ class InContextGraphTask:
     def sample(self, n_sequences: int, *, generator: torch.Generator) -> ContextBatch:
         """Fresh contexts on the generator's device."""
         device, h = generator.device, self.n_positions
-        uniform = torch.rand(n_sequences, h, generator=generator, device=device)
-        numbers = torch.arange(h, device=device)
-        parents = (uniform * numbers).long().minimum((numbers - 1).clamp(min=0))
-        parents[:, 0] = -1
-        n_examples = self.n_examples + 1
+        parents = self.draw_parents(n_sequences, generator=generator)
+        examples = self.examples_of(parents, self.n_examples + 1, generator=generator)
         kernel = self._kernel(device).float()
-        examples = torch.empty(n_sequences, n_examples, h, dtype=torch.int64, device=device)
-        start = self._stationary(device).float().expand(n_sequences * n_examples, -1)
-        examples[..., 0] = draw_rows(start, generator).view(n_sequences, n_examples)
-        for position in range(1, h):
-            above = _at(examples, parents[:, position])
-            drawn = draw_rows(kernel[above.flatten()], generator)
-            examples[..., position] = drawn.view(n_sequences, n_examples)
         target = torch.zeros(n_sequences, self.sequence_length, self.vocab_size, device=device)
         last = examples[:, -1].gather(1, parents[:, 1:])
         target[:, -h:-1] = kernel[last]
         scored = torch.zeros(n_sequences, self.sequence_length, dtype=torch.bool, device=device)
         scored[:, -h:-1] = True
         return ContextBatch(examples.flatten(1), target, scored=scored, parents=parents)
+
+    def draw_parents(
+        self, n_graphs: int, *, generator: torch.Generator
+    ) -> Int[Tensor, "graph position"]:
+        """Random trees: the parent of every position, uniform over earlier ones; -1 for 0."""
+        device, h = generator.device, self.n_positions
+        uniform = torch.rand(n_graphs, h, generator=generator, device=device)
+        numbers = torch.arange(h, device=device)
+        parents = (uniform * numbers).long().minimum((numbers - 1).clamp(min=0))
+        parents[:, 0] = -1
+        return parents
+
+    def examples_of(
+        self, parents: Int[Tensor, "graph position"], n_examples: int, *, generator: torch.Generator
+    ) -> Int[Tensor, "graph example position"]:
+        """Fresh examples of given trees."""
+        device, (n_graphs, h) = generator.device, parents.shape
+        kernel = self._kernel(device).float()
+        examples = torch.empty(n_graphs, n_examples, h, dtype=torch.int64, device=device)
+        start = self._stationary(device).float().expand(n_graphs * n_examples, -1)
+        examples[..., 0] = draw_rows(start, generator).view(n_graphs, n_examples)
+        for position in range(1, h):
+            above = _at(examples, parents[:, position])
+            drawn = draw_rows(kernel[above.flatten()], generator)
+            examples[..., position] = drawn.view(n_graphs, n_examples)
+        return examples
 
     def parent_posterior(
         self, tokens: Int[Tensor, "batch pos"]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mechcausal import __version__
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE
+from mechcausal.models.wired_weights import load_plain_weights
 from mechcausal.recipes import recipe_to_dict
 from mechcausal.support.files import write_folder_atomically
 from mechcausal.support.messages import excerpt
@@ -80,11 +81,8 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights or the optimizer's state belong to another model.
         """
-        parameters = dict(experiment.hooked.named_parameters())
         try:
-            if unmatched := sorted(set(parameters) ^ set(self.weights)):
-                raise ValueError(f"{unmatched[0]} is not in both")
-            experiment.hooked.load_state_dict(self.weights, strict=False)
+            load_plain_weights(experiment.hooked, self.weights)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             for number, state in self.optimizer.items():
                 for name, value in state.items():

@@ -11,6 +11,7 @@ from mechcausal.measures.figures import axis_limits, figure_of, figures, keys_in
 from mechcausal.recipes import Recipe
 from mechcausal.training.experiments import Generators, build_experiment
 from tests.run_folders import (
+    contexts_recipe,
     heads_recipe,
     lags_recipe,
     recipe_of,
@@ -40,7 +41,7 @@ def test_the_page_of_figures_shows_the_list(repository: Path) -> None:
     [
         recipe_of(),
         recipe_of(task__matrices=4),
-        *(two_parents_recipe(), heads_recipe(), tree_recipe(), lags_recipe()),
+        *(two_parents_recipe(), heads_recipe(), tree_recipe(), lags_recipe(), contexts_recipe()),
     ],
 )
 def test_every_figure_of_a_run_is_listed_and_in_its_range(recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ from mechcausal.models.adapter import (
 )
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.in_context_graphs import InContextGraphTransformer
 from mechcausal.models.loading import KINDS, load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
@@ -47,6 +48,12 @@ def standard(fixed: bool = False, **settings: Any) -> Callable[[], GraphModel]:
     )
 
 
+def in_context_graphs() -> GraphModel:
+    model = InContextGraphTransformer(S, n_positions=3, n_examples=1, n_heads=2)
+    model.initialise(generator=seeded(0))
+    return model
+
+
 MAKERS: dict[str, Callable[[], GraphModel]] = {
     "simplified": simplified,
     **{f"disentangled {n}": disentangled(*n) for n in ((1, 1), (2, 1), (1, 2), (2, 1, 2), (3,))},
@@ -54,6 +61,7 @@ MAKERS: dict[str, Callable[[], GraphModel]] = {
     "MLPs": standard(d_mlp=24),
     "LayerNorm": standard(n_layers=1, n_heads=4, d_mlp=24, layer_norm=True),
     "shortformer": standard(n_layers=3, positions="shortformer"),
+    "in-context graphs": in_context_graphs,
     "fixed": standard(fixed=True, d_mlp=24),
     "fixed shortformer": standard(fixed=True, n_layers=3, positions="shortformer"),
 }

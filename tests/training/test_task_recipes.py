@@ -14,7 +14,7 @@ from mechcausal.tasks.finite_prior import FinitePrior
 from mechcausal.training.experiments import Generators, build_experiment, check_experiment
 from mechcausal.training.experiments.tree import attention_by_height, common_heights
 from mechcausal.training.recorded_run import Progress
-from tests.run_folders import lags_recipe, recipe_of, tree_recipe
+from tests.run_folders import contexts_recipe, lags_recipe, recipe_of, tree_recipe
 
 SMALL = {
     **{"training__batch_size": 16, "evaluation__n_sequences": 64, "training__joint__steps": 12},
@@ -22,7 +22,16 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("recipe", [tree_recipe(), lags_recipe()], ids=["tree", "lags"])
+STANDARD_CONTEXTS = contexts_recipe().with_overrides(
+    model__kind="standard", model__initial_scale=0.0, model__n_heads=2, model__d_model=16
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [tree_recipe(), lags_recipe(), contexts_recipe(), STANDARD_CONTEXTS],
+    ids=["tree", "lags", "contexts", "contexts, standard"],
+)
 def test_a_run_is_recorded_read_back_and_resumed(recipe: Recipe, tmp_path: Path) -> None:
     small = recipe.with_overrides(**SMALL, checkpoints__schedule="probes")
     result = mechcausal.train(small, out=tmp_path / "run")
@@ -116,6 +125,29 @@ def test_matrices_make_a_finite_prior_with_its_strategies() -> None:
         (lags_recipe(), {"task__lags": [1, 12]}, "at most 11 in a context of 12, found 12"),
         (lags_recipe(), {"task__lags": [2, 2]}, "distinct lags needed, found [2, 2]"),
         (lags_recipe(), {"task__kind": "lags"}, "task.kind"),
+        (
+            contexts_recipe(),
+            {"task__positions": 100, "task__examples": 100},
+            "task.examples: 100 + 1 examples of 100 positions are 10,100 tokens; at most 10,000",
+        ),
+        (contexts_recipe(), {"task__positions": 2}, "task.positions"),
+        (contexts_recipe(), {"task__examples": 0}, "task.examples"),
+        (contexts_recipe(), {"task__alpha": [1.0, 1.0]}, "2 values for a vocabulary of 3"),
+        (contexts_recipe(), {"model__n_heads": 0}, "model.n_heads"),
+        (contexts_recipe(), {"model__heads": [2, 1]}, "model.heads: not an option of kind in_con"),
+        (contexts_recipe(), {"model__initial_scale": 0.0}, "must be above 0 with several heads"),
+        (contexts_recipe(), {"model__kind": "simplified"}, "needs kind standard or in_context_g"),
+        (
+            contexts_recipe(),
+            {"model__n_heads": 1000, "task__examples": 999, "task__positions": 10},
+            "are for the model: reduce model.n_heads, task.vocab_size, task.positions",
+        ),
+        (
+            recipe_of(),
+            {"model__kind": "in_context_graphs", "training__algorithm": "joint"},
+            "learns the task of that name alone, not causal_graph",
+        ),
+        (recipe_of(), {"task__positions": 4}, "task.positions: belongs to kind in_context_graphs"),
         (recipe_of(), {"task__depth": 2}, "task.depth: belongs to kind tree"),
         (
             recipe_of(),
@@ -140,6 +172,6 @@ def test_the_command_refuses_a_lag_beyond_the_sequence(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["tree", "selective_lags", "finite_mixture"])
+@pytest.mark.parametrize("name", ["tree", "selective_lags", "finite_mixture", "in_context_graphs"])
 def test_bundled_recipes_can_be_built(name: str) -> None:
     check_experiment(load_recipe(name))

@@ -23,6 +23,7 @@ REFERENCE_DASHES = {
     **{"loss/bayes": "dash", "loss/construction": "dashdot", "loss/chance": "dash"},
     **{"loss/unigram": "dash", "loss/bigram": "dashdot", "loss/trigram": "dot"},
     "lags/posterior": "dash",
+    "parents/oracle_top1": "dash",
 }
 """Line styles of constants to compare with, as Plotly names them."""
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")

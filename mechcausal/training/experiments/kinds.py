@@ -55,6 +55,9 @@ KINDS: dict[str, Kind] = {
     "repeated_tokens": Kind("repeated_tokens:RepeatedTokens", _of_repeats, "task.repeat_lengths"),
     "text": Kind("text:TextExperiment", _of_text, "task.context"),
     "tree": Kind("tree:TreeExperiment", _of_task, "task.depth"),
+    "in_context_graphs": Kind(
+        "in_context_graphs:InContextGraphExperiment", _of_task, "task.positions, task.examples"
+    ),
     "selective_lags": Kind("selective_lags:LagExperiment", _of_task, "task.context"),
 }
 """Every kind that a recipe can name, "own" apart."""

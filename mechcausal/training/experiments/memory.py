@@ -110,7 +110,7 @@ def experiment_needs(recipe: Recipe, graph: CausalGraph | None, length: int) -> 
             4 * evaluation.n_sequences * (data + t),
             ("evaluation.n_sequences", *fields),
         ),
-        Need("the matrices kept", 12 * kept * t * t, kept_fields, lasting=True),
+        Need("the matrices kept", 12 * kept * _kept_entries(recipe, t), kept_fields, lasting=True),
     ]
     if is_drawn:
         size = 16 * evaluation.bayes_draws * s * s
@@ -155,6 +155,13 @@ def theory_needs(recipe: Recipe, graph: CausalGraph) -> list[Need]:
     ]
 
 
+def _kept_entries(recipe: Recipe, t: int) -> int:
+    """Entries of one of the largest matrices kept of a probe step, at least."""
+    if recipe.model.kind == "in_context_graphs":  # of the last example alone
+        return (recipe.task.positions or 0) ** 2
+    return t * t
+
+
 def _size_fields(recipe: Recipe) -> tuple[str, str]:
     """The fields that determine the numbers of tokens and of positions."""
     if recipe.task.kind == "own" or recipe.graph.preset in ("manual", "edge_list"):
@@ -172,6 +179,12 @@ def _model_sizes(recipe: Recipe, t: int) -> tuple[int, int, tuple[str, ...]]:
         return weights, n_layers * model.n_heads * t * t, fields
     if model.kind == "own":
         return 0, 0, ()
+    if model.kind == "in_context_graphs":  # trained in closed form; see `in_context_config`
+        task, n = recipe.task, model.n_heads
+        h, examples = task.positions or 0, task.examples or 0
+        d_head = examples + 1 + max(h, n * s)
+        weights = 18 * n * ((2 * n + 2) * s + t) * d_head  # four weights, two layers; a fixed part
+        return weights, n * (examples + 1) * h + h * h, ("model.n_heads",)
     if model.kind == "simplified":  # its closed form has no scores of a sequence in layer 1
         return 8 * (3 * s + t) * max(s, t), t, ()
     heads = model.heads

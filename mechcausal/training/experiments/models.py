@@ -7,10 +7,12 @@ import torch
 from mechcausal.models.adapter import HookedTransformer
 from mechcausal.models.base import GraphModel
 from mechcausal.models.disentangled import DisentangledTransformer
+from mechcausal.models.in_context_graphs import InContextGraphTransformer
 from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.models.standard import StandardTransformer, standard_config
 from mechcausal.recipes import ModelSection, Recipe
 from mechcausal.tasks import Task
+from mechcausal.tasks.in_context_graphs import InContextGraphTask
 
 ModelBuilder = Callable[..., GraphModel | HookedTransformer]
 """A function `(task, *, seed, device)` that builds the initial model of a run: equal for equal
@@ -31,6 +33,21 @@ def build_model(recipe: Recipe, task: Task, *, seed: int, device: torch.device) 
         generator = torch.Generator().manual_seed(seed)
         disentangled.initialise(scale=section.initial_scale, generator=generator)
         return disentangled
+    if section.kind == "in_context_graphs":
+        assert isinstance(task, InContextGraphTask)
+        tailored = InContextGraphTransformer(
+            vocab,
+            n_positions=task.n_positions,
+            n_examples=task.n_examples,
+            n_heads=section.n_heads,
+            device=device,
+        )
+        tailored.initialise(
+            scale=section.initial_scale,
+            own_column=section.own_column,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return tailored
     return build_standard(section, vocab, length, seed=seed, device=device)
 
 
