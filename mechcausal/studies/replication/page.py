@@ -85,7 +85,7 @@ def write_page(replication: Replication, page: Path) -> None:
                 cells = (row.quantity, number(row.paper), measured(row), number(row.theory))
                 lines.append(f"| {' | '.join(cells)} | {VERDICTS[row.holds]} |")
         for name, path in replication.pictures.items():
-            if name.split("_")[0] == figure:
+            if name == figure or name.startswith(f"{figure}_"):
                 link = Path(os.path.relpath(path, page.parent)).as_posix()
                 lines += ["", f"![{name.replace('_', ' ')}]({link})"]
     for name, reason in replication.failed.items():

@@ -3,6 +3,7 @@
 from mechcausal.studies.replication.figures import (
     forests,
     gradients,
+    in_context_graphs,
     interventions,
     lags,
     mixtures,
@@ -39,6 +40,9 @@ FIGURES: dict[str, Figure] = {
         interventions.members, interventions.measure, interventions.draw, group="theory"
     ),
     "mixtures": Figure(mixtures.members, mixtures.measure, mixtures.draw, group="tasks"),
+    "in_context_graphs": Figure(
+        in_context_graphs.members, in_context_graphs.measure, in_context_graphs.draw, group="tasks"
+    ),
     "lags": Figure(lags.members, lags.measure, lags.draw, group="tasks"),
     "trees": Figure(trees.members, trees.measure, trees.draw, group="tasks"),
 }
