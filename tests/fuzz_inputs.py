@@ -51,6 +51,7 @@ from mechcausal.recipes import (
     recipe_to_dict,
     recipe_to_toml,
 )
+from mechcausal.recipes.clamp_checks import is_on
 from mechcausal.records.run_folder import RunFolderError
 from mechcausal.studies.targets import TargetError, load_target
 from mechcausal.tasks import build_task
@@ -59,6 +60,7 @@ from mechcausal.training import checkpoints, resuming
 from mechcausal.training import run as training
 from mechcausal.training.checkpoints import CheckpointError
 from mechcausal.training.experiments import Generators, build_experiment, check_experiment
+from mechcausal.training.experiments.clamping import clamp_edits
 from mechcausal.training.experiments.memory import experiment_needs
 from mechcausal.training.experiments.models import build_model
 
@@ -85,6 +87,15 @@ HOSTILE_NUMBERS = [
     *(0, -1, 1, 2, 3, 7, 255, 10_000, 10_001, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 10**400),
     *(-(2**63), 0.5, -0.5, 1e-320, 1e308, -1e308, 0.1, 1.0, 1e9),
 ]
+CLAMPS: dict[str, list[Any]] = {
+    "pattern": ["free", "graph", "wrong_graph", "previous_token", "frozen"],
+    "forbidden": [[], [[3, 1]], [[3, 1], [2, 2]], [[1, 2]], [[0, 0]], [[10**6, 1]], [[1]]],
+    "layer": [0, 0, 1, 2, 99],
+    "head": [0, 1, 5],
+    "from_step": [0, 1, 10**9],
+    "until_step": [1, 2, 0],
+    "seed": [0, 2**40],
+}
 
 
 class BrokenError(Exception):
@@ -155,6 +166,10 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
     assert torch.allclose(batch.target.sum(1), torch.ones(2), atol=1e-3)
     model = build_model(recipe, task, seed=0, device=torch.device("cpu"))
     check_model(model)
+    if is_on(recipe.clamp):
+        frozen = model.layer1_attention(batch.tokens).mean(0)
+        with model.clamped({recipe.clamp.layer: clamp_edits(recipe, frozen)}):
+            check_model(model)
 
 
 def _is_small(recipe: Recipe, graph: CausalGraph | None, length: int) -> bool:
@@ -191,6 +206,10 @@ def mutated_recipe(source: random.Random, folder: Path) -> Check:
             edges = source.choice(["graph.txt", "../graph.txt", "/etc/passwd", "sub/graph.txt"])
             data["graph"] = {"preset": "edge_list", "edge_list": edges}
             mutated_edges(source, folder)
+        if source.random() < 0.2:
+            data["clamp"] = {name: source.choice(given) for name, given in CLAMPS.items()}
+            for name in source.sample(sorted(CLAMPS), 4):
+                del data["clamp"][name]
         text = to_toml(data)
     else:
         text = packaged[name].read_text(encoding="utf-8")

@@ -20,8 +20,8 @@ class Replicate:
     """Reproduce the paper's figures: its values, our measurements and the theory's predictions."""
 
     figures: tyro.conf.Positional[tuple[str, ...]] = ()
-    """figure2, figure5, figure6, figure7, figure8, figure9, theory, ood, interventions; "all", or
-    no name, for all of these. Beyond the paper: mixtures, in_context_graphs, lags,
+    """figure2, figure5, figure6, figure7, figure8, figure9, theory, ood, interventions, clamps;
+    "all", or no name, for all of these. Beyond the paper: mixtures, in_context_graphs, lags,
     trees; "tasks" for all of them."""
     quick: bool = False
     """Fewer seeds and graphs and shorter runs: a quarter of an hour on two cores."""

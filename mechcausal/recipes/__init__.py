@@ -13,6 +13,7 @@ from mechcausal.recipes.files import (
 from mechcausal.recipes.recipe import Recipe, parse_recipe, recipe_fields, recipe_to_dict
 from mechcausal.recipes.sections import (
     CheckpointsSection,
+    ClampSection,
     EvaluationSection,
     GraphSection,
     ModelSection,
@@ -28,6 +29,7 @@ from mechcausal.recipes.sections import (
 
 __all__ = [
     "CheckpointsSection",
+    "ClampSection",
     "EvaluationSection",
     "GraphSection",
     "ModelSection",

@@ -8,10 +8,12 @@ from pydantic import ConfigDict, Field
 
 from mechcausal.graphs import WITH_QUERY_PARENTS, CausalGraph, build_preset
 from mechcausal.recipes.checks import check_together
+from mechcausal.recipes.clamp_checks import check_clamp
 from mechcausal.recipes.errors import RecipeError, validated
 from mechcausal.recipes.sections import (
     GRAPH_OPTIONS,
     CheckpointsSection,
+    ClampSection,
     EvaluationSection,
     GraphSection,
     ModelSection,
@@ -52,6 +54,7 @@ class Recipe:
     task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    clamp: ClampSection = field(default_factory=ClampSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     probing: ProbingSection = field(default_factory=ProbingSection)
     checkpoints: CheckpointsSection = field(default_factory=CheckpointsSection)
@@ -263,6 +266,7 @@ def parse_recipe(data: dict[str, Any], *, source: str) -> Recipe:
     recipe = validated(Recipe, data, source=source)
     try:
         check_together(recipe.graph, recipe.task, recipe.model, recipe.training)
+        check_clamp(recipe.clamp, recipe.task, recipe.model, n_steps=recipe.n_steps)
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
     return recipe

@@ -214,6 +214,31 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClampSection:
+    """Attention that is held fixed for a part of the training."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    pattern: Literal["free", "graph", "wrong_graph", "previous_token", "frozen"] | None = None
+    """graph: every position attends to its parent; of several, head n to the n-th. wrong_graph: to
+    earlier positions that are no parents, drawn once. Positions without parents stay free.
+    previous_token: every position but the first attends to the one before. frozen: the layer's mean
+    pattern on the evaluation sequences at `from_step`. free, the default: no pattern."""
+    forbidden: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
+    """Pairs [position, earlier position or its own] whose attention is 0."""
+    layer: NonNegativeInt = 0
+    """The layer that is clamped, from 0."""
+    head: NonNegativeInt | None = None
+    """The only head that is clamped, from 0; all of the layer when absent."""
+    from_step: NonNegativeInt = 0
+    """First step of the run that is trained with the clamp."""
+    until_step: PositiveInt | None = None
+    """First step without it again; the clamp stays to the end when absent."""
+    seed: Seed | None = None
+    """Seed of wrong_graph; follows the run's seed when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
     """The fixed evaluation sequences and the baselines."""
 

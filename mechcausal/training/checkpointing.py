@@ -10,7 +10,7 @@ from mechcausal.training.checkpoints import (
     prune,
     write_checkpoint,
 )
-from mechcausal.training.experiments import Experiment, Generators
+from mechcausal.training.experiments import Experiment, Generators, RunClamp
 from mechcausal.training.probe_log import ProbeLog
 
 FORMATION_MOVE = 0.05
@@ -26,6 +26,7 @@ class Checkpointer:
         probe_log: ProbeLog,
         experiment: Experiment,
         generators: Generators,
+        clamp: RunClamp,
         *,
         start: int,
     ) -> None:
@@ -36,12 +37,14 @@ class Checkpointer:
             probe_log: its rows say which checkpoint is best, and when the induction head forms.
             experiment: holds the weights.
             generators: the run's random generators.
+            clamp: the run's clamp, whose frozen pattern is saved.
             start: first step to train; above 0, its checkpoint already exists.
         """
         self._record = record
         self._probe_log = probe_log
         self._experiment = experiment
         self._generators = generators
+        self._clamp = clamp
         self._start = start
         self._section = experiment.recipe.checkpoints
         self._saved: int | None = None
@@ -81,6 +84,7 @@ class Checkpointer:
                 experiment=self._experiment,
                 optimizer=optimizer,
                 generators=self._generators,
+                clamp=self._clamp.state(),
             )
         self._keep_if_added(step, self._probe_log.latest.get("induction/score"))
         self._saved = step

@@ -3,7 +3,8 @@
 Each checkpoint is one folder, `checkpoints/<step>`, written atomically:
 
     model.safetensors, config.json   the weights, as `save_model` writes them
-    state.safetensors                the state of the optimizer and of every generator
+    state.safetensors                the state of the optimizer and of every generator, and the
+                                     pattern that a clamp has frozen
     checkpoint.json                  step, stage, recipe, versions, and a checksum of each file
 
 The checkpoint of step k is taken before the batch of step k is drawn. Reading a checkpoint never
@@ -62,6 +63,7 @@ class Checkpoint:
         optimizer: optimizer state, by number of the stage's parameter and name of the state; empty
             if the stage had not begun.
         generators: state of each generator, by name.
+        clamp: the pattern that the run's clamp has frozen, by name.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[int, dict[str, Tensor]]
     generators: dict[str, Tensor]
+    clamp: dict[str, Tensor]
 
     def restore(
         self, experiment: Experiment, optimizer: torch.optim.Optimizer, generators: Generators
@@ -118,6 +121,7 @@ def write_checkpoint(
     experiment: Experiment,
     optimizer: torch.optim.Optimizer,
     generators: Generators,
+    clamp: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint to a folder, replacing an existing one.
 
@@ -131,6 +135,7 @@ def write_checkpoint(
     }
     for name in _GENERATORS:
         tensors[f"generator/{name}"] = getattr(generators, name).get_state()
+    tensors |= {f"clamp/{name}": pattern.cpu() for name, pattern in (clamp or {}).items()}
     with write_folder_atomically(folder) as new_folder:
         experiment.save_model(new_folder)
         (new_folder / STATE_FILE).write_bytes(save(tensors))
@@ -167,12 +172,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: not safetensors: {excerpt(error, 200)}") from None
     optimizer: dict[int, dict[str, Tensor]] = {}
     generators: dict[str, Tensor] = {}
+    clamp: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match key.split("/"):
             case ["optimizer", number, name] if number.isdecimal():
                 optimizer.setdefault(int(number), {})[name] = tensor
             case ["generator", name] if name in _GENERATORS:
                 generators[name] = tensor
+            case ["clamp", name]:
+                clamp[name] = tensor
             case _:
                 raise CheckpointError(
                     f"{folder / STATE_FILE}: holds {excerpt(key)}: not understood"
@@ -186,6 +194,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         weights=weights,
         optimizer=optimizer,
         generators=generators,
+        clamp=clamp,
     )
 
 

@@ -28,6 +28,7 @@ from mechcausal.training.experiments import (
     Experiment,
     Generators,
     OwnExperiment,
+    RunClamp,
     build_experiment,
 )
 from mechcausal.training.loop import Learner, Trained
@@ -102,6 +103,7 @@ class RecordedRun(Trained):
     summary: dict[str, Any]
     _generators: Generators
     _checkpointer: Checkpointer
+    _clamp: RunClamp
     _learner: Learner
     _stop: StopSignal
 
@@ -214,8 +216,9 @@ class RecordedRun(Trained):
             rows=self._rows,
             lean=self._lean,
         )
+        self._clamp = RunClamp(self.experiment)
         self._checkpointer = Checkpointer(
-            self.record, self.probe_log, self.experiment, generators, start=self.start
+            self.record, self.probe_log, self.experiment, generators, self._clamp, start=self.start
         )
         self._generators = generators
         self._learner = Learner(self.experiment, plan, start=self.start)
@@ -235,7 +238,9 @@ class RecordedRun(Trained):
         self._step = self._learner.number
         if self._checkpoint is not None:
             self._checkpoint.restore(self.experiment, self._learner.optimizer, self._generators)
+            self._clamp.restore(self._checkpoint.clamp)
             self._checkpoint = None
+        self._clamp.at(self._step)
         if self._stop.received is not None and self._step < self.recipe.n_steps:
             self._save_checkpoint()
             self._end("interrupted")
@@ -292,6 +297,7 @@ class RecordedRun(Trained):
 
     def _finish(self, state: State) -> None:
         self.is_training, self.state = False, state
+        self._clamp.close()
         self._learner.close()
         summary = self.probe_log.summary() | {"train/steps": self._step, "recipe": self.recipe.name}
         self.summary = summary

@@ -193,17 +193,29 @@ def frozen_pattern(
     >>> with clamp(model, {0: as_now}):
     ...     loss = model(torch.randint(20, (4, 8)), return_type="loss")
     """
-    _check_layer(model, layer)
-    tokens = checked_tokens(model, tokens)
-    n_heads = config_of(model).n_heads
+    pattern = mean_pattern(model, layer, tokens, max_batch_bytes=max_batch_bytes)
+    n_heads = len(pattern)
     if head is not None and not 0 <= head < n_heads:
         raise ValueError(f"head {head} does not exist: layer {layer} has heads 0 to {n_heads - 1}")
+    return fixed_to(pattern if head is None else pattern[head], head=head)
+
+
+def mean_pattern(
+    model: nn.Module,
+    layer: int,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+) -> Float[Tensor, "head query key"]:
+    """A layer's mean pattern over a batch; arguments and errors are those of `frozen_pattern`."""
+    _check_layer(model, layer)
+    tokens = checked_tokens(model, tokens)
     mean = AttentionPattern(layer, reduce="mean")
     with undisturbed(model), attach(model, mean):
         for (batch,) in split(batch_rows(model, tokens.shape[1], max_batch_bytes), tokens):
             run(model, batch)
-    pattern = mean.reading().sel(layer=layer).values
-    return fixed_to(pattern if head is None else pattern[head], head=head)
+    pattern: Tensor = mean.reading().sel(layer=layer).values
+    return pattern
 
 
 def forbid(pairs: Sequence[tuple[int, int]], head: int | None = None) -> Clamp:

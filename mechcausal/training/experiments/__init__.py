@@ -4,6 +4,7 @@ from mechcausal.measures.observation import Observation
 from mechcausal.recipes import Recipe, RecipeError
 from mechcausal.tasks import GraphTask, SeveralParentsTask, build_task, check_prior
 from mechcausal.training.experiments.base import Experiment, Generators, Tell, tell_nobody
+from mechcausal.training.experiments.clamping import RunClamp, check_clamp_fits
 from mechcausal.training.experiments.kinds import KINDS
 from mechcausal.training.experiments.memory import check_memory, experiment_needs, n_probe_steps
 from mechcausal.training.experiments.own import OwnExperiment, build_own, check_own, options_of
@@ -13,6 +14,7 @@ __all__ = [
     "Generators",
     "Observation",
     "OwnExperiment",
+    "RunClamp",
     "build_experiment",
     "check_experiment",
 ]
@@ -61,6 +63,7 @@ def check_experiment(
             f"model.d_model: fixed embeddings of {vocab} tokens and {length} positions "
             f"need {vocab + length}, found {model.d_model}"
         )
+    check_clamp_fits(recipe, graph, length)
     if on_this_machine:
         check_memory(experiment_needs(recipe, graph, length), recipe.device)
 

@@ -4,6 +4,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from mechcausal.measures.observation import Observation
 from mechcausal.measures.task_observer import TaskObserver
@@ -86,6 +88,10 @@ class TaskExperiment(ModelExperiment):
     def losses(self) -> dict[str, float]:
         """Evaluation loss and, if the task knows it, the Bayes loss and the gap to it."""
         return self.observer.losses()
+
+    def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
+        """The evaluation sequences."""
+        return self.observer.batch.tokens
 
     def observe(self) -> Observation:
         """Losses, the divergence from every prediction of the task, and attention."""

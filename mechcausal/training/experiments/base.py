@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.measures.figures import History
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mechcausal.models.adapter import HookedTransformer
     from mechcausal.models.base import GraphModel
     from mechcausal.training.objective import Objective
+    from probes.intervening.clamps import Clamps
 
 
 Tell = Callable[[str], None]
@@ -155,6 +156,25 @@ class Experiment(ABC):
         named = self.named_parameters().values()
         return _frozen([p for p in named if id(p) not in trained])
 
+    def clamped(self, clamps: "Clamps") -> AbstractContextManager[None]:
+        """Hold parts of attention fixed inside the block, see `probes.clamp`.
+
+        By default through the hooks of `hooked`, which `training_loss` then has to run.
+        """
+        from probes import clamp
+
+        return clamp(self.hooked, clamps)
+
+    def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
+        """Fixed sequences without padding, on which a clamp freezes the mean attention.
+
+        Raises:
+            RecipeError: the experiment has none.
+        """
+        raise RecipeError(
+            f"clamp.pattern: frozen needs evaluation_tokens, which {type(self).__name__} lacks"
+        )
+
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Pictures of one probe step for W&B, by name: of every matrix, blocks side by side."""
         from mechcausal.pictures.static import own_figures
@@ -217,6 +237,10 @@ class ModelExperiment(Experiment):
     def training_only(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Within the block only these parameters take gradients."""
         return self.model.training_only(self.expanded(names))
+
+    def clamped(self, clamps: "Clamps") -> AbstractContextManager[None]:
+        """Hold parts of attention fixed inside the block, in the model's closed form too."""
+        return self.model.clamped(clamps)
 
     def training_loss(self, n_sequences: int) -> Tensor:
         """Cross entropy on fresh sequences, over the labels that count."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.measures.closed_form_observer import ClosedFormObserver
@@ -22,6 +22,7 @@ from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static import paper_figures
 from mechcausal.pictures.static import run_figures as report
 from mechcausal.recipes import Recipe
+from mechcausal.recipes.clamp_checks import is_on
 from mechcausal.tasks import (
     Batch,
     GraphTask,
@@ -101,12 +102,13 @@ class CausalGraphExperiment(ModelExperiment):
             built(self.task, seed=generators.init, device=generators.data.device), self.task
         )
         self.notes = theory_notes(self.theory, "evaluation.theory_seconds")
-        is_simplified = isinstance(self.model, SimplifiedTransformer)
-        closed_form = closed_form and is_simplified
+        # Clamped models are probed through hooks alone.
+        has_other_probes = isinstance(self.model, SimplifiedTransformer) and not is_on(recipe.clamp)
+        closed_form = closed_form and has_other_probes
         seconds = hooked_look_seconds(self.model, evaluation.n_sequences)
         if seconds > _MOST_SECONDS and recipe.probing.enabled and not closed_form:
-            self.notes.append(_look_note(seconds, evaluation.n_sequences, closed=is_simplified))
-            closed_form = is_simplified
+            self.notes.append(_look_note(seconds, evaluation.n_sequences, closed=has_other_probes))
+            closed_form = has_other_probes
         observer_type: type[Observer] = ClosedFormObserver if closed_form else Observer
         self.observer = observer_type(
             self.model,
@@ -162,6 +164,10 @@ class CausalGraphExperiment(ModelExperiment):
     def losses(self) -> dict[str, float]:
         """Evaluation loss, the losses of Bayes and of the construction, and the gaps to both."""
         return self.observer.losses()
+
+    def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
+        """The evaluation sequences."""
+        return self.observer.batch.tokens
 
     def observe(self) -> Observation:
         """All probes in one forward and backward pass of the hooked model."""

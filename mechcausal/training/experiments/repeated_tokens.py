@@ -77,6 +77,10 @@ class RepeatedTokens(Experiment):
             "loss/chance": math.log(self.recipe.task.vocab_size - 1),
         }
 
+    def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
+        """The evaluation sequences."""
+        return self._evaluation
+
     def observe(self) -> Observation:
         """Score every head; `induction/score` is the best head's score above chance."""
         heads, matrices = head_figures(self._scores())

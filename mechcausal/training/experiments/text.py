@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mechcausal.measures.figures import History
@@ -104,6 +105,10 @@ class TextExperiment(Experiment):
             "loss/in_context": (late.mean() - early.mean()).item(),
             **self._levels,
         }
+
+    def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
+        """The held-out windows."""
+        return self.windows
 
     def observe(self) -> Observation:
         """The residual law on the held-out windows, and head scores on random repeated tokens."""

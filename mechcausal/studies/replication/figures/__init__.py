@@ -1,6 +1,7 @@
 """Every figure that can be reproduced, by its name on the command line."""
 
 from mechcausal.studies.replication.figures import (
+    clamps,
     forests,
     gradients,
     in_context_graphs,
@@ -39,6 +40,7 @@ FIGURES: dict[str, Figure] = {
     "interventions": Figure(
         interventions.members, interventions.measure, interventions.draw, group="theory"
     ),
+    "clamps": Figure(clamps.members, clamps.measure, clamps.draw, group="theory"),
     "mixtures": Figure(mixtures.members, mixtures.measure, mixtures.draw, group="tasks"),
     "in_context_graphs": Figure(
         in_context_graphs.members, in_context_graphs.measure, in_context_graphs.draw, group="tasks"
