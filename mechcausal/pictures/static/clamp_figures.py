@@ -29,7 +29,7 @@ def draw_formation(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> "Figu
                 label = f"layer 1 {condition}" if number == 0 else None
                 axis.plot(steps, scores, color=colour, lw=1.2, alpha=0.8, label=label)
         axis.axhline(FORMED, color=REFERENCE_GREY, lw=0.8, ls="--")
-        axis.set(xscale="log", xlabel="step", title=graph)
+        axis.set(xscale="log", xlabel="step", title=graph, ylim=(-0.04, 1.0))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("induction score (0: chance)")
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")

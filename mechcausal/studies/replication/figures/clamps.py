@@ -1,35 +1,32 @@
 """What must form first? The induction head, with layer 1 clamped to the graph, free, or wrong.
 
-Both layers train together by gradient descent from A1 = 0 and a small A2 = beta0 I. With layer 1's
-pattern P and beta -> 0 the loss falls along A2 = beta I, to leading order in 1/T, at the rate
-
-    -dL/dbeta = 1 / (S T) sum_ij P_ij g_ij,
-
-with g_ij of the theory of the first gradient. So the true graph, whose pairs have the largest g,
-gives layer 2 something to learn from step 0. The uniform pattern of a free layer 1 gives the mean
-of g over keys, and a wrong graph what its pairs happen to share.
+Both layers train together by gradient descent from A1 = 0 and a small A2 = beta0 I. The true graph,
+whose pairs have the largest g of the theory, gives layer 2 something to learn from step 0; the
+uniform pattern of a free layer 1 gives the mean of g over keys, and a wrong graph what its pairs
+happen to share (`clamp_gradients`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mechcausal.measures.figures import STEP
-from mechcausal.models.simplified import SimplifiedTransformer
 from mechcausal.pictures.static.clamp_figures import draw_formation
-from mechcausal.studies.replication.evaluation import fresh_batch
+from mechcausal.studies.replication.evaluation import SEED, fresh_batch
+from mechcausal.studies.replication.figures.clamp_gradients import (
+    Descent,
+    descent,
+    minus,
+    ratio,
+)
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr
-from mechcausal.tasks import cross_entropies
+from mechcausal.tasks import SingleParentTask
 from mechcausal.theory import PairwiseTheory, pairwise_theory
-from mechcausal.training.experiments.clamping import layer1_rows, rows_as_pattern, wrong_rows
-from probes import fixed_to
+from mechcausal.training.experiments.clamping import layer1_rows, wrong_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -85,7 +82,9 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
         rows += _formation_rows(label, by_condition)
         rows += _gradient_rows(label, by_condition, 4 if quick else 32)
         rows += _loss_rows(label, by_condition)
-    return rows
+    lengths = (60,) if quick else (60, 180)
+    chains = _by_condition(runs, "markov_chain")["free"]
+    return rows + _length_rows(chains[0], lengths, 1024 if quick else 16_384)
 
 
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
@@ -144,31 +143,49 @@ def _formation_rows(label: str, runs: Mapping[str, list[Run]]) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Ratio:
-    """The first gradient on beta under a condition, relative to that with the true graph."""
-
-    ours: float
-    stderr: float
-    theory: float
-
-
 def _gradient_rows(label: str, runs: Mapping[str, list[Run]], factor: int) -> list[Row]:
+    """First gradients relative to that with the true graph, by graph and by wrong graph."""
+    sets = [_descents(run, factor) for run in runs["wrong_graph"]]
     rows = []
     for condition in ("free", "wrong_graph"):
-        ratios = [_ratio(run, condition, factor) for run in runs[condition]]
-        if condition == "free":  # the same for every seed: one graph, A1 = 0
-            ratios = ratios[:1]
-        ours, over_graphs = mean_and_stderr([ratio.ours for ratio in ratios])
-        theory, _ = mean_and_stderr([ratio.theory for ratio in ratios])
         quantity = (
             f"{label}: first gradient along A2 = beta I, layer 1 {CONDITIONS[condition]}, relative "
-            f"to clamped to the graph; must be within {AGREEMENT:g} of theory, every graph"
+            f"to clamped to the graph; must be within {AGREEMENT:g} of theory, every seed"
         )
-        holds = all(abs(ratio.ours - ratio.theory) <= AGREEMENT for ratio in ratios)
-        stderr = max(over_graphs or 0.0, *(ratio.stderr for ratio in ratios))
-        rows.append(Row("clamps", quantity, ours, stderr, theory=theory, holds=holds))
+        ratios = [ratio(each[condition], each["graph"]) for each in sets]
+        holds = all(abs(ours - theory) <= AGREEMENT for ours, _, theory in ratios)
+        rows.append(_ratio_row(quantity, ratios, holds))
+    quantity = f"{label}: the same of free minus wrong, relative to graph minus wrong"
+    centred = [
+        ratio(minus(each["free"], each["wrong_graph"]), minus(each["graph"], each["wrong_graph"]))
+        for each in sets
+    ]
+    return [*rows, _ratio_row(quantity, centred, None)]
+
+
+def _length_rows(run: Run, lengths: Sequence[int], n_sequences: int) -> list[Row]:
+    """The first gradient of a free layer 1 on longer chains, where its leading order is nearer."""
+    rows = []
+    for length in lengths:
+        recipe = run.recipe.with_overrides(graph__sequence_length=length)
+        task = SingleParentTask(recipe.build_graph(), recipe.build_prior())
+        batch = task.sample(n_sequences, generator=torch.Generator().manual_seed(SEED))
+        options = {"beta0": recipe.training.beta0, "epsilon": recipe.training.epsilon}
+        theory = _theory_of(task)
+        true = descent(task, theory, batch, layer1_rows(task.graph), **options)
+        free = descent(task, theory, batch, {}, **options)
+        quantity = f"chain of {length} tokens: first gradient, layer 1 free, relative to clamped"
+        rows.append(_ratio_row(quantity, [ratio(free, true)], None))
     return rows
+
+
+def _ratio_row(
+    quantity: str, ratios: Sequence[tuple[float, float, float]], holds: bool | None
+) -> Row:
+    ours, over_graphs = mean_and_stderr([ours for ours, _, _ in ratios])
+    stderr = max(over_graphs or 0.0, *(stderr for _, stderr, _ in ratios))
+    theory, _ = mean_and_stderr([theory for _, _, theory in ratios])
+    return Row("clamps", quantity, ours, stderr, theory=theory, holds=holds)
 
 
 def _loss_rows(label: str, runs: Mapping[str, list[Run]]) -> list[Row]:
@@ -180,48 +197,27 @@ def _loss_rows(label: str, runs: Mapping[str, list[Run]]) -> list[Row]:
     return rows
 
 
-def _ratio(run: Run, condition: str, factor: int) -> _Ratio:
-    """The ratio of the means over sequences, with its standard error by the delta method."""
-    true, other = (_descents(run, kind, factor) for kind in ("graph", condition))
-    ratio = (other.mean() / true.mean()).item()
-    spread = (other - ratio * true).std() / true.mean() / len(true) ** 0.5
-    theory = _theory(run)
-    weights = {kind: _initial_pattern(run, kind) for kind in ("graph", condition)}
-    n = theory.g.shape[0]
-    totals = {kind: (pattern[:n, :n] * theory.g).sum() for kind, pattern in weights.items()}
-    return _Ratio(ratio, spread.item(), (totals[condition] / totals["graph"]).item())
-
-
-def _descents(run: Run, condition: str, factor: int) -> Float[Tensor, "batch"]:
-    """`-dL/dbeta` of every sequence at the start of training, in float64."""
-    batch, epsilon = fresh_batch(run, factor), run.recipe.training.epsilon
-    attention1 = _initial_pattern(run, condition)
-    same = (batch.tokens == batch.tokens[:, -1:]).double()
-    beta = torch.full((len(batch), 1), run.recipe.training.beta0).double().requires_grad_()
-    attention2 = (beta * (same @ attention1.T)).softmax(-1)
-    output = attention2.new_zeros(batch.target.shape).scatter_add(1, batch.tokens, attention2)
-    losses = cross_entropies(output, batch.target.double(), epsilon=epsilon)
-    (gradient,) = torch.autograd.grad(losses.sum(), beta)
-    return -gradient.squeeze(1)
-
-
-def _initial_pattern(run: Run, condition: str) -> Float[Tensor, "query key"]:
-    """Layer 1's pattern at A1 = 0 under a condition."""
-    graph = run.graph
-    model = SimplifiedTransformer(run.recipe.task.vocab_size, graph.sequence_length)
-    model.hooked.double()
-    rows = {"graph": layer1_rows(graph), "wrong_graph": wrong_rows(graph, run.member.seed)}
-    if condition == "free":
-        return model.attention1().detach()
-    with model.clamped({0: fixed_to(rows_as_pattern(rows[condition], graph.sequence_length))}):
-        return model.attention1().detach()
-
-
 @cache
-def _theory(run: Run) -> PairwiseTheory:
-    return pairwise_theory(
-        run.graph,
-        run.recipe.build_prior(),
-        n_priors=1000,
-        generator=torch.Generator().manual_seed(run.recipe.seed),
-    )
+def _descents(run: Run, factor: int) -> dict[str, Descent]:
+    """The first gradients of a run's seed, on fresh sequences of its task."""
+    task = run.task
+    assert isinstance(task, SingleParentTask)
+    rows = {
+        "graph": layer1_rows(run.graph),
+        "free": {},
+        "wrong_graph": wrong_rows(run.graph, run.member.seed),
+    }
+    batch, theory = fresh_batch(run, factor), _theory_of(task)
+    training = run.recipe.training
+    return {
+        condition: descent(
+            task, theory, batch, keys, beta0=training.beta0, epsilon=training.epsilon
+        )
+        for condition, keys in rows.items()
+    }
+
+
+@lru_cache(maxsize=8)  # the seeds of a graph share it
+def _theory_of(task: SingleParentTask) -> PairwiseTheory:
+    generator = torch.Generator().manual_seed(SEED)
+    return pairwise_theory(task.graph, task.prior, n_priors=2000, generator=generator)
