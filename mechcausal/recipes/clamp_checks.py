@@ -27,6 +27,8 @@ def check_clamp(
                 f"clamp.{changed[0]}: needs clamp.pattern or clamp.forbidden: nothing is clamped"
             )
         return
+    if model.kind == "in_context_graphs":
+        raise RecipeError("clamp: a model of kind in_context_graphs cannot be clamped")
     if clamp.pattern in FROM_GRAPH and task.kind != "causal_graph":
         raise RecipeError(f"clamp.pattern: {clamp.pattern} needs a graph, which {task.kind} lacks")
     if clamp.seed is not None and clamp.pattern != "wrong_graph":

@@ -11,7 +11,7 @@ from mechcausal.cli.main import main
 from mechcausal.graphs import CausalGraph, chain
 from mechcausal.models.loading import load_graph_model
 from mechcausal.models.simplified import SimplifiedTransformer
-from mechcausal.recipes import Recipe, RecipeError, parse_recipe, recipe_to_toml
+from mechcausal.recipes import Recipe, RecipeError, load_recipe, parse_recipe, recipe_to_toml
 from mechcausal.records.matrices import find_matrices
 from mechcausal.sweeps.batch import batches, train_batch
 from mechcausal.training.checkpoints import read_checkpoint
@@ -281,6 +281,8 @@ def test_tasks_without_a_graph_take_the_other_clamps():
     check_experiment(small.with_overrides(clamp__pattern="frozen", clamp__layer=1))
     with raises_one_line(RecipeError, "graph needs a graph, which repeated_tokens lacks"):
         small.with_overrides(clamp__pattern="graph")
+    with raises_one_line(RecipeError, "clamp: a model of kind in_context_graphs cannot be clamped"):
+        load_recipe("in_context_graphs").with_overrides(clamp__pattern="frozen")
     tree = {
         "task__kind": "tree",
         "task__repeat_lengths": None,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 FORMED = 0.5
 """The score at which the head counts as formed."""
 
-Curve = Sequence[tuple[float, float]]
+Curve = Sequence[tuple[int, float]]
 
 
 def draw_formation(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> "Figure":

@@ -100,10 +100,10 @@ def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     return {"clamps": draw_formation(curves)}
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
+def _curve(run: Run) -> list[tuple[int, float]]:
     """Pairs (step, induction score); a graph without edges has no score."""
     rows = ((row[STEP], row.get("induction/score")) for row in run.history)
-    return [(step or 0, score) for step, score in rows if score is not None]
+    return [(int(step or 0), float(score)) for step, score in rows if score is not None]
 
 
 def _by_condition(runs: list[Run], recipe: str) -> dict[str, list[Run]]:
