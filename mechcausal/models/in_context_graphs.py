@@ -109,8 +109,8 @@ class InContextGraphTransformer(GraphModel):
 
         Args:
             scale: standard deviation of w_L / 8; with several heads above 0: equal ones stay equal.
-            own_column: w_H of h'' = h. From 0, uniform attention, training gets stuck far from the
-                optimum.
+            own_column: w_H of h'' = h. From 0, uniform attention, heads have to learn which column
+                to compare, and may get stuck.
             generator: of w_L; needed if `scale` is above 0.
 
         Raises:

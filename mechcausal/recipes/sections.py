@@ -151,7 +151,7 @@ class ModelSection:
     """Heads of every layer (standard), or heads that copy from an example (in_context_graphs)."""
     own_column: Annotated[float, Field(ge=-100, le=100)] = 3.0
     """Initial score of a head for the same column of other examples; others start at 0. From 0,
-    training gets stuck (in_context_graphs)."""
+    heads have to learn which column to compare, and may not (in_context_graphs)."""
     d_model: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Width of the residual stream, a multiple of n_heads (standard)."""
     d_mlp: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

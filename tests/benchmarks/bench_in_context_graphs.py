@@ -75,7 +75,7 @@ def test_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(0)
-def test_stuck_from_uniform_columns(tmp_path: Path) -> None:
+def test_from_uniform_columns(tmp_path: Path) -> None:
     """The same without a start on the own column."""
     runs = summaries(tmp_path, "--model.own-column", "0")
     for key in ("loss/gap", "parents/top1", "parents/posterior_kl", "copies/own_column"):
