@@ -27,6 +27,9 @@ class Detect:
     the name of one, such as gpt2."""
     step: int | None = None
     """Checkpoint of a run folder; its final weights when absent."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hugging Face Hub, such as step1000; main when
+    absent."""
     threshold: float = 0.4
     """Lowest score at which a head gets a verdict."""
     sequences: int = 32
@@ -89,7 +92,9 @@ def main(arguments: list[str]) -> int:
     try:
         mode = resolve_mode(options.wandb_mode) if options.wandb else "disabled"
         device = device_named(options.device)
-        target = load_target(options.target, step=options.step, device=str(device))
+        target = load_target(
+            options.target, step=options.step, revision=options.revision, device=str(device)
+        )
         with running(options.target):
             detection = detect(
                 target,

@@ -19,8 +19,8 @@ from mechcausal.support.startup import prepare_process
 
 BAD_INPUT = 2
 COMMANDS = (
-    *("train", "resume", "sweep", "runs", "report", "sync"),
-    *("theory", "detect", "discover", "explain", "replicate"),
+    *("train", "resume", "sweep", "runs", "report", "sync", "publish"),
+    *("theory", "detect", "formation", "discover", "explain", "replicate"),
 )
 
 USAGE = """usage: mechcausal COMMAND ...
@@ -34,8 +34,10 @@ commands:
   runs [FOLDER]    list runs: recipe, state, step, figures
   report RUN ...   the page of a run, or the comparison of several
   sync RUN         upload a run's offline W&B fragments in order
+  publish RUN REPO upload a run's checkpoints to the Hugging Face Hub, with a model card
   theory           pairwise information of a causal graph and the attention gradient it predicts
   detect TARGET    the induction heads of any model, verified by intervention
+  formation MODEL  when the heads of a model formed: its public or own checkpoints, one by one
   discover TARGET  a causal graph over the tokens of one input, from any model's attention
   explain WHAT     the tokens that change a prediction: recommender, sentiment; or the bridge
   replicate        reproduce the paper's figures: its values, ours, the theory's, and a verdict

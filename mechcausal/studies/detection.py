@@ -58,9 +58,10 @@ class Detection:
         """JSON values: `HeadScores.to_dict` and the requested interventions.
 
         Adds `in_context` (loss by position and gain, nats), `ablations`, `composition` (for each
-        induction head the earlier heads, strongest first), and `circuit` (`Circuit.to_dict`).
+        induction head the earlier heads, strongest first), and `circuit` (`Circuit.to_dict`); of a
+        revision on the Hub also `revision`, `commit` and `weights_sha256`.
         """
-        content = self.scores.to_dict(self.target.name)
+        content = self.scores.to_dict(self.target.name) | dict(self.target.origin)
         if self.in_context is not None:
             content["in_context"] = {
                 "loss": self.in_context.loss.tolist(),

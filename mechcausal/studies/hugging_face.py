@@ -20,7 +20,7 @@ from mechcausal.support.messages import excerpt, first_line
 _FREE_ENTRIES = 2**26
 _FREE_LAYERS = 512
 _MAX_VOCABULARY = 10_000_000
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
@@ -60,7 +60,7 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
         except (ModelFileError, KeyError, TypeError, AttributeError):
             raise TargetError(f"{index}: not an index of weights") from None
     elif not (path / WEIGHTS_FILE).is_file():
-        shards = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        shards = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         if not shards:
             raise TargetError(f"{path}: no {WEIGHTS_FILE}, the only weights that are read")
     other = next((shard for shard in shards if not str(shard).endswith(".safetensors")), None)

@@ -3,9 +3,11 @@
 Only safetensors are read, nothing is unpickled, and a Hugging Face model's own code is never run.
 """
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -14,19 +16,21 @@ from mechcausal.models import CONFIG_FILE
 from mechcausal.models.adapter import FORMAT, ModelFileError, load_with_extra, read_config
 from mechcausal.models.loading import kind_of
 from mechcausal.records.run_folder import MODEL_FOLDER, RECIPE_FILE
+from mechcausal.studies.hub import MAIN, HubError, HubRevision, describe, fetch, read_hub_config
 from mechcausal.studies.hugging_face import (
     TOKENIZER_FILES,
     TargetError,
     load_bridge,
     read_model_config,
 )
+from mechcausal.studies.weights import weight_digests
 from mechcausal.support.messages import first_line
 from mechcausal.training.checkpoints import checkpoint_folders
 from probes import ProbeError
 from probes.heads.stimuli import Bos
 from probes.reading.passes import attends_ahead
 
-__all__ = ["Target", "TargetError", "load_target", "running"]
+__all__ = ["Target", "TargetError", "load_folder", "load_revision", "load_target", "running"]
 
 
 @contextmanager
@@ -61,6 +65,7 @@ class Target:
         folder: the run folder, if the model comes from a run.
         predicts_every_token: whether it predicts the next token at every position. False for models
             that predict only at the query, and for models that attend to later tokens.
+        origin: of a revision of a Hub model: `revision`, `commit` and `weights_sha256`.
     """
 
     name: str
@@ -68,15 +73,19 @@ class Target:
     bos: Bos
     folder: Path | None = None
     predicts_every_token: bool = True
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_target(target: str, *, step: int | None = None, device: str = "cpu") -> Target:
+def load_target(
+    target: str, *, step: int | None = None, revision: str | None = None, device: str = "cpu"
+) -> Target:
     """Load a model.
 
     Args:
         target: a run folder; a folder that `save_model` wrote; a folder with a Hugging Face model
-            in safetensors; or the name of a Hugging Face model.
+            in safetensors; or the name of a model on the Hugging Face Hub.
         step: step of a checkpoint in a run folder; the final weights when absent.
+        revision: branch, tag or commit of a model on the Hub; `main` when absent.
         device: device for the model.
 
     Raises:
@@ -93,16 +102,84 @@ def load_target(target: str, *, step: int | None = None, device: str = "cpu") ->
         raise TargetError(f"{target}: no such folder")
     if step is not None and not is_run:
         raise TargetError(f"{target}: --step goes with a run folder, and this is not one")
+    if revision is not None and path.exists():
+        raise TargetError(f"{target}: --revision goes with a model on the Hub, this is a folder")
     try:
         if is_run:
             folder = _weights_folder(path, step)
             name = target if step is None else f"{target}, step {step}"
             return _load_saved(folder, name, device, run=path)
-        if path.is_dir():
-            return _from_folder(path, target, device)
     except ModelFileError as error:
         raise TargetError(str(error)) from None
+    if path.is_dir():
+        return load_folder(path, name=target, device=device)
+    if revision is not None:
+        wanted = describe(target, revision)
+        name = f"{target}, revision {revision}"
+        return load_revision(wanted, fetch(wanted), name=name, device=device)
+    if _is_saved(read_hub_config(target)):  # transformers would not know what to do with it
+        wanted = describe(target, MAIN)
+        return load_revision(wanted, fetch(wanted), name=target, device=device)
     return _from_hugging_face(target, target, device, has_tokenizer=True)
+
+
+def load_folder(folder: Path, *, name: str, device: str = "cpu") -> Target:
+    """Load a folder that `save_model` wrote, or one with a Hugging Face model in safetensors.
+
+    Raises:
+        TargetError: it holds no model, or one that cannot be read.
+    """
+    try:
+        return _from_folder(folder, name, device)
+    except ModelFileError as error:
+        raise TargetError(str(error)) from None
+
+
+def load_revision(
+    revision: HubRevision,
+    folder: Path,
+    *,
+    name: str,
+    device: str = "cpu",
+    weights_sha256: str | None = None,
+) -> Target:
+    """Load a revision of a Hub model from the folder that `fetch` filled.
+
+    Args:
+        revision: the revision.
+        folder: its files.
+        name: name of the target.
+        device: device for the model.
+        weights_sha256: see `WeightDigests.sha256`; computed when absent.
+
+    Raises:
+        TargetError: it holds no model, or one that cannot be read.
+    """
+    try:
+        weights_sha256 = weights_sha256 or weight_digests(folder).sha256
+        if _is_saved(read_config(folder / CONFIG_FILE)):
+            # The files of a cache are links out of the folder, which a saved model may not have.
+            with tempfile.TemporaryDirectory() as copy:
+                for file in (CONFIG_FILE, *revision.weights):
+                    shutil.copyfile(folder / file, Path(copy) / file)
+                target = load_folder(Path(copy), name=name, device=device)
+        else:
+            target = load_folder(folder, name=name, device=device)
+    except ModelFileError as error:
+        raise TargetError(str(error)) from None
+    except OSError as error:
+        raise HubError(f"{name}: not read: {error.strerror or error}") from None
+    origin = {
+        "revision": revision.name,
+        "commit": revision.commit,
+        "weights_sha256": weights_sha256,
+    }
+    return replace(target, origin=origin)
+
+
+def _is_saved(config: object) -> bool:
+    """Whether a config was written by `save_model`."""
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def _weights_folder(run: Path, step: int | None) -> Path:
@@ -140,7 +217,7 @@ def _from_folder(path: Path, name: str, device: str) -> Target:
     if not config_path.exists():
         raise TargetError(f"{path}: no {CONFIG_FILE} or {RECIPE_FILE} in it: no model")
     config = read_config(config_path)
-    if isinstance(config, dict) and config.get("format") == FORMAT:
+    if _is_saved(config):
         return _load_saved(path, name, device)
     read_model_config(path)
     has_tokenizer = any((path / file).is_file() for file in TOKENIZER_FILES)

@@ -80,6 +80,8 @@ WORKERS = (
     "training.resuming.resume",
     "theory.pairwise_theory",
     "studies.targets.load_target",
+    "studies.formation.open_series",
+    "studies.publishing.plan_publication",
     "cli.discover._from_matrix",
     "studies.replication.driver.replicate",
     "studies.explanations.driver.run_application",
@@ -143,6 +145,8 @@ def test_command_exists_with_its_options(
         "studies.explanations.bridge",
         "training.experiments.causal_graph",
         "studies.replication.driver",
+        "studies.formation",
+        "studies.publishing",
     ):
         import_module(f"mechcausal.{module}")
 
