@@ -296,7 +296,7 @@ def test_the_plain_dict_is_json_and_leaves_out_what_is_absent() -> None:
         ),
         ({"graph": {"preset": "manual", "parents": [-1, True]}}, ["graph.parents.1", "true"]),
         ({"graph": {"preset": "manual", "parents": -1}}, ["graph.parents", "array", "-1"]),
-        ({"model__kind": "bert"}, ["model.kind", "'disentangled', 'standard' or 'own'"]),
+        ({"model__kind": "bert"}, ["model.kind", "'standard', 'in_context_graphs' or 'own'"]),
         ({"model__headz": [1]}, ["model.headz", "did you mean heads?"]),
         (DISENTANGLED | {"model__heads": []}, ["model.heads", "at least 1 item"]),
         (DISENTANGLED | {"model__heads": [1, 0]}, ["model.heads.1", "found 0"]),
