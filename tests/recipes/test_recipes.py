@@ -312,7 +312,10 @@ def test_the_plain_dict_is_json_and_leaves_out_what_is_absent() -> None:
         ),
         (DISENTANGLED | {"model__initial_scale": -1.0}, ["model.initial_scale", "-1.0"]),
         ({"model__heads": [1, 2]}, ["model.heads", "kind simplified", "to disentangled"]),
-        ({"model__initial_scale": 0.1}, ["model.initial_scale", "to disentangled, standard)"]),
+        (
+            {"model__initial_scale": 0.1},
+            ["model.initial_scale", "to disentangled, in_context_graphs, standard)"],
+        ),
         ({"model__embeddings": "fixed"}, ["model.embeddings", "belongs to standard"]),
         (DISENTANGLED | {"model__d_model": 32}, ["model.d_model", "belongs to standard"]),
         (DISENTANGLED | {"model__layer_norm": True}, ["model.layer_norm", "to standard"]),
