@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import wandb
 
+from mechcausal.measures.figures import STEP
 from mechcausal.recipes import Recipe, load_recipe
 from mechcausal.studies.replication import FIGURES, Replication, replicate, runs
 from mechcausal.studies.replication.driver import PAGE_FILE, TABLE_FILE, ReplicationError, _log
 from mechcausal.studies.replication.evaluation import losses, miscounted_prediction
-from mechcausal.studies.replication.figures import forests
+from mechcausal.studies.replication.figures import forests, trees
 from mechcausal.studies.replication.page import measured, number, publish
 from mechcausal.studies.replication.paper_settings import with_paper_settings
 from mechcausal.studies.replication.result import Row
@@ -105,6 +106,14 @@ def test_tasks_beyond_the_paper_have_rows_pictures_and_a_page(tmp_path: Path) ->
     page = (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
     assert page.startswith("# Tasks beyond the paper\n")
     assert "Made by `mechcausal replicate tasks --quick`" in page
+
+
+def test_half_of_a_figure_is_used_when_it_stays_below() -> None:
+    values = {0: 9.0, 4: 5.0, 20: 4.0, 30: 1.0, 40: 3.0, 50: 1.9, 60: 0.5}
+    history = [{STEP: step, "tree/residual_pair_2": value} for step, value in values.items()]
+    assert trees._halved(history, "tree/residual_pair_2") == 50
+    assert trees._halved(history[:3], "tree/residual_pair_2") is None
+    assert trees._halved(history, "tree/residual_pair_3") is None
 
 
 def test_untrained_models_do_not_pass_for_the_paper(everything: Replication) -> None:

@@ -6,7 +6,7 @@ Source: Garnier-Brun, Mezard, Moscato and Saglietti, ICML 2025 (arXiv 2408.15138
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mechcausal.measures.figures import STEP
+from mechcausal.measures.figures import STEP, History
 from mechcausal.pictures.static.task_figures import draw_side_by_side
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 N_SEEDS, KL, ACCURACY = 3, 0.02, 0.95
+SETTLED = 20
+"""Step by which a model has learned the shares of symbols, which residual χ² counts, too."""
 _LEAF, _ROOT = "", "root"
 
 
@@ -73,27 +75,24 @@ def _order(runs: list[Run]) -> list[Row]:
     rows.append(Row("trees", label, share, theory=1.0, holds=all(ordered)))
     for name, what in (("block", "sibling block"), ("pair", "single leaves of that block")):
         for height in heights[1:]:
-            key = f"tree/residual_{name}_{height}"
-            left = [_halved(run, key) for run in runs]
-            steps = [step for step in left if step is not None]
+            halved = [_halved(run.history, f"tree/residual_{name}_{height}") for run in runs]
+            reached = [float(step) for step in halved if step is not None]
             label = f"scale {height}: step at which half of the residual χ² with the {what} is used"
-            rows.append(Row("trees", label, *(mean_and_stderr(steps) if steps else (None,))))
+            rows.append(Row("trees", label, *(mean_and_stderr(reached) if reached else (None,))))
     return rows
 
 
-def _halved(run: Run, key: str) -> float | None:
-    """The first probe step at which a figure is below half of what it was at step 4 and stays so.
-
-    The steps before are left out, because the model has first to learn the shares of symbols.
-    """
-    points = [(row[STEP], row[key]) for row in run.history if row.get(key) is not None]
-    settled = [(step, value) for step, value in points if (step or 0) >= 4]
-    if not settled:
-        return None
-    half = (settled[0][1] or 0.0) / 2
-    above = [step for step, value in settled if (value or 0.0) >= half]
-    later = [step for step, _ in settled if step is not None and (not above or step > above[-1])]
-    return float(later[0]) if later else None
+def _halved(history: History, key: str) -> int | None:
+    """The probe step from which a figure stays below half of its value at step `SETTLED`."""
+    points = [(int(row[STEP] or 0), float(row[key] or 0.0)) for row in history if key in row]
+    settled = [(step, value) for step, value in points if step >= SETTLED]
+    below: int | None = None
+    for step, value in settled:
+        if value >= settled[0][1] / 2:
+            below = None
+        elif below is None:
+            below = step
+    return below
 
 
 def _mean(label: str, runs: list[Run], key: str, theory: float | None) -> Row:
