@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from probes.heads.attention_by_class import ClassAttention, attention_by_class
 from probes.heads.composition import KComposition, k_composition
 from probes.heads.copying import copying_score
+from probes.heads.few_shot import FewShotTask
 from probes.heads.formation import Formation, track_formation
 from probes.heads.head_scores import score_heads
 from probes.heads.head_table import HeadScores
@@ -45,6 +46,7 @@ from probes.heads.scores import (
     uniform_baseline,
 )
 from probes.heads.stimuli import repeated_tokens
+from probes.heads.token_sources import TokenSource, frequent_tokens, text_segments
 
 # Intervene: what changes without it.
 from probes.intervening.ablation import mean_ablate
@@ -60,6 +62,7 @@ from probes.intervening.attention_edits import (
 )
 from probes.intervening.circuit import Circuit, HeadEffect, PathEffect, find_circuit
 from probes.intervening.clamps import clamp, fixed_to, forbid, frozen_pattern, previous_token
+from probes.intervening.function_vectors import FunctionVectors, function_vectors
 from probes.intervening.order_sensitivity import OrderSensitivity, order_sensitivity
 from probes.intervening.tree_projection import TreeProjection, tree_projection
 
@@ -115,7 +118,9 @@ __all__ = [
     "DirectPath",
     "Discovery",
     "Explanation",
+    "FewShotTask",
     "Formation",
+    "FunctionVectors",
     "HeadEffect",
     "HeadScores",
     "InContextScore",
@@ -134,6 +139,7 @@ __all__ = [
     "ProbeError",
     "ProbeWarning",
     "ResidualInformation",
+    "TokenSource",
     "Tracker",
     "TreeProjection",
     "ablation_effects",
@@ -159,7 +165,9 @@ __all__ = [
     "find_circuit",
     "fixed_to",
     "forbid",
+    "frequent_tokens",
     "frozen_pattern",
+    "function_vectors",
     "in_context_score",
     "k_composition",
     "knock_out",
@@ -181,6 +189,7 @@ __all__ = [
     "residual_information",
     "save_picture",
     "score_heads",
+    "text_segments",
     "track_formation",
     "tree_projection",
     "uniform_baseline",

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 VOCAB = 30
 BOS = 29
 
 
-def save_gpt2(folder: Path, *, tokenizer: bool = False, seed: int = 0) -> Any:
-    """A random GPT-2 of two layers and two heads, written as Hugging Face does."""
+def save_gpt2(folder: Path, *, tokenizer: bool = False, seed: int = 0, splits: bool = False) -> Any:
+    """A random GPT-2 of two layers and two heads, written as Hugging Face does.
+
+    With `splits`, its tokenizer splits a text into words t0 to t29.
+    """
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 32}
     config = GPT2Config(**sizes, vocab_size=VOCAB, bos_token_id=BOS, eos_token_id=BOS)
@@ -25,7 +29,10 @@ def save_gpt2(folder: Path, *, tokenizer: bool = False, seed: int = 0) -> Any:
         words = WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
         special = {f"{kind}_token": f"t{BOS}" for kind in ("bos", "eos", "pad")}
         make: Any = PreTrainedTokenizerFast
-        made = make(tokenizer_object=Tokenizer(words), unk_token="t0", **special)
+        model_of_words = Tokenizer(words)
+        if splits:
+            model_of_words.pre_tokenizer = Whitespace()
+        made = make(tokenizer_object=model_of_words, unk_token="t0", **special)
         made.save_pretrained(folder)
     return model
 

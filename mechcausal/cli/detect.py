@@ -44,6 +44,17 @@ class Detect:
     circuit: bool = False
     """Patch paths from previous-token heads to the keys, queries and values of the induction heads:
     which ones the predictions rest on; also direct logit attribution and resample ablation."""
+    stimulus: Annotated[
+        tuple[Literal["random", "frequent", "text"], ...], tyro.conf.arg(metavar="KIND [KIND ...]")
+    ] = ("random",)
+    """What is repeated: random ids, the most frequent tokens of a text, or segments of the text.
+    Several are scored beside each other; all else is measured on the first."""
+    text: str | None = None
+    """The text for --stimulus frequent and text: a file in UTF-8, topics (Python's help topics; the
+    default) or stdlib."""
+    function_vectors: bool = False
+    """Which heads carry a few-shot task in their mean output (function vectors): tasks in words, or
+    random mappings for a model without a tokenizer. Two passes for each head and task."""
     circuit_all: bool = False
     """As --circuit, from every earlier head: one more pass for each path."""
     all: bool = False
@@ -73,6 +84,10 @@ def main(arguments: list[str]) -> int:
         raise RefusedError("--json and --csv: only one of them can be printed")
     if options.wandb_mode is not None and not options.wandb:
         raise RefusedError("--wandb-mode goes with --wandb")
+    if not options.stimulus:
+        raise RefusedError("--stimulus needs at least one of random, frequent, text")
+    if options.text is not None and set(options.stimulus) == {"random"}:
+        raise RefusedError("--text goes with --stimulus frequent or text")
     if not 0 <= options.seed < 2**32:
         raise RefusedError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
     if options.heatmap is not None:
@@ -87,6 +102,7 @@ def main(arguments: list[str]) -> int:
     from mechcausal.records.wandb_runs import TrackingError, resolve_mode
     from mechcausal.studies.detection import detect, draw_heatmap, log_to_wandb
     from mechcausal.studies.targets import TargetError, load_target, running
+    from mechcausal.support.corpora import TextError
     from probes import ProbeError
 
     try:
@@ -105,10 +121,13 @@ def main(arguments: list[str]) -> int:
                 ablate=options.ablate,
                 compose=options.compose,
                 circuit=_circuit(options),
+                stimuli=options.stimulus,
+                text=options.text,
+                few_shot=options.function_vectors,
             )
         if options.heatmap is not None:
             draw_heatmap(detection, options.heatmap)
-    except (TargetError, RecipeError, TrackingError) as error:
+    except (TargetError, RecipeError, TrackingError, TextError) as error:
         raise RefusedError(str(error)) from None
     except (ProbeError, ValueError) as error:
         raise RefusedError(f"{options.target}: {error}") from None
@@ -182,6 +201,10 @@ def _print_tables(detection: "Detection", *, everything: bool) -> None:
         _print_composition(console, detection)
     if detection.circuit is not None:
         _print_circuit(console, detection)
+    if detection.others:
+        _print_stimuli(console, detection)
+    if detection.function_vectors is not None:
+        _print_function_vectors(console, detection)
 
 
 def _print_ablations(console: Any, detection: "Detection") -> None:
@@ -254,6 +277,47 @@ def _print_circuit(console: Any, detection: "Detection") -> None:
         f"{len(others)} of {len(circuit.paths)} paths do not exceed {rule}"
         + ("" if largest is None else f"; the largest of them: {largest:+.3f}")
     )
+
+
+def _print_stimuli(console: Any, detection: "Detection") -> None:
+    by_name = {detection.stimulus: detection.scores, **detection.others}
+    table = make_table(("head", *by_name), title="prefix matching by stimulus, * induction")
+    best = [head for scores in by_name.values() for head in scores.top("prefix_matching", 3)]
+    named = [head for scores in by_name.values() for head in scores.heads("induction")]
+    for layer, head in dict.fromkeys([*named, *best]):
+        cells = []
+        for scores in by_name.values():
+            index = scores.layers.index(layer), head
+            value, stderr = scores.prefix_matching[index], scores.prefix_matching_stderr[index]
+            mark = "*" if "induction" in scores.verdicts[layer, head] else " "
+            cells.append(f"{_number(value.item())} ±{_number(stderr.item())} {mark}")
+        table.add_row(f"{layer}.{head}", *cells)
+    console.print(table)
+
+
+def _print_function_vectors(console: Any, detection: "Detection") -> None:
+    vectors = detection.function_vectors
+    assert vectors is not None
+    table = make_table(
+        ("head", "effect", "own task", "other task", ""),
+        title=f"mean outputs on {len(vectors.tasks)} few-shot tasks, rise of p(answer)",
+    )
+    for head in dict.fromkeys([*vectors.heads(), *vectors.top(3)]):
+        row = vectors.row(head)
+        table.add_row(
+            f"{head[0]}.{head[1]}",
+            f"{row['effect']:+.3f} ± {_number(row['stderr'])}",
+            f"{row['own']:+.3f}",
+            f"{row['other']:+.3f}",
+            "function vector" if row["named"] else "",
+        )
+    console.print(table)
+    console.print(
+        f"p(answer) after {vectors.n_shots} demonstrations: {vectors.right:.3f}, with their "
+        f"answers shuffled: {vectors.shuffled:.3f}"
+    )
+    if not vectors.does_tasks:
+        console.print("the model does not do these tasks: the effects say nothing about it")
 
 
 def _at_offset(score: float | None, offset: int) -> str:

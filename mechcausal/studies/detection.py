@@ -1,31 +1,36 @@
 """Find a model's induction heads: scores, ablation, K-composition and the circuit."""
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mechcausal.pictures.static.run_figures import head_heatmap
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import WandbMode
+from mechcausal.studies.stimuli import StimulusName, sources, word_tasks
 from mechcausal.studies.study_runs import start_run
 from mechcausal.studies.targets import Target
 from probes import (
     AblationEffect,
     Circuit,
+    FunctionVectors,
     HeadScores,
     KComposition,
     PositionLoss,
     ablation_effects,
     find_circuit,
+    function_vectors,
     k_composition,
     loss_by_position,
-    score_heads,
 )
+from probes.heads.head_scores import score_heads_on
+from probes.heads.stimuli import longest_stimulus
 from probes.intervening.circuit import heads_below
 
 
@@ -35,12 +40,15 @@ class Detection:
 
     Attributes:
         target: the model.
-        scores: scores of every head.
+        scores: scores of every head on the first stimulus.
         in_context: loss by position; None for a model that makes no next-token predictions.
         ablations: effects of ablating induction and previous-token heads; None if not requested.
         composition: of earlier heads with the induction heads; None if not requested.
         circuit: effects of earlier heads through the induction heads' keys, queries and values;
             None if not requested.
+        stimulus: name of the first stimulus, on which everything but `others` is measured.
+        others: scores on further stimuli, by name.
+        function_vectors: effects of mean outputs on few-shot tasks; None if not requested.
     """
 
     target: Target
@@ -49,6 +57,9 @@ class Detection:
     ablations: tuple[AblationEffect, ...] | None
     composition: KComposition | None
     circuit: Circuit | None = None
+    stimulus: StimulusName = "random"
+    others: Mapping[StimulusName, HeadScores] = field(default_factory=dict)
+    function_vectors: FunctionVectors | None = None
 
     def is_previous_token(self, head: tuple[int, int]) -> bool:
         """Whether "previous_token" is among a head's verdicts."""
@@ -58,8 +69,10 @@ class Detection:
         """JSON values: `HeadScores.to_dict` and the requested interventions.
 
         Adds `in_context` (loss by position and gain, nats), `ablations`, `composition` (for each
-        induction head the earlier heads, strongest first), and `circuit` (`Circuit.to_dict`); of a
-        revision on the Hub also `revision`, `commit` and `weights_sha256`.
+        induction head the earlier heads, strongest first), `circuit` (`Circuit.to_dict`),
+        `function_vectors` (`FunctionVectors.to_dict`), and, unless random ids are the only
+        stimulus, `stimulus` and `others` (`HeadScores.to_dict` by stimulus); of a revision on the Hub
+        also `revision`, `commit` and `weights_sha256`.
         """
         content = self.scores.to_dict(self.target.name) | dict(self.target.origin)
         if self.in_context is not None:
@@ -92,6 +105,13 @@ class Detection:
             ]
         if self.circuit is not None:
             content["circuit"] = self.circuit.to_dict()
+        if self.function_vectors is not None:
+            content["function_vectors"] = self.function_vectors.to_dict()
+        if self.others or self.stimulus != "random":
+            content["stimulus"] = self.stimulus
+            content["others"] = {
+                name: s.to_dict(self.target.name) for name, s in self.others.items()
+            }
         return content
 
     def to_frame(self) -> Any:
@@ -99,24 +119,36 @@ class Detection:
 
         These are `logit`, `logit_stderr`, `rise`, `rise_stderr` (see `HeadEffect`), and for the
         keys, queries and values (k, q, v) of a receiver `reads_k` (the senders of named paths),
-        `reads_k_rise` and `reads_k_stderr` (of the first one); empty where there is none.
+        `reads_k_rise` and `reads_k_stderr` (of the first one); empty where there is none. With
+        function vectors `function_vector` (the effect) and `function_vector_stderr`; with further
+        stimuli `prefix_matching_text` and so on, and `verdict_text`.
         """
         frame = self.scores.to_frame()
+        heads = list(zip(frame["layer"], frame["head"], strict=True))
+        if self.function_vectors is not None:
+            rows = [self.function_vectors.row(head) for head in heads]
+            frame["function_vector"] = [row["effect"] for row in rows]
+            frame["function_vector_stderr"] = [row["stderr"] for row in rows]
+        for name, scores in self.others.items():
+            by_layer = [(scores.layers.index(layer), head) for layer, head in heads]
+            for score in ("prefix_matching", "prefix_matching_stderr"):
+                by_head = scores.score(score)
+                frame[f"{score}_{name}"] = [by_head[index].item() for index in by_layer]
+            frame[f"verdict_{name}"] = [list(scores.verdicts[head]) for head in heads]
         if self.circuit is None:
             return frame
-        by_head: dict[tuple[int, int], dict[str, Any]] = {}
+        effects: dict[tuple[int, int], dict[str, Any]] = {}
         for effect in self.circuit.heads:
             values = asdict(effect)
-            by_head[values.pop("layer"), values.pop("head")] = values
+            effects[values.pop("layer"), values.pop("head")] = values
         for path in reversed(self.circuit.named):  # so that the largest rise comes last
-            row, name = by_head[path.receiver], f"reads_{path.input}"
+            row, reads = effects[path.receiver], f"reads_{path.input}"
             sender = "L{}H{}".format(*path.sender)  # 0.10 would be read as a number
-            row[name] = f"{sender} {row[name]}" if name in row else sender
-            row[f"{name}_rise"], row[f"{name}_stderr"] = path.rise, path.rise_stderr
+            row[reads] = f"{sender} {row[reads]}" if reads in row else sender
+            row[f"{reads}_rise"], row[f"{reads}_stderr"] = path.rise, path.rise_stderr
         columns = ["logit", "logit_stderr", "rise", "rise_stderr"]
         columns += [f"reads_{i}{part}" for i in "kqv" for part in ("", "_rise", "_stderr")]
-        heads = zip(frame["layer"], frame["head"], strict=True)
-        rows = [by_head.get(head, {}) for head in heads]
+        rows = [effects.get(head, {}) for head in heads]
         for column in columns:
             frame[column] = [row.get(column) for row in rows]
         return frame
@@ -132,6 +164,9 @@ def detect(
     ablate: bool = False,
     compose: bool = False,
     circuit: Literal["previous", "all"] | None = None,
+    stimuli: Sequence[StimulusName] = ("random",),
+    text: str | None = None,
+    few_shot: bool = False,
 ) -> Detection:
     """Score every head; on request ablate heads, compute K-composition and patch paths.
 
@@ -145,12 +180,20 @@ def detect(
         compose: K-composition of earlier heads with the induction heads.
         circuit: path patching from previous-token heads, or from all earlier heads, to the keys,
             queries and values of the induction heads.
+        stimuli: what is repeated: random ids, frequent tokens, segments of a text. Everything but
+            the scores is measured on the first.
+        text: the text of frequent tokens and segments, a file or one of `CORPORA`; None for
+            Python's help topics.
+        few_shot: function vectors, on tasks in words, or for a model without a tokenizer on random
+            mappings.
 
     Raises:
+        TextError: the text cannot be read.
         ValueError, ProbeError: see `probes.score_heads` and `probes.find_circuit`; also for
             `ablate` and `circuit` with a model that does not predict every token.
     """
-    for flag, is_given in (("--ablate", ablate), ("--circuit", circuit is not None)):
+    flags = {"--ablate": ablate, "--circuit": circuit is not None, "--function-vectors": few_shot}
+    for flag, is_given in flags.items():
         if is_given and not target.predicts_every_token:
             raise ValueError(f"{flag} needs next-token predictions, which this model does not make")
     model = target.model
@@ -158,24 +201,45 @@ def detect(
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    scores = score_heads(
+    names = list(dict.fromkeys(stimuli))
+    token_sources = sources(target, names, text)
+    scores, *further = score_heads_on(
         model,
+        token_sources,
         n_sequences=n_sequences,
         repeat_lengths=repeat_lengths,
-        generator=generator(),
+        seed=seed,
         threshold=threshold,
         bos=target.bos,
     )
+    source = token_sources[0]
+
+    def tokens(n: int) -> Tensor | None:
+        """Sequences of the first stimulus for interventions; None for random ids."""
+        if source is None:
+            return None
+        drawing: dict[str, Any] = {"generator": generator(), "bos": target.bos, "source": source}
+        return longest_stimulus(model, n_sequences=n, **drawing)[0].tokens
+
     induction, previous = scores.heads("induction"), scores.heads("previous_token")
     in_context = ablations = None
     if target.predicts_every_token:
         in_context = loss_by_position(
-            model, n_sequences=min(n_sequences, 16), generator=generator(), bos=target.bos
+            model,
+            n_sequences=min(n_sequences, 16),
+            generator=generator(),
+            bos=target.bos,
+            source=source,
         )
     if ablate:
         heads = list(dict.fromkeys([*induction, *previous]))
         ablations = ablation_effects(
-            model, heads, n_sequences=min(n_sequences, 32), generator=generator(), bos=target.bos
+            model,
+            heads,
+            tokens=tokens(min(n_sequences, 32)),
+            n_sequences=min(n_sequences, 32),
+            generator=generator(),
+            bos=target.bos,
         )
     composition = k_composition(model, induction) if compose else None
     paths = None
@@ -185,11 +249,28 @@ def detect(
             model,
             previous if circuit == "previous" else heads_below(model, last),
             induction,
+            tokens=tokens(min(n_sequences, 32)),
             n_sequences=min(n_sequences, 32),
             generator=generator(),
             bos=target.bos,
         )
-    return Detection(target, scores, in_context, ablations, composition, paths)
+    vectors = None
+    if few_shot:
+        tasks, between, after = word_tasks(target) or (None, (), ())
+        options: dict[str, Any] = {"between": between, "after": after, "bos": target.bos}
+        shots = 5 if tasks is not None else 4
+        vectors = function_vectors(model, tasks, n_shots=shots, generator=generator(), **options)
+    return Detection(
+        target,
+        scores,
+        in_context,
+        ablations,
+        composition,
+        paths,
+        names[0],
+        dict(zip(names[1:], further, strict=True)),
+        vectors,
+    )
 
 
 def draw_heatmap(detection: Detection, path: Path) -> None:

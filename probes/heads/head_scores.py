@@ -7,7 +7,6 @@ every distance between query and key.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,10 +17,11 @@ from probes.heads.head_table import CONTROLS, UNIFORM, HeadScores
 from probes.heads.induction import AttentionTo, InductionScores
 from probes.heads.scores import SCORE_MASKS, uniform_baseline, uniform_pattern
 from probes.heads.stimuli import Bos, Stimulus, draw_stimuli, given_stimuli
+from probes.heads.token_sources import TokenSource
 from probes.reading.activation import Activation
 from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
-from probes.reading.hook_names import layers_with
+from probes.reading.hook_names import config_of, layers_with
 from probes.reading.labelled import LabelledTensor
 from probes.reading.padding import pairs_of
 from probes.reading.passes import (
@@ -48,6 +48,7 @@ def score_heads(
     threshold: float = 0.4,
     max_batch_bytes: int = MAX_BATCH_BYTES,
     bos: Bos = "auto",
+    source: TokenSource | None = None,
 ) -> HeadScores:
     """Score every head as induction, previous-token, duplicate-token and positional head.
 
@@ -78,6 +79,8 @@ def score_heads(
         threshold: the score at which a head gets a verdict, in (0, 1].
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
         bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
+        source: where blocks and controls come from, such as `frequent_tokens` or `text_segments`;
+            None for uniformly random ids. Ignored with `tokens`.
 
     Returns:
         Scores `[layer, head]` with standard errors over sequences, and verdicts.
@@ -95,10 +98,8 @@ def score_heads(
     >>> scores.prefix_matching.shape, scores.heads("induction")
     (torch.Size([1, 2]), [])
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1")
-    layers = layers_with(model, "pattern")
-    config: Any = model.cfg
+    _check_threshold(threshold)
+    layers_with(model, "pattern")
     if tokens is None:
         stimuli = draw_stimuli(
             model,
@@ -106,10 +107,104 @@ def score_heads(
             repeat_lengths=repeat_lengths,
             generator=generator,
             bos=bos,
+            source=source,
         )
     else:
         stimuli = given_stimuli(model, tokens, attention_mask=attention_mask, generator=generator)
-    scan = _Scan(causal=not attends_ahead(model))
+    return _scored(model, [stimuli], threshold=threshold, max_batch_bytes=max_batch_bytes)[0]
+
+
+def score_heads_on(
+    model: nn.Module,
+    sources: Sequence[TokenSource | None],
+    *,
+    n_sequences: int = 32,
+    repeat_lengths: Sequence[int] | None = None,
+    seed: int = 0,
+    threshold: float = 0.4,
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+    bos: Bos = "auto",
+) -> list[HeadScores]:
+    """`score_heads` on several kinds of stimuli, which share what does not depend on them.
+
+    Each result equals `score_heads(source=..., generator=...)` with a generator of this seed. The
+    copying scores and the check for attention to later tokens are made once; each stimulus takes
+    its two passes and no other.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; left as it was.
+        sources: where the tokens come from; None for uniformly random ids.
+        n_sequences: as in `score_heads`, for each source.
+        repeat_lengths: as in `score_heads`.
+        seed: seed of the randomness of each source.
+        threshold: as in `score_heads`.
+        max_batch_bytes: as in `score_heads`.
+        bos: as in `score_heads`.
+
+    Returns:
+        The scores, in the order of the sources.
+
+    Raises:
+        ValueError, ProbeError: as `score_heads`.
+    """
+    _check_threshold(threshold)
+    layers_with(model, "pattern")
+    drawn = [
+        draw_stimuli(
+            model,
+            n_sequences=n_sequences,
+            repeat_lengths=repeat_lengths,
+            generator=torch.Generator().manual_seed(seed),
+            bos=bos,
+            source=source,
+        )
+        for source in sources
+    ]
+    return _scored(model, drawn, threshold=threshold, max_batch_bytes=max_batch_bytes)
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1")
+
+
+def _scored(
+    model: nn.Module,
+    drawn: Sequence[Sequence[Stimulus]],
+    *,
+    threshold: float,
+    max_batch_bytes: int,
+) -> list[HeadScores]:
+    """Scores of each group of stimuli."""
+    causal = not attends_ahead(model)
+    scores = []
+    copying: Tensor | None = None
+    for stimuli in drawn:
+        results = _scan_results(model, stimuli, causal, threshold, max_batch_bytes)
+        if copying is None:
+            copying = _copying(model, like=results["prefix_matching"])
+        scores.append(
+            HeadScores(
+                layers=layers_with(model, "pattern"),
+                n_layers=config_of(model).n_layers,
+                sequences=sum(len(stimulus.tokens) for stimulus in stimuli),
+                threshold=threshold,
+                copying=copying,
+                **results,
+            )
+        )
+    return scores
+
+
+def _scan_results(
+    model: nn.Module,
+    stimuli: Sequence[Stimulus],
+    causal: bool,
+    threshold: float,
+    max_batch_bytes: int,
+) -> dict[str, Tensor]:
+    """The scores that depend on attention, by their names in `HeadScores`."""
+    scan = _Scan(causal=causal)
     with undisturbed(model):
         for stimulus in stimuli:
             scan.add(model, stimulus, max_batch_bytes)
@@ -127,14 +222,7 @@ def score_heads(
     prefix_matching = results["prefix_matching"]
     for name, value in uniform.items():
         results[UNIFORM[name]] = value.to(prefix_matching).expand_as(prefix_matching).clone()
-    return HeadScores(
-        layers=layers,
-        n_layers=config.n_layers,
-        sequences=sum(len(stimulus.tokens) for stimulus in stimuli),
-        threshold=threshold,
-        copying=_copying(model, like=prefix_matching),
-        **results,
-    )
+    return results
 
 
 class _Scan:

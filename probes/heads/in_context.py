@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.heads.stimuli import Bos, longest_stimulus
+from probes.heads.token_sources import TokenSource
 from probes.reading.labelled import standard_error
 from probes.reading.padding import pairs_of
 from probes.reading.passes import MAX_BATCH_BYTES, token_losses
@@ -42,6 +43,7 @@ def loss_by_position(
     generator: torch.Generator | None = None,
     max_batch_bytes: int = MAX_BATCH_BYTES,
     bos: Bos = "auto",
+    source: TokenSource | None = None,
 ) -> PositionLoss:
     """Mean next-token loss by position on random tokens repeated twice.
 
@@ -55,6 +57,7 @@ def loss_by_position(
         generator: the source of randomness; None for a new one with seed 0.
         max_batch_bytes: bound on the estimated activations of one pass, in bytes.
         bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
+        source: where the blocks come from; None for uniformly random ids.
 
     Returns:
         Losses in nats by position, and the gain.
@@ -80,6 +83,7 @@ def loss_by_position(
         repeat_length=repeat_length,
         generator=generator,
         bos=bos,
+        source=source,
     )
     losses = token_losses(
         model,

@@ -1,4 +1,4 @@
-"""Stimuli for head scores: random tokens repeated twice, and controls that do not repeat."""
+"""Stimuli for head scores: blocks of tokens repeated twice, and controls that do not repeat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
+from probes.heads.token_sources import TokenSource
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import config_of
 from probes.reading.padding import real_positions
@@ -149,8 +150,9 @@ def draw_stimuli(
     repeat_lengths: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     bos: Bos = "auto",
+    source: TokenSource | None = None,
 ) -> list[Stimulus]:
-    """Random blocks repeated twice, `[bos] r r`, of several repeat lengths, each with a control.
+    """Blocks repeated twice, `[bos] r r`, of several repeat lengths, each with a control.
 
     Sequence i has the repeat length `repeat_lengths[i mod n]`.
 
@@ -160,13 +162,15 @@ def draw_stimuli(
         repeat_lengths: tokens in the block; None for `fitting_repeat_lengths`.
         generator: the source of randomness; None for a new one with seed 0.
         bos: token at the start.
+        source: where the blocks and the controls come from; None for uniformly random ids.
 
     Returns:
         One stimulus per repeat length, on the model's device.
 
     Raises:
-        ValueError: `n_sequences` or a repeat length is too small.
-        ProbeError: the context is too short, or the BOS is outside the vocabulary.
+        ValueError: `n_sequences` or a repeat length is too small, or a text is too short.
+        ProbeError: the context is too short, or the BOS or a token of the source is outside the
+            vocabulary.
     """
     if n_sequences < 1:
         raise ValueError(f"n_sequences is {n_sequences}; it must be at least 1")
@@ -177,13 +181,15 @@ def draw_stimuli(
         if repeat_lengths is None
         else _checked_lengths(repeat_lengths, config.n_ctx, front)
     )
-    source = torch.Generator().manual_seed(0) if generator is None else generator
+    random = torch.Generator().manual_seed(0) if generator is None else generator
     stimuli = []
     for index, length in enumerate(lengths):
         batch = len(range(index, n_sequences, len(lengths)))
-        if batch:
-            tokens = repeated_tokens(batch, length, config.d_vocab, generator=source, bos=front)
-            stimuli.append(_with_control(model, tokens, source, front))
+        if batch and source is not None:
+            stimuli.append(_from_source(model, source, batch, length, random, front))
+        elif batch:
+            tokens = repeated_tokens(batch, length, config.d_vocab, generator=random, bos=front)
+            stimuli.append(_with_control(model, tokens, random, front))
     return stimuli
 
 
@@ -194,6 +200,7 @@ def longest_stimulus(
     repeat_length: int | None = None,
     generator: torch.Generator | None = None,
     bos: Bos = "auto",
+    source: TokenSource | None = None,
 ) -> tuple[Stimulus, int]:
     """A stimulus of one repeat length, by default the longest that fits, and that length.
 
@@ -210,6 +217,7 @@ def longest_stimulus(
         repeat_lengths=(repeat_length,),
         generator=generator,
         bos=bos,
+        source=source,
     )
     return stimulus, repeat_length
 
@@ -237,6 +245,21 @@ def given_stimuli(
     shared = bool((starts == first).all()) and (len(tokens) > 1 or first == bos_token(model))
     source = torch.Generator().manual_seed(0) if generator is None else generator
     return [_with_control(model, tokens, source, first if shared else None, real)]
+
+
+def _from_source(
+    model: nn.Module,
+    source: TokenSource,
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    front: int | None,
+) -> Stimulus:
+    block = source.draw(batch, length, generator)
+    sides = [block.repeat(1, 2), source.draw(batch, 2 * length, generator)]
+    if front is not None:
+        sides = [torch.nn.functional.pad(side, (1, 0), value=front) for side in sides]
+    return Stimulus(*(checked_tokens(model, side) for side in sides))
 
 
 def _with_control(

@@ -63,6 +63,10 @@ def folder(
     short.pos_embed.W_pos.data = short.pos_embed.W_pos.data[:5]
     save_model(short, folder / "short")
     save_gpt2(folder / "gpt2_folder", tokenizer=True)
+    save_gpt2(folder / "words", tokenizer=True, splits=True)
+    (folder / "text.txt").write_text(" ".join(f"t{i * i % 29}" for i in range(400)))
+    (folder / "wide.txt").write_text(" ".join(f"t{i * 7 % 29}" for i in range(400)))
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
     save_gpt2(folder / "pickled")
     (folder / "pickled" / "model.safetensors").unlink()
     malicious_pickle(folder / "pickled" / "pytorch_model.bin")
@@ -173,6 +177,36 @@ def test_the_circuit_is_named_with_its_effects(command: Command, as_json, wiring
     assert float(row["reads_k_rise"]) == pytest.approx(named[0]["rise"])
     assert float(row["logit"]) > 5
     assert not rows[wiring.duplicate]["logit"]
+
+
+def test_several_stimuli_stand_beside_each_other(command: Command, as_json) -> None:
+    options = ("words", "--text", "wide.txt", "--sequences", "6", "--stimulus")
+    content = as_json(*options, "random", "frequent", "text")
+    assert content["stimulus"] == "random"
+    assert list(content["others"]) == ["frequent", "text"]
+    assert content["heads"] == as_json("words", "--sequences", "6")["heads"]
+    alone = as_json(*options, "text")
+    assert alone["stimulus"] == "text"
+    assert alone["heads"] == content["others"]["text"]["heads"]
+    _, output, errors = command(*options, "frequent", "text", "--ablate", "--circuit")
+    assert "prefix matching by stimulus" in output
+    assert not errors
+    _, table, _ = command(*options, "random", "text", "--csv")
+    (row, *_) = csv.DictReader(io.StringIO(table))
+    assert 0 <= float(row["prefix_matching_text"]) <= 1
+
+
+def test_function_vectors_of_a_model_without_words(command: Command, as_json) -> None:
+    content = as_json("wired", "--sequences", "4", "--function-vectors")["function_vectors"]
+    assert content["tasks"][0] == "mapping 1"
+    assert content["right"] > 0.5 > content["shuffled"]
+    assert not any(row["named"] for row in content["heads"])
+    _, output, _ = command("wired", "--sequences", "4", "--function-vectors")
+    assert "mean outputs on 4 few-shot tasks" in output
+    assert f"p(answer) after 4 demonstrations: {content['right']:.3f}" in output
+    _, table, _ = command("wired", "--sequences", "4", "--function-vectors", "--csv")
+    (row, *_) = csv.DictReader(io.StringIO(table))
+    assert -1 <= float(row["function_vector"]) <= 1
 
 
 def test_seed_and_step_choose_the_numbers(as_json) -> None:
@@ -324,6 +358,15 @@ BAD = [
     (["mamba"], ["mamba", "attention"]),
     (["graph", "--ablate"], ["graph: --ablate needs next-token predictions"]),
     (["graph", "--circuit"], ["graph: --circuit needs next-token predictions"]),
+    (["graph", "--function-vectors"], ["--function-vectors needs next-token predictions"]),
+    (["words", "--function-vectors"], ["words: its tokenizer splits most words"]),
+    (["wired", "--stimulus", "text"], ["wired: has no tokenizer, which --stimulus text needs"]),
+    (["words", "--stimulus", "books"], ["--stimulus", "books"]),
+    (["words", "--stimulus"], ["--stimulus"]),
+    (["words", "--text", "wide.txt"], ["--text goes with --stimulus frequent or text"]),
+    (["words", "--stimulus", "text", "--text", "absent.txt"], ["absent.txt: no such file"]),
+    (["words", "--stimulus", "text", "--text", "binary.txt"], ["binary.txt: not UTF-8"]),
+    (["words", "--stimulus", "text", "--text", "text.txt"], ["words: the text has 15 different"]),
     (["wired", "--wandb", "--wandb-mode", "bogus"], ["bogus"]),
     (["wired", "--wandb-mode", "offline"], ["--wandb-mode goes with --wandb"]),
     (["wired", "run"], ["run"]),
