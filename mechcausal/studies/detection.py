@@ -71,8 +71,8 @@ class Detection:
         Adds `in_context` (loss by position and gain, nats), `ablations`, `composition` (for each
         induction head the earlier heads, strongest first), `circuit` (`Circuit.to_dict`),
         `function_vectors` (`FunctionVectors.to_dict`), and, unless random ids are the only
-        stimulus, `stimulus` and `others` (`HeadScores.to_dict` by stimulus); of a revision on the Hub
-        also `revision`, `commit` and `weights_sha256`.
+        stimulus, `stimulus` and `others` (`HeadScores.to_dict` by stimulus); of a revision on the
+        Hub also `revision`, `commit` and `weights_sha256`.
         """
         content = self.scores.to_dict(self.target.name) | dict(self.target.origin)
         if self.in_context is not None:
