@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from mechcausal.cli.discover_tables import print_graph, print_sweep, title_of
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.cli.tables import make_table
 
 if TYPE_CHECKING:
     from mechcausal.studies.targets import Target
     from probes import Discovery
+    from probes.causal_discovery import Stability
     from probes.causal_discovery.options import SearchKeywords
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -67,6 +68,17 @@ class Discover:
     """Seconds after which the search stops with a sound partial graph."""
     stable: bool = False
     """Make the edges independent of the order in which pairs are tested; needs more tests."""
+    bootstrap: int = 0
+    """Repeat the search so often, with --bootstrap-over varied, and show how often each edge is
+    there and has these marks."""
+    bootstrap_over: Annotated[
+        tuple[Literal["heads", "layers", "n_eff", "values"], ...],
+        tyro.conf.arg(metavar="WHAT [WHAT ...]"),
+    ] = ()
+    """What varies: heads of the layer, layers, n_eff (half, once, twice), values (n_eff of them
+    drawn anew). All when absent; of a matrix, n_eff and values."""
+    seed: int = 0
+    """Seed of --bootstrap."""
     json: bool = False
     """Print one JSON object."""
     picture: Path | None = None
@@ -86,6 +98,7 @@ def main(arguments: list[str]) -> int:
         raise RefusedError("--sink-position goes with --sink conditioned")
     sweep = _n_eff(options.n_eff)
     _check_picture(options.picture, len(sweep))
+    _check_bootstrap(options, len(sweep))
     is_matrix = Path(options.target).suffix == ".npy"
     _check_input(options, is_matrix=is_matrix)
     from mechcausal.recipes import RecipeError
@@ -95,9 +108,12 @@ def main(arguments: list[str]) -> int:
     try:
         prepared = _from_matrix(options) if is_matrix else _from_model(options)
         discoveries = [prepared.discover(n_eff) for n_eff in sweep]
+        stability = prepared.bootstrap(discoveries[0]) if options.bootstrap else None
         if options.picture is not None:
-            title = _title(options.target, discoveries[0])
-            save_picture(discoveries[0].pag, options.picture, prepared.words, title=title)
+            title = title_of(options.target, discoveries[0])
+            shares = None if stability is None else stability.joined()
+            graph = discoveries[0].pag
+            save_picture(graph, options.picture, prepared.words, title=title, shares=shares)
     except (TargetError, RecipeError) as error:
         raise RefusedError(str(error)) from None
     except (ProbeError, ValueError) as error:
@@ -106,12 +122,14 @@ def main(arguments: list[str]) -> int:
         raise RefusedError(f"--picture: {options.picture}: {error.strerror or error}") from None
     if options.json:
         contents = [discovery.to_dict() for discovery in discoveries]
-        content = contents[0] if len(contents) == 1 else {"sweep": contents}
+        content: dict[str, Any] = contents[0] if len(contents) == 1 else {"sweep": contents}
+        if stability is not None:
+            content["bootstrap"] = stability.to_dict()
         print(json.dumps(content, indent=2, allow_nan=False))
     elif len(discoveries) == 1:
-        _print_graph(options.target, discoveries[0], prepared.words)
+        print_graph(options.target, discoveries[0], prepared.words, stability)
     else:
-        _print_sweep(options.target, discoveries)
+        print_sweep(options.target, discoveries)
     if options.picture is not None and not options.json:
         print(f"picture: {options.picture}")
     return 0
@@ -119,9 +137,10 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The search as a function of n_eff (None for the default), and the tokens' text."""
+    """The search as a function of n_eff (None for the default), its bootstrap, the tokens' text."""
 
     discover: "Callable[[float | int | None], Discovery]"
+    bootstrap: "Callable[[Discovery], Stability]"
     words: list[str] | None
 
 
@@ -146,6 +165,17 @@ def _check_picture(picture: Path | None, n_graphs: int) -> None:
         raise RefusedError(f"--picture: {picture.parent} is no folder")
 
 
+def _check_bootstrap(options: Discover, n_graphs: int) -> None:
+    if options.bootstrap < 0:
+        raise RefusedError(f"--bootstrap is {options.bootstrap}: a number of replicates is needed")
+    if not options.bootstrap and options.bootstrap_over:
+        raise RefusedError("--bootstrap-over goes with --bootstrap")
+    if options.bootstrap and n_graphs > 1:
+        raise RefusedError("--bootstrap judges the edges of one graph: give one --n-eff")
+    if options.seed < 0:
+        raise RefusedError(f"--seed is {options.seed}: it must be at least 0")
+
+
 def _check_input(options: Discover, *, is_matrix: bool) -> None:
     if is_matrix:
         given = {
@@ -156,6 +186,8 @@ def _check_input(options: Discover, *, is_matrix: bool) -> None:
             "--step": options.step is not None,
             "--values": options.values,
             "--device": options.device != "cpu",
+            "--bootstrap-over heads": "heads" in options.bootstrap_over,
+            "--bootstrap-over layers": "layers" in options.bootstrap_over,
         }
         for flag, is_given in given.items():
             if is_given:
@@ -190,6 +222,8 @@ def _from_matrix(options: Discover) -> _Prepared:
 
     from mechcausal.studies.targets import TargetError
     from probes import discover_attention
+    from probes.causal_discovery import bootstrap
+    from probes.causal_discovery.linear_model import checked_attention
 
     try:
         # A .npy file may hold pickled objects: never load those.
@@ -202,8 +236,21 @@ def _from_matrix(options: Discover) -> _Prepared:
         raise TargetError(f"{options.target}: not a .npy file with a matrix of numbers") from None
     if not isinstance(attention, np.ndarray):
         raise TargetError(f"{options.target}: an archive of arrays; one matrix is needed")
+
+    def judge(discovery: "Discovery") -> "Stability":
+        return bootstrap(
+            discovery,
+            checked_attention(attention)[None, None],
+            replicates=options.bootstrap,
+            over=options.bootstrap_over or ("n_eff", "values"),
+            seed=options.seed,
+            **_search_options(options, discovery.n_eff),
+        )
+
     return _Prepared(
-        lambda n_eff: discover_attention(attention, **_search_options(options, n_eff)), words=None
+        lambda n_eff: discover_attention(attention, **_search_options(options, n_eff)),
+        judge,
+        words=None,
     )
 
 
@@ -211,6 +258,7 @@ def _from_model(options: Discover) -> _Prepared:
     from mechcausal.recipes.devices import device_named
     from mechcausal.studies.targets import load_target, running
     from probes import discover
+    from probes.causal_discovery.stability import VARIATIONS, bootstrap_model
 
     target = load_target(
         options.target, step=options.step, device=str(device_named(options.device))
@@ -229,10 +277,22 @@ def _from_model(options: Discover) -> _Prepared:
                 **_search_options(options, n_eff),
             )
 
+    def judge(discovery: "Discovery") -> "Stability":
+        with running(options.target):
+            return bootstrap_model(
+                model,
+                tokens,
+                discovery,
+                replicates=options.bootstrap,
+                over=options.bootstrap_over or VARIATIONS,
+                seed=options.seed,
+                **_search_options(options, discovery.n_eff),
+            )
+
     words = None
     if _has_tokenizer(target):
         words = [model.tokenizer.decode([int(token)]) for token in tokens]
-    return _Prepared(search, words)
+    return _Prepared(search, judge, words)
 
 
 def _has_tokenizer(target: "Target") -> bool:
@@ -258,51 +318,3 @@ def _tokens(options: Discover, target: "Target") -> Any:
         raise RefusedError(
             f"--tokens is {options.tokens!r}: whole numbers are needed, such as 1,2,3"
         ) from None
-
-
-def _title(target: str, discovery: "Discovery") -> str:
-    layer, alpha = discovery.layer, discovery.alpha
-    source = target if layer is None else f"{target}, layer {layer}, head {discovery.head}"
-    order = "token order is causal order" if discovery.ordered else "no order known"
-    return f"{source}: {len(discovery.pag.nodes)} tokens, alpha {alpha:g}, {order}"
-
-
-def _print_graph(target: str, discovery: "Discovery", words: list[str] | None) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    def node(position: int) -> str:
-        return str(position) if words is None else escape(f"{position} {words[position]!r}")
-
-    console = Console()
-    console.print(escape(_title(target, discovery)))
-    edges = discovery.pag.edges()
-    table = make_table(("from", "edge", "to"), n_left=3)
-    table.columns[0].justify = "right"
-    table.columns[1].no_wrap = True
-    for edge in edges:
-        table.add_row(node(edge.start), escape(edge.marks), node(edge.end))
-    if edges:
-        console.print(table)
-    console.print(f"edges: {len(edges)}, tests: {discovery.tests}, n_eff: {discovery.n_eff:g}")
-    if not discovery.complete:
-        reached = "none" if discovery.reached is None else discovery.reached
-        console.print(
-            f"stopped early (largest conditioning set with all tests made: {reached}): "
-            "edges may be too many"
-        )
-
-
-def _print_sweep(target: str, discoveries: "list[Discovery]") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    console.print(escape(_title(target, discoveries[0])))
-    table = make_table(("n_eff", "edges", "-->", "<->", "tests", "complete"), n_left=0)
-    for discovery in discoveries:
-        marks = [edge.marks for edge in discovery.pag.edges()]
-        counts = (len(marks), marks.count("-->"), marks.count("<->"), discovery.tests)
-        complete = "yes" if discovery.complete else "no"
-        table.add_row(f"{discovery.n_eff:g}", *map(str, counts), complete)
-    console.print(table)

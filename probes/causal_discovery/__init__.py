@@ -21,6 +21,7 @@ from probes.causal_discovery.options import SearchOptions
 from probes.causal_discovery.pag import PAG, Edge, Mark
 from probes.causal_discovery.picture import draw, save_picture
 from probes.causal_discovery.search import SearchResult, icd
+from probes.causal_discovery.stability import Stability, bootstrap, bootstrap_model
 
 __all__ = [
     "PAG",
@@ -32,6 +33,9 @@ __all__ = [
     "PartialCorrelationTest",
     "SearchOptions",
     "SearchResult",
+    "Stability",
+    "bootstrap",
+    "bootstrap_model",
     "discover",
     "discover_attention",
     "draw",

@@ -31,10 +31,16 @@ _MEANING = {
 }
 _INCHES_PER_TOKEN, _INCHES_PER_LETTER, _INCHES_PER_MEANING = 0.42, 0.1, 2.8
 _WIDEST = 60.0
+_FAINTEST = 0.15
+"""The opacity of an edge that no replicate has."""
 
 
 def draw(
-    pag: PAG, tokens: Mapping[int, str] | Sequence[str] | None = None, *, title: str = ""
+    pag: PAG,
+    tokens: Mapping[int, str] | Sequence[str] | None = None,
+    *,
+    title: str = "",
+    shares: Mapping[tuple[int, int], float] | None = None,
 ) -> "Figure":
     """Draw a PAG.
 
@@ -42,6 +48,8 @@ def draw(
         pag: the graph.
         tokens: text by token position, shown below the position.
         title: title above the picture.
+        shares: for edges, as (start, end), the share of replicates that have them: arcs are the
+            fainter the smaller it is, and labelled with it.
 
     Returns:
         A matplotlib figure, drawn without a display.
@@ -63,7 +71,13 @@ def draw(
     for edge in pag.edges():
         kind = "--o" if edge.marks == "o--" else edge.marks
         drawn[kind] = None
-        _arc(axes, column[edge.start], column[edge.end], edge.marks, _COLOURS[kind])
+        share = 1.0 if shares is None else shares.get((edge.start, edge.end), 1.0)
+        ends = (column[edge.start], column[edge.end])
+        _arc(axes, *ends, edge.marks, _COLOURS[kind], opacity=max(_FAINTEST, share))
+        if shares is not None:
+            middle, top = sum(ends) / 2, abs(ends[0] - ends[1]) / 2
+            place: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": "x-small"}
+            axes.text(middle, top, f"{share:.0%}", color=_COLOURS[kind], **place)
     axes.scatter(range(n), [0] * n, s=16, color="black", zorder=3)
     axes.set_xticks(range(n), [_plain(label) for label in labels], rotation=90)
     axes.set_yticks([])
@@ -83,21 +97,22 @@ def save_picture(
     tokens: Mapping[int, str] | Sequence[str] | None = None,
     *,
     title: str = "",
+    shares: Mapping[tuple[int, int], float] | None = None,
 ) -> None:
-    """Draw a PAG to a file, in the format of its suffix (.png, .svg, .pdf).
+    """Draw a PAG to a file, in the format of its suffix (.png, .svg, .pdf); see `draw`.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: a suffix that matplotlib does not know.
     """
-    figure = draw(pag, tokens, title=title)
+    figure = draw(pag, tokens, title=title, shares=shares)
     with warnings.catch_warnings():
         # matplotlib warns about characters that the font lacks, and draws a box.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, dpi=150)
 
 
-def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
+def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str, *, opacity: float) -> None:
     """Draw a half circle with a mark at each end."""
     from math import cos, pi, sin
 
@@ -109,7 +124,7 @@ def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
     if start < end:
         points.reverse()
     line = [(start, 0.0), *points, (end, 0.0)]
-    axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2, zorder=1)
+    axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2, zorder=1, alpha=opacity)
     ends: tuple[tuple[str, Any, Any], ...] = (
         (marks[0], points[1], line[0]),
         (marks[2], points[-2], line[-1]),
@@ -122,6 +137,7 @@ def _arc(axes: "Axes", start: int, end: int, marks: str, colour: str) -> None:
             )
         elif mark in "<>":
             style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 3}
+            style["alpha"] = opacity
             axes.annotate("", xy=tip, xytext=before, arrowprops=style, zorder=2)
 
 

@@ -70,6 +70,31 @@ def test_json_of_a_matrix(as_json) -> None:
     assert [edge["marks"] for edge in unordered["edges"]] == ["o-o", "o-o"]
 
 
+def test_the_stability_of_every_edge_in_table_json_and_picture(
+    command: Command, as_json, folder: Path
+) -> None:
+    options = ("chain.npy", "--n-eff", "1000", "--bootstrap", "8")
+    content = as_json(*options)
+    plain = as_json("chain.npy", "--n-eff", "1000")
+    judged = content.pop("bootstrap")
+    assert content == plain
+    assert (judged["replicates"], judged["over"]) == (8, ["n_eff", "values"])
+    assert judged["n_eff"] == [500, 1000, 2000]
+    edges = [pair for pair in judged["pairs"] if pair["marks"]]
+    assert [{key: pair[key] for key in ("from", "to", "marks")} for pair in edges] == plain["edges"]
+    assert all(pair["joined"] == 1 for pair in edges)
+    _, output, errors = command(*options, "--picture", "stable.png")
+    assert "joined" in output
+    assert "100%" in output
+    assert "shares of 8 replicates over n_eff, values (n_eff 500, 1000, 2000)" in output
+    assert not errors
+    assert imread(folder / "stable.png").ndim == 3
+    of_model = as_json("model", "--tokens", "1,2,3,4", "--n-eff", "64", "--bootstrap", "5")
+    assert of_model["bootstrap"]["over"] == ["heads", "layers", "n_eff", "values"]
+    again = as_json("model", "--tokens", "1,2,3,4", "--n-eff", "64", "--bootstrap", "5")
+    assert again == of_model
+
+
 def test_options_reach_the_search(as_json, folder: Path) -> None:
     arguments = ("--sink", "conditioned", "--max-cond", "2", "--alpha", "0.05", "--stable")
     content = as_json("sink.npy", "--n-eff", "128", *arguments, "--positions", "1", "4", "6", "9")
@@ -159,6 +184,14 @@ T = ("--tokens", "1,2,3")
         (("sink.npy", *N, "--sink-position", "1"), "--sink-position goes with --sink conditioned"),
         (("sink.npy", *N, "--device", "cuda"), "--device goes with a model"),
         (("sink.npy", *N, "--positions", "1", "1"), "positions are [1, 1]"),
+        (("sink.npy", *N, "--bootstrap=-1"), "--bootstrap is -1"),
+        (("sink.npy", *N, "--bootstrap-over", "values"), "--bootstrap-over goes with --bootstrap"),
+        (
+            ("sink.npy", *N, "--bootstrap", "2", "--bootstrap-over", "heads"),
+            "--bootstrap-over heads goes with a model",
+        ),
+        (("sink.npy", "--n-eff", "32,64", "--bootstrap", "2"), "give one --n-eff"),
+        (("sink.npy", *N, "--bootstrap", "2", "--seed=-1"), "--seed is -1"),
         (("sink.npy", *N, "--picture", "a.txt"), "--picture is a.txt"),
         (("sink.npy", *N, "--picture", "no/a.png"), "--picture: no is no folder"),
         (("sink.npy", "--n-eff", "8,16", "--picture", "a.png"), "one --n-eff"),
