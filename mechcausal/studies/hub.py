@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,8 +198,8 @@ def describe(repo: str, revision: str = MAIN) -> HubRevision:
 
     with asking(f"{repo}@{revision}"):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    files = {
-        sibling.rfilename: HubFile(
+    files = [
+        HubFile(
             name=sibling.rfilename,
             size=sibling.size or 0,
             sha256=sibling.lfs.sha256 if sibling.lfs else None,
@@ -207,7 +207,13 @@ def describe(repo: str, revision: str = MAIN) -> HubRevision:
         )
         for sibling in info.siblings or ()
         if "/" not in sibling.rfilename
-    }
+    ]
+    return _chosen_files(repo, revision, info.sha or "", files)
+
+
+def _chosen_files(repo: str, revision: str, commit: str, listed: Sequence[HubFile]) -> HubRevision:
+    """Of all files of a revision, those that are fetched."""
+    files = {file.name: file for file in listed}
     shards = sorted(filter(_SHARD.fullmatch, files))
     weights = [WEIGHTS_FILE] if WEIGHTS_FILE in files else shards
     texts = sorted(name for name in files if any(Path(name).match(text) for text in _TEXTS))
@@ -215,7 +221,7 @@ def describe(repo: str, revision: str = MAIN) -> HubRevision:
     return HubRevision(
         repo=repo,
         name=revision,
-        commit=info.sha or "",
+        commit=commit,
         files=tuple(files[name] for name in (*texts, *weights)),
         pickles=tuple(pickles),
     )
@@ -235,6 +241,25 @@ def read_hub_config(repo: str) -> Any:
         return read_config(Path(path))
     except (HubError, ModelFileError):
         return None
+
+
+def describe_cached(repo: str, revision: str = MAIN) -> HubRevision:
+    """A revision as the Hugging Face cache has it, without the Hub and so without its checksums.
+
+    Raises:
+        HubError: the cache has no such revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    with asking(f"{repo}@{revision}"):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return _chosen_files(
+        repo,
+        revision,
+        folder.name,
+        [HubFile(name, size, None, None) for name, size in files.items()],
+    )
 
 
 def is_cached(revision: HubRevision) -> bool:
@@ -273,11 +298,13 @@ def fetch(revision: HubRevision, cache: Path | None = None) -> Path:
         raise HubError(f"{subject}: holds no {CONFIG_FILE}")
     folder = Path()
     for file in revision.files:
+        # Asked for by its name, the commit of a branch is kept in the cache, to be there offline.
+        named = revision.name if cache is None and file.name == CONFIG_FILE else revision.commit
         with asking(subject):
-            path = Path(
-                hf_hub_download(revision.repo, file.name, revision=revision.commit, cache_dir=cache)
-            )
+            path = Path(hf_hub_download(revision.repo, file.name, revision=named, cache_dir=cache))
             digest = _digest(path, file)
+        if path.parent.name != revision.commit:
+            raise HubError(f"{subject}: has changed while it was fetched; try again")
         if file.digest and digest != file.digest:
             for copy in {path.resolve(), path}:
                 with suppress(OSError):

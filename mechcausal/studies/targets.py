@@ -16,7 +16,16 @@ from mechcausal.models import CONFIG_FILE
 from mechcausal.models.adapter import FORMAT, ModelFileError, load_with_extra, read_config
 from mechcausal.models.loading import kind_of
 from mechcausal.records.run_folder import MODEL_FOLDER, RECIPE_FILE
-from mechcausal.studies.hub import MAIN, HubError, HubRevision, describe, fetch, read_hub_config
+from mechcausal.studies.hub import (
+    MAIN,
+    HubError,
+    HubRevision,
+    InterruptedDownloadError,
+    describe,
+    describe_cached,
+    fetch,
+    read_hub_config,
+)
 from mechcausal.studies.hugging_face import (
     TOKENIZER_FILES,
     TargetError,
@@ -114,13 +123,28 @@ def load_target(
     if path.is_dir():
         return load_folder(path, name=target, device=device)
     if revision is not None:
-        wanted = describe(target, revision)
+        wanted = _described(target, revision)
         name = f"{target}, revision {revision}"
         return load_revision(wanted, fetch(wanted), name=name, device=device)
     if _is_saved(read_hub_config(target)):  # transformers would not know what to do with it
-        wanted = describe(target, MAIN)
+        wanted = _described(target, MAIN)
         return load_revision(wanted, fetch(wanted), name=target, device=device)
     return _from_hugging_face(target, target, device, has_tokenizer=True)
+
+
+def _described(repo: str, revision: str) -> HubRevision:
+    """A revision as the Hub describes it, or the cache if the Hub is not reached.
+
+    Raises:
+        HubError: there is no such revision.
+    """
+    try:
+        return describe(repo, revision)
+    except InterruptedDownloadError as error:
+        try:
+            return describe_cached(repo, revision)
+        except HubError:
+            raise error from None
 
 
 def load_folder(folder: Path, *, name: str, device: str = "cpu") -> Target:

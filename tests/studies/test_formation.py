@@ -239,7 +239,12 @@ def test_kept_downloads_lie_in_the_cache_and_are_used_again(
 
 
 def test_detect_scores_a_revision_and_records_what_it_is(
-    hub: HubServer, repo: HubRepo, series: Path, capsys: pytest.CaptureFixture[str], wiring: Planted
+    hub: HubServer,
+    repo: HubRepo,
+    series: Path,
+    capsys: pytest.CaptureFixture[str],
+    wiring: Planted,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def detected(*arguments: str) -> dict[str, Any]:
         code, output, errors = outcome(capsys, "detect", *arguments, "--json")
@@ -255,6 +260,13 @@ def test_detect_scores_a_revision_and_records_what_it_is(
     assert sorted(induction) == sorted([wiring.induction, wiring.useless])
     assert not any("induction" in head["verdict"] for head in asleep["heads"])
     assert detected(REPO, "--revision", repo.branches["step200"])["heads"] == asleep["heads"]
+    # What the cache has is there without the Hub, too.
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert detected(REPO, "--revision", "step200") == asleep
+        assert detected(REPO) == awake
+        line = refused(capsys, "detect", REPO, "--revision", "step300")
+        assert "step300: the Hub is not reached" in line
     line = refused(capsys, "detect", series, "--revision", "main")
     assert "--revision goes with a model on the Hub" in line
     assert "no such revision" in refused(capsys, "detect", REPO, "--revision", "step7")
