@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from mechcausal.models.adapter import HookedTransformer
-from probes import score_heads
+from probes import frequent_tokens, score_heads, text_segments
+from probes.heads.head_scores import score_heads_on
 from probes.heads.stimuli import draw_stimuli
 from probes.reading.passes import run, undisturbed
 
@@ -51,6 +52,52 @@ def _sides(model: HookedTransformer) -> dict[str, Callable[[], object]]:
                 model.run_with_cache(batch, return_type=None)
 
     return dict(zip(SIDES, (bare, lambda: score_heads(model, **STIMULI), cached), strict=True))
+
+
+def _three_sources() -> list[Any]:
+    """Random ids, frequent tokens and segments of a made-up text."""
+    weights = 1 / torch.arange(1.0, 5001)
+    text = torch.multinomial(
+        weights, 20_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    return [None, frequent_tokens(text), text_segments(text)]
+
+
+def test_time_of_three_stimuli_against_their_bare_passes():
+    model, sources = _gpt2_sized(), _three_sources()
+    batches = []
+    for source in sources:
+        (stimulus,) = draw_stimuli(model, source=source, **STIMULI)
+        batches += [stimulus.tokens, stimulus.control]
+
+    def bare() -> None:
+        with undisturbed(model):
+            for batch in batches:
+                run(model, batch)
+
+    def one_by_one() -> None:
+        for source in sources:
+            score_heads(model, source=source, **STIMULI)
+
+    sides = {
+        "bare": bare,
+        "together": lambda: score_heads_on(model, sources, **STIMULI),
+        "one by one": one_by_one,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(4):
+        for name, action in sides.items():
+            start = time.perf_counter()
+            action()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    base, together, alone = (statistics.median(seconds[name]) for name in sides)
+    fastest = min(seconds["together"]) / min(seconds["bare"])
+    print(
+        f"\nthree stimuli, 3 × 2 × 10 × 101 tokens: bare {base:.2f} s, score_heads_on "
+        f"{together:.2f} s = {together / base:.2f}× (fastest turns {fastest:.2f}×), score_heads "
+        f"three times {alone:.2f} s = {alone / base:.2f}×"
+    )
 
 
 def test_time_against_the_bare_forward_passes():
