@@ -74,11 +74,11 @@ class GraphModel(ABC):
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
         """The predicted distribution, differentiable in the parameters."""
 
-    @abstractmethod
     def probabilities(
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """The predicted distribution, from the output of the hooked model."""
+        """The predicted distribution, from the hooked model: softmax of the last position."""
+        return output[:, -1].softmax(-1)
 
     def probabilities_by_position(
         self, output: Float[Tensor, "batch pos vocab"]

@@ -228,12 +228,6 @@ class DisentangledTransformer(GraphModel):
         attended = torch.cat([_times(pattern, part) for part in parts], dim=-1)
         return torch.cat([final, attended.flatten(1)], dim=-1) @ self.W
 
-    def probabilities(
-        self, output: Float[Tensor, "batch pos vocab"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Softmax of the last position's logits."""
-        return output[:, -1].softmax(-1)
-
     def _trained_blocks(self) -> list[Tensor]:
         return [*(self.A(layer) for layer in range(len(self.heads))), self.W]
 

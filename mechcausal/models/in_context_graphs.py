@@ -216,12 +216,6 @@ class InContextGraphTransformer(GraphModel):
         """The distribution of the token after the context, the first one of a further example."""
         return self.predict_positions(tokens)[:, -1]
 
-    def probabilities(
-        self, output: Float[Tensor, "batch pos vocab"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Softmax of the last position's logits."""
-        return output[:, -1].softmax(-1)
-
     def probabilities_by_position(
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch pos vocab"]:

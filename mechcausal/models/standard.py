@@ -114,12 +114,6 @@ class StandardTransformer(GraphModel):
         """Softmax of the last position's logits."""
         return self.probabilities(self.hooked(tokens))
 
-    def probabilities(
-        self, output: Float[Tensor, "batch pos vocab"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Softmax of the last position's logits."""
-        return output[:, -1].softmax(-1)
-
     def probabilities_by_position(
         self, output: Float[Tensor, "batch pos vocab"]
     ) -> Float[Tensor, "batch pos vocab"]:

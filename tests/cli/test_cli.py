@@ -168,7 +168,10 @@ BAD = [
     (["train", "figure5_trigrams", "--graph.k", "33"], ["k must be", "32"]),
     (["train", "figure5_trigrams", "--model.kind", "simplified"], ["model.", "disentangled"]),
     (["train", "figure2_chain", "--training.target", "posterior"], ["training.target", "query"]),
-    (["replicate", "figure3"], ["figure3: no such figure", "figure2", "interventions, all"]),
+    (
+        ["replicate", "figure3"],
+        ["figure3: no such figure", "figure2", "interventions", "tasks, all"],
+    ),
     (["replicate", "figure2", "all"], ["all stands for every figure", "figure2"]),
     (["replicate", "figure2", "--workers", "0"], ["--workers is 0"]),
     (["replicate", "figure2", "--device", "gpu"], ["gpu", "cuda"]),
