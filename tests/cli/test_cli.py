@@ -168,7 +168,7 @@ BAD = [
     (["train", "figure5_trigrams", "--graph.k", "33"], ["k must be", "32"]),
     (["train", "figure5_trigrams", "--model.kind", "simplified"], ["model.", "disentangled"]),
     (["train", "figure2_chain", "--training.target", "posterior"], ["training.target", "query"]),
-    (
+    (["replicate", "figure3"], ["figure3: no such figure", "interventions", "tasks, all"]),
         ["replicate", "figure3"],
         ["figure3: no such figure", "figure2", "interventions", "tasks, all"],
     ),
