@@ -105,4 +105,8 @@ def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     del quick
     leaf = [run for run in runs if run.recipe.task.predict == "leaf"]
     histories = {f"seed {run.member.seed}": run.history for run in leaf}
-    return {"trees": draw_side_by_side(histories, "scales", "residuals")}
+    drawing = draw_side_by_side(histories, "scales", "residuals")
+    for axis in drawing.axes[len(histories) :]:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=1e-3)
+    return {"trees": drawing}
