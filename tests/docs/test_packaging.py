@@ -134,9 +134,10 @@ def test_every_import_is_declared(repository: Path) -> None:
     # Optional extras, each imported only where it is asked for.
     assert {Requirement(line).name for line in extras["discovery"]} == {"causal-learn"}
     assert {Requirement(line).name for line in extras["lightning"]} == {"lightning"}
+    assert {Requirement(line).name for line in extras["circuitsvis"]} == {"circuitsvis"}
     assert "pyyaml" in declared
     # Modules that are not called like their packages.
-    declared |= {"causallearn", "lightning", "yaml"}
+    declared |= {"causallearn", "circuitsvis", "lightning", "yaml"}
     undeclared = {
         f"{path.relative_to(repository)}: {module}"
         for package in PACKAGES

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechcausal.models import CONFIG_FILE, WEIGHTS_FILE, adapter, hooked_config, hooked_transformer
 from mechcausal.models.adapter import build_hooked, load_model, save_model
+from mechcausal.models.wired_weights import plain_weights
 from tests.lens_versions import needs_lens_3
 from tests.models.test_every_kind import MAKERS, S, T, small_hooked, tokens_of, trained
 from tests.oracles import seeded
@@ -53,9 +54,13 @@ def copy_as(model: Any, config_class: Any, model_class: Any, dtype: torch.dtype)
     """The model again, as another class, in a dtype."""
     config = config_class(**model.cfg.to_dict() | {"dtype": dtype, "seed": None})
     other = model_class(config)
-    other.load_state_dict(model.state_dict())
-    for name, parameter in model.named_parameters():
-        other.get_parameter(name).requires_grad_(parameter.requires_grad)
+    # Weights that are computed from fewer parameters become parameters of the copy.
+    buffers = dict(model.named_buffers())
+    state = {name: value for name, value in model.state_dict().items() if name in buffers}
+    other.load_state_dict(state | plain_weights(model))
+    trained = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_(name not in trained or trained[name].requires_grad)
     return other
 
 

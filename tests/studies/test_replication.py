@@ -161,7 +161,7 @@ def test_runs_are_found_again_and_a_picture_that_fails_is_a_warning(
         f"{name}: not drawn: ValueError: no such colour" for name in ("figure2", "figure6")
     ]
     page = (everything.folder / PAGE_FILE).read_text(encoding="utf-8")
-    assert "Made by `mechcausal replicate figure2 figure6 --quick`" in page
+    assert "Made by `mechcausal replicate figure6 figure2 --quick`" in page
 
 
 def run_of(folder: Path, **changes: object) -> Run:
