@@ -366,7 +366,7 @@ BAD = [
     (["words", "--text", "wide.txt"], ["--text goes with --stimulus frequent or text"]),
     (["words", "--stimulus", "text", "--text", "absent.txt"], ["absent.txt: no such file"]),
     (["words", "--stimulus", "text", "--text", "binary.txt"], ["binary.txt: not UTF-8"]),
-    (["words", "--stimulus", "text", "--text", "text.txt"], ["words: the text has 15 different"]),
+    (["words", "--stimulus", "text", "--text", "text.txt"], ["words: the text has 14 different"]),
     (["wired", "--wandb", "--wandb-mode", "bogus"], ["bogus"]),
     (["wired", "--wandb-mode", "offline"], ["--wandb-mode goes with --wandb"]),
     (["wired", "run"], ["run"]),
