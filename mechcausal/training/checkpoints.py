@@ -17,6 +17,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,10 +108,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "mechcausal": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "transformer-lens": version("transformer-lens"),
+        "transformer-lens": _lens_version(),
         "device": f"{device} ({kind})",
         "threads": torch.get_num_threads(),
     }
+
+
+@cache  # read from the disk, which a run that is under way may not be able to do again
+def _lens_version() -> str:
+    return version("transformer-lens")
 
 
 def write_checkpoint(
