@@ -20,7 +20,9 @@ close = torch.testing.assert_close
 Build = Any
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= 10 else []) for n in range(50)]
+)
 def test_exactly_the_wired_paths_are_named(seed: int):
     wired = wired_circuit(seed)
     senders = heads_below(wired.model, wired.model.cfg.n_layers)

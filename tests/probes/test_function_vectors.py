@@ -15,7 +15,9 @@ from tests.probes.wired_tasks import N, wired_tasks
 Build = Any
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= 10 else []) for n in range(50)]
+)
 def test_the_wired_head_is_named_and_no_other(seed: int):
     wired = wired_tasks(seed)
     vectors = function_vectors(wired.model, wired.tasks, n_shots=4, n_prompts=8)
