@@ -278,6 +278,8 @@ def _print_tables(result: "FormationResult", *, everything: bool) -> None:
 
 def _losses(result: "FormationResult") -> Any:
     """A table of losses and best scores at a dozen checkpoints."""
+    from mechcausal.measures.figures import HEAD_SCORES
+
     rows = result.revision_rows()
     spacing = max(1, -(-len(rows) // 12))
     shown = [row for at, row in enumerate(rows) if at % spacing == 0 or at == len(rows) - 1]
@@ -292,12 +294,9 @@ def _losses(result: "FormationResult") -> Any:
             _text(row["loss_first_copy"]),
             _text(row["loss_second_copy"]),
             gain,
-            *(_text(row[f"best_{name}"]) for name in _SCORES),
+            *(_text(row[f"best_{name}"]) for name in HEAD_SCORES),
         )
     return table
-
-
-_SCORES = ("prefix_matching", "previous_token", "duplicate_token")
 
 
 def _text(value: float | None) -> str:

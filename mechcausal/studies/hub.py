@@ -322,11 +322,23 @@ def _digest(path: Path, file: HubFile) -> str:
     """The checksum of a file on the disk, of the kind that the Hub declares for it."""
     size = path.stat().st_size
     # git's object id is no defence against forgery, but it is all the Hub declares of a small file.
-    hashed = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size)
+    hashed = hashlib.sha256() if file.sha256 else git_object(size)
     with path.open("rb") as content:
         while chunk := content.read(_CHUNK):
             hashed.update(chunk)
     return hashed.hexdigest()
+
+
+def git_object(size: int) -> Any:
+    """The hash of git's object id of a file with so many bytes, to be updated with its content.
+
+    Example:
+        >>> hashed = git_object(5)
+        >>> hashed.update(b"hello")
+        >>> hashed.hexdigest()[:8]
+        'b6fc4c62'
+    """
+    return hashlib.sha1(b"blob %d\0" % size)
 
 
 def free_bytes(folder: Path) -> int:

@@ -73,7 +73,7 @@ class Publication:
     @property
     def recipe_sha256(self) -> str:
         """SHA-256 of the published recipe."""
-        return hashlib.sha256(self.recipe_toml.encode()).hexdigest()
+        return _sha256(self.recipe_toml)
 
     def files(self, revision: PublishedRevision) -> dict[str, bytes]:
         """The files of a revision, by name; the weights' header says what they are.
@@ -102,6 +102,10 @@ class Publication:
         if revision.branch == MAIN:
             files |= {CARD_FILE: self.card.encode(), **self.extra}
         return files
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_metadata(weights: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -158,7 +162,7 @@ def plan_publication(run: str | Path, repo: str) -> Publication:
         recipe_toml,
         repo=repo,
         steps=[revision.step for revision in revisions[:-1]],
-        recipe_sha256=hashlib.sha256(recipe_toml.encode()).hexdigest(),
+        recipe_sha256=_sha256(recipe_toml),
         detection=_detection(folder),
         pictures=pictures,
     )

@@ -1,11 +1,10 @@
 """Upload a run to the Hugging Face Hub; what is there already is not sent again."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 from mechcausal.records.run_folder import RECIPE_FILE
-from mechcausal.studies.hub import MAIN, HubError, asking
+from mechcausal.studies.hub import MAIN, HubError, asking, git_object
 from mechcausal.studies.publishing.publication import Publication, PublishedRevision
 
 
@@ -79,8 +78,9 @@ def _check_free(api: Any, publication: Publication, *, private: bool) -> None:
     if private and not info.private:
         raise HubError(f"{repo}: exists and is public; --private is for a new model")
     recipe = publication.recipe_toml.encode()
-    ours = hashlib.sha1(b"blob %d\0" % len(recipe) + recipe).hexdigest()  # git's object id
+    ours = git_object(len(recipe))
+    ours.update(recipe)
     files = {sibling.rfilename: sibling.blob_id for sibling in info.siblings or ()}
     has_weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in files)
-    if has_weights and files.get(RECIPE_FILE) != ours:
+    if has_weights and files.get(RECIPE_FILE) != ours.hexdigest():
         raise HubError(f"{repo}: holds another model already; choose another name")

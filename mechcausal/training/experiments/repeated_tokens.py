@@ -62,12 +62,16 @@ class RepeatedTokens(Experiment):
         """Next-token loss on fresh sequences, over all positions."""
         span = (self._shortest, self._longest + 1)
         length = int(torch.randint(*span, (1,), generator=self._data, device=self._data.device))
-        return self._token_losses(self._sample(n_sequences, length, self._data)).mean()
+        tokens = self._sample(n_sequences, length, self._data)
+        return _token_losses(self._log_probabilities(tokens), tokens).mean()
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Mean loss over both copies, over each, and their difference, the in-context gain."""
-        by_position = self._token_losses(self._evaluation).mean(0)
+        return self._losses(self._log_probabilities(self._evaluation))
+
+    def _losses(self, predicted: Float[Tensor, "batch next_pos vocab"]) -> dict[str, float]:
+        by_position = _token_losses(predicted, self._evaluation).mean(0)
         first, second = by_position[: self._longest], by_position[self._longest :]
         return {
             "loss/eval": by_position.mean().item(),
@@ -84,22 +88,23 @@ class RepeatedTokens(Experiment):
     def observe(self) -> Observation:
         """Score every head; `induction/score` is the best head's score above chance."""
         heads, matrices = head_figures(self._scores())
-        return Observation(self.losses() | self._strategies() | heads, matrices)
+        with torch.no_grad():
+            predicted = self._log_probabilities(self._evaluation)
+        return Observation(self._losses(predicted) | self._strategies(predicted) | heads, matrices)
 
-    @torch.no_grad()
-    def _strategies(self) -> dict[str, float]:
+    def _strategies(self, predicted: Float[Tensor, "batch next_pos vocab"]) -> dict[str, float]:
         """The model on the second copy beside guessing and beside copying, see `strategy_figures`.
 
         Copying predicts the token that followed in the first copy, from the second copy's second
         token on: before, nothing says that the block has ended.
         """
         tokens, longest = self._evaluation, self._longest
-        predicted = self._model.hooked(tokens)[:, longest + 1 : -1].softmax(-1)
-        uniform = torch.full_like(predicted, 1 / (predicted.shape[-1] - 1))
+        model = predicted[:, longest + 1 :].exp()
+        uniform = torch.full_like(model, 1 / (model.shape[-1] - 1))
         uniform[..., BOS] = 0.0
-        copied = torch.nn.functional.one_hot(tokens[:, longest + 2 :], predicted.shape[-1])
-        strategies = {"uniform": uniform, "copy": copied.to(predicted)}
-        return strategy_figures(predicted, strategies, epsilon=self.recipe.training.epsilon)
+        copied = torch.nn.functional.one_hot(tokens[:, longest + 2 :], model.shape[-1])
+        strategies = {"uniform": uniform, "copy": copied.to(model)}
+        return strategy_figures(model, strategies, epsilon=self.recipe.training.epsilon)
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Scores by layer (rows) and head (columns)."""
@@ -140,6 +145,14 @@ class RepeatedTokens(Experiment):
         drawn = repeated_tokens(batch, length, self.recipe.task.vocab_size - 1, generator=generator)
         return torch.nn.functional.pad(drawn + 1, (1, 0), value=BOS)
 
-    def _token_losses(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos-1"]:
+    def _log_probabilities(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos-1 vocab"]:
         logits: Tensor = self._model.hooked(tokens)[:, :-1]
-        return -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        return logits.log_softmax(-1)
+
+
+def _token_losses(
+    predicted: Float[Tensor, "batch next_pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch next_pos"]:
+    return -predicted.gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,8 @@ from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,14 @@ def disentangled(run: Run) -> DisentangledTransformer:
     return run.model
 
 
+def grouped(runs: list[Run], key: Callable[[Run], K]) -> dict[K, list[Run]]:
+    """Runs by a property of each, in the order in which its values appear."""
+    groups: dict[K, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
 def by_recipe(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs of the same recipe, by its name."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.member.recipe, []).append(run)
-    return groups
+    return grouped(runs, lambda run: run.member.recipe)

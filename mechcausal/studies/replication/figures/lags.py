@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mechcausal.pictures.static.task_figures import draw_side_by_side
+from mechcausal.studies.replication.figures.base import grouped
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr
@@ -60,7 +61,4 @@ def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
 
 
 def _by_layers(runs: list[Run]) -> dict[int, list[Run]]:
-    groups: dict[int, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.member.changes["model__n_layers"], []).append(run)
-    return groups
+    return grouped(runs, lambda run: run.recipe.model.n_layers)

@@ -12,6 +12,7 @@ import torch
 
 from mechcausal.pictures.static.task_figures import draw_side_by_side
 from mechcausal.studies.replication.evaluation import SEED
+from mechcausal.studies.replication.figures.base import grouped
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr
@@ -73,10 +74,7 @@ def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
 
 
 def _by_number(runs: list[Run]) -> dict[int, list[Run]]:
-    groups: dict[int, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.member.changes["task__matrices"], []).append(run)
-    return groups
+    return grouped(runs, lambda run: run.recipe.task.matrices or 0)
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mechcausal.measures.figures import STEP, History
 from mechcausal.pictures.static.task_figures import draw_side_by_side
+from mechcausal.studies.replication.figures.base import grouped
 from mechcausal.studies.replication.result import Row
 from mechcausal.studies.replication.runs import Member, Run
 from mechcausal.support.statistics import mean_and_stderr
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 N_SEEDS, KL, ACCURACY = 3, 0.02, 0.95
 SETTLED = 20
 """Step by which a model has learned the shares of symbols, which residual χ² counts, too."""
-_LEAF, _ROOT = "", "root"
 
 
 def members(quick: bool) -> list[Member]:
@@ -29,15 +29,14 @@ def members(quick: bool) -> list[Member]:
     root = {"task__predict": "root", "training__joint__steps": 1000 if quick else 2000}
     return [
         *(Member("tree", seed, changes, label) for seed in seeds),
-        *(Member("tree", seed, root, f"{_ROOT}{label}") for seed in seeds),
+        *(Member("tree", seed, root, f"root{label}") for seed in seeds),
     ]
 
 
 def measure(runs: list[Run], quick: bool) -> list[Row]:
     """Distance to exact inference, the order of scales, attention by height, what is left over."""
     del quick
-    leaf = [run for run in runs if run.recipe.task.predict == "leaf"]
-    root = [run for run in runs if run.recipe.task.predict == "root"]
+    leaf, root = (_by_prediction(runs)[name] for name in ("leaf", "root"))
     kl = [run.summary["tree/kl_bayes"] for run in leaf]
     quantity = f"masked leaf: KL of belief propagation to the model, nats; must be below {KL}"
     near = Row(
@@ -58,6 +57,10 @@ def measure(runs: list[Run], quick: bool) -> list[Row]:
     accurate = min(agreement) >= ACCURACY
     rows.append(Row("trees", quantity, *mean_and_stderr(agreement), theory=1.0, holds=accurate))
     return rows
+
+
+def _by_prediction(runs: list[Run]) -> dict[str, list[Run]]:
+    return grouped(runs, lambda run: run.recipe.task.predict)
 
 
 def _order(runs: list[Run]) -> list[Row]:
@@ -103,7 +106,7 @@ def _mean(label: str, runs: list[Run], key: str, theory: float | None) -> Row:
 def draw(runs: list[Run], quick: bool) -> "Mapping[str, Drawing]":
     """Use of scales and residual information over training, for every seed."""
     del quick
-    leaf = [run for run in runs if run.recipe.task.predict == "leaf"]
+    leaf = _by_prediction(runs)["leaf"]
     histories = {f"seed {run.member.seed}": run.history for run in leaf}
     drawing = draw_side_by_side(histories, "scales", "residuals")
     for axis in drawing.axes[len(histories) :]:
