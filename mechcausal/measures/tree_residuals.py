@@ -2,18 +2,19 @@
 
 The leaf at position i is hidden; y is its exact posterior given all other leaves, p the model's
 prediction. At height h the leaf's sibling block is the other half of the subtree of 2^h leaves that
-holds it: 2^(h-1) leaves, which count as one symbol b. With the residual joint
+holds it: 2^(h-1) leaves, which count as one symbol b. With d = y - p, its mean d̄ over N trees, and
+the residual covariance
 
-    R[b,a] = mean of 1{block = b} (y(a) - p(a))
+    R[b,a] = mean of 1{block = b} (d(a) - d̄(a))
 
-over N trees, the residual χ² is
+the residual χ² is
 
-    ρ = Σ_ab (R[b,a]² - N⁻² Σ 1{block = b} (y(a) - p(a))²) / (P(b) P(a))
+    ρ = Σ_ab (R[b,a]² - N⁻² Σ 1{block = b} (d(a) - d̄(a))²) / (P(b) P(a))
 
 where the second term takes off each tree's product with itself. It is the χ²-information of leaf
-and block while p is the distribution of single leaves, and 0 once the model has used everything
-that the block says about the leaf. `probes.residual_information` is the same for causal models, by
-lag.
+and block while the prediction ignores the block, however wrong it is about the shares of symbols,
+and 0 once the model has used everything that the block says about the leaf.
+`probes.residual_information` is the same for causal models, by lag (`centred_chi2`).
 """
 
 from typing import NamedTuple
@@ -60,6 +61,7 @@ def residuals_by_height(
     """
     n_trees, n_leaves, n_symbols = exact.shape
     difference = exact.double() - predicted.double()
+    difference -= difference.mean(0)
     share = exact.double().mean(0)
     by_height = {}
     for height in range(1, n_leaves.bit_length()):

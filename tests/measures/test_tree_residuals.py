@@ -65,6 +65,19 @@ def test_a_model_of_single_leaves_leaves_all_the_information() -> None:
         assert measured.mean().item() == pytest.approx(expected[key], abs=4 * stderr), key
 
 
+def test_wrong_shares_of_symbols_change_nothing() -> None:
+    tree = Hierarchy(Grammar.random(3, generator=seeded(1), sigma=1.0), depth=2)
+    leaves, _ = tree.sample(500, generator=seeded(0))
+    exact = leave_one_out(tree, leaves)
+    first = torch.zeros_like(exact)
+    first[..., 0] = 1.0  # always the same symbol
+    right = residuals_by_height(leaves, exact, exact.mean(0).expand_as(exact))
+    wrong = residuals_by_height(leaves, exact, first)
+    assert right[1].block > 0.02
+    for height, residual in right.items():
+        assert tuple(wrong[height]) == pytest.approx(tuple(residual), abs=1e-12)
+
+
 def test_blocks_that_hardly_repeat_are_left_out() -> None:
     tree = Hierarchy(Grammar.random(4, generator=seeded(0)), depth=3)
     leaves, _ = tree.sample(200, generator=seeded(0))

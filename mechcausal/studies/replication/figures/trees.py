@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 N_SEEDS, KL, ACCURACY = 3, 0.02, 0.95
 SETTLED = 20
-"""Step by which a model has learned the shares of symbols, which residual χ² counts, too."""
+"""Step from which residual χ² is compared: an untrained model's predictions depend on the leaves."""
 
 
 def members(quick: bool) -> list[Member]:
