@@ -312,6 +312,9 @@ def _print_function_vectors(console: Any, detection: "Detection") -> None:
             "function vector" if row["named"] else "",
         )
     console.print(table)
+    console.print(f"tasks: {', '.join(vectors.tasks)}")
+    for name, reason in detection.left_out.items():
+        console.print(f"task {name} is left out: {reason}")
     console.print(
         f"p(answer) after {vectors.n_shots} demonstrations: {vectors.right:.3f}, with their "
         f"answers shuffled: {vectors.shuffled:.3f}"

@@ -13,9 +13,10 @@ from torch import Tensor
 from mechcausal.pictures.static.run_figures import head_heatmap
 from mechcausal.pictures.static.style import HEAD_SCORES
 from mechcausal.recipes import WandbMode
-from mechcausal.studies.stimuli import StimulusName, sources, word_tasks
+from mechcausal.studies.stimuli import StimulusName, sources
 from mechcausal.studies.study_runs import start_run
 from mechcausal.studies.targets import Target
+from mechcausal.studies.word_tasks import word_tasks
 from probes import (
     AblationEffect,
     Circuit,
@@ -49,6 +50,7 @@ class Detection:
         stimulus: name of the first stimulus, on which everything but `others` is measured.
         others: scores on further stimuli, by name.
         function_vectors: effects of mean outputs on few-shot tasks; None if not requested.
+        left_out: few-shot tasks in words that the tokenizer splits, each with the reason.
     """
 
     target: Target
@@ -60,6 +62,7 @@ class Detection:
     stimulus: StimulusName = "random"
     others: Mapping[StimulusName, HeadScores] = field(default_factory=dict)
     function_vectors: FunctionVectors | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def is_previous_token(self, head: tuple[int, int]) -> bool:
         """Whether "previous_token" is among a head's verdicts."""
@@ -70,9 +73,9 @@ class Detection:
 
         Adds `in_context` (loss by position and gain, nats), `ablations`, `composition` (for each
         induction head the earlier heads, strongest first), `circuit` (`Circuit.to_dict`),
-        `function_vectors` (`FunctionVectors.to_dict`), and, unless random ids are the only
-        stimulus, `stimulus` and `others` (`HeadScores.to_dict` by stimulus); of a revision on the
-        Hub also `revision`, `commit` and `weights_sha256`.
+        `function_vectors` (`FunctionVectors.to_dict`, and `left_out`), and, unless random ids are
+        the only stimulus, `stimulus` and `others` (`HeadScores.to_dict` by stimulus); of a revision
+        on the Hub also `revision`, `commit` and `weights_sha256`.
         """
         content = self.scores.to_dict(self.target.name) | dict(self.target.origin)
         if self.in_context is not None:
@@ -107,6 +110,7 @@ class Detection:
             content["circuit"] = self.circuit.to_dict()
         if self.function_vectors is not None:
             content["function_vectors"] = self.function_vectors.to_dict()
+            content["function_vectors"]["left_out"] = dict(self.left_out)
         if self.others or self.stimulus != "random":
             content["stimulus"] = self.stimulus
             content["others"] = {
@@ -201,6 +205,7 @@ def detect(
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
+    words = word_tasks(target) if few_shot else None  # a tokenizer may have too few of them
     names = list(dict.fromkeys(stimuli))
     token_sources = sources(target, names, text)
     scores, *further = score_heads_on(
@@ -256,10 +261,10 @@ def detect(
         )
     vectors = None
     if few_shot:
-        tasks, between, after = word_tasks(target) or (None, (), ())
-        options: dict[str, Any] = {"between": between, "after": after, "bos": target.bos}
-        shots = 5 if tasks is not None else 4
-        vectors = function_vectors(model, tasks, n_shots=shots, generator=generator(), **options)
+        options: dict[str, Any] = {"n_shots": 4}
+        if words is not None:
+            options = {"tasks": words.tasks, "between": words.between, "after": words.after}
+        vectors = function_vectors(model, **options, generator=generator(), bos=target.bos)
     return Detection(
         target,
         scores,
@@ -270,6 +275,7 @@ def detect(
         names[0],
         dict(zip(names[1:], further, strict=True)),
         vectors,
+        words.left_out if words is not None else {},
     )
 
 

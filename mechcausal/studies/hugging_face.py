@@ -20,6 +20,7 @@ from mechcausal.support.messages import excerpt, first_line
 _FREE_ENTRIES = 2**26
 _FREE_LAYERS = 512
 _MAX_VOCABULARY = 10_000_000
+_INVENTED_BOS = "<|endoftext|>"  # also the real one of GPT-2 and others
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -139,9 +140,25 @@ def load_bridge(source: str, *, device: str, has_tokenizer: bool) -> nn.Module:
         model = TransformerBridge.boot_transformers(
             source, device=device, model_class=_CompleteModel, **options
         )
+        if has_tokenizer and _has_invented_bos(model, source):
+            model.cfg.default_prepend_bos = False
     if not has_tokenizer:
         model.tokenizer = None  # the placeholder's BOS and PAD mean nothing
     return model
+
+
+def _has_invented_bos(model: Any, source: str) -> bool:
+    """Whether TransformerLens gave the BOS to a tokenizer that has neither BOS nor EOS.
+
+    The model does not know it: it is the unknown token, or a new one.
+    """
+    from transformers import AutoTokenizer
+
+    if getattr(model.tokenizer, "bos_token", None) != _INVENTED_BOS:
+        return False
+    auto_tokenizer: Any = AutoTokenizer
+    own = auto_tokenizer.from_pretrained(source, trust_remote_code=False)
+    return own.bos_token is None and own.eos_token is None
 
 
 class _CompleteModel:

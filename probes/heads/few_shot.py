@@ -28,7 +28,7 @@ class FewShotTask:
 
     def __post_init__(self) -> None:
         n = len(self.items)
-        if len(self.answers) != n or n < 4 or len(set(self.items)) < n or n < 4:
+        if len(self.answers) != n or n < 4 or len(set(self.items)) < n:
             raise ValueError(
                 f"task {self.name!r} has {n} items and {len(self.answers)} answers; at least four "
                 "different items, each with its answer, are needed"
@@ -125,14 +125,14 @@ def draw_prompts(
     for number in range(n_prompts):
         query = queries[number % len(queries)]
         order = torch.randperm(len(task.items), generator=generator).tolist()
-        shown = [i for i in order if i != query][: n_shots - shows_query]
+        demonstrations = [i for i in order if i != query][: n_shots - shows_query]
         if shows_query:
-            place = int(torch.randint(len(shown) + 1, (), generator=generator))
-            shown.insert(place, query)
-        labels = [task.answers[i] for i in shown]
+            at = int(torch.randint(len(demonstrations) + 1, (), generator=generator))
+            demonstrations.insert(at, query)
+        labels = [task.answers[i] for i in demonstrations]
         for prompts, given in ((right, labels), (shuffled, labels[1:] + labels[:1])):
             prompt = [] if bos is None else [bos]
-            for i, label in zip(shown, given, strict=True):
+            for i, label in zip(demonstrations, given, strict=True):
                 prompt += [task.items[i], *between, label, *after]
             prompts.append([*prompt, task.items[query], *between])
         answers.append(task.answers[query])

@@ -159,7 +159,8 @@ def function_vectors(
             an unknown model can be asked. A model that solves them by induction gets no
             function-vector head.
         n_prompts: prompts of each task for the mean, and as many for the effect.
-        n_shots: demonstrations in a prompt, at most one fewer than the items of any task.
+        n_shots: demonstrations in a prompt: at least two, and at most one fewer than the items of
+            any task.
         between: tokens between item and answer.
         after: tokens after an answer.
         generator: the source of randomness; None for a new one with seed 0.
@@ -182,8 +183,11 @@ def function_vectors(
     >>> function_vectors(model, n_shots=3, n_prompts=4).heads()
     []
     """
-    if n_prompts < 1 or n_shots < 1:
-        raise ValueError(f"n_prompts is {n_prompts}, n_shots {n_shots}; both must be at least 1")
+    if n_prompts < 1 or n_shots < 2:
+        raise ValueError(
+            f"n_prompts is {n_prompts}, n_shots {n_shots}; at least one prompt is needed, and two "
+            "demonstrations, whose answers can be shuffled"
+        )
     if attends_ahead(model):
         raise ProbeError(
             f"{type(model).__name__} attends to later tokens: it has no next-token prediction"

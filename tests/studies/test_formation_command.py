@@ -8,17 +8,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mechcausal.models.adapter import load_model, save_model
 from mechcausal.records.wandb_fragments import count_wandb_rows
-from mechcausal.studies.formation import FormationResult
+from mechcausal.studies.formation import FormationResult, follow_formation, open_series
+from mechcausal.studies.formation.driver import Scoring, plan_formation
+from mechcausal.studies.formation.pictures import draw_formation, write_formation_page
 from mechcausal.studies.hub import fetch
 from mechcausal.studies.weights import copies, weight_digests
 from mechcausal.training.checkpoints import checkpoint_folders
@@ -161,6 +166,42 @@ def test_a_folder_of_checkpoints_gives_every_planted_head_its_step(
     page = (out / "formation.html").read_text()
     assert "when its heads formed" in page
     assert "https://" not in page.split("<script", 1)[0]
+
+
+def test_picture_and_page_have_the_axis_of_the_fit(
+    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_series(str(series), scratch=tmp_path / "download")
+    chosen = opened.revisions()
+    plan = plan_formation(opened, chosen, tmp_path / "study")
+    scoring = Scoring(n_sequences=2)
+    followed = follow_formation(opened, plan, tmp_path / "study", scoring=scoring)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for axis, positions in (("step", np.asarray), ("log", np.log1p)):
+        result = replace(followed, axis=axis)
+        write_formation_page(result, tmp_path / "formation.html")
+        draw_formation(result, tmp_path / "formation.png")
+        page = (tmp_path / "formation.html").read_text()
+        content = json.loads(page.split('id="data">')[1].split("</script>")[0])
+        assert len(content["figures"]) == 4
+        for figure in content["figures"]:
+            for curve in figure["data"]:
+                assert curve["x"] == pytest.approx(positions(STEPS))
+                assert curve["customdata"] == list(STEPS)
+            for line in figure["layout"].get("shapes", []):
+                at_crossing = line["x0"] == pytest.approx(float(positions(FORMED)))
+                assert at_crossing or line["xref"] == "x domain"  # a threshold
+        for axes in drawn[-1].axes:
+            pixels = axes.transData.transform([(step, 0) for step in STEPS])
+            x = (pixels[:, 0] - pixels[0, 0]) / (pixels[-1, 0] - pixels[0, 0])
+            assert x == pytest.approx(positions(STEPS) / positions(STEPS[-1]))
+        if axis == "log":
+            named = [0, 1, 10, 100, 1000]
+            xaxis = content["figures"][0]["layout"]["xaxis"]
+            assert xaxis["ticktext"] == [f"{step:,}" for step in named]
+            assert xaxis["tickvals"] == pytest.approx(np.log1p(named))
+            assert list(drawn[-1].axes[0].get_xticks()) == named
 
 
 def test_a_run_is_followed_along_its_checkpoints(

@@ -1,6 +1,8 @@
 """The picture, the page and the W&B run of a formation study."""
 
+import math
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 
 _MOST_CURVES = 12
 """Heads with a colour and a name of their own; the others are grey."""
+_FEWEST_TICKS = 3
 _LOSSES = {
     "loss_first_copy": "first copy",
     "loss_second_copy": "second copy",
     "in_context_gain": "gain from the context",
+    "loss": "evaluation loss",
 }
 
 
@@ -65,10 +69,36 @@ def draw_formation(result: FormationResult, path: Path) -> None:
 
 
 def _scale(axis: "Axes", result: FormationResult) -> None:
-    axis.set_xlabel("training step")
+    axis.set_xlabel(_step_title(result))
     axis.grid(alpha=0.25)
     if result.axis == "log":
-        axis.set_xscale("symlog", linthresh=1)
+        first, last = result.steps[0], result.steps[-1]
+        ticks, ends = log_ticks(first, last), np.log1p([first, last])
+        margin = 0.05 * (ends[1] - ends[0]) or 0.1  # no step below -1 has a logarithm
+        axis.set_xlim(*np.expm1([ends[0] - margin, ends[1] + margin]))
+        axis.set_xscale("function", functions=(np.log1p, np.expm1))
+        axis.set_xticks(ticks, [f"{step:,}" for step in ticks])
+
+
+def _step_title(result: FormationResult) -> str:
+    return "training step, log(1 + step)" if result.axis == "log" else "training step"
+
+
+def log_ticks(first: int, last: int) -> list[int]:
+    """Steps to name on an axis over log(1 + step): 0 and powers of ten, or 1, 2, 5 times these.
+
+    >>> log_ticks(0, 143000)
+    [0, 1, 10, 100, 1000, 10000, 100000]
+    >>> log_ticks(200, 1500)
+    [200, 500, 1000]
+    """
+    powers = [10**digits for digits in range(len(str(last)))]
+    ticks = [step for step in (0, *powers) if first <= step <= last]
+    if len(ticks) >= _FEWEST_TICKS:
+        return ticks
+    finer = [factor * power for power in powers for factor in (1, 2, 5)]
+    ticks = [step for step in (0, *finer) if first <= step <= last]
+    return ticks if len(ticks) >= 2 else sorted({first, last})
 
 
 def _formed(result: FormationResult, score: str) -> list[HeadFormation]:
@@ -93,8 +123,7 @@ def write_formation_page(result: FormationResult, path: Path) -> None:
     """
     figures = [_score_figure(result, score) for score in HEAD_SCORES]
     captions = [
-        f"{len([head for head in result.heads() if head.score == score])} heads reach "
-        f"{result.threshold:g}. Dotted: each head's first crossing."
+        _caption([head for head in result.heads() if head.score == score], result.threshold)
         for score in HEAD_SCORES
     ]
     titles = [score.replace("_", " ").capitalize() for score in HEAD_SCORES]
@@ -129,12 +158,20 @@ def write_formation_page(result: FormationResult, path: Path) -> None:
     write(path, page(f"{result.model}: formation: mechcausal", "\n".join(body), data))
 
 
+def _caption(formed: Sequence[HeadFormation], threshold: float) -> str:
+    if not formed:
+        return f"No head reaches {threshold:g}."
+    heads = "1 head reaches" if len(formed) == 1 else f"{len(formed)} heads reach"
+    return f"{heads} {threshold:g}. Dotted: the first crossing of each."
+
+
 def _score_figure(result: FormationResult, score: str) -> go.Figure:
     figure = go.Figure()
     for head in _formed(result, score):
         name = f"{head.layer}.{head.head}"
-        figure.add_scatter(x=result.steps, y=_curve(result, head), name=name, mode="lines+markers")
-        figure.add_vline(x=head.first_crossing, line_width=1, line_dash="dot")
+        _add_curve(figure, result, _curve(result, head), name)
+        (crossing,) = _positions(result, [head.first_crossing])
+        figure.add_vline(x=crossing, line_width=1, line_dash="dot")
     figure.add_hline(y=result.threshold, line_width=1, line_dash="dash")
     figure.update_yaxes(title="attention", range=[0, 1])
     return _laid_out(figure, result)
@@ -143,17 +180,38 @@ def _score_figure(result: FormationResult, score: str) -> go.Figure:
 def _loss_figure(result: FormationResult) -> go.Figure:
     figure = go.Figure()
     rows = result.revision_rows()
-    for key, label in {**_LOSSES, "loss": "evaluation loss"}.items():
+    for key, label in _LOSSES.items():
         if any(row[key] is not None for row in rows):
             values = [row[key] for row in rows]
-            figure.add_scatter(x=result.steps, y=values, name=label, mode="lines+markers")
+            _add_curve(figure, result, values, label)
     figure.update_yaxes(title="nats")
     return _laid_out(figure, result)
 
 
+def _positions(result: FormationResult, steps: Sequence[int]) -> list[float]:
+    """Where steps lie on the page's axis: Plotly's logarithmic axis has no step 0."""
+    return [math.log1p(step) if result.axis == "log" else float(step) for step in steps]
+
+
+def _add_curve(
+    figure: go.Figure, result: FormationResult, values: Sequence[float | None], name: str
+) -> None:
+    figure.add_scatter(
+        x=_positions(result, result.steps),
+        y=values,
+        name=name,
+        mode="lines+markers",
+        customdata=result.steps,
+        hovertemplate="step %{customdata:,}: %{y:.3f}",
+    )
+
+
 def _laid_out(figure: go.Figure, result: FormationResult) -> go.Figure:
-    # Plotly's logarithmic axis has no zero: steps stay linear, as the table names them.
-    figure.update_xaxes(title="training step")
+    figure.update_xaxes(title=_step_title(result))
+    if result.axis == "log":
+        ticks = log_ticks(result.steps[0], result.steps[-1])
+        labels = [f"{step:,}" for step in ticks]
+        figure.update_xaxes(tickvals=_positions(result, ticks), ticktext=labels)
     figure.update_layout(margin={"t": 16}, showlegend=True)
     return figure
 
