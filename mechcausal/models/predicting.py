@@ -48,11 +48,16 @@ def graph_model(model: GraphModel | HookedTransformer, task: Task) -> GraphModel
     return model
 
 
-def parts_of(batch: Batch, model: GraphModel) -> Iterator[Batch]:
-    """The batch in parts that the model can read in one pass each without much memory."""
+def rows_of_a_pass(model: GraphModel) -> int:
+    """How many sequences the model can read in one pass without much memory; at least 1."""
     config = model.hooked.cfg
     entries = max(config.n_ctx * config.n_heads, config.d_model) * config.n_ctx
-    size = max(1, _MAX_ENTRIES // entries)
+    return max(1, _MAX_ENTRIES // entries)
+
+
+def parts_of(batch: Batch, model: GraphModel) -> Iterator[Batch]:
+    """The batch in parts that the model can read in one pass each without much memory."""
+    size = rows_of_a_pass(model)
     return (batch[start : start + size] for start in range(0, len(batch), size))
 
 

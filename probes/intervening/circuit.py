@@ -165,7 +165,8 @@ def find_circuit(
         bos: token at the start: a token, None, or "auto" for the tokenizer's BOS.
 
     Returns:
-        The effects of heads and paths. Cost: one pass per head, and (inputs + 1) per pair of heads.
+        The effects of heads and paths. Cost: one pass per head, and (inputs + 1) per pair of
+        heads, each from the (later) head's layer on.
 
     Raises:
         ValueError: a number is out of range, an unknown input, or fewer than two
@@ -222,13 +223,14 @@ def find_circuit(
             drop = _mean(before.attention - after.attention)
             named = rise > negligible and rise > standard_errors * stderr
             paths.append(PathEffect(sender, receiver, name, rise, stderr, *drop, named))
-    rises = [_mean(patching.resampled([head]).loss - intact.loss) for head in heads]
+    resampled = patching.resampled(heads)
     attribution = attribute_logits(model, tokens, pairs, max_batch_bytes)
     effects = []
-    for (layer, number), change in zip(heads, rises, strict=True):
+    for layer, number in heads:
         index = attribution.layers.index(layer), number
         logit, error = attribution.logit[index].item(), attribution.stderr[index].item()
-        effects.append(HeadEffect(layer, number, logit, error, *change))
+        rise, stderr = _mean(resampled[layer, number].loss - intact.loss)
+        effects.append(HeadEffect(layer, number, logit, error, rise, stderr))
     return Circuit(
         heads=tuple(effects),
         paths=tuple(paths),

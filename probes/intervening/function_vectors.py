@@ -1,6 +1,6 @@
 """Function-vector heads: whose mean output over few-shot prompts carries the task.
 
-Cost: two passes over the prompts of a task for every head, made in batches.
+Cost: two passes over the prompts of a task for every head, from its layer on, made in batches.
 """
 
 import json
@@ -21,11 +21,11 @@ from probes.reading.errors import ProbeError
 from probes.reading.hook_names import Head, config_of, hook_name, hook_points, layers_with
 from probes.reading.hooking import Hooks
 from probes.reading.labelled import standard_error
+from probes.reading.layer_passes import logits_from, starts_at_layers, stream_before
 from probes.reading.passes import (
     MAX_BATCH_BYTES,
     attends_ahead,
     batch_rows,
-    checked_logits,
     checked_tokens,
     run,
     undisturbed,
@@ -223,8 +223,9 @@ def function_vectors(
         right.append(patching.probabilities(prompts.right, prompts.answers))
         before = patching.probabilities(prompts.shuffled, prompts.answers)
         shuffled.append(before)
-        for rises, task_means in ((own, means[number]), (other, means[number - 1])):
-            rises.append(patching.patched(prompts, task_means) - before)
+        both = torch.stack([means[number], means[number - 1]])
+        for rises, patched in zip((own, other), patching.patched(prompts, both), strict=True):
+            rises.append(patched - before)
     own_rise, other_rise = torch.cat(own, dim=2), torch.cat(other, dim=2)
     difference = own_rise - other_rise
     return FunctionVectors(
@@ -247,6 +248,7 @@ class _TaskPatching:
     def __init__(self, model: nn.Module, max_batch_bytes: int) -> None:
         self._model, self._points = model, hook_points(model)
         self._max_batch_bytes = max_batch_bytes
+        self._starts_at_layers = starts_at_layers(model)
         self.layers = layers_with(model, "z")
 
     def means(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "layer head d_head"]:
@@ -272,41 +274,56 @@ class _TaskPatching:
         return torch.cat(parts)
 
     def patched(
-        self, prompts: Prompts, means: Float[Tensor, "layer head d_head"]
-    ) -> Float[Tensor, "layer head batch"]:
+        self, prompts: Prompts, means: Float[Tensor, "task layer head d_head"]
+    ) -> Float[Tensor, "task layer head batch"]:
         """Those probabilities with each head's mean in its place, one head at a time."""
         tokens = checked_tokens(self._model, prompts.shuffled)
-        n_heads, batch = means.shape[1], len(tokens)
+        n_tasks, n_heads, batch = len(means), means.shape[2], len(tokens)
         rows = self._rows(tokens)
         by_layer = []
-        for row, layer in enumerate(self.layers):
-            # All heads of the layer in one long batch: head h in rows h · batch to (h + 1) · batch.
-            owner = torch.arange(n_heads).repeat_interleave(batch)
+        for index, layer in enumerate(self.layers):
+            stream = None
+            if self._starts_at_layers:
+                stream = stream_before(self._model, layer, tokens, rows)
+            # All heads and tasks in one long batch, in the order [task head batch].
+            replacements = means[:, index].flatten(0, 1).repeat_interleave(batch, 0)
             parts = []
-            for start in range(0, n_heads * batch, rows):
-                heads = owner[start : start + rows]
-                chosen = torch.arange(start, start + len(heads)) % batch
-                replace = partial(_with_last, heads, means[row])
+            for start in range(0, len(replacements), rows):
+                new = replacements[start : start + rows]
+                numbers = torch.arange(start, start + len(new))
+                sequences = (numbers % batch).to(tokens.device)
+                replace = partial(_with_last, numbers // batch % n_heads, new)
                 with undisturbed(self._model), Hooks() as hooks:
                     hooks.edit(self._points[hook_name("z", layer)], replace)
                     parts.append(
-                        self._probability(tokens[chosen.to(tokens.device)], prompts.answers[chosen])
+                        self._probability(
+                            tokens[sequences],
+                            prompts.answers[numbers % batch],
+                            None if stream is None else stream[sequences],
+                            layer,
+                        )
                     )
-            by_layer.append(torch.cat(parts).view(n_heads, batch))
-        return torch.stack(by_layer)
+            by_layer.append(torch.cat(parts).view(n_tasks, n_heads, batch))
+        return torch.stack(by_layer, dim=1)
 
-    def _probability(self, tokens: Tensor, answers: Tensor) -> Tensor:
-        logits = checked_logits(self._model, tokens, None, "a function vector")[:, -1].double()
+    def _probability(
+        self,
+        tokens: Tensor,
+        answers: Tensor,
+        stream: Tensor | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        logits = logits_from(self._model, tokens, stream, layer, "a function vector")
         right = answers.to(logits.device).unsqueeze(1)
-        return logits.softmax(-1).gather(1, right)[:, 0].cpu()
+        return logits[:, -1].double().softmax(-1).gather(1, right)[:, 0].cpu()
 
     def _rows(self, tokens: Tensor) -> int:
         return batch_rows(self._model, tokens.shape[1], self._max_batch_bytes, logits=True)
 
 
-def _with_last(heads: Int[Tensor, "row"], means: Float[Tensor, "head d_head"], z: Tensor) -> Tensor:
+def _with_last(heads: Int[Tensor, "row"], values: Float[Tensor, "row d_head"], z: Tensor) -> Tensor:
     """Replace one head's z at the last position of every row."""
     changed = z.clone()
-    heads = heads.to(z.device)
-    changed[torch.arange(len(z), device=z.device), -1, heads] = means.to(z)[heads]
+    rows = torch.arange(len(z), device=z.device)
+    changed[rows, -1, heads.to(z.device)] = values.to(z)
     return changed

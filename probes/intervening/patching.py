@@ -7,7 +7,7 @@ the head's output for everything that reads it, path patching for one input of o
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from einops import einsum
@@ -15,17 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from probes.heads.scores import mean_weights, prefix_matching_mask
-from probes.reading.activation import Activation
-from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
 from probes.reading.head_outputs import output_weights
 from probes.reading.hook_names import Head, config_of, hook_name, hook_points, layers_with
 from probes.reading.hooking import Hooks, converted
-from probes.reading.passes import batch_rows, checked_logits, next_token_losses, run, undisturbed
+from probes.reading.layer_passes import logits_from, starts_at_layers, stream_before
+from probes.reading.passes import batch_rows, next_token_losses, run, undisturbed
 
 Input: TypeAlias = Literal["k", "q", "v"]
 """What a head reads: its keys, queries or values."""
 INPUTS: tuple[Input, ...] = get_args(Input)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +68,25 @@ class Patching:
         self._own, self._other = own, other
         self._rows = batch_rows(model, tokens.shape[1], max_batch_bytes, logits=True)
         self._keys = mean_weights(prefix_matching_mask(tokens).unsqueeze(1))
-        config = config_of(model)
-        positions = getattr(config, "positional_embedding_type", None)
-        # A bridge always runs all layers; shortformer's keys need positions in every layer.
-        self._runs_from = not hasattr(model, "original_model") and positions != "shortformer"
+        self._starts_at_layers = starts_at_layers(model)
         self._streams: dict[int, Tensor] = {}
 
     def intact(self, receiver: Head | None = None) -> Readout:
         """The model without patches, and the attention of a head."""
         return self._measure(1, {}, receiver)[0]
 
-    def resampled(self, heads: Sequence[Head]) -> Readout:
-        """Every given head's output is that on the other sequences."""
-        edits: dict[str, _Edit] = {}
-        for layer in {layer for layer, _ in heads}:
+    def resampled(self, heads: Sequence[Head]) -> dict[Head, Readout]:
+        """Each head's output, alone, is that on the other sequences."""
+        readouts: dict[Head, Readout] = {}
+        for layer in sorted({layer for layer, _ in heads}):
             chosen = [head for own_layer, head in heads if own_layer == layer]
-            values = self._other[layer][:, :, chosen]
-            edits[hook_name("z", layer)] = (values, partial(_with_heads, chosen))
-        return self._measure(1, edits)[0]
+            for group in self._groups(chosen):
+                own, other = self._own[layer], self._other[layer]
+                values = torch.cat([_only_head(head, own, other) for head in group])
+                edits: dict[str, _Edit] = {hook_name("z", layer): (values, _replaced)}
+                each = self._measure(len(group), edits, layer=layer)
+                readouts |= {(layer, head): each[i] for i, head in enumerate(group)}
+        return readouts
 
     def along_paths(
         self, senders: Sequence[Head], receiver: Head, inputs: Sequence[Input]
@@ -98,9 +99,7 @@ class Patching:
         """
         layer, head = receiver
         replace_input = partial(_with_shared, config_of(self._model).n_heads, head)
-        size = max(1, self._rows // len(self._tokens))
-        for start in range(0, len(senders), size):
-            group = senders[start : start + size]
+        for group in self._groups(senders):
             changed = self._inputs_after(group, layer, inputs)
             restored = self._own[layer].repeat(len(group), 1, 1, 1)
             by_input = {}
@@ -122,39 +121,46 @@ class Patching:
         """
         for name in ("resid_pre", *inputs, "z"):
             layers_with(self._model, name, layer)
-        tokens = self._tokens[:2]
-        steps = [("resid_pre", name) for name in inputs] + [(name, "z") for name in inputs]
-        intact = {name: self._read(tokens, None, name, layer) for name in {to for _, to in steps}}
-        for edited, read in steps:
-            after = self._read(tokens, edited, read, layer)
-            if torch.equal(after, intact[read]):
-                raise ProbeError(
-                    f"editing {hook_name(edited, layer)} of this {type(self._model).__name__} "
-                    f"changes nothing at {hook_name(read, layer)}: path patching is not possible"
-                )
+        intact = self._read(None, (*inputs, "z"), layer)
+        edits: dict[str, Sequence[str]] = {"resid_pre": inputs}
+        edits |= {name: ("z",) for name in inputs}
+        for edited, read in edits.items():
+            after = self._read(edited, read, layer)
+            for name, values in after.items():
+                if torch.equal(values, intact[name]):
+                    raise ProbeError(
+                        f"editing {hook_name(edited, layer)} of this {type(self._model).__name__} "
+                        f"changes nothing at {hook_name(name, layer)}: path patching is not "
+                        "possible"
+                    )
 
-    def _read(self, tokens: Tensor, edited: str | None, read: str, layer: int) -> Tensor:
-        """An activation of one pass, in which another hook point's values may be negated."""
-        values: list[Tensor] = []
+    def _read(self, edited: str | None, read: Sequence[str], layer: int) -> dict[str, Tensor]:
+        """Activations of two sequences, with another hook point's values negated."""
+        values: dict[str, Tensor] = {}
+        sequences = torch.arange(min(2, len(self._tokens)), device=self._tokens.device)
+
+        def keep(name: str, point: nn.Module, _: Any, output: Tensor) -> None:
+            values[name] = converted(point, output).clone()
+
         with undisturbed(self._model), Hooks() as hooks:
             if edited is not None:
                 hooks.edit(self._points[hook_name(edited, layer)], torch.neg)
-            point = self._points[hook_name(read, layer)]
-            hooks.add(point, lambda _, __, output: values.append(converted(point, output).clone()))
-            run(self._model, tokens)
-        if not values:
+            for name in read:
+                point = self._points[hook_name(name, layer)]
+                hooks.add(point, partial(keep, name))
+            self._run_layer(sequences, layer)
+        if missing := [name for name in read if name not in values]:
             raise ProbeError(
-                f"{type(self._model).__name__} does not run its {hook_name(read, layer)}: path "
-                "patching is not possible"
+                f"{type(self._model).__name__} does not run its {hook_name(missing[0], layer)}: "
+                "path patching is not possible"
             )
-        return values[-1]
+        return values
 
     def _inputs_after(
         self, senders: Sequence[Head], layer: int, inputs: Sequence[Input]
     ) -> dict[Input, Float[Tensor, "row pos head d_head"]]:
         """Queries, keys and values of a layer whose input has each sender's other output."""
         change = torch.cat([self._write(sender) for sender in senders])
-        stream = self._stream(layer).repeat(len(senders), 1, 1)
         parts: dict[Input, list[Tensor]] = {name: [] for name in inputs}
 
         def add(values: Tensor, stream: Tensor) -> Tensor:
@@ -163,39 +169,37 @@ class Patching:
         def keep(name: Input, point: nn.Module, _: Any, output: Tensor) -> None:
             parts[name].append(converted(point, output).detach().clone())
 
-        tokens = self._tokens.repeat(len(senders), 1)
+        sequences = torch.arange(len(change), device=self._tokens.device) % len(self._tokens)
         with undisturbed(self._model):
-            for rows in _slices(len(tokens), self._rows):
+            for rows in _slices(len(change), self._rows):
                 with Hooks() as hooks:
                     point = self._points[hook_name("resid_pre", layer)]
                     hooks.edit(point, partial(add, change[rows]))
                     for name in inputs:
                         point = self._points[hook_name(name, layer)]
                         hooks.add(point, partial(keep, name))
-                    if self._runs_from:
-                        model: Any = self._model
-                        model(stream[rows], start_at_layer=layer, stop_at_layer=layer + 1)
-                    else:
-                        run(self._model, tokens[rows])
+                    self._run_layer(sequences[rows], layer)
         return {name: torch.cat(values) for name, values in parts.items()}
 
     def _stream(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream of the intact model before a layer."""
         if layer not in self._streams:
-            stream = Activation("resid_pre", layer)
-            with undisturbed(self._model), attach(self._model, stream):
-                for batch in self._tokens.split(self._rows):
-                    run(self._model, batch)
-            self._streams = {layer: stream.reading().values[0]}
+            stream = stream_before(self._model, layer, self._tokens, self._rows)
+            self._streams = {layer: stream}
         return self._streams[layer]
 
-    def _logits(self, rows: slice, tokens: Tensor, stream: Tensor | None, layer: int) -> Tensor:
-        """The logits of some rows; with a stream, from the one before that layer on."""
-        if stream is None:
-            return checked_logits(self._model, tokens[rows], None, "patching")
+    def _run_layer(self, sequences: Int[Tensor, "row"], layer: int) -> None:
+        """Run a layer for its hooks on the sequences of these numbers."""
+        if not self._starts_at_layers:
+            run(self._model, self._tokens[sequences])
+            return
         model: Any = self._model
-        logits: Tensor = model(stream[rows], return_type="logits", start_at_layer=layer)
-        return logits
+        model(self._stream(layer)[sequences], start_at_layer=layer, stop_at_layer=layer + 1)
+
+    def _groups(self, items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+        """As many at a time as one pass has room for copies of the sequences."""
+        size = max(1, self._rows // len(self._tokens))
+        return (items[start : start + size] for start in range(0, len(items), size))
 
     def _write(self, sender: Head) -> Float[Tensor, "batch pos d_model"]:
         layer, head = sender
@@ -204,16 +208,28 @@ class Patching:
         return einsum(difference, weights, "batch pos i, i model -> batch pos model")
 
     def _measure(
-        self, copies: int, edits: "Mapping[str, _Edit]", receiver: Head | None = None
+        self,
+        copies: int,
+        edits: "Mapping[str, _Edit]",
+        receiver: Head | None = None,
+        *,
+        layer: int | None = None,
     ) -> list[Readout]:
-        """Run `copies` of the sequences with edits, and split the result by copy."""
+        """Run `copies` of the sequences with edits, and split the result by copy.
+
+        Args:
+            copies: how many.
+            edits: by hook point.
+            receiver: a head whose attention is read; no layer before its own has edits.
+            layer: no layer before it has edits; None for the receiver's, or unknown without one.
+        """
         tokens, pairs = (x.repeat(copies, 1) for x in (self._tokens, self._pairs))
         losses: list[Tensor] = []
         attention: list[Tensor] = []
-        layer, head = receiver or (0, 0)
+        first = receiver[0] if receiver is not None else layer
         stream = None
-        if receiver is not None and self._runs_from:
-            stream = self._stream(layer).repeat(copies, 1, 1)
+        if first is not None and self._starts_at_layers:
+            stream = self._stream(first).repeat(copies, 1, 1)
 
         def at_pattern(
             weights: Tensor, head: int, point: nn.Module, _: Any, output: Tensor
@@ -228,9 +244,10 @@ class Patching:
                         hooks.edit(self._points[name], partial(change, values[rows]))
                     if receiver is not None:
                         keys = self._keys.repeat(copies, 1, 1, 1)[rows]
-                        point = self._points[hook_name("pattern", layer)]
-                        hooks.add(point, partial(at_pattern, keys, head))
-                    logits = self._logits(rows, tokens, stream, layer)
+                        point = self._points[hook_name("pattern", receiver[0])]
+                        hooks.add(point, partial(at_pattern, keys, receiver[1]))
+                    start = None if stream is None else stream[rows]
+                    logits = logits_from(self._model, tokens[rows], start, first or 0, "patching")
                 token_loss = next_token_losses(logits, tokens[rows]).double()
                 weights = pairs[rows].to(token_loss)
                 weights = weights / weights.sum(1, keepdim=True)
@@ -244,10 +261,8 @@ _Edit: TypeAlias = tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]
 """Values of every row, and how the row's values and an activation make the new activation."""
 
 
-def _with_heads(heads: list[int], values: Tensor, activation: Tensor) -> Tensor:
-    changed = activation.clone()
-    changed[:, :, heads] = values.to(activation)
-    return changed
+def _replaced(values: Tensor, activation: Tensor) -> Tensor:
+    return values.to(activation)
 
 
 def _with_shared(n_heads: int, head: int, values: Tensor, activation: Tensor) -> Tensor:

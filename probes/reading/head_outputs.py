@@ -1,5 +1,6 @@
 """What each head adds to the residual stream, and whether a model adds it up in that way."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from probes.reading.activation import Activation
 from probes.reading.attach import attach
 from probes.reading.errors import ProbeError
 from probes.reading.hook_names import hook_name, hook_points
+from probes.reading.hooking import Hooks, converted
 from probes.reading.passes import run, undisturbed
 
 _TOLERANCE = 1e-3
@@ -65,18 +67,19 @@ def check_sum_of_heads(
     """
     points = hook_points(model)
     names = ("z", "resid_pre", "resid_mid", "resid_post", "mlp_out")
-    probes = {
-        layer: {n: Activation(n, layer) for n in names if hook_name(n, layer) in points}
-        for layer in layers
-    }
-    with (
-        undisturbed(model),
-        attach(model, *(p for group in probes.values() for p in group.values())),
-    ):
+    # Some hook points exist in a model that never runs them.
+    by_layer: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+
+    def keep(layer: int, name: str, point: nn.Module, _: Any, output: Tensor) -> None:
+        by_layer[layer][name] = converted(point, output).clone()
+
+    with undisturbed(model), Hooks() as hooks:
+        for layer in layers:
+            for name in names:
+                if (point := points.get(hook_name(name, layer))) is not None:
+                    hooks.add(point, partial(keep, layer, name))
         run(model, tokens)
-    for layer, group in probes.items():
-        # Some hook points exist in a model that never runs them.
-        ran = {name: probe.reading().values[0] for name, probe in group.items() if probe.batches}
+    for layer, ran in by_layer.items():
         if not {"z", "resid_pre", "resid_post"} <= ran.keys():
             raise ProbeError(
                 f"layer {layer} of {type(model).__name__} runs no hook points for z and the "

@@ -31,7 +31,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = modules_of(model)
     modes = [module.training for module in modules]
     try:
-        model.eval()
+        if any(modes):
+            model.eval()
         with torch.no_grad():
             yield
     finally:
@@ -43,7 +44,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
     for module, mode in zip(modules, modes, strict=True):
-        module.training = mode
+        if module.training != mode:
+            module.training = mode
 
 
 @contextmanager

@@ -353,7 +353,10 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_loses_no_row(
         training__stage1__steps=100_000_000,
         training__batch_size=16,
         evaluation__n_sequences=16,
+        evaluation__bayes_draws=4,
         evaluation__theory_priors=10,
+        probing__images=0,
+        probing__report=False,
         wandb__mode="offline",
     )
     (tmp_path / "long.toml").write_text(recipe_to_toml(recipe))

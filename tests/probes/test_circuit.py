@@ -98,7 +98,7 @@ def test_a_path_against_a_computation_by_hand(build: Build, name: Any):
 
 def test_passes_that_start_at_the_receiver_equal_whole_passes(build: Build):
     model = build(n_layers=3, attn_only=False, act_fn="gelu", d_mlp=16).double()
-    options: dict[str, Any] = {"n_sequences": 6, "generator": None}
+    options: dict[str, Any] = {"n_sequences": 3, "generator": None}
     senders, receivers = heads_below(model, 2), [(2, 0), (1, 1)]
     circuit = find_circuit(model, senders, receivers, **options)
     one_by_one = find_circuit(model, senders, receivers, max_batch_bytes=1, **options)

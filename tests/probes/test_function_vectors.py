@@ -8,6 +8,7 @@ import torch
 
 from probes import FewShotTask, ProbeError, function_vectors
 from probes.heads.few_shot import draw_prompts, random_mappings
+from probes.reading.passes import batch_rows
 from tests.probes.families import tiny
 from tests.probes.wired import planted
 from tests.probes.wired_tasks import N, wired_tasks
@@ -30,8 +31,8 @@ def test_the_wired_head_is_named_and_no_other(seed: int):
 
 
 def test_induction_heads_solve_random_mappings_and_are_no_function_vector_heads():
-    wiring = planted(0)
-    vectors = function_vectors(wiring.model, n_shots=4)
+    wiring = planted(0, n_layers=3, n_heads=4)
+    vectors = function_vectors(wiring.model, n_shots=4, n_prompts=8)
     assert vectors.right > 0.5 > vectors.shuffled  # it copies the answer that it is shown
     assert vectors.heads() == []
     assert abs(vectors.row(wiring.induction)["effect"]) < 0.1
@@ -58,7 +59,9 @@ def test_effects_against_a_loop():
     model = wired.model.double()
     tasks = wired.tasks[:2]
     options: dict[str, Any] = {"n_shots": 3, "n_prompts": 4, "bos": None}
-    vectors = function_vectors(model, tasks, **options, max_batch_bytes=1)
+    n_bytes = 64 * 2**20 // batch_rows(model, 7, 64 * 2**20, logits=True) * 6
+    assert batch_rows(model, 7, n_bytes, logits=True) in (5, 6)  # of the prompts, which are four
+    vectors = function_vectors(model, tasks, **options, max_batch_bytes=n_bytes)
     at_once = function_vectors(model, tasks, **options)
     torch.testing.assert_close(vectors.effect, at_once.effect)
     torch.testing.assert_close(vectors.own, at_once.own)

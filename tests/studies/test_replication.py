@@ -24,6 +24,7 @@ from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 from mechcausal.sweeps.member import run_member
 from mechcausal.sweeps.plan import Member as SweepMember
 from mechcausal.tasks import SingleParentTask
+from mechcausal.training.experiments import Experiment
 from tests.oracles import seeded
 from tests.small_recipes import without_figures
 
@@ -35,14 +36,15 @@ def miniature(recipe: Recipe) -> Recipe:
         "evaluation__n_sequences": 16,
         "evaluation__bayes_draws": 4,
         "evaluation__theory_priors": 20,
-        "probing__every": 6,
+        "probing__every": 4,
+        "probing__dense": 0,
         "probing__images": 0,
         "probing__report": False,
     }
     stages = ("joint",) if recipe.training.algorithm == "joint" else ("stage1", "stage2")
     for stage in stages:
         if getattr(recipe.training, stage).steps:
-            changes[f"training__{stage}__steps"] = 12
+            changes[f"training__{stage}__steps"] = 4
     if recipe.graph.sequence_length is not None:
         changes["graph__sequence_length"] = 8
     return recipe.with_overrides(**changes)
@@ -61,6 +63,7 @@ def quickly(
     options = {"workers": 2, "adjust": miniature, "quick": True, **options}
     with without_figures() as monkeypatch:
         monkeypatch.setattr(forests, "N_GRAPHS_QUICK", 2)
+        monkeypatch.setattr(Experiment, "draw_figures", lambda *_, **__: {})
         if not processes:
             monkeypatch.setattr(runs, "train_members", train_here)
         return replicate(figures, folder=folder, wandb_mode="disabled", **options)

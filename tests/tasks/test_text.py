@@ -14,7 +14,7 @@ import torch
 
 from mechcausal.support import corpora
 from mechcausal.support.corpora import Corpus, TextError, read_corpus
-from mechcausal.tasks.predictors.ngrams import STRENGTH, ngram_losses
+from mechcausal.tasks.predictors.ngrams import STRENGTH, NGrams
 from mechcausal.tasks.text import N_PARTS, TextTask
 from tests.oracles import seeded
 
@@ -190,7 +190,7 @@ def test_ngram_losses_equal_counting(stride: int) -> None:
     generator = seeded(3)
     training = torch.randint(3, (2, 40), generator=generator)
     windows = torch.randint(4, (5, 7), generator=generator)  # token 3 is new
-    losses = ngram_losses(training.short(), windows, 4, order=4, stride=stride)
+    losses = NGrams(training.short(), 4, order=4, stride=stride).losses(windows)
     parts, texts = (["".join(map(str, row)) for row in x.tolist()] for x in (training, windows))
     for order in range(1, 5):
         # Orders are told apart by length: a context never equals an n-gram of the same order.
@@ -200,6 +200,6 @@ def test_ngram_losses_equal_counting(stride: int) -> None:
 
 def test_a_copied_text_is_predicted_by_its_trigrams() -> None:
     task = task_of("the cat sat on the mat " * 100, vocab_size=12, context=16)
-    losses = ngram_losses(task.training, task.windows(100, seeded()), 12)
+    losses = NGrams(task.training, 12).losses(task.windows(100, seeded()))
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] < 0.4

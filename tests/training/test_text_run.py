@@ -91,6 +91,12 @@ def trained(corpus: Path) -> TextExperiment:
     return built
 
 
+@pytest.fixture
+def not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no figures, which take half of their time."""
+    monkeypatch.setattr(TextExperiment, "draw_figures", lambda *_, **__: {})
+
+
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """One tiny run that several tests read."""
@@ -218,7 +224,7 @@ def crash_at(step: int) -> Any:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    corpus: Path, run: RunResult, tmp_path: Path
+    corpus: Path, run: RunResult, tmp_path: Path, not_drawn: None
 ) -> None:
     with pytest.raises(CrashError):
         train(tiny(corpus), out=tmp_path / "run", on_progress=crash_at(5))
@@ -228,7 +234,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert (resumed.folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
-def test_a_run_is_not_resumed_with_another_text(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_text(
+    corpus: Path, tmp_path: Path, not_drawn: None
+) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(corpus, text)
     with pytest.raises(CrashError):

@@ -5,6 +5,7 @@ trace says which matrix of the run it shows, so that a page's script can redraw 
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,16 @@ def template(*, dark: bool = False) -> go.layout.Template:
 
 def new_figure(title: str, **layout: Any) -> go.Figure:
     """An empty figure with the common template."""
-    figure = go.Figure()
-    figure.update_layout(template=template(), title_text=title, **layout)
+    # Given at once, as plotly otherwise copies its own large template first.
+    figure = go.Figure(layout={"template": _shared_template()})
+    figure.update_layout(title_text=title, **layout)
     return figure
+
+
+@cache
+def _shared_template() -> go.layout.Template:
+    """The light template, which every figure copies."""
+    return template()
 
 
 def by_head(matrix: Float[np.ndarray, "*any query key"]) -> Float[np.ndarray, "head query key"]:

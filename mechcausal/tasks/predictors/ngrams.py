@@ -9,47 +9,8 @@ STRENGTH = 5.0
 _MAX_ENTRIES = 16_000_000
 
 
-def ngram_losses(
-    training: Int[Tensor, "part pos"],
-    windows: Int[Tensor, "window window_pos"],
-    vocab_size: int,
-    *,
-    order: int = 3,
-    stride: int = 1,
-) -> Float[Tensor, "order"]:
-    """Mean losses on `windows` of n-gram models fitted to `training`, from unigram to `order`.
-
-    All predictions are scored but that of a window's first token. Arguments as of
-    `ngram_predictions`.
-
-    Returns:
-        Nats, by n - 1.
-
-    Example:
-        >>> alternating = torch.arange(200).view(1, -1) % 2
-        >>> [round(loss, 1) for loss in ngram_losses(alternating, alternating, 2).tolist()]
-        [0.7, 0.0, 0.0]
-    """
-    target = windows[:, 1:, None].long()
-    losses = torch.zeros(order, dtype=torch.float64, device=windows.device)
-    rows = max(1, _MAX_ENTRIES // (order * windows.shape[1] * vocab_size))
-    models = _counts(training, vocab_size, order, stride)
-    for part, next_token in zip(windows.split(rows), target.split(rows), strict=True):
-        predictions = _predictions(models, part, vocab_size, stride)
-        probability = predictions.gather(-1, next_token.expand(order, -1, -1, -1))
-        losses -= probability.log().sum((1, 2, 3))
-    return losses / target.numel()
-
-
-def ngram_predictions(
-    training: Int[Tensor, "part pos"],
-    windows: Int[Tensor, "window window_pos"],
-    vocab_size: int,
-    *,
-    order: int = 3,
-    stride: int = 1,
-) -> Float[Tensor, "order window window_pos-1 vocab"]:
-    """What n-gram models fitted to `training` predict of every token but a window's first.
+class NGrams:
+    """N-gram models fitted to a text, from unigram to `order`.
 
     Each order is interpolated with the one below, with `κ = STRENGTH` and add-one smoothing at the
     bottom, where c counts n-grams in the training parts and h is the n - 1 tokens before b:
@@ -61,7 +22,6 @@ def ngram_predictions(
 
     Args:
         training: tokens in [0, vocab_size).
-        windows: held-out tokens.
         vocab_size: V; the tables have V^order entries.
         order: largest n.
         stride: distance between the tokens of an n-gram; 2 for interleaved text.
@@ -71,12 +31,51 @@ def ngram_predictions(
 
     Example:
         >>> alternating = torch.arange(200).view(1, -1) % 2
-        >>> ngram_predictions(alternating, alternating[:, :4], 2)[1, 0].round(decimals=1)
+        >>> models = NGrams(alternating, 2)
+        >>> [round(loss, 1) for loss in models.losses(alternating).tolist()]
+        [0.7, 0.0, 0.0]
+        >>> models.predictions(alternating[:, :4])[1, 0].round(decimals=1)
         tensor([[0., 1.],
                 [1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    return _predictions(_counts(training, vocab_size, order, stride), windows, vocab_size, stride)
+
+    def __init__(
+        self,
+        training: Int[Tensor, "part pos"],
+        vocab_size: int,
+        *,
+        order: int = 3,
+        stride: int = 1,
+    ) -> None:
+        self._vocab_size, self._stride = vocab_size, stride
+        self._counts = _counts(training, vocab_size, order, stride)
+
+    def losses(self, windows: Int[Tensor, "window window_pos"]) -> Float[Tensor, "order"]:
+        """Mean losses, in nats, by n - 1; on every token of the windows but each one's first."""
+        order, target = len(self._counts), windows[:, 1:, None].long()
+        losses = torch.zeros(order, dtype=torch.float64, device=windows.device)
+        rows = max(1, _MAX_ENTRIES // (order * windows.shape[1] * self._vocab_size))
+        for part, next_token in zip(windows.split(rows), target.split(rows), strict=True):
+            probability = self.predictions(part).gather(-1, next_token.expand(order, -1, -1, -1))
+            losses -= probability.log().sum((1, 2, 3))
+        return losses / target.numel()
+
+    def predictions(
+        self, windows: Int[Tensor, "window window_pos"]
+    ) -> Float[Tensor, "order window window_pos-1 vocab"]:
+        """The distributions that the models predict of every token but a window's first."""
+        frequency = self._counts[0] + 1
+        unigram = (frequency / frequency.sum()).expand(*windows[:, 1:].shape, -1)
+        predictions = [unigram]
+        for n, counts in enumerate(self._counts[1:], start=2):
+            start = (n - 1) * self._stride - 1  # the first prediction with n - 1 tokens before
+            below = predictions[-1]
+            context = _codes(windows[:, : -self._stride], n - 1, self._stride, self._vocab_size)
+            seen = counts[context]
+            above = (seen + STRENGTH * below[:, start:]) / (seen.sum(-1, keepdim=True) + STRENGTH)
+            predictions.append(torch.cat([below[:, :start], above], 1))
+        return torch.stack(predictions)
 
 
 def _counts(
@@ -88,25 +87,6 @@ def _counts(
         code.bincount(minlength=vocab_size**n).double().view(-1, vocab_size)
         for n, code in enumerate(codes, start=1)
     ]
-
-
-def _predictions(
-    models: list[Float[Tensor, "_ vocab"]],
-    windows: Int[Tensor, "window window_pos"],
-    vocab_size: int,
-    stride: int,
-) -> Float[Tensor, "order window window_pos-1 vocab"]:
-    frequency = models[0] + 1
-    unigram = (frequency / frequency.sum()).expand(*windows[:, 1:].shape, -1)
-    predictions = [unigram]
-    for n, counts in enumerate(models[1:], start=2):
-        start = (n - 1) * stride - 1  # the first prediction with n - 1 tokens before
-        below = predictions[-1]
-        context = _codes(windows[:, :-stride], n - 1, stride, vocab_size)
-        seen = counts[context]
-        above = (seen + STRENGTH * below[:, start:]) / (seen.sum(-1, keepdim=True) + STRENGTH)
-        predictions.append(torch.cat([below[:, :start], above], 1))
-    return torch.stack(predictions)
 
 
 def _codes(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechcausal.measures.figures import History
@@ -17,11 +17,11 @@ from mechcausal.measures.strategies import strategy_figures
 from mechcausal.models.adapter import HookedTransformer, save_model
 from mechcausal.pictures.static import law_figures
 from mechcausal.recipes import Recipe
-from mechcausal.tasks.predictors.ngrams import ngram_losses, ngram_predictions
+from mechcausal.tasks.predictors.ngrams import NGrams
 from mechcausal.training.experiments.base import Experiment, Generators
 from mechcausal.training.experiments.models import build_standard
 from probes import pairwise_information, score_heads
-from probes.reading.passes import token_losses
+from probes.reading.passes import MAX_BATCH_BYTES, batch_rows, next_token_losses, undisturbed
 
 _LEVELS = ("unigram", "bigram", "trigram")
 _MAX_ENTRIES = 12_000  # characters on which the model is compared with n-grams
@@ -61,22 +61,16 @@ class TextExperiment(Experiment):
                 f"the held-out text has {len(self.windows):,} windows of {self.task.context} "
                 f"characters; evaluation.n_sequences asks for {n_asked:,}"
             ]
-        losses = ngram_losses(
+        ngrams = NGrams(
             self.task.training,
-            self.windows,
             self.task.vocab_size,
+            order=len(_LEVELS),
             stride=2 if self.task.interleaved else 1,
         )
-        self._levels = {
-            f"loss/{name}": loss for name, loss in zip(_LEVELS, losses.tolist(), strict=True)
-        }
-        self._compared = self.windows[: max(1, _MAX_ENTRIES // self.windows.shape[1])]
-        predictions = ngram_predictions(
-            self.task.training,
-            self._compared,
-            self.task.vocab_size,
-            stride=2 if self.task.interleaved else 1,
-        )
+        losses = ngrams.losses(self.windows).tolist()
+        self._levels = {f"loss/{name}": loss for name, loss in zip(_LEVELS, losses, strict=True)}
+        self._n_compared = max(1, _MAX_ENTRIES // self.windows.shape[1])
+        predictions = ngrams.predictions(self.windows[: self._n_compared])
         self._strategies = dict(zip(_LEVELS, predictions, strict=True))
         self.information = pairwise_information(
             self.windows,
@@ -97,7 +91,10 @@ class TextExperiment(Experiment):
 
     def losses(self) -> dict[str, float]:
         """Loss on the held-out windows, the in-context score, and the losses of n-grams."""
-        by_position = token_losses(self.hooked, self.windows).double().mean(0)
+        return self._losses(self._pass()[0])
+
+    def _losses(self, token_losses: Float[Tensor, "window next_pos"]) -> dict[str, float]:
+        by_position = token_losses.double().mean(0)
         quarter = len(by_position) // 4
         early, late = by_position[quarter : 2 * quarter], by_position[-quarter:]
         return {
@@ -105,6 +102,20 @@ class TextExperiment(Experiment):
             "loss/in_context": (late.mean() - early.mean()).item(),
             **self._levels,
         }
+
+    def _pass(
+        self,
+    ) -> tuple[Float[Tensor, "window next_pos"], Float[Tensor, "compared next_pos vocab"]]:
+        """Losses on the windows, and predictions on those that n-grams are compared on."""
+        rows = batch_rows(self.hooked, self.windows.shape[1], MAX_BATCH_BYTES, logits=True)
+        losses, predictions, n_left = [], [], self._n_compared
+        with undisturbed(self.hooked):
+            for part in self.windows.split(rows):
+                logits = self.hooked(part)
+                losses.append(next_token_losses(logits, part))
+                predictions.append(logits[:n_left, :-1].softmax(-1))
+                n_left = max(0, n_left - len(part))
+        return torch.cat(losses), torch.cat(predictions)
 
     def evaluation_tokens(self) -> Int[Tensor, "batch pos"]:
         """The held-out windows."""
@@ -117,11 +128,10 @@ class TextExperiment(Experiment):
         generator = torch.Generator(device=self._data.device).manual_seed(self._probe_seed)
         scores = score_heads(self.hooked, n_sequences=16, generator=generator, bos=None)
         heads, score_matrices = head_figures(scores)
-        with torch.no_grad():
-            predicted = self.hooked(self._compared)[:, :-1].softmax(-1)
+        token_losses, predicted = self._pass()
         epsilon = self.recipe.training.epsilon
         strategies = strategy_figures(predicted, self._strategies, epsilon=epsilon)
-        figures = self.losses() | law.figures | heads | strategies
+        figures = self._losses(token_losses) | law.figures | heads | strategies
         return Observation(figures, law.matrices | score_matrices)
 
     def heatmaps(self, matrices: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from mechcausal.measures.observation import Observation
 from mechcausal.measures.strategies import divergence
 from mechcausal.measures.tree_residuals import residuals_by_height
 from mechcausal.models.base import GraphModel
+from mechcausal.models.predicting import rows_of_a_pass
 from mechcausal.recipes import Recipe
 from mechcausal.tasks.base import scored_rows
 from mechcausal.tasks.hierarchy import Hierarchy, evidence_of
@@ -23,7 +24,6 @@ from mechcausal.training.experiments.base import Generators
 from probes import attention_by_class
 
 _MASKED_ROWS = 4096  # sequences that residual information is read from, one for each hidden leaf
-_ROWS_AT_A_TIME = 2048
 _FEWEST_TREES = 64  # no residual information from fewer
 FORMED = 0.5
 """A scale counts as used from the first probe step at which its coefficient reaches this."""
@@ -84,18 +84,19 @@ class _Masked:
         self._leaves, _ = tree.sample(n_trees, generator=generator)
         self._exact = tree.infer(evidence_of(self._leaves, q)).leaves
         hidden = torch.eye(n_leaves, dtype=torch.bool, device=self._leaves.device)
-        self._tokens = self._leaves.unsqueeze(1).expand(-1, n_leaves, -1).masked_fill(hidden, q)
+        each = self._leaves.unsqueeze(1).expand(-1, n_leaves, -1)
+        self._tokens = each.masked_fill(hidden, q).flatten(0, 1)  # by tree, then by hidden leaf
 
     @torch.no_grad()
     def figures(self, model: GraphModel) -> dict[str, float]:
         """`tree/residual_block_h` and `tree/residual_pair_h`, see `residuals_by_height`."""
-        n_leaves = self._tokens.shape[1]
-        own = torch.arange(n_leaves, device=self._tokens.device)
+        n_leaves = self._leaves.shape[1]
         predicted = []
-        for tokens in self._tokens.split(max(1, _ROWS_AT_A_TIME // n_leaves)):
-            output = model.probabilities_by_position(model.hooked(tokens.flatten(0, 1)))
-            predicted.append(output.view(*tokens.shape, -1)[:, own, own, :-1])
-        residuals = residuals_by_height(self._leaves, self._exact, torch.cat(predicted))
+        for rows in torch.arange(len(self._tokens)).split(rows_of_a_pass(model)):
+            output = model.probabilities_by_position(model.hooked(self._tokens[rows]))
+            predicted.append(output[torch.arange(len(rows)), rows % n_leaves, :-1])
+        by_leaf = torch.cat(predicted).unflatten(0, (-1, n_leaves))
+        residuals = residuals_by_height(self._leaves, self._exact, by_leaf)
         return {
             f"tree/residual_{name}_{height}": value
             for height, residual in residuals.items()
