@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 N_SEEDS, KL, ACCURACY = 3, 0.02, 0.95
 SETTLED = 20
-"""Step from which residual χ² is compared: an untrained model's predictions depend on the leaves."""
+"""Step from which residual χ² is compared: untrained predictions depend on the leaves."""
 
 
 def members(quick: bool) -> list[Member]:
