@@ -60,7 +60,7 @@ def test_effects_against_a_loop():
     tasks = wired.tasks[:2]
     options: dict[str, Any] = {"n_shots": 3, "n_prompts": 4, "bos": None}
     n_bytes = 64 * 2**20 // batch_rows(model, 7, 64 * 2**20, logits=True) * 6
-    assert batch_rows(model, 7, n_bytes, logits=True) in (5, 6)  # of the prompts, which are four
+    assert batch_rows(model, 7, n_bytes, logits=True) in (5, 6)  # each head has four prompts
     vectors = function_vectors(model, tasks, **options, max_batch_bytes=n_bytes)
     at_once = function_vectors(model, tasks, **options)
     torch.testing.assert_close(vectors.effect, at_once.effect)
