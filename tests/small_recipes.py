@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from mechcausal.training.experiments.base import Experiment
 from mechcausal.training.experiments.causal_graph import CausalGraphExperiment
+from mechcausal.training.experiments.text import TextExperiment
 
 LEAN = {
     "name": "lean",
@@ -33,7 +35,11 @@ GRAPH = {
 
 @contextmanager
 def without_figures() -> Iterator[pytest.MonkeyPatch]:
-    """Runs in the block draw no figures, which take most of the time of a short run."""
+    """Runs in the block draw no figures, which take most of the time of a short run.
+
+    All but those of repeated tokens, whose few curves cost little.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(CausalGraphExperiment, "draw_figures", lambda *_, **__: {})
+        for experiment in (Experiment, CausalGraphExperiment, TextExperiment):
+            monkeypatch.setattr(experiment, "draw_figures", lambda *_, **__: {})
         yield monkeypatch

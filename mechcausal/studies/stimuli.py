@@ -24,6 +24,13 @@ def has_tokenizer(target: Target) -> bool:
     return target.bos == "auto" and getattr(target.model, "tokenizer", None) is not None
 
 
+def encoded(target: Target, text: str) -> list[int]:
+    """The tokens of a text, without special ones, for a model with a tokenizer."""
+    model: Any = target.model
+    ids: list[int] = model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+    return ids
+
+
 def sources(
     target: Target, names: Sequence[StimulusName], text: str | None
 ) -> list[TokenSource | None]:
@@ -55,7 +62,6 @@ def sources(
 def _tokens_of(target: Target, text: str) -> Int[Tensor, "n"]:
     """The tokens of the first half million characters, without special ones."""
     model: Any = target.model
-    encoded = model.tokenizer(text[:_CHARACTERS], add_special_tokens=False, truncation=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(encoded(target, text[:_CHARACTERS]), dtype=torch.int64)
     special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
     return ids[(ids < config_of(model).d_vocab) & ~torch.isin(ids, special)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mechcausal.studies.stimuli import has_tokenizer
+from mechcausal.studies.stimuli import encoded, has_tokenizer
 from mechcausal.studies.targets import Target
 from probes.heads.few_shot import FewShotTask
 from probes.reading.hook_names import config_of
@@ -114,9 +114,9 @@ class _Spelling:
 
     def followed_by(self, separator: str) -> tuple[int, ...]:
         """The known tokens of a separator after a word; alone it may be written differently."""
-        ids = _encoded(self.target, separator)
+        ids = encoded(self.target, separator)
         for word, token in self.tokens.items():
-            after_word = _encoded(self.target, f"{self.before}{word}{separator}")
+            after_word = encoded(self.target, f"{self.before}{word}{separator}")
             if after_word[:1] == [token]:
                 ids = after_word[1:]
                 break
@@ -126,17 +126,11 @@ class _Spelling:
 def _single_tokens(target: Target, before: str) -> dict[str, int]:
     tokens = {}
     for word in " ".join(WORDS.values()).split():
-        ids = _encoded(target, before + word)
+        ids = encoded(target, before + word)
         # A tokenizer may drop what it does not know: the token that is left is another word.
         if len(ids) == 1 and _is_known(target, ids[0]) and _reads(target, ids[0], word):
             tokens[word] = ids[0]
     return tokens
-
-
-def _encoded(target: Target, text: str) -> list[int]:
-    model: Any = target.model
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-    return ids
 
 
 def _is_known(target: Target, token: int) -> bool:

@@ -1,7 +1,6 @@
 """`mechcausal discover`: its graph, in every form, and one line for every wrong input."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.image import imread
 
 from mechcausal.models.adapter import load_model, save_model
 from probes import discover_attention
-from tests.commands import Command, check_refused, outcome
+from tests.commands import Command, check_refused, command_in
 from tests.hugging_face import save_gpt2
 from tests.probes.latent_dags import attention_with_sink
 from tests.probes.wired import blank
@@ -50,10 +49,7 @@ def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """Run `mechcausal discover` beside the targets: exit code, output, error output."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    return partial(outcome, capsys, "discover")
+    return command_in(folder, monkeypatch, capsys, "discover", columns=100)
 
 
 def test_json_of_a_matrix(as_json) -> None:

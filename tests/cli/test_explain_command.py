@@ -1,7 +1,6 @@
 """`mechcausal explain`: what it prints and leaves behind, and what it refuses."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mechcausal.studies.explanations.training import fit
 from mechcausal.support.signals import StopRequested
 from mechcausal.training.run import NonFiniteLossError, TrainingError
 from probes.causal_discovery.explanation import METHODS
-from tests.commands import Command, check_refused, outcome
+from tests.commands import Command, check_refused, command_in
 from tests.studies.test_text_classifier import TEXT, save_bert
 
 LISTED = ("causal", "random", "occlusion", "attention", "exhaustive", "minimum")
@@ -27,8 +26,6 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """`mechcausal explain` in an empty folder, where a recommender trains in a second."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
 
     def short(model: Any, loss: Any, *, steps: int, lr: float) -> None:
         fit(model, loss, steps=12, lr=lr)
@@ -39,7 +36,7 @@ def command(
     monkeypatch.setattr(applications, "fit", short)
     monkeypatch.setattr("mechcausal.studies.explanations.sessions.ThemeRule", small)
     monkeypatch.setattr(applications, "_HELD_OUT", 20)
-    return partial(outcome, capsys, "explain")
+    return command_in(tmp_path, monkeypatch, capsys, "explain")
 
 
 def test_a_comparison_is_printed_written_drawn_tracked_and_repeats(command: Command) -> None:

@@ -4,7 +4,6 @@ import csv
 import errno
 import io
 import json
-from functools import partial
 from pathlib import Path
 from shutil import copytree
 
@@ -20,7 +19,7 @@ from mechcausal.records.wandb_fragments import count_wandb_rows
 from mechcausal.studies.detection import Detection, detect
 from mechcausal.studies.targets import load_target
 from mechcausal.training.run import RunResult
-from tests.commands import Command, check_refused, outcome
+from tests.commands import Command, check_refused, command_in
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, blank, planted
 
@@ -82,10 +81,7 @@ def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """Run `mechcausal detect` beside the targets: exit code, output, error output."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    return partial(outcome, capsys, "detect")
+    return command_in(folder, monkeypatch, capsys, "detect")
 
 
 @pytest.fixture(scope="module")

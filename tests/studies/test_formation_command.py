@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from mechcausal.studies.weights import copies, weight_digests
 from mechcausal.training.checkpoints import checkpoint_folders
 from mechcausal.training.run import RunResult
 from probes import track_formation
-from tests.commands import Command, outcome, refused
+from tests.commands import Command, command_in, outcome, refused
 from tests.hub_server import HubRepo, HubServer, client_of, environment_of
 from tests.hugging_face import malicious_pickle, save_gpt2
 from tests.probes.wired import Planted, planted
@@ -88,11 +87,9 @@ def command(
 
     Without picture and page, which take longer than the scores of these models.
     """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
     for name in ("draw_formation", "write_formation_page"):
         monkeypatch.setattr(f"mechcausal.studies.formation.pictures.{name}", draw_nothing)
-    return partial(outcome, capsys, "formation")
+    return command_in(tmp_path, monkeypatch, capsys, "formation")
 
 
 def draw_nothing(result: FormationResult, path: Path) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mechcausal.records.run_data import RunData
 from mechcausal.studies.publishing.card import model_card
 from mechcausal.studies.publishing.publication import without_folders
 from mechcausal.training.run import RunResult
-from tests.commands import Command, outcome, refused
+from tests.commands import Command, command_in, refused
 from tests.hub_server import HubServer, client_of
 
 REPO = "lab/lean"
@@ -46,13 +45,11 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """Run `mechcausal` in an empty folder: exit code, output, error output."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
     for name in ("draw_formation", "write_formation_page"):
         monkeypatch.setattr(
             f"mechcausal.studies.formation.pictures.{name}", lambda result, path: None
         )
-    return partial(outcome, capsys)
+    return command_in(tmp_path, monkeypatch, capsys)
 
 
 def test_a_published_run_is_read_back_by_detect_and_formation(

@@ -24,7 +24,6 @@ from mechcausal.support.statistics import mean_and_stderr, sequence_mean
 from mechcausal.sweeps.member import run_member
 from mechcausal.sweeps.plan import Member as SweepMember
 from mechcausal.tasks import SingleParentTask
-from mechcausal.training.experiments import Experiment
 from tests.oracles import seeded
 from tests.small_recipes import without_figures
 
@@ -63,7 +62,6 @@ def quickly(
     options = {"workers": 2, "adjust": miniature, "quick": True, **options}
     with without_figures() as monkeypatch:
         monkeypatch.setattr(forests, "N_GRAPHS_QUICK", 2)
-        monkeypatch.setattr(Experiment, "draw_figures", lambda *_, **__: {})
         if not processes:
             monkeypatch.setattr(runs, "train_members", train_here)
         return replicate(figures, folder=folder, wandb_mode="disabled", **options)

@@ -3,7 +3,6 @@
 import json
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from mechcausal.studies.word_tasks import FEWEST_PAIRS, WORDS, WordTasks, word_t
 from probes import function_vectors
 from probes.heads.few_shot import draw_prompts
 from probes.heads.stimuli import bos_token
-from tests.commands import Command, outcome, refused
+from tests.commands import Command, command_in, refused
 from tests.oracles import seeded
 from tests.refusals import raises_one_line
 from tests.word_tokenizers import KINDS, word_tokenizer, words_of
@@ -267,9 +266,8 @@ def command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """Run `mechcausal detect MODEL --function-vectors` beside the models, on few sequences."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "120")
-    return partial(outcome, capsys, "detect", "--function-vectors", "--sequences", "4")
+    options = ("--function-vectors", "--sequences", "4")
+    return command_in(folder, monkeypatch, capsys, "detect", *options)
 
 
 def test_the_command_names_the_tasks_and_those_left_out(command: Command) -> None:

@@ -12,10 +12,10 @@ from mechcausal.recipes import Recipe, RecipeError, load_recipe
 from mechcausal.records.run_data import RunData
 from mechcausal.tasks.finite_prior import FinitePrior
 from mechcausal.training.experiments import Generators, build_experiment, check_experiment
-from mechcausal.training.experiments.any_task import TaskExperiment
 from mechcausal.training.experiments.tree import attention_by_height, common_heights
 from mechcausal.training.recorded_run import Progress
 from tests.run_folders import contexts_recipe, lags_recipe, recipe_of, tree_recipe
+from tests.small_recipes import without_figures
 
 SMALL = {
     **{"training__batch_size": 16, "evaluation__n_sequences": 64, "training__joint__steps": 12},
@@ -33,9 +33,7 @@ STANDARD_CONTEXTS = contexts_recipe().with_overrides(
     [tree_recipe(), lags_recipe(), contexts_recipe(), STANDARD_CONTEXTS],
     ids=["tree", "lags", "contexts", "contexts, standard"],
 )
-def test_a_run_is_recorded_read_back_and_resumed(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_recorded_read_back_and_resumed(recipe: Recipe, tmp_path: Path) -> None:
     small = recipe.with_overrides(**SMALL, checkpoints__schedule="probes")
     result = mechcausal.train(small, out=tmp_path / "run")
     run = RunData.load(result.folder)
@@ -53,11 +51,12 @@ def test_a_run_is_recorded_read_back_and_resumed(
             raise RuntimeError("stopped")
 
     # The second one is neither drawn nor put on a page, which takes longer than its training.
-    monkeypatch.setattr(TaskExperiment, "draw_figures", lambda *_, **__: {})
     small = small.with_overrides(probing__report=False)
-    with pytest.raises(RuntimeError, match="stopped"):
-        mechcausal.train(small, out=tmp_path / "again", on_progress=stop)
-    assert mechcausal.resume(tmp_path / "again").history[-1] == result.history[-1]
+    with without_figures():
+        with pytest.raises(RuntimeError, match="stopped"):
+            mechcausal.train(small, out=tmp_path / "again", on_progress=stop)
+        resumed = mechcausal.resume(tmp_path / "again")
+    assert resumed.history[-1] == result.history[-1]
 
 
 def test_a_fresh_model_of_trees_has_not_used_any_sibling() -> None:

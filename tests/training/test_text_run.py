@@ -26,6 +26,7 @@ from mechcausal.training.resuming import resume
 from mechcausal.training.run import Progress, RunResult, train
 from probes import attention_gradient, descent_by_lag, direct_path, residual_information
 from tests.left_as_found import left_as_found
+from tests.small_recipes import without_figures
 
 WORDS = "the cat sat on the mat and the dog ran to the hill with a red hat "
 
@@ -92,9 +93,10 @@ def trained(corpus: Path) -> TextExperiment:
 
 
 @pytest.fixture
-def not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_drawn() -> Iterator[None]:
     """Runs draw no figures, which take half of their time."""
-    monkeypatch.setattr(TextExperiment, "draw_figures", lambda *_, **__: {})
+    with without_figures():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def draw_formation(result: FormationResult, path: Path) -> None:
         values = [np.nan if row[key] is None else row[key] for row in rows]
         if np.isfinite(values).any():
             axes[-1].plot(result.steps, values, color=colour, lw=1.6, label=label)
-    axes[-1].set(title="loss on repeated random tokens (nats)")
+    axes[-1].set(title="losses (nats)")
     if axes[-1].lines:
         axes[-1].legend(frameon=False, fontsize=8)
     for axis in axes:
