@@ -153,6 +153,8 @@ def use_of_scales(
         up; NaN where a correction vanishes.
     """
     values = [value.double() for value in by_filter.values()]
+    if len(values) == 1:  # leaves are independent given the root: there is nothing to correct
+        return {}
     steps = torch.stack([(b - a).flatten() for a, b in pairwise(values)], 1)
     left = (prediction.double() - values[0]).flatten()
     used = torch.linalg.lstsq(steps, left.unsqueeze(1), driver="gelsd").solution.squeeze(1)

@@ -59,6 +59,14 @@ def test_the_use_of_scales_is_what_was_mixed() -> None:
     )
 
 
+def test_leaves_that_only_share_the_root_have_no_scale_to_use() -> None:
+    task = MaskedLeafTask(Hierarchy(GRAMMAR, 3, 3))
+    batch = task.sample(5, generator=seeded(4))
+    by_filter = {name: scored_rows(p, batch) for name, p in task.predictions(batch).items()}
+    assert list(by_filter) == ["bayes"]
+    assert use_of_scales(by_filter["bayes"], by_filter) == {}
+
+
 def test_a_filtered_tree_is_its_own_bayes() -> None:
     assert {name: tree.filter for name, tree in filters(Hierarchy(GRAMMAR, 3, 1)).items()} == {
         "bp_3": 3,
