@@ -72,21 +72,3 @@ def test_arguments_and_results_of_all_kinds_are_checked() -> None:
 def test_both_packages_are_checked(call) -> None:
     with pytest.raises(BeartypeCallHintViolation):
         call()
-
-
-def rooted(root: int):
-    @checked
-    def raised(values: Float[Tensor, " pos"], power: int) -> Float[Tensor, " pos"]:
-        return values**power + root if power else ones(root)
-
-    return raised
-
-
-def test_a_function_inside_another_is_checked_at_each_definition() -> None:
-    functions = [rooted(root) for root in (1, 2)]
-    for root, function in zip((1, 2), functions, strict=True):
-        assert function(ones(3), power=2).tolist() == [1 + root] * 3
-        assert function(ones(root), 0).shape == (root,)
-        for arguments in ((ones(3), 2.0), (ones(3, 1), 2), (ones(3), 0)):
-            with pytest.raises(BeartypeCallHintViolation):
-                function(*arguments)

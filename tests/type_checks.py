@@ -8,7 +8,6 @@ short training. This decorator checks each argument and each result once.
 import dataclasses
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -29,26 +28,20 @@ def check_annotations(*packages: str) -> None:
 def checked(decorated: Decorated) -> Decorated:
     """The function with its arguments and result checked; axes of one name have one size in it.
 
-    A dataclass has its fields checked when it is made; other classes stay as they are.
+    A dataclass has its fields checked when it is made; other classes stay as they are, and so do
+    functions inside functions: checks are made anew at each definition, and take milliseconds.
     """
     if inspect.isclass(decorated):
         if dataclasses.is_dataclass(decorated) and "__init__" in vars(decorated):
             decorated.__init__ = checked(decorated.__init__)  # type: ignore[misc,method-assign]
         return decorated
-    known = _known.get((decorated.__module__, decorated.__code__))
-    function: Decorated
-    if known is not None and known.written == decorated.__annotations__:
-        decorated.__annotations__ = known.hints
-        function = known.around(decorated)
-    else:
-        written = decorated.__annotations__
-        hints = {name: _readable(hint, decorated.__globals__) for name, hint in written.items()}
-        decorated.__annotations__ = hints
-        function = beartype(decorated)
-        known = _Known(written, hints, any(map(_has_axes, hints.values())), function)
-        if "<locals>" in decorated.__qualname__ and known.is_reusable:
-            _known[decorated.__module__, decorated.__code__] = known
-    if not known.has_axes:
+    if "<locals>" in decorated.__qualname__:
+        return decorated
+    written = decorated.__annotations__.items()
+    hints = {name: _readable(hint, decorated.__globals__) for name, hint in written}
+    decorated.__annotations__ = hints
+    function = beartype(decorated)
+    if not any(map(_has_axes, hints.values())):
         return function
 
     @functools.wraps(function)
@@ -57,44 +50,6 @@ def checked(decorated: Decorated) -> Decorated:
             return function(*arguments, **options)
 
     return with_axes  # type: ignore[return-value]
-
-
-_CHECKED = "__beartype_func"
-"""The keyword default by which a wrapper that beartype made knows what it wraps."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """What was made of a function inside another one, which is defined again at each call of that.
-
-    Attributes:
-        written: its annotations.
-        hints: the same without strings.
-        has_axes: whether one of them is an array's.
-        wrapper: the function with its arguments and result checked. Making one takes milliseconds,
-            most of the time of many a short function.
-    """
-
-    written: dict[str, Any]
-    hints: dict[str, Any]
-    has_axes: bool
-    wrapper: Any
-
-    @property
-    def is_reusable(self) -> bool:
-        return _CHECKED in (getattr(self.wrapper, "__kwdefaults__", None) or {})
-
-    def around(self, function: Any) -> Any:
-        """The same wrapper of the function's newest definition."""
-        made = self.wrapper
-        copy = types.FunctionType(
-            made.__code__, made.__globals__, made.__name__, made.__defaults__, made.__closure__
-        )
-        copy.__kwdefaults__ = made.__kwdefaults__ | {_CHECKED: function}
-        return functools.update_wrapper(copy, function)
-
-
-_known: dict[tuple[str, types.CodeType], _Known] = {}
 
 
 def _readable(hint: Any, names: Mapping[str, Any]) -> Any:
