@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.cli.tables import make_table
+from mechcausal.cli.tables import make_table, print_locations
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import printable
 
@@ -143,9 +143,7 @@ def main(arguments: list[str]) -> int:
         print(detection.to_frame().to_csv(index=False), end="")
     else:
         _print_tables(detection, everything=options.all)
-        for label, location in (("heatmap", options.heatmap), ("W&B", wandb_location)):
-            if location is not None:
-                print(f"{label + ':':9}{location}")
+        print_locations({"heatmap": options.heatmap, "W&B": wandb_location})
     return 0
 
 

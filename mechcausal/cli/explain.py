@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.cli.tables import make_table
+from mechcausal.cli.tables import make_table, print_locations
 from mechcausal.recipes import WandbMode
 
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def _print_result(
         return 0
     console = Console()
     console.print(make_table(result))
-    for label, location in (("picture", result.picture), ("W&B", result.wandb)):
-        if location is not None:
-            console.out(f"{label + ':':9}{location}", highlight=False)
+    print_locations({"picture": result.picture, "W&B": result.wandb})
     return 0
 
 

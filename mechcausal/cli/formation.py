@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mechcausal.cli.parsing import RefusedError, parse
-from mechcausal.cli.tables import make_table
+from mechcausal.cli.tables import make_table, print_locations
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import printable
 
@@ -104,9 +104,7 @@ def main(arguments: list[str]) -> int:
         print(result.heads_frame().to_csv(index=False), end="")
     else:
         _print_tables(result, everything=options.all)
-        for label, path in (("page", out / "formation.html"), ("W&B", location)):
-            if path is not None:
-                print(f"{label + ':':9}{path}")
+        print_locations({"page": out / "formation.html", "W&B": location})
     return 0
 
 

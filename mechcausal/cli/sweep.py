@@ -9,6 +9,7 @@ import tyro
 
 from mechcausal.cli.display import bar_on_terminal
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.cli.tables import print_locations
 from mechcausal.recipes import WandbMode
 from mechcausal.support.messages import shell_command
 from mechcausal.sweeps.definition import load_sweep, packaged_sweeps
@@ -118,8 +119,7 @@ def _report(result: "SweepResult") -> int:
     counts = f"{result.finished:,} of {len(result.members):,} finished"
     counts += f", {len(result.failed):,} failed" if result.failed else ""
     console.print(counts + (f", {left:,} left" if left else ""))
-    for name, path in result.files.items():
-        console.out(f"{name + ':':9}{path}", highlight=False)
+    print_locations(result.files)
     for warning in result.warnings:
         print(f"mechcausal: warning: {warning}", file=sys.stderr)
     for name, error in result.failed.items():

@@ -1,6 +1,6 @@
-"""Tables in the terminal, as several commands print them."""
+"""Tables and locations in the terminal, as several commands print them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +24,11 @@ def make_table(headings: Sequence[str], *, title: str | None = None, n_left: int
     for column, heading in enumerate(headings):
         table.add_column(heading, justify="left" if column < n_left else "right")
     return table
+
+
+def print_locations(locations: Mapping[str, object]) -> None:
+    """Print where the parts of a result are, a line each; `None` is left out."""
+    given = {f"{label}:": location for label, location in locations.items() if location is not None}
+    width = max(map(len, given), default=0)
+    for label, location in given.items():
+        print(f"{label:{width}} {location}")

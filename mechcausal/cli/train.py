@@ -11,6 +11,7 @@ import tyro
 
 from mechcausal.cli.display import Display, display
 from mechcausal.cli.parsing import RefusedError, parse
+from mechcausal.cli.tables import print_locations
 from mechcausal.measures.figures import figure_of
 from mechcausal.recipes import (
     Recipe,
@@ -168,13 +169,12 @@ def _print_result(result: "RunResult") -> None:
     console = Console()
     console.print(table)
     figures = result.folder / "figures"
-    for label, location in (
-        ("run", result.folder),
-        ("figures", figures if figures.is_dir() else None),
-        ("W&B", result.url or result.wandb_folder),
-    ):
-        if location is not None:
-            console.out(f"{label + ':':9}{location}", highlight=False)
-    if result.state != "finished":
-        again = shell_command("mechcausal", "resume", result.folder)
-        console.out(f"resume:  {again}", highlight=False)
+    again = shell_command("mechcausal", "resume", result.folder)
+    print_locations(
+        {
+            "run": result.folder,
+            "figures": figures if figures.is_dir() else None,
+            "W&B": result.url or result.wandb_folder,
+            "resume": again if result.state != "finished" else None,
+        }
+    )
