@@ -86,7 +86,7 @@ def test_commands_to_copy_are_quoted_for_the_shell(
     _print_result(cast(Any, result))
     output = capsys.readouterr().out
     assert told("mechcausal resume .*", output) == resume
-    assert f"run:     {folder}\n" in output
+    assert f"run:    {folder}\n" in output
 
     fragment = folder / "wandb" / "offline-run-1"
     for name, value in (("fragments", [fragment]), ("is_uploaded", False), ("wandb_steps", [1])):
