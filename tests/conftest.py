@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from tests.type_checks import check_annotations
 
-# Checks every annotation, tensor shapes included, at each call; has to precede the first import of
+# Checks annotations, tensor shapes included, at each call; has to precede the first import of
 # either package.
 check_annotations("mechcausal", "probes")
 

@@ -99,7 +99,7 @@ def _content(
 def _print_table(publication: "Publication", commits: Mapping[str, str], card: Path) -> None:
     from rich.console import Console
 
-    from mechcausal.cli.tables import make_table
+    from mechcausal.cli.tables import make_table, print_locations
 
     console = Console()
     done = "uploaded" if commits else "to upload; nothing was sent"
@@ -110,5 +110,4 @@ def _print_table(publication: "Publication", commits: Mapping[str, str], card: P
         table.add_row(revision.branch, f"{revision.step:,}", f"{revision.size:,}", commit)
     console.print(table)
     names = ", ".join(sorted(["README.md", *publication.extra]))
-    console.out(f"main also: {names}", highlight=False)
-    console.out(f"card:      {card}", highlight=False)
+    print_locations({"main also": names, "card": card})

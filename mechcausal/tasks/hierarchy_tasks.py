@@ -4,7 +4,6 @@ Both are for models that see the full sequence (`attention_dir="bidirectional"`)
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -150,12 +149,10 @@ def use_of_scales(
 
     Returns:
         By height h of the pair of siblings that the correction joins, from 1 (neighbouring leaves)
-        up; NaN where a correction vanishes.
+        up; NaN where a correction vanishes. Empty for leaves that only share the root.
     """
     values = [value.double() for value in by_filter.values()]
-    if len(values) == 1:  # leaves are independent given the root: there is nothing to correct
-        return {}
-    steps = torch.stack([(b - a).flatten() for a, b in pairwise(values)], 1)
+    steps = torch.stack(values).flatten(1).diff(dim=0).T
     left = (prediction.double() - values[0]).flatten()
     used = torch.linalg.lstsq(steps, left.unsqueeze(1), driver="gelsd").solution.squeeze(1)
     lengths = steps.norm(dim=0)
